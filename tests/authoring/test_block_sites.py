@@ -200,7 +200,7 @@ def test_rows_and_tasks_cannot_be_told_apart_where_tokens_are_first() -> None:
     peftcore.apply(model, "mtl_lora", tasks=2, target="mlp.up")
     with peftcore.call(model, task=0):
         model(ids)
-    with pytest.raises(RouteError, match="cannot be told apart by 2 tasks"), peftcore.call(model, task=[0, 1]):
+    with pytest.raises(RouteError, match="cannot be assigned to 2 tasks"), peftcore.call(model, task=[0, 1]):
         model(ids)
     refused(xlnet(), "is given tokens in front of rows", "unipelt", target="mlp.output", gate="sequence")
 

@@ -305,7 +305,7 @@ def test_inputs_are_mixed_only_where_adapters_give_a_module_nothing_else() -> No
     _, fusion = bert(branch, branch)
     assert not any(each.mixes_inputs for each in fusion.operators.values())
     host = package_host("bert")
-    with pytest.raises(UnsupportedSite, match='mixes="outputs" fuses what modules return'):
+    with pytest.raises(UnsupportedSite, match='mixes="outputs" to fuse what modules return'):
         peftcore.apply(host, "adapter_fusion", parts=[branch] * 2, mixes="inputs")
     assert not peftcore.injections(host)
     last = "encoder.layer.1.output.LayerNorm"

@@ -121,8 +121,8 @@ class AdaLoRA(Method):
     def check_steps(self, config: AdaLoRAConfig, total: int) -> None:
         if total - config.final <= config.warmup:
             raise TrainingError(
-                f"adalora: warmup={config.warmup} and final={config.final} leave none of the {total} steps in which "
-                "ranks could fall, so set them lower"
+                f"adalora: warmup={config.warmup} and final={config.final} leave none of the {total} steps for "
+                "reducing ranks; lower them"
             )
 
     @torch.no_grad()

@@ -54,8 +54,8 @@ class RoAdOperator(Operator):
         super().__init__(site)
         if site.out_features % config.group_size:
             raise UnsupportedSite(
-                f"{site.path} has {site.out_features} outputs, which are no whole groups of "
-                f"group_size={config.group_size}; set another one for it with overrides=, or exclude it"
+                f"{site.path} has {site.out_features} outputs, which group_size={config.group_size} does not divide; "
+                "set another one for it with overrides=, or exclude it"
             )
         self.variant, self.half_group, self.batch_dims = config.variant, config.group_size // 2, len(site.batch)
         count = config.variant * site.out_features // 2

@@ -269,5 +269,5 @@ def test_checkpointing_and_right_padding(reentrant: bool) -> None:
 
 
 def test_what_is_no_layer_of_tokens_is_refused() -> None:
-    with pytest.raises(UnsupportedSite, match="does not act on each token by itself"):
+    with pytest.raises(UnsupportedSite, match="does not act on each token independently"):
         peftcore.apply(nn.Sequential(nn.Conv2d(3, 4, 3)), "alora", target="0")

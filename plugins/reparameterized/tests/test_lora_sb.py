@@ -147,7 +147,7 @@ def test_data_is_asked_for_by_the_option() -> None:
     assert both.parts["0"].method.name == "lora_xs"
     assert all(each.B.any() for each in both.parts["0"].operators.values())
     both.remove()
-    with pytest.raises(ConfigError, match="without a look at data"):
+    with pytest.raises(ConfigError, match="neither a schedule nor data"):
         peftcore.apply(model, "ties_merging", parts=[{"method": "lora_sb"}, {"method": "lora"}])
 
 

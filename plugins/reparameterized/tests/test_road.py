@@ -110,7 +110,7 @@ def test_a_rotation_keeps_lengths() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedSite, match="7 outputs, which are no whole groups of group_size=2"):
+    with pytest.raises(UnsupportedSite, match="7 outputs, which group_size=2 does not divide"):
         peftcore.apply(One(nn.Linear(12, 7)), "road", target="layer")
     for options in ({"group_size": 3}, {"variant": 3}):
         with pytest.raises(ConfigError):

@@ -74,7 +74,10 @@ class PeftMultitaskPrompt(SoftPrompt):
         operators = [place.operator for place in sorted(places, key=lambda place: place.site.stack.reads)]
         v = operators[0].v
         if not all(torch.equal(v, each.v) for each in operators):
-            raise ExportError("peft has one v for encoder and decoder, and here they have learned different ones")
+            raise ExportError(
+                "peft has one v for encoder and decoder, but this adapter learned different ones; save it in "
+                "peftcore's own format"
+            )
         return {
             ROWS: torch.cat([each.prompt for each in operators]),
             COLS: torch.cat([each.u for each in operators], dim=1),

@@ -53,7 +53,9 @@ class PeftPoly(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.own_skills:
-            raise ExportError("peft's POLY has no skills of tasks of their own: own_skills=0, or peftcore's own format")
+            raise ExportError(
+                "peft's POLY cannot hold own_skills: apply with own_skills=0, or save in peftcore's own format"
+            )
         return {
             "r": config.rank,
             "n_tasks": task_count(config),

@@ -12,7 +12,7 @@ from peftcore.author import Operator
 
 class Competing(Operator):
     """An operator with factors A ``[*batch, K, rank, width]`` of each cluster and B ``[*batch, out, rank]`` of each
-    output: how important clusters are, as moving averages, and which of them train."""
+    output, with moving averages of the clusters' importance, and the choice of the clusters that train."""
 
     A: Tensor
     B: Tensor

@@ -61,7 +61,8 @@ class KohyaDoRA(KohyaLoRA):
         if held.size(MAGNITUDE, 0) != outputs and MAGNITUDE in held.shapes:
             raise CheckpointError(
                 f"{held.where}: dora_scale has shape {tuple(held.shapes[MAGNITUDE])}, not one value for each of the "
-                f"{outputs} outputs; with a value for each input (wd_on_output=False) it is another method than ours"
+                f"{outputs} outputs; with one for each input (wd_on_output=False) it is another method than peftcore's "
+                "dora"
             )
         return super().options(held)
 

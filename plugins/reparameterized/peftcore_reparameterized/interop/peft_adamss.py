@@ -80,8 +80,8 @@ class PeftAdaMSS(PeftMethod):
         mine, cluster = _found(place, with_bias(replace(place.site, meta=False)), CheckpointError)
         if (V.float().cpu() - mine).abs().max() > CLOSE:
             found.wrong.append(
-                f"{place.site.path}: the singular vectors of adamss_newB are not those that are found here, so the "
-                "clusters of outputs, which are not in the file, may be others: by another base, or another machine"
+                f"{place.site.path}: the singular vectors of adamss_newB differ from those of this base, so the "
+                "clusters of outputs, which the file does not hold, may differ: load it on the same base and machine"
             )
         A, B = torch.zeros(count, rank, components, dtype=V.dtype), torch.zeros(out, rank, dtype=V.dtype)
         ranks = torch.ones(count, dtype=torch.long)
@@ -117,8 +117,8 @@ class PeftAdaMSS(PeftMethod):
         A, B, cluster = operator.A.detach(), operator.B.detach(), operator.cluster.cpu()
         if not torch.equal(_found(place, with_bias(place.site, base=True), ExportError)[1], cluster):
             raise ExportError(
-                f"{place.site.path}: peft finds the clusters of outputs in the model, and here these are others than "
-                "the adapter has: by other weights, or on another machine"
+                f"{place.site.path}: peft computes the clusters of outputs from the model, and they differ from the "
+                "adapter's: the weights or the machine are others"
             )
         tensors = {"adamss_newB": operator.V}
         for index, own in enumerate(operator.ranks.tolist()):
@@ -134,7 +134,10 @@ def _found(place: Place, matrix: Tensor, error: type[CheckpointError] | type[Exp
         CheckpointError, ExportError: they cannot be, or rounding decides them.
     """
     if matrix.is_meta:
-        raise error("the clusters of outputs are found in the model's weights, which are not here")
+        raise error(
+            "the clusters of outputs are computed from the model's weights, which are not loaded: load the model with "
+            "its weights"
+        )
     count, _, components = place.operator.A.shape
     U, V = approximate(matrix, components, place.config.projection_seed)
     cluster, noise = clustered(U, count), torch.Generator().manual_seed(0)
@@ -142,7 +145,7 @@ def _found(place: Place, matrix: Tensor, error: type[CheckpointError] | type[Exp
         moved = U + ROUNDING * float(U.abs().max()) * torch.randn(U.shape, generator=noise)
         if not torch.equal(clustered(moved, count), cluster):
             raise error(
-                f"{place.site.path}: outputs lie between clusters, so that rounding decides where they are, and a "
-                "file of peft does not say it; fewer components than outputs leave less to chance"
+                f"{place.site.path}: rounding decides the clusters of some outputs, and a file of peft does not hold "
+                "them; train with fewer components, or use peftcore's own format"
             )
     return V, cluster

@@ -43,7 +43,7 @@ class PeftDEFT(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.alpha is not None and config.alpha != int(config.alpha):
-            raise ExportError(f"peft's DEFT has a whole alpha, and no {config.alpha}")
+            raise ExportError(f"peft's DEFT needs an integer alpha, not {config.alpha}")
         return {
             "r": config.rank,
             "alpha": None if config.alpha is None else int(config.alpha),

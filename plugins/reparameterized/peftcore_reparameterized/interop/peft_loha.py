@@ -52,7 +52,7 @@ class PeftLoHa(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.rank_dropout and not config.rank_dropout_scale:
-            raise ExportError("peft's LoHa scales what rank_dropout leaves: rank_dropout_scale=True")
+            raise ExportError("peft's LoHa always rescales after rank_dropout: set rank_dropout_scale=True")
         return {
             "r": config.rank,
             "alpha": config.alpha,

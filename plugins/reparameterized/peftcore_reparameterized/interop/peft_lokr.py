@@ -75,7 +75,10 @@ class PeftLoKr(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.full_matrix:
-            raise ExportError("peft has no full_matrix; a rank of half of the larger dimension makes factors full too")
+            raise ExportError(
+                "peft has no full_matrix; set rank to half of the larger dimension or more, which makes factors full "
+                "too"
+            )
         return {
             "r": config.rank,
             "alpha": config.alpha,

@@ -42,7 +42,9 @@ class PeftOSF(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         U, V = shapes.get(f"{STEM}U_low", Size()), shapes.get(f"{STEM}V_low", Size())
         if not (len(U) == len(V) == 2 and 0 < U[1] < min(U[0], V[1])):
-            raise CheckpointError(f"{keys.where}: OSF has U_low {tuple(U)} and V_low {tuple(V)}, which are no part")
+            raise CheckpointError(
+                f"{keys.where}: OSF has U_low {tuple(U)} and V_low {tuple(V)}, which do not fit each other"
+            )
         return {"method": "osf", "effective_rank": min(U[0], V[1]) - U[1]}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ class PeftPEANuT(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.depth > DEPTH:
-            raise ExportError(f"depth={config.depth} is more than the {DEPTH} that are written")
+            raise ExportError(f"depth={config.depth} is more than {DEPTH}, the most that peft's format holds")
         return {"r": config.rank, "depth": config.depth, "act_fn": config.activation, "scaling": config.scale}
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from peftcore.errors import ExportError
 WAYS = (None, (10, 0))
 """peft's computation of singular vectors: exact, or with this number of steps and seed, peft's defaults."""
 EQUAL = 2e-5
-"""How far the cosines of singular vectors may be from those of equal ones."""
+"""Largest deviation from 1 of the cosines between singular vectors that count as equal."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
 
 
@@ -101,7 +101,8 @@ class PeftPSOFT(PeftMethod):
             if not other:
                 return {"psoft_svd": "full" if self.found_by is None else "lowrank"}
         raise ExportError(
-            f"{other[0].site.path}: peft would find other singular vectors in this base than the adapter was made of"
+            f"{other[0].site.path}: peft would compute other singular vectors from this base than the adapter was made "
+            "of; use peftcore's own format"
         )
 
     def write(self, place: Place) -> dict[str, Tensor]:

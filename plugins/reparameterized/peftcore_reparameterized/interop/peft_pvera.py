@@ -34,5 +34,5 @@ class PeftPVeRA(PeftVeRA):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.sample == "never":
-            raise ExportError('peft draws in training at least; sample="training" is what it has')
+            raise ExportError('peft samples in training at least; set sample="training"')
         return {**super().write_options(config), "sample_at_inference": config.sample == "always"}

@@ -39,7 +39,7 @@ class PeftWaveFT(PeftMethod):
         name = keys.take("wavelet_family", str, "db1")
         wavelet = SAME.get(name, name) if keys.take("use_idwt", bool, True) else None
         if wavelet is not None and not wavelet.startswith("db"):
-            raise CheckpointError(f"{keys.where}: peftcore's waveft has the wavelets db1 to db10, and no {name}")
+            raise CheckpointError(f"{keys.where}: peftcore's waveft has the wavelets db1 to db10, not {name}")
         return {
             "method": "waveft",
             "n_frequency": shapes["waveft_spectrum"][0] if "waveft_spectrum" in shapes else number,

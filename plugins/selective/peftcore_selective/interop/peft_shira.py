@@ -39,7 +39,7 @@ class PeftSHiRA(PeftMethod):
         limits = torch.tensor([[out], [width]])
         index, order = (places[0] * width + places[1]).sort()
         if ((places < 0) | (places >= limits)).any() or (index.diff() == 0).any():
-            found.wrong.append(f"the shira_indices of {place.site.path} are no different entries of {(out, width)}")
+            found.wrong.append(f"the shira_indices of {place.site.path} are not distinct entries of {(out, width)}")
         return {"index": index.to(torch.int32), "values": values[order]}
 
     def holds(self, config: Any) -> bool:
@@ -47,7 +47,7 @@ class PeftSHiRA(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if not self.holds(config):
-            raise ExportError("peft's SHIRA has neither sparsity nor low_rank; leave them to all sites or to none")
+            raise ExportError("peft's SHIRA has neither sparsity nor low_rank; use peftcore's own format")
         return {"r": config.rank, "mask_type": "random"}
 
     def write(self, place: Place) -> dict[str, Tensor]:

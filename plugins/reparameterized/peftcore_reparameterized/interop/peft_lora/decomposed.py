@@ -30,18 +30,19 @@ class DecomposedVariant(UpdateVariant):
     """A variant whose base peft decomposes when it loads; written as plain LoRA for every kind of layer."""
 
     layers: ClassVar[tuple[type, ...]]
-    """The layers where peft can."""
+    """The layers that peft can decompose."""
     has_scaling = False
     times = 2
 
     def shapes(self, place: Place) -> tuple[Size, Size]:
         if not is_one_of(place.site, self.layers):
-            raise CheckpointError(f"{place.site.path} is none of the layers that peft decomposes for {self.reads}")
+            raise CheckpointError(f"{place.site.path} is not one of the layers that peft decomposes for {self.reads}")
         return super().shapes(place)
 
 
 class StartVariant(DecomposedVariant, ABC):
-    """A part of the rank that is said, which is taken out of the base and trains; peft names it as we do."""
+    """A variant that subtracts a part of the given rank from the base and trains it, with the same name in peft and
+    here."""
 
     def marked(self, keys: Keys) -> bool:
         return bool(keys.take("init_lora_weights", (bool, str), True) == self.reads)
@@ -86,7 +87,7 @@ class DoRABesideStart(DoRAVariant):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size], common: Mapping[str, Any]) -> dict[str, Any]:
         start = self.start.reads
-        keys.warn(f"DoRA that started by {start} is DoRA of twice the rank; in training, its start trains on")
+        keys.warn(f"DoRA with start {start} is loaded as DoRA of twice the rank; in training, the start trains too")
         return {**common, "rank": 2 * common["rank"], "alpha": 2 * common["alpha"]}
 
     def shapes(self, place: Place) -> tuple[Size, Size]:

@@ -65,7 +65,7 @@ VARIANTS: tuple[type[LoRAVariant], ...] = (
 
 
 class PeftLoRA(PeftMethod):
-    """Translates low-rank factors, by the variant that they are."""
+    """Translates low-rank factors, by the variant of LoRA that the options mark."""
 
     methods = (*plain.PlainVariant.writes, *(name for each in VARIANTS for name in each.writes))
     below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
@@ -122,8 +122,8 @@ class PeftLoRA(PeftMethod):
         start = keys.take("init_lora_weights", (bool, str), True)
         if isinstance(start, str) and not any(start in each.starts for each in self.variants):
             raise CheckpointError(
-                f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; in "
-                "peft, save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+                f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; save "
+                "it in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
             )
         rank, alpha = keys.take("r", int, 8), keys.take("lora_alpha", float, 8)
         dropout = float(keys.take("lora_dropout", float, 0.0))
@@ -165,7 +165,7 @@ class PeftLoRA(PeftMethod):
             if site.module.groups > 1 and not across:
                 return "groups, unless across_groups is set"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
-                return "a dilation, which its A has not"
+                return "a dilation, which its A does not have"
         if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
             return ""
         return not_added(site)
@@ -196,7 +196,7 @@ class PeftLoRA(PeftMethod):
         for path, rows in sorted(found, key=lambda each: not isinstance(modules[each[0]], nn.Embedding)):
             table = {"token_indices": rows, "target_modules": [path]}
             if tables.setdefault(id(modules[path]._parameters.get("weight")), table)["token_indices"] != rows:
-                raise CheckpointError(f"{keys.where}: {path} is tied to a table of which other tokens train")
+                raise CheckpointError(f"{keys.where}: {path} is tied to a table in which other tokens train")
         return [("TRAINABLE_TOKENS", table) for table in tables.values()]
 
     def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
