@@ -82,7 +82,7 @@ class QuantizedLayer(Linear):
         Raises:
             MergeError: unless the format overrides it.
         """
-        raise MergeError(f"{type(module).__name__} cannot be packed again")
+        raise MergeError(f"{type(module).__name__} cannot be packed again: merge with into='float'")
 
     # The interface of any layer; it is asked of the other tensors of the module too
 
@@ -165,7 +165,7 @@ TABLES = ("_parameters", "_buffers")
 TENSORS = (*TABLES, "_non_persistent_buffers_set")
 """The attributes in which a module holds its tensors."""
 FOREIGN = (*FORWARDS, "_hf_hook")
-"""Attributes that others (accelerate) set on an instance, which stay there."""
+"""Attributes that other libraries (accelerate) set on an instance; they are kept."""
 
 
 def replace_in_place(journal: Journal, module: nn.Module, other: nn.Module) -> None:
@@ -173,7 +173,7 @@ def replace_in_place(journal: Journal, module: nn.Module, other: nn.Module) -> N
     training mode.
 
     Raises:
-        MergeError: Python lets no object of the one class become one of the other; nothing was changed.
+        MergeError: Python cannot change an object of the one class into an object of the other; nothing was changed.
     """
     _check_becomes(module, plain_class(other))
     bias, new = _bias(module), dict(_own(other))
@@ -203,8 +203,8 @@ def _check_becomes(module: nn.Module, cls: type[nn.Module]) -> None:
         object.__setattr__(probe, "__class__", cls)
     except TypeError:
         raise MergeError(
-            f"an object of {own.__name__} cannot become one of {cls.__name__} in place, so its weight stays as it is; "
-            "load the base without quantization, and the adapter onto it, and merge there"
+            f"{own.__name__} cannot be converted to {cls.__name__} in place, so its weight was not changed: load the "
+            "base without quantization, load the adapter onto it, and merge there"
         ) from None
 
 

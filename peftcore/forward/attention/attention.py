@@ -282,4 +282,7 @@ def _check_shapes(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor)
     ranks = {each.dim() for each in (query, key, value)}
     found = Geometry(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
     if ranks != {4} or found != geometry:
-        raise UnsupportedSite(f"an attention turned out to have {found}, where its modules say {geometry}")
+        raise UnsupportedSite(
+            f"this attention computes with {found}, but its modules have {geometry}: exclude it from the adapter's "
+            "target modules"
+        )

@@ -112,10 +112,9 @@ class TorchCalls:
         with mode:
             output = type(stand_in).forward(stand_in, *args, **kwargs)
         if mode.calls != 1:
-            times = f"{mode.calls} times" if mode.calls else "in another way"
             raise UnsupportedSite(
-                f"{edits.slot.path or 'the host'} computed attention {times} in this forward, where edits stand around "
-                "one call of torch's scaled_dot_product_attention; take other targets"
+                f"{edits.slot.path or 'the host'} called torch's scaled_dot_product_attention {mode.calls} times in "
+                "this forward, but operators inside attention need exactly one call: target other modules"
             )
         return output
 
@@ -190,7 +189,7 @@ def locate_attention(site: Site, resolver: Resolver) -> AttentionSite:
     known_calls = {path: calls_of(resolver.modules[path]) for path in _paths(site, resolver)}
     inside = {path: calls for path, calls in known_calls.items() if calls is not None}
     if len(inside) != 1:
-        found = f"has several attentions inside, {', '.join(inside)}: target one" if inside else _REASON
+        found = f"contains several attention modules ({', '.join(inside)}): target one of them" if inside else _REASON
         raise UnsupportedSite(f"{site.path or 'the host'} {found}")
     ((path, calls),) = inside.items()
     module = resolver.modules[path]
@@ -218,8 +217,8 @@ _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_d
 _VALUE_DIM = ("v_head_dim",)
 _GROUPS = ("num_key_value_groups",)
 _REASON = (
-    "does not compute attention through transformers' attention interface nor by torch's scaled_dot_product_attention, "
-    "so nothing can act between its projections and its softmax"
+    "does not compute attention through transformers' attention interface or torch's scaled_dot_product_attention, so "
+    "no operator can act between its projections and its softmax: target another module"
 )
 
 
@@ -259,7 +258,7 @@ def _geometry(path: str, module: Any, projections: Mapping[str, Projection]) -> 
     value_dim = _size(module, _VALUE_DIM) or head_dim
     if made.get("v", kv_heads * value_dim) != kv_heads * value_dim or not head_dim:
         raise UnsupportedSite(
-            f"{path}: the sizes of its heads are not known: {heads} heads, {kv_heads} of them for keys, {head_dim} "
-            f"wide, and projections of {made}"
+            f"{path}: cannot determine the sizes of its heads ({heads} heads, {kv_heads} of them for keys, head size "
+            f"{head_dim}, projections of {made}): exclude it from the adapter's target modules"
         )
     return Geometry(heads, kv_heads, head_dim, value_dim)

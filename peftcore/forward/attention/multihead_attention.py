@@ -28,7 +28,8 @@ class MultiheadCalls:
         """Raise UnsupportedSite where the module adds keys to the softmax."""
         if module.bias_k is not None or module.add_zero_attn:
             raise UnsupportedSite(
-                f"{path} adds keys of its own (add_bias_kv or add_zero_attn), which edits do not know"
+                f"{path} adds keys of its own (add_bias_kv or add_zero_attn), which operators inside attention do not "
+                "support: exclude it from the adapter's target modules"
             )
 
     def prepare(self) -> None:

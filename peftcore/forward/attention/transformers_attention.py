@@ -50,11 +50,14 @@ class TransformersCalls:
         named = {name for each in constants for name in (each if isinstance(each, tuple) else (each,))}
         if chosen := named & _PER_KEY_INDICES:
             raise UnsupportedSite(
-                f"{path} picks its keys by position ({', '.join(chosen)}), which keys in front would shift"
+                f"{path} selects keys by position ({', '.join(chosen)}), and keys that an adapter adds in front would "
+                "shift these positions: exclude it from the adapter's target modules"
             )
         for option in _DETOURS:
             if getattr(module.config, option, False):
-                raise UnsupportedSite(f"{path} goes around its attention interface with {option}=True; turn it off")
+                raise UnsupportedSite(
+                    f"{path} bypasses its attention interface with {option}=True: set config.{option} = False"
+                )
 
     def prepare(self) -> None:
         """Register peftcore's attention functions with transformers, once per process."""
@@ -124,7 +127,7 @@ def implementation_of(config: Any) -> str:
     name: str = config._attn_implementation or "eager"
     if name not in SUPPORTED:
         raise UnsupportedSite(
-            f"attention is edited around {' and '.join(SUPPORTED)}, not around {name!r}: "
-            'model.set_attn_implementation("sdpa")'
+            f"operators inside attention work with {' and '.join(SUPPORTED)}, not with {name!r}: call "
+            "model.set_attn_implementation('sdpa')"
         )
     return name

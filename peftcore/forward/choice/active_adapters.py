@@ -134,7 +134,10 @@ class Route:
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))
         if rest:
-            raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
+            raise RouteError(
+                f"a module received {count} rows, which is not a multiple of the route's {len(self.index)} rows: "
+                "exclude it from the adapter's target modules"
+            )
         return times
 
     @cached_property

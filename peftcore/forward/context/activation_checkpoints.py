@@ -51,8 +51,8 @@ def remembered(state: object | None) -> tuple[Any, Any] | None:
         if key in record:
             if record[key] is None:
                 raise AmbiguousBackward(
-                    "the choice of adapters changed inside of a checkpoint, which runs again in backward: choose "
-                    "before the checkpoint, and outside of it"
+                    "the active adapters changed inside a checkpointed block, which backward runs again: choose them "
+                    "outside the checkpoint, before it begins"
                 )
             found: tuple[Any, Any] = record[key]
             return found

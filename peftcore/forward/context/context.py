@@ -183,8 +183,9 @@ class ForwardContext:
         """
         if self._tokens is None or not self._tokens.counted:
             raise MissingContext(
-                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, where it has one "
-                "stack of them and runs uncompiled, and of a cache that counts tokens: call that model"
+                "the tokens of this forward are not known: call the whole adapted model, uncompiled, with input_ids or "
+                "inputs_embeds, and with a cache that counts tokens; models with an encoder and a decoder are not "
+                "supported"
             )
         return self._tokens
 
@@ -218,8 +219,8 @@ class ForwardContext:
             return own
         if own.numel() != len(like):
             raise SequenceError(
-                f"a module is given {tuple(like.shape)}, and the model {tuple(own.shape)} tokens: exclude it from the "
-                "adapter's target modules"
+                f"a module received an input of shape {tuple(like.shape)}, but the model's tokens have shape "
+                f"{tuple(own.shape)}: exclude it from the adapter's target modules"
             )
         return own.flatten()
 
@@ -271,7 +272,9 @@ class ForwardContext:
 
     def _check_told(self, name: str) -> None:
         if self.choice is None or name not in self.choice.context:
-            raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
+            raise MissingContext(
+                f"this method needs a value for {name!r}: pass it with peftcore.call(model, {name}=...): ..."
+            )
 
     def for_rows(self, name: str, rows: int, value: Tensor | None = None) -> Tensor:
         """Returns the entries of a call's value for the rows that a module receives, in a route for the operator's
@@ -296,13 +299,13 @@ class ForwardContext:
         if len(value) == 1:
             return value
         if not len(value):
-            raise RouteError(f"{name} has no entries: give one for each row, or one for all")
+            raise RouteError(f"{name} has no entries: pass one for each row, or one for all rows")
         own = of_batch(name, value, *self._repeated(len(value), rows))
         own = own if self.rows is None else self.rows.of(own)
         if rows % len(own):
             raise RouteError(
-                f"a module is given {rows} rows, which cannot be told apart by the {len(own)} entries of {name}: "
-                "exclude it from the adapter's target modules, or give one entry for all rows"
+                f"a module received {rows} rows, which is not a multiple of the {len(own)} entries of {name}: exclude "
+                "it from the adapter's target modules, or pass one entry for all rows"
             )
         return own
 
@@ -373,9 +376,9 @@ class ForwardContext:
         route = None if self.choice is None else self.choice.route
         if route is not None and self.rows is None and (torch.compiler.is_compiling() or len(route.present) > 1):
             raise RouteError(
-                f"the loss that a {type(operator).__name__} adds would be one of the rows of all adapters: it runs on "
-                "all when compiled, and where a module is not given a row for each of the batch. Train uncompiled, "
-                "exclude that module from its targets, or train this adapter in batches of its own"
+                f"the loss that {type(operator).__name__} adds would include rows of other adapters: compiled code "
+                "runs it on all rows, as do modules that do not receive one row for each row of the batch. Train "
+                "uncompiled, exclude that module from its targets, or train this adapter in separate batches"
             )
         if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append((operator, loss))
@@ -464,10 +467,14 @@ class ForwardContext:
         """
         model = self._model
         if model is None:
-            raise MissingContext("a part of the model was called by itself: only the whole model runs once more")
+            raise MissingContext(
+                "a part of the model was called directly, but only the whole model can run once more: call the adapted "
+                "model itself"
+            )
         if given := caches_in(self.inputs):
             raise TrainingError(
-                f"the model is to run twice, and {next(iter(given))}= has the tokens already: train without it"
+                f"this method runs the model twice, but {next(iter(given))}= already contains the tokens: train "
+                "without it"
             )
         inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
         self.passes += 1
@@ -569,7 +576,7 @@ def outside() -> ForwardContext | None:
 
 
 LOST = (
-    "a block adds a loss of the adapter's own, which a reentrant checkpoint gives no gradient: take the others, "
+    "a checkpointed block adds a loss of the adapter, and reentrant checkpoints give it no gradient: call "
     "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 

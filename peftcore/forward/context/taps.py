@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from peftcore.forward.rows.routing import OwnRows
 
 REENTRANT = (
-    "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take the "
-    "others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+    "a checkpointed block reads a tensor from another part of the adapter, and reentrant checkpoints give it no "
+    "gradient: call model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
 

@@ -73,8 +73,9 @@ class OneForward:
         """
         if self._module._modules:
             raise RouteError(
-                f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
-                "once for each injection of the route or composition (and fill caches more than once); remove it"
+                f"an adapter changes the inputs of {type(self._module).__name__}, a module with submodules, which "
+                "would run once for each adapter of the route or composition (and fill caches more than once): remove "
+                "that adapter"
             )
 
 
@@ -251,13 +252,17 @@ def by_tokens(
     counted = forward_context().tokens
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if first is None or torch.compiler.is_compiling():
-        raise RouteError("a route with `since` runs uncompiled, at modules that are given tokens: route whole rows")
+        raise RouteError(
+            "a route with `since` needs an uncompiled model and modules that receive tokens: omit since= to route "
+            "whole rows"
+        )
     held, new = counted.held, counted.new
     batch = len(first) if first.shape[1:2] == (new,) and route.fits(len(first)) else len(first) // new
     if not route.fits(batch) or len(first) not in (batch, batch * new):
         raise RouteError(
-            f"a module is given {tuple(first.shape)}, among which the {new} tokens of {len(route.index)} rows cannot "
-            "be told apart: exclude it from the adapter's target modules, or route whole rows"
+            f"a module received a tensor of shape {tuple(first.shape)}, in which the {new} tokens of "
+            f"{len(route.index)} rows cannot be identified: exclude it from the adapter's target modules, or omit "
+            "since= to route whole rows"
         )
     tokens = route.by_tokens(held, new, batch)
     if not tokens.tokens or len(first) == batch * new:

@@ -68,8 +68,8 @@ class Marked:
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise SequenceError(
-            f"this cache begins with {self._front} rows of soft prompts that do not act now; activate the injections "
-            "that it was filled with, or start with an empty cache"
+            f"this cache begins with {self._front} rows of soft prompts that are not active now: activate the adapters "
+            "that filled it, or pass an empty cache"
         )
 
     def reset(self) -> None:
@@ -125,7 +125,9 @@ def self_attention_cache(cache: Any) -> Any:
     if isinstance(cache, EncoderDecoderCache):
         return cache.self_attention_cache
     if not isinstance(cache, Cache):
-        raise SequenceError(f"a {type(cache).__name__} is no cache of transformers, so nobody can tell what it holds")
+        raise SequenceError(
+            f"{type(cache).__name__} is not a cache of transformers: pass one, such as transformers.DynamicCache()"
+        )
     return cache
 
 
@@ -232,14 +234,14 @@ def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
         filler, order = own.rows[-1]
         if (filler, order.count) != (stamp, count):
             raise SequenceError(
-                f"this cache was filled behind {order.count} rows of another soft prompt than the one that acts "
-                "now; activate the one it was filled with, or start with an empty cache"
+                f"this cache was filled with {order.count} rows of another soft prompt than the active one: activate "
+                "the adapter that filled it, or pass an empty cache"
             )
         return SequenceCacheView(cache, _with_own(cache, _view(own, own.rows[:-1])), held=True)
     if is_filled(cache):
         raise SequenceError(
-            "this cache was filled without the soft prompt that acts now, which cannot get in front any more; start "
-            "with an empty cache, or disable the injection"
+            "this cache was filled without the active soft prompt, which has to come first: pass an empty cache, or "
+            "disable the adapter"
         )
     inner = _view(own, ())
     if any(map(_grows, own.layers)):

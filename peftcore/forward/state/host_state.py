@@ -257,7 +257,10 @@ class HostState:
         for name, injection in self.injections.items():
             if any(graft.operator is operator for graft in injection.grafts):
                 return name
-        raise UnknownInjection(f"this {type(operator).__name__} belongs to no injection of the host")
+        raise UnknownInjection(
+            f"this {type(operator).__name__} does not belong to an adapter of the model: pass an operator of an "
+            "installed adapter"
+        )
 
     def ordered(self, names: Iterable[str]) -> Active:
         """Returns names of injections in the order in which they were applied."""
