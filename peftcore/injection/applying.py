@@ -19,7 +19,6 @@ from torch import nn
 from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
-from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import ConfigError, UnsupportedHost
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.state.host_state import HostState, ensure_state
@@ -30,6 +29,7 @@ from peftcore.injection.injection import Injection
 from peftcore.injection.request import Part, Request, check_model, check_name
 from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
+from peftcore.registry.peft_names import is_peft_config
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
 from peftcore.surgery import installation

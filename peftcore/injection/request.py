@@ -12,13 +12,13 @@ from torch import nn
 from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, dtype_of
 from peftcore.contract.method import Method
-from peftcore.contract.peft_names import is_peft_config
 from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, UnsupportedHost
 from peftcore.forward.state.host_state import state_of
 from peftcore.injection.injection import Injection
 from peftcore.layers.pieces import at_hand
 from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.peft_names import is_peft_config
 from peftcore.registry.plugins import registry
 from peftcore.registry.preset_methods import method_of, preset_of
 from peftcore.roles import HostMap

@@ -56,6 +56,9 @@ class PeftMethod(ABC):
     """The types of peft that they can be."""
     patterns: ClassVar[Mapping[str, str]] = {}
     """Options that hold values by pattern of path, and the option that each of them changes."""
+    advice: ClassVar[Mapping[str, str]] = {}
+    """What to write in peftcore for options of this type, ``{"init_r": "use rank="}``, shown to users who write peft's
+    name; options that many types share have advice in the core."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:

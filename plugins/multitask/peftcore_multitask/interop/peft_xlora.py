@@ -7,7 +7,7 @@ directory. peft calls them by number and gives them shares by name, so the names
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -35,6 +35,21 @@ class PeftXLoRA(PeftMethod):
     folders = "adapters"
     part_kinds = ("LORA",)
     trained_beside = False
+    advice: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "leave it out: the model has the width",
+        "adapters": 'call peftcore.gather(model, "xlora", {folder: 1.0, ...})',
+        "enable_softmax": "use softmax=",
+        "enable_softmax_topk": "use softmax_top_k=",
+        "layerwise_scalings": "use layerwise=",
+        "xlora_depth": "use depth=",
+        "xlora_size": "use width=",
+        "xlora_dropout_p": "use dropout=",
+        "use_trainable_adapters": "use train_parts=",
+        "softmax_temperature": "use temperature=",
+        "top_k_lora": "use top_k=",
+        "scaling_pass_value": "leave it out: the first pass runs the base alone",
+        "global_scaling_weight": "use scale=",
+    }
 
     def named(self, keys: Keys) -> dict[str, str]:
         found = super().named(keys)

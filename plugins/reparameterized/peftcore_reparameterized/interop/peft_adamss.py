@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -34,6 +34,22 @@ class PeftAdaMSS(PeftMethod):
     methods = ("adamss",)
     below = ("adamss_newB", *(f"adamss_{factor}.{index}" for index in range(MOST) for factor in "AB"))
     kinds = (nn.Linear,)
+    advice: ClassVar[Mapping[str, str]] = {
+        "r": "use components=",
+        "num_subspaces": "use subspaces=",
+        "subspace_rank": "use rank=",
+        "use_asa": "use target_subspaces=",
+        "asa_target_subspaces": "use target_subspaces=",
+        "init_warmup": "use warmup=",
+        "final_warmup": "use until=",
+        "mask_interval": "use interval=",
+        "asa_importance_beta": "use beta1=",
+        "asa_uncertainty_beta": "use beta2=",
+        "asa_schedule_exponent": "use exponent=",
+        "use_dynamic_rank": "use threshold=",
+        "svd_threshold": "use threshold=",
+        "random_seed": "use projection_seed=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         dynamic, competing = keys.take("use_dynamic_rank", bool, False), keys.take("use_asa", bool, False)

@@ -8,7 +8,7 @@ without its CUDA kernel peft makes one factor, regardless of the options (and su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -25,6 +25,12 @@ class PeftBOFT(PeftMethod):
     below = ("boft_R", "boft_s")
     bias = "boft_only"
     kinds = (nn.Linear, nn.Conv2d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "boft_block_size": "use block_size=",
+        "boft_block_num": "use block_size=, the width by the number of blocks",
+        "boft_n_butterfly_factor": "use factors=",
+        "boft_dropout": "use block_dropout=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         dropout = float(keys.take("boft_dropout", float, 0.0))

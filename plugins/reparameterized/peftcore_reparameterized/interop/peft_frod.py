@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -33,6 +33,14 @@ class PeftFRoD(PeftMethod):
     root = ("frod_V.", "frod_s_indices.", "frod_s_size.")
     bias = "frod_only"
     kinds = (nn.Linear, Transposed)
+    advice: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "use projection_seed=",
+        "save_projection": "leave it out: files have the frozen tensors",
+        "sparse_rate": "use sparsity=",
+        "regularization_alpha": "use ridge=",
+        "progressbar": "leave it out: there is no progress bar to configure",
+        "runtime_offload_base_weight": "leave it out: the base's weights are not offloaded",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("progressbar", "runtime_offload_base_weight")

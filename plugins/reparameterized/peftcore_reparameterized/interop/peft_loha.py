@@ -23,6 +23,9 @@ class PeftLoHa(PeftMethod):
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "use_effective_conv2d": "use tucker=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {

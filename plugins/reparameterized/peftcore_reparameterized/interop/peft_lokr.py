@@ -30,6 +30,10 @@ class PeftLoKr(PeftMethod):
     below = tuple(NAMES.values())
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "use_effective_conv2d": "use tucker=",
+        "decompose_factor": "use factor=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         factor = keys.take("decompose_factor", int, -1)

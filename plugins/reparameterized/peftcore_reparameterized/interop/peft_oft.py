@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -28,6 +28,14 @@ class PeftOFT(PeftMethod):
     below = ("oft_R.weight", "oft_embedding_R.weight")
     bias = "oft_only"
     kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+    advice: ClassVar[Mapping[str, str]] = {
+        "r": "use block_size=",
+        "oft_block_size": "use block_size=",
+        "module_dropout": "use block_dropout=",
+        "coft": "use eps=",
+        "use_cayley_neumann": "use series=",
+        "num_cayley_neumann_terms": "use series=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         dropout = float(keys.take("module_dropout", float, 0.0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -30,6 +30,10 @@ class PeftOSF(PeftMethod):
     kinds = (nn.Linear,)
     adds = True
     patterns = {"rank_pattern": "effective_rank"}  # noqa: RUF012
+    advice: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": 'use overrides={"*.q_proj": {"effective_rank": 4}}',
+        "target_svd_config": "use effective_rank=",
+    }
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
         keys.pass_over("rank_pattern", "effective_rank", "target_svd_config")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -31,6 +31,19 @@ class PeftPSOFT(PeftMethod):
     methods = ("psoft",)
     below = tuple(NAMES.values())
     kinds = (nn.Linear,)
+    advice: ClassVar[Mapping[str, str]] = {
+        "psoft_alpha": "leave it out: it has no effect in peft either",
+        "ab_svd_init": "use singular_values=",
+        "psoft_svd": "use iterations=",
+        "psoft_svd_lowrank_niter": "use iterations=",
+        "random_seed": "use seed=",
+        "psoft_orth": "use orthogonal=",
+        "psoft_mag_b": "use scale_outputs=",
+        "psoft_mag_a": "use scale_inputs=",
+        "use_cayley_neumann": "use series=",
+        "num_cayley_neumann_terms": "use series=",
+        "cayley_neumann_eps": "use eps=",
+    }
     found_by: tuple[int, int] | None = None
     """Iterations and seed of the approximation by which the file's singular vectors are found; None: exactly."""
 

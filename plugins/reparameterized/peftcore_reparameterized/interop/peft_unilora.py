@@ -8,7 +8,7 @@ numpy from its seed, for the targets in the order of the model. Here they are dr
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -29,6 +29,12 @@ class PeftUniLoRA(PeftMethod):
     bias = "unilora_only"
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "proj_seed": "use projection_seed=",
+        "theta_d_length": "use theta_length=",
+        "init_theta_d_bound": "use theta_bound=",
+        "save_indices": "use store_indices=",
+    }
 
     def __init__(self) -> None:
         self.saved, self.length, self.seed = False, 0, 0

@@ -9,7 +9,7 @@ again, are read as -10,000, since our files cannot hold infinite values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -33,6 +33,11 @@ class PeftVBLoRA(PeftMethod):
     kinds = (nn.Linear, Transposed)
     shortened = False
     """Whether the file that is read has only the largest logits."""
+    advice: ClassVar[Mapping[str, str]] = {
+        "save_only_topk_weights": "leave it out: files have all logits",
+        "init_vector_bank_bound": "use bank_bound=",
+        "init_logits_std": "use logits_std=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         self.shortened = keys.take("save_only_topk_weights", bool, False)

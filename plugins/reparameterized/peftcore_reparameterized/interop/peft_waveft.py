@@ -25,6 +25,13 @@ class PeftWaveFT(PeftMethod):
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "scaling": "use alpha=",
+        "wavelet_family": "use wavelet=",
+        "use_idwt": "use wavelet=None for false",
+        "random_loc_seed": "use entry_seed=",
+        "proportional_parameters": "use overrides= with an n_frequency for each layer",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("proportional_parameters")  # the numbers that it led to are those of the tensors

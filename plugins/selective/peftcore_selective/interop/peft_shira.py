@@ -7,7 +7,7 @@ number each, in ascending order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -23,6 +23,10 @@ class PeftSHiRA(PeftMethod):
     below = ("shira_weight", "shira_indices")
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "mask_type": "use mask=",
+        "random_seed": "use seed=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("mask_type", "random_seed", "mask_fn")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -28,6 +28,11 @@ class PeftSupertuning(PeftMethod):
     below = ("supertuning_values", "supertuning_indices", *FACTORS.values())
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "select_top": "use mask=",
+        "lora_dropout": "leave it out: the method has no dropout",
+        "save_precomputed_indices": "leave it out: files have the positions of the trained entries",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("save_precomputed_indices")

@@ -71,6 +71,36 @@ class PeftLoRA(PeftMethod):
     below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
     bias = "lora_only"
     ties = "ensure_weight_tying"
+    advice: ClassVar[Mapping[str, str]] = {
+        "bias": 'apply ["lora", "bitfit"]: bitfit trains the biases',
+        "use_rslora": 'use scaling="sqrt_rank"',
+        "init_lora_weights": 'use the method for it, such as "pissa", "olora" or "loftq"',
+        "megatron_config": "leave it out: peftcore finds parallel layers by their structure",
+        "megatron_core": "leave it out: peftcore finds parallel layers by their structure",
+        "trainable_token_indices": 'apply ["lora", {"method": "trainable_tokens", "token_indices": [...]}]',
+        "loftq_config": 'use the method "loftq"',
+        "eva_config": 'use the method "eva"',
+        "corda_config": 'use the method "corda"',
+        "lora_ga_config": 'use the method "lora_ga"',
+        "use_dora": 'use the method "dora"',
+        "velora_config": 'use the method "velora"',
+        "alora_invocation_tokens": 'use the method "alora"',
+        "use_qalora": 'use the method "qa_lora"',
+        "qalora_group_size": 'use the method "qa_lora"',
+        "monteclora_config": 'use the method "monteclora"',
+        "layer_replication": "call peftcore.replicate_layers(model, [...]) before it is adapted",
+        "runtime_config": "leave it out: it has no counterpart here",
+        "lora_bias": 'apply ["lora", "bitfit"]: bitfit trains the biases',
+        "use_bdlora": 'use the method "bd_lora"',
+        "arrow_config": 'call peftcore.gather(model, "arrow", {folder: 1.0, ...})',
+        "kasa_config": 'use the method "kasa"',
+        "num_samples": "use samples=",
+        "sample_scaler": "use sample_scale=",
+        "kl_loss_weight": "use kl=",
+        "dirichlet_prior": "use prior=",
+        "use_entropy": "use entropy=",
+        "nblocks": "use blocks=",
+    }
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __init__(self) -> None:

@@ -1,11 +1,16 @@
 """Those who come from peft are told what its options are called here."""
 
+import re
+
 import pytest
 from torch import nn
 
 import peftcore
-from peftcore.contract.peft_names import METHODS, OPTIONS, instead_of
+from peftcore.contract.config import RESERVED
 from peftcore.errors import ConfigError, UnknownMethod, UnsupportedHost
+from peftcore.files.formats.peft_method import peft_methods
+from peftcore.registry.peft_names import peft_advice
+from peftcore.registry.plugins import imported
 
 
 def host() -> nn.Module:
@@ -27,17 +32,31 @@ def test_an_option_of_peft_is_answered_with_ours(option: str, value: object, ins
         peftcore.apply(host(), "lora", target="0", **{option: value})
 
 
-def test_what_a_method_does_not_have_is_not_promised() -> None:
-    assert instead_of("r", ("rank",)) == "use rank=" and instead_of("r", ("length",)) is None
-    assert instead_of("nowhere", ("rank",)) is None
-    options = {name for info in peftcore.methods() for name in peftcore.method(info.name).Config.model_fields}
-    assert {needed for answers in OPTIONS.values() for _, needed in answers if needed} <= options
+def test_advice_names_an_option_that_the_method_has() -> None:
+    assert peft_advice("lora", "r", ("rank",)) == "use rank=" and peft_advice("lora", "r", ("length",)) is None
+    assert peft_advice("lora", "nowhere", ("rank",)) is None
+    assert peft_advice("oft", "r", ("block_size",)) == "use block_size="
+    assert (
+        peft_advice("delora", "lambda_pattern", ("overrides", "strength"))
+        == 'use overrides={"*.q_proj": {"strength": 4}}'
+    )
+    assert peft_advice("loha", "rank_pattern", ("rank",)) == 'use overrides={"*.q_proj": {"rank": 4}}'
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_variant_of_peft_is_answered_with_our_method(name: str) -> None:
-    with pytest.raises(UnknownMethod, match=METHODS[name].replace("+", r"\+")):
-        peftcore.apply(host(), name)
+def test_translations_advise_options_that_exist() -> None:
+    known = {name for info in peftcore.methods() for name in peftcore.method(info.name).Config.model_fields} | RESERVED
+    advised = [text for place in peft_methods().values() for text in imported(place).advice.values()]
+    assert {named[1] for text in advised if (named := re.match(r"use (\w+)=", text))} <= known
+
+
+def test_an_option_of_another_type_is_answered_too() -> None:
+    with pytest.raises(ConfigError, match=r"use the method \"dora\""):
+        peftcore.apply(host(), "vera", target="0", use_dora=True)
+
+
+def test_a_variant_of_peft_is_answered_with_our_method() -> None:
+    with pytest.raises(UnknownMethod, match="did you mean 'lora_plus'"):
+        peftcore.apply(host(), "loraplus")
 
 
 def test_names_are_found_in_any_case() -> None:
