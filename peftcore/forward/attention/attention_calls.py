@@ -39,7 +39,7 @@ class AttentionCalls(Protocol):
         """The class of the module's view, where it differs from the module's class."""
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite where the module's configuration bypasses the edits."""
+        """Raise UnsupportedSite if the module's configuration bypasses edits."""
 
     def prepare(self) -> None:
         """Prepare this process for a forward; never called while a compiler traces."""
@@ -79,8 +79,8 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 @dataclass
 class TorchCalls:
-    """A module calls `F.scaled_dot_product_attention`, itself (timm) or by a processor (diffusers): its forward runs
-    under a mode that sees this call."""
+    """For modules that call `F.scaled_dot_product_attention`, directly (timm) or through a processor (diffusers): the
+    forward runs under a torch function mode that intercepts this call."""
 
     plain: type[nn.Module]
     """The module's own class."""
@@ -90,11 +90,11 @@ class TorchCalls:
         return {"plain": self.plain, "view_class": None}
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Does nothing here: `run` checks in each forward how the module calls attention."""
+        """Does nothing: `run` checks in each forward how the module calls attention."""
 
     def prepare(self) -> None:
-        """Make the class of views: diffusers lets torch.compile treat instances of its classes as single operations,
-        which edits cannot enter."""
+        """Create the class of the module's views. It is a new class because torch.compile treats modules of diffusers'
+        own classes as single operations, in which edits cannot act."""
         plain: Any = self.plain
         self.view_class = _traced(plain)
 
@@ -106,7 +106,7 @@ class TorchCalls:
         """Returns the output of the forward under the mode.
 
         Raises:
-            UnsupportedSite: the forward did not compute exactly one attention in this way.
+            UnsupportedSite: the forward did not call `F.scaled_dot_product_attention` exactly once.
         """
         mode = _SeesAttention(stand_in, edits)
         with mode:
@@ -179,7 +179,7 @@ def _attention(
 
 
 def locate_attention(site: Site, resolver: Resolver) -> AttentionSite:
-    """Returns the attention at a site: its module, or the one inside it that computes attention (BERT's
+    """Returns the attention at a site: the site's module, or the module inside it that computes attention (BERT's
     ``attention.self``).
 
     Raises:

@@ -30,7 +30,7 @@ _DETOURS = ("reorder_and_upcast_attn",)
 
 @dataclass(frozen=True)
 class TransformersCalls:
-    """A module asks transformers' attention interface for its function."""
+    """For modules that get their attention function from transformers' attention interface."""
 
     view_class: ClassVar[None] = None
     eager: Callable[..., Any]
@@ -38,7 +38,8 @@ class TransformersCalls:
 
     @classmethod
     def of(cls, module: nn.Module) -> TransformersCalls:
-        """Returns the way of a module whose forward passes the eager function of its file to the interface."""
+        """Returns the `TransformersCalls` of a module whose forward passes the eager function of its file to the
+        interface."""
         forward = inspect.unwrap(plain_class(module).forward)
         name = next(name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
         return cls(forward.__globals__[name])
@@ -103,7 +104,8 @@ def _named(implementation: str) -> str:
 
 
 class ConfigStandIn:
-    """A config that differs only in the name of its attention implementation, which is read each time."""
+    """A config that differs from the real one only in the name of its attention implementation. The real name is read
+    at each access."""
 
     def __init__(self, config: Any) -> None:
         self._config = config

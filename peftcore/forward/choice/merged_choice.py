@@ -33,8 +33,8 @@ def check_choice(injections: Injections, merged: Active, choice: Choice) -> None
 
 
 def check_merge(injections: Injections, merged: Active, name: str, choice: Choice, where: str = "") -> None:
-    """Verify that an injection may be merged while a choice is in force; `where` names the owner of the choice, for the
-    message.
+    """Verify that an injection may be merged while a choice is in force; `where` describes the owner of the choice in
+    the error message.
 
     Raises:
         MergeError: forwards under the choice would no longer compute the right result.

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class ResidentAdapter(Protocol):
-    """An adapter as its residency sees it: values that can be offloaded from the model and restored."""
+    """An adapter as `Residency` uses it: its values can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
         """Returns the bytes that the adapter's values take on the model, or would take there."""
 
     def trains(self) -> bool:
-        """Whether an optimizer may change the adapter."""
+        """Whether the adapter trains, so that an optimizer may change its values."""
 
     def fetch(self) -> Any:
         """Returns the offloaded values, checked; the model does not change.

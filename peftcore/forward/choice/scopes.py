@@ -52,7 +52,7 @@ class ChoiceBlock:
     Attributes:
         choice: the current choice in the block.
         place: the thread and task in which the block began; None where other threads and tasks cannot see the block.
-        open: True until the block is left.
+        open: True until the block is exited.
         before: the threads that already ran when the block began, since threads started later may work for the block;
             None where threads do not matter.
         of_owner: whether the block is in a task of the thread that adapted the model: then threads that already ran may
@@ -84,8 +84,8 @@ class Scope:
     choice: Choice
     block: ChoiceBlock
     pin: ChoiceBlock | None = None
-    """Shows other threads the injections that a task's statement names, if the task made it in a block that another
-    task entered."""
+    """Makes the injections that a task's statement names visible to other threads; for a statement in a block that
+    another task entered."""
 
 
 Scopes = tuple[Scope, ...]

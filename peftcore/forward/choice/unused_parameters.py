@@ -21,7 +21,7 @@ def check_all_act(model: nn.Module, injections: Mapping[str, Installed], acting:
     Args:
         model: the adapted model.
         injections: its injections by name.
-        acting: the names of those that act through their operators: not those that are merged.
+        acting: the names of the injections that act through their operators, without merged ones.
 
     Raises:
         TrainingError: an adapter with trainable parameters is inactive.

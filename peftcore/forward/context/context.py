@@ -2,7 +2,7 @@
 
 Two hooks on the root open and close the context; operators get it from `forward_context`. Modules that run again inside
 backward (gradient checkpointing) find the context of the forward that they repeat: the autograd nodes of its outputs
-announce it before its modules run again. So leaving `activate` or `route` before `backward()` has no effect on the
+announce it before its modules run again. So exiting `activate` or `route` before `backward()` has no effect on the
 gradients.
 """
 
@@ -80,7 +80,7 @@ A private function of torch: no public function distinguishes a repeated forward
 
 
 def repeating() -> bool:
-    """Whether this thread is inside a backward pass, where a forward repeats an earlier one."""
+    """Whether this thread is inside a backward pass, in which a forward repeats an earlier forward."""
     return graph_task() != -1
 
 
@@ -114,8 +114,8 @@ class ForwardContext:
             after the host has returned. A list, since torch.compile does not trace grafts after a change of a dict that
             existed before.
         losses: scalars that operators add to the loss of the output, each with its operator; see `add_loss`.
-        visits: for a part of the host that runs by itself: how many target modules ran in training since the losses
-            were last taken.
+        visits: for a part of the host that was called directly: the number of target modules that ran in training since
+            the losses were last taken.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class ForwardContext:
     @property
     def prompt(self) -> Prompt | None:
         """The prompt of the ``generate`` in which this forward runs, if the forward receives tokens of the prompt or
-        generated tokens after it; None elsewhere."""
+        tokens generated after it; otherwise None."""
         return None if self._tokens is None else self._tokens.prompt
 
     @property
     def tokens(self) -> Tokens:
-        """The tokens of the host's forward, of all rows of the batch; for methods with `Method.reads_tokens`, and in a
-        route with `since`.
+        """The tokens of the host's forward, for all rows of the batch. Available for methods with
+        `Method.reads_tokens`, and in a route with `since`.
 
         Raises:
             MissingContext: a part of the host was called by itself, the host has an encoder and a decoder, or is
@@ -190,8 +190,8 @@ class ForwardContext:
         return self._tokens
 
     def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
-        """Returns a mask of the tokens of a module's input from the last occurrence of a sequence of ids in their row
-        on, or from the columns of ``peftcore.call(model, since=...)`` on.
+        """Returns a mask of a module's input tokens. It is True from the last occurrence of a sequence of ids in the
+        row, or from the column given by ``peftcore.call(model, since=...)``.
 
         Args:
             sequence: the ids; empty to use only the columns of `since`.
@@ -267,7 +267,7 @@ class ForwardContext:
         return self.context[name]
 
     def told(self, name: str, otherwise: Any = None) -> Any:
-        """Returns one value given to `peftcore.call(model, ...)`, also in a route for all rows."""
+        """Returns one value given to `peftcore.call(model, ...)`; in a route, the value for all rows of the batch."""
         return otherwise if self.choice is None else self.choice.context.get(name, otherwise)
 
     def _check_told(self, name: str) -> None:
@@ -277,9 +277,9 @@ class ForwardContext:
             )
 
     def for_rows(self, name: str, rows: int, value: Tensor | None = None) -> Tensor:
-        """Returns the entries of a call's value for the rows that a module receives, in a route for the operator's
-        rows. It has one entry for all rows, or one for each row of the batch; the latter applies to all adjacent rows
-        that the module makes of that row (windows, frames, flat tokens).
+        """Returns the entries of a call's value for the rows that a module receives; in a route, for the operator's
+        rows. The value has one entry for all rows, or one for each row of the batch. An entry of a batch row applies to
+        all adjacent rows into which the module's input splits that row (windows, frames, flat tokens).
 
         Args:
             name: the name of the value in `peftcore.call`.
@@ -394,7 +394,7 @@ class ForwardContext:
             self.taps[:], self.losses[:] = taps, losses
 
     def check_loss_learns(self) -> None:
-        """Verify that a loss which an operator computes now has a gradient.
+        """Verify that a loss that an operator computes now would get a gradient.
 
         Raises:
             TrainingError: the loss is computed inside a reentrant checkpoint, which keeps no graph.
@@ -456,7 +456,7 @@ class ForwardContext:
         dropped at its end.
 
         Args:
-            left: the values of taps at the beginning of the pass, by which operators recognize the pass.
+            left: the values that taps have at the beginning of the pass; operators recognize the pass by them.
 
         Returns:
             The host's output, with its graph, before hooks of the host change it; in a route only the adapter's rows.
@@ -571,7 +571,7 @@ def _runs(wanted: FrameType | None) -> bool:
 
 
 def outside() -> ForwardContext | None:
-    """Returns the context for a part of the host that runs by itself in this thread, if there is one."""
+    """Returns the context of a part of the host that was called directly in this thread; None without one."""
     return None if HERE.outside is None else HERE.outside()
 
 

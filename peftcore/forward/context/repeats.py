@@ -1,5 +1,4 @@
-"""The repetition of entries in a batch, for a value given to `peftcore.call`: images of a UNet, tasks, lengths of
-prompts.
+"""How a batch repeats the entries of a value given to `peftcore.call` (images of a UNet, tasks, lengths of prompts).
 
 A value has one entry for each row of the batch, or one for all. A batch with more rows than entries repeats them in one
 of two ways, which cannot be read from the batch: pipelines with classifier-free guidance concatenate all rows without

@@ -74,7 +74,7 @@ class Tap:
 @contextmanager
 def branches(context: ForwardContext) -> Iterator[Callable[[], None]]:
     """Context manager for a module that runs in several branches; yields a function to call before each branch. Each
-    branch reads the values stored before the module ran, also those that an earlier branch took."""
+    branch reads the values stored before the module ran, even if an earlier branch has taken them."""
     taps, before = context.taps, [*context.taps]
     left: list[Any] = []
     taken: list[Any] = []

@@ -1,7 +1,6 @@
-"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and decisions about these.
-
-Decisions about the tokens of a prompt are stored with the cache that the forward fills, and in copies of it: the next
-forward sees one token and relies on the decisions about the prompt.
+"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and the positions at which adapters
+begin to act. Positions found in a prompt are stored with the cache that the forward fills, and in copies of the cache,
+since the next forward sees only one token.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class _Kept(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The prompt of a ``generate`` that runs: it is known as a whole before the model receives pieces of it."""
+    """The prompt of a running ``generate``. The whole prompt is known before the model receives it in pieces."""
 
     ids: Tensor
     """``[batch, tokens]``"""

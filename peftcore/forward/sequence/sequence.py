@@ -33,8 +33,8 @@ from peftcore.targets.sequence_sites import BODY, ENTRY, FORM, READER, SequenceS
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
 MARKS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
-"""Arguments with an entry for each token, and the entry for the rows. In windowed attention with global tokens, the
-rows are global too: inside a window they would only act on the beginning of a text."""
+"""Arguments with an entry for each token, and the entry that the rows in front get. In windowed attention with global
+tokens, the rows are global too: inside a window they would only act on the beginning of a text."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
@@ -92,8 +92,8 @@ class Nest:
         raise KeyError(stamp)
 
     def split(self, stamp: str) -> tuple[list[Order], Order, list[Order]]:
-        """Returns the orders of the edits outside of one edit, from it outwards; the order of the edit; and the orders
-        of the edits inside of it, from the blocks outwards."""
+        """Returns three items for one edit: the orders of the edits outside of it, from the inside out; its own order;
+        and the orders of the edits inside of it, from the blocks outwards."""
         stamps, orders = list(self.edits), list(self.edits.values())
         at = stamps.index(stamp)
         return orders[:at][::-1], orders[at], orders[at + 1 :][::-1]
@@ -119,8 +119,8 @@ class SequenceOperator(Operator):
         self.entering = Tap()  # where the rows stand that enter with this forward; None where a cache has them
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
-        for each sequence of the batch."""
+        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or ``[batch,
+        length, width]`` with rows for each sequence."""
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -305,8 +305,8 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
 
 
 def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse packed sequences: without a mask, positions that restart mean that several sequences are packed into
-    one."""
+    """Raise SequenceError for packed sequences: without a mask, positions that restart mean that several sequences are
+    packed into one."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
     if alone and places.dim() == 2 and not torch.compiler.is_compiling() and bool((places.diff() != 1).any()):
         raise SequenceError(

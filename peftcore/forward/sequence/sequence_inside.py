@@ -47,7 +47,7 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
-"""Roles of the matrices that add to the stream of a block; their number of outputs is the width of the stream."""
+"""Roles of the matrices whose outputs are added to a block's residual stream; their number of outputs is its width."""
 BLOCK = f"{FORM}.block."
 """The form of a block at which rows are made; the number of the block follows."""
 
@@ -70,8 +70,8 @@ def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
 
 
 def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counted: bool = False) -> InnerSite:
-    """Returns the stack as a site of rows that are made at the blocks with the given numbers; with `counted` the
-    positions of the tokens continue after the rows.
+    """Returns the site for a stack in which the blocks with the given numbers make rows. With `counted`, the positions
+    of the tokens continue after the rows.
 
     Raises:
         UnsupportedSite: a block does not exist, receives tokens as the first dimension, or runs several times in a
@@ -207,7 +207,7 @@ class Standing:
     nest: Nest
     stamp: str
     enter: bool
-    """Whether they enter with this forward; otherwise they are in the cache."""
+    """Whether the rows enter with this forward; otherwise they are in the cache."""
 
     def hidden(self, depth: int) -> Tensor:
         """Returns the mask ``[batch or 1, 1, queries, keys]`` of hidden keys in the attention of a block: the rows are

@@ -21,7 +21,7 @@ from peftcore.forward.sequence.sequence_order import Order
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
-"""The kinds of attention for which transformers keeps masks apart, as far as the masks do not depend on absolute
+"""The kinds of attention for which transformers makes separate masks, without kinds whose masks depend on absolute
 positions."""
 RECURRENT = ("linear_attention", "conv")
 """The kinds whose masks, [batch, queries], only cover the tokens of this forward."""
@@ -31,7 +31,7 @@ def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
     """Returns the number of hidden places at the beginning of each sequence, [batch], given the mask and the size of
     the forward with which the rows enter; None if the mask does not show it.
 
-    In a sequence of only padding, the last place follows the rows.
+    If a sequence is only padding, its last place counts as a token, after the rows.
     """
     if isinstance(mask, Mapping):
         told = (padding_before(each, batch, tokens) for each in mask.values())
@@ -78,8 +78,9 @@ class Front:
         return self.order.count
 
     def refuse_late_padding(self, mask: Any, queries: int) -> None:
-        """Refuse padding after the rows if its places count: in a chunked prefill, the first chunk of a short sequence
-        may be only padding, and more padding then follows in the next chunk. That forward detects it.
+        """Raise an error if padding follows the rows and its places count. In a chunked prefill, the first chunk of a
+        short sequence may be only padding, so that the next chunk begins with more padding; the forward of that chunk
+        detects this.
 
         Raises:
             SequenceError: a sequence has padding after the rows.

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from peftcore.forward.context.context import ForwardContext
 
 IGNORED = -100
-"""Labels that transformers leaves out."""
+"""The label that transformers ignores in losses."""
 PASSES = 16
-"""The number of times that each target module may run, in parts of the model that run by themselves, before their
-losses count as left out: the end of a forward of such parts is not known."""
+"""The number of runs of each target module, in parts of the model that were called directly, after which their losses
+count as left out of training, since the end of such a forward is not known."""
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()

@@ -1,5 +1,5 @@
-"""The record of a host's forwards: two hooks on the root open and close a context for each, and a layer that runs again
-inside backward finds the forward that it repeats."""
+"""Records a host's forwards: two hooks on the root module open and close a context for each forward, so that a layer
+that runs again inside backward finds the forward that it repeats."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class Slot:
         """Check that the parts of a combiner that mixes the inputs of this module change only inputs here.
 
         Raises:
-            CompositionError: a part does more than that.
+            CompositionError: a part changes more than the input.
         """
         for by, inside in mixed(composition, self._combiners(active)):
             what = f"{by!r} mixes the inputs that its parts give to {self.path or 'the model'}, but "

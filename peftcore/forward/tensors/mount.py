@@ -119,7 +119,7 @@ class Effect:
 
     mount: Mount
     before: tuple[Mount, ...] | None = None
-    """If the tensor is a bias: the mounts that act earlier on its weight. None for a weight."""
+    """For a bias, the mounts that act earlier on its weight; for a weight, None."""
     runs: bool = True
     """False for the values that a merge writes."""
 
