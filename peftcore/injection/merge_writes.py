@@ -27,7 +27,7 @@ Holder = tuple[str, nn.Module, str]
 Holders = Mapping[int, list[Holder]]
 """The modules of a host that hold a tensor as a parameter or buffer, by id of the tensor."""
 Key = tuple[str, str]
-"""(module path, tensor path below it)"""
+"""The key of a merged tensor: (module path, tensor path below the module)."""
 Predict = Callable[[Key, Tensor], Tensor]
 """Returns the prediction of an original tensor: the merged tensor minus the change."""
 

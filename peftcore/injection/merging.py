@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 Into = Literal["float", "same"]
 BOUND = 0.25
-"""The error of packing again above which a merge is refused: about twice that of the coarsest 4-bit format."""
+"""The error of packing again above which a merge is refused: about twice the error of the coarsest 4-bit format."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def scheme(name: str, **options: Any) -> Scheme:
     """Returns a scheme by name, with its options.
 
     Raises:
-        QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
+        QuantizationError: no plugin has it, an option is wrong, or a package is missing; the message says what to do.
     """
     cls = scheme_class(name)
     missing = cls.missing()

@@ -1,7 +1,7 @@
 """Quantized layers: how a quantizer describes its format, and how a module is quantized and made dense in place.
 
-A module is replaced *in place*: it takes over class and state of another one and stays the object that it was, so
-containers, ties, hooks and grafts go on to hold it.
+A module is replaced *in place*: it gets the class and state of another module but stays the same object, so containers,
+ties, hooks and operators still refer to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftcore.utils.journal import Journal
 
 class Dense(nn.Linear):
     """Runs in place of a quantized linear layer when an effective weight replaces the quantized one. Like a quantized
-    layer, it takes inputs of any floating-point dtype and returns theirs."""
+    layer, it accepts inputs of any floating-point dtype and returns outputs of the same dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -154,8 +154,8 @@ def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
-    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. Where all are
-    quantized, the dtype of any other parameter."""
+    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. If all matrices are
+    quantized, the dtype of another parameter."""
     own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 

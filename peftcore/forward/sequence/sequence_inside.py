@@ -49,7 +49,7 @@ from peftcore.targets.sites import Site
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
 """Roles of the matrices whose outputs are added to a block's residual stream; their number of outputs is its width."""
 BLOCK = f"{FORM}.block."
-"""The form of a block at which rows are made; the number of the block follows."""
+"""The prefix of the form of a block at which rows are made; the number of the block follows it."""
 
 
 @dataclass(frozen=True, eq=False)
