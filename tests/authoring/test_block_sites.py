@@ -194,7 +194,10 @@ def test_what_acts_on_each_token_goes_on_with_tokens_first(method: str) -> None:
 def test_rows_and_tasks_cannot_be_told_apart_where_tokens_are_first() -> None:
     model, ids = xlnet(), torch.randint(1, 64, (2, 4))
     peftcore.apply(model, "lora", name="a", target="mlp.up")
-    with pytest.raises(RouteError, match="rows of the batch cannot be told apart"), peftcore.route(model, ["a", None]):
+    with (
+        pytest.raises(RouteError, match="rows of the batch cannot be distinguished"),
+        peftcore.route(model, ["a", None]),
+    ):
         model(ids)
     model = xlnet()
     peftcore.apply(model, "mtl_lora", tasks=2, target="mlp.up")

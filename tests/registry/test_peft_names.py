@@ -71,9 +71,9 @@ def test_what_is_no_model_and_what_is_no_method_is_said() -> None:
             self.unet = host()
 
     for call in (lambda model: peftcore.apply(model, "lora"), lambda model: peftcore.load(model, "folder")):
-        with pytest.raises(UnsupportedHost, match=r"Pipeline is no nn\.Module; it has \.unet"):
+        with pytest.raises(UnsupportedHost, match=r"Pipeline is not an nn\.Module; it has \.unet"):
             call(Pipeline())
-    with pytest.raises(UnsupportedHost, match=r"tuple is no nn\.Module"):
+    with pytest.raises(UnsupportedHost, match=r"tuple is not an nn\.Module"):
         peftcore.plan((host(),), "lora")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="Pipeline is no method"):
+    with pytest.raises(ConfigError, match="Pipeline is not a method"):
         peftcore.apply(host(), Pipeline())  # type: ignore[arg-type]

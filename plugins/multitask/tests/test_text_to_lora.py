@@ -229,7 +229,7 @@ def test_what_is_refused() -> None:
         (torch.randn(5), ConfigError, r"\[1 or rows, 5\]"),
         (torch.randn(3, 4), ConfigError, r"\[1 or rows, 5\]"),
         ("sums", ConfigError, r"\[1 or rows, 5\]"),
-        (torch.randn(2, 5), RouteError, "task_vector has 2 entries, and the batch 3 rows"),
+        (torch.randn(2, 5), RouteError, "task_vector has 2 entries, but the batch has 3 rows"),
     ]
     for told, error, words in wrong:
         with pytest.raises(error, match=words), peftcore.call(model, task_vector=told):

@@ -134,7 +134,7 @@ def test_data_is_asked_for_by_the_option() -> None:
     data = [lambda host: host(**inputs).logits.square().mean()]
     with pytest.raises(CalibrationError, match="lora_xs looks at data before training"):
         peftcore.apply(model, "lora_sb")
-    with pytest.raises(CalibrationError, match="no data before training; it does with start='gradient'; leave data"):
+    with pytest.raises(CalibrationError, match="it does with start='gradient'; remove data="):
         peftcore.apply(model, "lora_xs", data=data)
     some = {"*v_proj": {"start": "gradient", "step": 0.01}}
     with pytest.raises(CalibrationError, match="lora_xs looks at data before training"):
