@@ -213,7 +213,9 @@ def test_where_few_layers_are_all_that_there_are(layers: int) -> None:
     sizes = {"num_hidden_layers": layers, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes))
     assert peftcore.apply(model, "adapterdrop", robust=True).shared["draws"].most == 0
-    with pytest.raises(TargetError, match=f"drop_first_layers=5 leaves none of {layers} layers"):
+    with pytest.raises(
+        TargetError, match=f"drop_first_layers=5 leaves no layer with an adapter: the model has {layers} layers"
+    ):
         peftcore.apply(model, "adapterdrop", name="another")
 
 

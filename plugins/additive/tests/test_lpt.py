@@ -159,7 +159,7 @@ def test_labels_say_where_the_prompt_ends(kind: str) -> None:
     )
     with pytest.raises(MissingContext, match="would contain the answer"):
         model(input_ids=ids, labels=ids)
-    with pytest.raises(SequenceError, match="at once"), peftcore.call(model, prompt_length=9):
+    with pytest.raises(SequenceError, match="in one call"), peftcore.call(model, prompt_length=9):
         model(input_ids=ids)
 
 

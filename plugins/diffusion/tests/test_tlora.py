@@ -288,7 +288,7 @@ def test_who_says_no_timestep_is_told() -> None:
         host(x, torch.tensor([1, 2, 3]))
     with pytest.raises(NotMergeable):
         injection.merge()
-    with pytest.raises(ConfigError, match="min_rank=5 is above rank=4"):
+    with pytest.raises(ConfigError, match="min_rank=5 is larger than rank=4"):
         peftcore.apply(host, "tlora", name="other", target="layer", rank=4, min_rank=5)
     with pytest.raises(UnsupportedSite, match="is read as a weight, not called"):
         peftcore.apply(One(nn.Conv2d(4, 6, 3, groups=2)), "tlora", target="layer")

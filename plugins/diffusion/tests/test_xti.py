@@ -130,7 +130,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="one token id for each cross-attention, of which the UNet has 4"):
         peftcore.apply(Both(), "xti", tokens=[20, 21, 22, 23, 24])
     for host, target in (("unet", "attn.k"), ("t5", "cross.k")):
-        with pytest.raises(UnsupportedSite, match=r"no cross\.k of a UNet"):
+        with pytest.raises(UnsupportedSite, match=r"nor a cross\.k of a UNet"):
             peftcore.apply(HOSTS[host].build()[0], "xti", target=target)
     with pytest.raises(TargetError):
         peftcore.apply(HOSTS["unet"].build()[0], "xti")

@@ -54,7 +54,7 @@ class Embeddings(Format):
         shown = ", ".join(f"{name} {tuple(shape)}" for name, shape in file.shapes.items())
         raise CheckpointError(
             f"{file.path} has vectors for new tokens, but no token ids: add the tokens to the tokenizer and the table, "
-            f"and load with words={{" < s0 > ": [id], ...}}, one id for each row of {shown}"
+            f'and load with words={{"<s0>": [id], ...}}, one id for each row of {shown}'
         )
 
     def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
