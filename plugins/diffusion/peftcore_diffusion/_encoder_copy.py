@@ -56,8 +56,8 @@ class Copy:
         if any(each.dtype is not sample.dtype for each in own.values()):
             if any(each.is_meta for each in own.values()) and not sample.is_meta:
                 raise NoWeights(
-                    f"what borrows the UNet's layers is offloaded, and would be cast to {sample.dtype}: apply with "
-                    "dtype= that of the UNet, or offload whole models"
+                    f"the adapter uses the UNet's offloaded layers, which would have to be cast to {sample.dtype}: "
+                    "apply it with dtype= of the UNet, or offload whole models"
                 )
             network = with_tensors(network, {name: each.to(sample.dtype) for name, each in own.items()})
         return network, sample

@@ -40,8 +40,8 @@ class LayerReader(InputOperator):
             return given
         if states.shape[1] != self.layers:
             raise ConfigError(
-                f"{STATES} has {states.shape[1]} layers, and the UNet {self.layers} cross-attentions: give "
-                f"[batch, {self.layers}, tokens, dim], or one text for all of them, [batch, tokens, dim]"
+                f"{STATES} has {states.shape[1]} layers, but the UNet has {self.layers} cross-attentions: pass [batch, "
+                f"{self.layers}, tokens, dim], or one text for all of them, [batch, tokens, dim]"
             )
         return {**given, STATES: states[:, self.index]}
 
@@ -74,8 +74,8 @@ def check_words(tokens: Sequence[int], layers: int) -> None:
     """
     if layers and len(tokens) % layers:
         raise ConfigError(
-            f"{len(tokens)} ids are no words of {layers} tokens: a word takes one for each cross-attention, of which "
-            f"the UNet has {layers}"
+            f"{len(tokens)} ids are not a multiple of {layers}: a word needs one token id for each cross-attention, of "
+            f"which the UNet has {layers}"
         )
 
 

@@ -40,7 +40,7 @@ def timesteps(rows: int, device: torch.device) -> Tensor:
     if said is None and given is not None:  # by the host's caller, of the operator's own rows
         value = torch.as_tensor(given, device=device).flatten()
         if rows % len(value):
-            raise RouteError(f"timestep has {len(value)} entries, and a module is given {rows} rows; exclude it")
+            raise RouteError(f"timestep has {len(value)} entries, but a module gets {rows} rows; exclude this module")
         return _each(value, rows)
     value = torch.as_tensor(running.need("timestep") if said is None else said, device=device).flatten()
     return _each(running.for_rows("timestep", rows, value), rows)

@@ -105,8 +105,9 @@ class LLLiteOperator(Operator):
         embedded = image.flatten(2).transpose(1, 2)  # [batch, tokens, condition_dim]
         if embedded.shape[1] != x.shape[1]:
             raise ConfigError(
-                f"{self.name} gives {embedded.shape[1]} places, and a matrix is given {x.shape[1]} tokens: resize the "
-                "image to 8 times the latents, whose sides are multiples of what the UNet halves"
+                f"{self.name} has {embedded.shape[1]} positions after its network, but a matrix gets {x.shape[1]} "
+                "tokens: resize the image to 8 times the latents, whose sides must be multiples of the UNet's total "
+                "downsampling"
             )
         return embedded
 
@@ -147,7 +148,7 @@ def _halved(surgeon: Surgeon, site: Site) -> int:
     """Return how often the latents were halved that a matrix reads."""
     found = re.fullmatch(r"((?:.*\.)?)(?:down_blocks\.(\d+)|mid_block)\..*", site.module_path)
     if found is None or site.form != "activation" or len(site.weight_shape) != 2:
-        raise UnsupportedSite(f"{site.path or 'the host'} is no matrix in the encoder or the middle of a UNet")
+        raise UnsupportedSite(f"{site.path or 'the host'} is not a matrix in the encoder or the middle block of a UNet")
     halving = re.compile(rf"{re.escape(found[1])}down_blocks\.(\d+)\.downsamplers")
     levels = [int(each[1]) for path in surgeon.resolver.modules if (each := halving.fullmatch(path))]
     halved = sum(found[2] is None or level < int(found[2]) for level in levels)

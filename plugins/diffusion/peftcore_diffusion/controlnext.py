@@ -136,7 +136,7 @@ class ControlNeXt(Method):
             width = _width(surgeon, site, options.before)
             if place is None or not width:
                 raise UnsupportedSite(
-                    f"{site.path or 'the host'} is no block of a UNet's encoder, such as down_blocks.0"
+                    f"{site.path or 'the host'} is not a block of a UNet's encoder; target one such as down_blocks.0"
                 )
             surgeon.graft(ControlSite(**vars(site), width=width), ControlNeXtOperator, config)
             matrices = (each for role in BASES[options.base] for each in surgeon.at(role))

@@ -77,7 +77,9 @@ class EDLoRAOperator(Operator):
         """
         super().__init__(site)
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} is a table: its words are random_tokens and class_tokens; exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is a token table, which random_tokens= and class_tokens= adapt; exclude it from target="
+            )
         self.scale, inputs = config.alpha, site.in_features * math.prod(site.kernel)
         A = torch.empty(*site.batch, config.rank, site.in_features, *site.kernel)
         self.A = nn.Parameter(A.uniform_(-1, 1) / math.sqrt(inputs))

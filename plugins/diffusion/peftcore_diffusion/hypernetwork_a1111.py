@@ -75,7 +75,7 @@ class HypernetworkA1111Config(MethodConfig):
     @model_validator(mode="after")
     def _ends(self) -> HypernetworkA1111Config:
         if self.structure[0] != 1 or self.structure[-1] != 1:
-            raise ValueError(f"structure begins and ends with 1, the width of the context, not {self.structure}")
+            raise ValueError(f"structure= must begin and end with 1, the width of the context; it is {self.structure}")
         return self
 
 
@@ -114,11 +114,15 @@ class HypernetworkA1111(Method):
         for site in surgeon.sites():
             part, width = (site.role or "").rpartition(".")[2], site.in_features
             if site.slices is not None or part not in ("k", "v") or len(site.weight_shape) != 2:
-                raise UnsupportedSite(f"{site.path or 'the host'} is no matrix that makes keys or values alone")
+                raise UnsupportedSite(
+                    f"{site.path or 'the host'} is not a matrix that computes only keys or only values; target attn.k, "
+                    "attn.v, cross.k or cross.v"
+                )
             widths = [int(width * factor) for factor in config.structure]
             if not all(widths):
                 raise ConfigError(
-                    f"structure={config.structure} leaves nothing of the {width} values that {site.path} reads"
+                    f"structure={config.structure} leaves nothing of the {width} features that {site.path} reads; use "
+                    "larger factors"
                 )
             network = surgeon.own(f"{part}{width}", functools.partial(ContextNetwork, widths, **parts))
             surgeon.graft(site, HypernetworkOperator, scale=config.scale, network=network)

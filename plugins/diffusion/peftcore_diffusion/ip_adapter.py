@@ -103,7 +103,9 @@ def matrices(surgeon: Surgeon, out: Site) -> tuple[nn.Module, Site, Site, Site]:
             if entry.role == f"cross.{part}" and entry.module.startswith(f"{path}.")
         ]
     if out.role != "cross.out" or len(parts) != 3 or {each.form for each in (out, *parts)} != {"activation"}:
-        raise UnsupportedSite(f"{out.path} is in no cross-attention whose four matrices are modules that are called")
+        raise UnsupportedSite(
+            f"{out.path} is not in a cross-attention whose four matrices are modules that are called; exclude it"
+        )
     return resolver.modules[path], parts[0], parts[1], parts[2]
 
 
@@ -170,7 +172,9 @@ class IPAdapter(Method):
             attention, query, key, value = matrices(surgeon, out)
             heads: Any = getattr(attention, "heads", None)
             if not isinstance(heads, int) or query.out_features != key.out_features:
-                raise UnsupportedSite(f"{out.path} is in no attention of diffusers with a key for each query's head")
+                raise UnsupportedSite(
+                    f"{out.path} is not in an attention of diffusers with as many key heads as query heads; exclude it"
+                )
             width, projection = config.image_dim or key.in_features, None
             if config.embed_dim is not None:
                 make = functools.partial(Projection, config.embed_dim, config.tokens, width)

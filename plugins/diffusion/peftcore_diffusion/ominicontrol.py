@@ -81,7 +81,8 @@ class ConditionStream(RowStream):
         self.delta, self.scale = config.position_delta, config.position_scale
         if "img_ids" not in site.arguments and (any(self.delta) or self.scale != 1):
             raise UnsupportedSite(
-                f"{site.module_path or 'the host'} counts places by itself: leave position_delta and position_scale"
+                f"{site.module_path or 'the host'} computes positions itself: leave position_delta and position_scale "
+                "at their defaults"
             )
 
     def second(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,7 +102,7 @@ class ConditionStream(RowStream):
         places = (places if own is None else own.to(places)).clone()
         if len(places) != condition.shape[1]:
             raise ConfigError(
-                f"{self.name} has {condition.shape[1]} tokens, and there are {len(places)} places: give "
+                f"{self.name} has {condition.shape[1]} tokens, but there are {len(places)} positions: pass "
                 f"{self.name}_ids= [tokens, 3] too"
             )
         places[:, 1:] = places[:, 1:] * self.scale + (self.scale - 1) / 2
@@ -159,7 +160,9 @@ class OminiControl(Method):
         for site in sites:
             owner = max((path for path in streams if _holds(path, site)), key=len, default=None)
             if owner is None or site.form != "activation":
-                raise UnsupportedSite(f"{site.path or 'the host'} is no module of a diffusion transformer")
+                raise UnsupportedSite(
+                    f"{site.path or 'the host'} is not a module of a diffusion transformer; exclude it"
+                )
             surgeon.graft(site, ConditionOperator, config, turn=streams[owner].turn)
 
     @staticmethod

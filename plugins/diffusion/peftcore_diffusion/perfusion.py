@@ -98,7 +98,10 @@ class PerfusionConfig(MethodConfig):
     @model_validator(mode="after")
     def _of_a_class(self) -> PerfusionConfig:
         if self.tokens and self.initializer is None:
-            raise ValueError("tokens start as their class, as i does: give its id as initializer")
+            raise ValueError(
+                "the new tokens and i start as those of the concept's class: set initializer= to the token id of the "
+                "class"
+            )
         return self
 
 
@@ -130,7 +133,8 @@ class Texts(Checked):
         root, failed = torch.linalg.cholesky_ex(C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
         if failed or not root.isfinite().all():
             raise CalibrationError(
-                "E[e e'] of these texts has no inverse: give more of them, all finite, or a larger damping"
+                "E[e e'] of these texts has no inverse: pass more texts with finite embeddings, or set a larger "
+                "damping="
             )
         self.inverse.copy_(torch.cholesky_inverse(root))
 
@@ -202,8 +206,8 @@ def check_alone(texts: Shared, width: int, first: bool) -> None:
     learning = LEARNING.get() or {}
     if not first or (forward_context().rows is None and learning.get(width, texts) is not texts):
         raise TrainingError(
-            "two concepts are active, and calls in training say where one is: activate one to train it, and several in "
-            "evaluation"
+            "two concepts are active in training, but calls name the positions of only one: activate one concept to "
+            "train it; several can be active in evaluation"
         )
     LEARNING.put({**learning, width: texts})
 
@@ -217,7 +221,10 @@ def picked(states: Tensor, where: Tensor) -> Tensor:
     """
     known = where.device.type == "cpu"
     if states.dim() != 3 or (known and not 0 <= int(where.min()) <= int(where.max()) < states.shape[1]):
-        raise SequenceError(f"a concept is at {where.tolist()} of [batch, tokens, dim], not of {tuple(states.shape)}")
+        raise SequenceError(
+            f"the concept's positions {where.tolist()} do not fit states of shape {tuple(states.shape)}: [batch, "
+            "tokens, dim]"
+        )
     places = where.to(states.device).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
     return states.gather(1, places).mean((0, 1))
 
@@ -246,7 +253,8 @@ def seen_texts(
         if where is not None:
             if given.dim() != 3 or where.shape != given.shape[:1] or not all(0 <= n < given.shape[1] for n in where):
                 raise CalibrationError(
-                    f"the class is at {where.tolist()}, a place for each text, in texts of {tuple(given.shape)}"
+                    f"the class positions {where.tolist()}, one for each text, do not fit texts of shape "
+                    f"{tuple(given.shape)}"
                 )
             found.setdefault(module, []).extend(given.to(x.dtype)[torch.arange(len(where)), where])
 
@@ -256,7 +264,8 @@ def seen_texts(
             batch.output()
     if sums and not found:
         raise CalibrationError(
-            "data has to say where the class of the concept is, in some texts: peftcore.Labelled(batch, positions)"
+            "data= must contain the position of the concept's class in some texts: pass peftcore.Labelled(batch, "
+            "positions)"
         )
     return sums, {module: torch.stack(encodings).mean(0) for module, encodings in found.items()}
 
@@ -314,7 +323,7 @@ class Perfusion(Method):
     def inject(self, model: nn.Module, config: PerfusionConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if site.role not in ("cross.k", "cross.v") or not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is no linear layer for the keys or values of a text: exclude it")
+                raise UnsupportedSite(f"{site.path} is not a linear layer for keys or values of a text: exclude it")
             texts = surgeon.own(f"texts_{site.in_features}", partial(Texts, site.in_features))
             surgeon.graft(site, PerfusionOperator, config, texts=texts)
         if config.tokens:
@@ -328,7 +337,7 @@ class Perfusion(Method):
             C, encodings = seen_texts(model, {edit.site.module for edit in edits}, data)
         for edit in edits:
             if edit.site.module not in encodings:
-                raise CalibrationError(f"no text of the data reached {edit.site.path}: exclude it, or give other data")
+                raise CalibrationError(f"no text of data= reached {edit.site.path}: exclude it, or pass other data")
             edit.operator.concept.i.copy_(encodings[edit.site.module])
             edit.operator.concept.s.copy_(encodings[edit.site.module])
         for width, texts in {edit.site.in_features: edit.operator.texts.module for edit in edits}.items():

@@ -111,7 +111,7 @@ def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
     for site in surgeon.sites():
         matched = RESNET.fullmatch(site.module_path)
         if matched is None:
-            raise UnsupportedSite(f"{site.path or 'the host'} is no resnet in the decoder of a UNet")
+            raise UnsupportedSite(f"{site.path or 'the host'} is not a resnet in the decoder of a UNet; exclude it")
         stacks.setdefault(matched[1], []).append(site)
     found = {}
     for root, sites in stacks.items():
@@ -190,8 +190,8 @@ class SCTuner(Operator):
         hint: Tensor = self.hints.get()[self.number]
         if hint.shape[-2:] != skip.shape[-2:]:
             raise ConfigError(
-                f"{self.name} gives {list(hint.shape[-2:])} places where the UNet has {list(skip.shape[-2:])}: resize "
-                f"the image to {self.times} times the latents"
+                f"{self.name} has size {list(hint.shape[-2:])} after its network, but the UNet's skip connection has "
+                f"{list(skip.shape[-2:])}: resize the image to {self.times} times the latents"
             )
         return hint + self._tuned(skip + hint)
 

@@ -149,7 +149,7 @@ class T2IAdapter(Method):
 def _number(site: Site) -> int:
     number = site.module_path.rpartition(".")[2]
     if not number.isdecimal():
-        raise UnsupportedSite(f"{site.path or 'the host'} is no block of a UNet's encoder")
+        raise UnsupportedSite(f"{site.path or 'the host'} is not a block of a UNet's encoder; target its down_blocks")
     return int(number)
 
 
@@ -158,7 +158,7 @@ def _place(surgeon: Surgeon, stack: str, number: int) -> Place:
     convolutions = (entry for entry in surgeon.resolver.host.entries if entry.role == "conv")
     widths = [entry.shape[0] for entry in convolutions if entry.module.startswith(f"{path}.resnets.")]
     if not widths:
-        raise UnsupportedSite(f"{path} is no block of a UNet's encoder")
+        raise UnsupportedSite(f"{path} is not a block of a UNet's encoder; target its down_blocks")
     attentions = [each for each in modules if each.rpartition(".")[0] == f"{path}.attentions"]
     halving = range(number if attentions else number + 1)
     level = sum(f"{stack}.{each}.downsamplers" in modules for each in halving)

@@ -57,7 +57,9 @@ class TextualInversionConfig(WordsConfig):
     @model_validator(mode="after")
     def _named(self) -> TextualInversionConfig:
         if self.words and len(self.words) != len(self.tokens):
-            raise ValueError(f"{len(self.words)} words do not name {len(self.tokens)} tokens: one for each")
+            raise ValueError(
+                f"words= has {len(self.words)} names, but tokens= has {len(self.tokens)} ids; pass one name for each id"
+            )
         return self
 
 
@@ -67,7 +69,9 @@ def _rows(site: Site, config: WordsConfig) -> list[int]:
     rows = [token + size if token < 0 else token for token in config.tokens]
     wrong = [token for token in (*rows, config.initializer or 0) if not 0 <= token < size]
     if wrong or len(set(rows)) < len(rows):
-        reason = f"has {size} rows, none for {wrong}: resize the table first" if wrong else "is told a token twice"
+        reason = (
+            f"has {size} rows, none for {wrong}: resize the table first" if wrong else "has a token twice in tokens="
+        )
         raise UnsupportedSite(f"{site.path} {reason}")
     return rows
 
@@ -80,7 +84,9 @@ class TextualInversionOperator(Operator):
     def __init__(self, site: Site, config: WordsConfig) -> None:
         super().__init__(site)
         if not site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} is no embedding of tokens")
+            raise UnsupportedSite(
+                f"{site.path} is not a token embedding; target the embedding table of the text encoder"
+            )
         rows, table = _rows(site, config), site.weight().detach()  # [dim, num]
         self.register_buffer("tokens", torch.tensor(rows), persistent=False)
         start = rows if config.initializer is None else [config.initializer] * len(rows)

@@ -68,7 +68,7 @@ class TLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.min_rank > self.rank:
-            raise ValueError(f"min_rank={self.min_rank} is above rank={self.rank}: take at most that")
+            raise ValueError(f"min_rank={self.min_rank} is larger than rank={self.rank}; set at most rank")
         return self
 
 
@@ -89,7 +89,9 @@ class TLoRAOperator(Operator):
         """
         super().__init__(site)
         if site.form != "activation":
-            raise UnsupportedSite(f"{site.path} is read, not called, so it has no rows with timesteps; exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so its input has no timesteps; exclude it"
+            )
         self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
         self.power, self.timesteps = config.power, config.timesteps
         self.rank, self.min_rank = config.rank, config.min_rank

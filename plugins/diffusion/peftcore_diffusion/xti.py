@@ -69,7 +69,9 @@ class XTI(Method):
         keys = [site for site in sites if not site.layer.one_hot]
         layers, reading = read_layers(surgeon, keys if surgeon.wishes.target is not None else None)
         if strange := [site.path for site in keys if around(site) not in reading]:
-            raise UnsupportedSite(f"{strange[0]} is no table of tokens, and no cross.k of a UNet of diffusers")
+            raise UnsupportedSite(
+                f"{strange[0]} is neither a token table nor a cross.k of a UNet of diffusers; exclude it"
+            )
         if tables and reading:
             check_words(config.tokens, layers)
         learn_words(surgeon, tables, TextualInversionOperator, config)

@@ -167,8 +167,8 @@ def logits_of(output: Any, labelled: bool) -> Tensor:
         found = found[labelled]
     if not isinstance(found, Tensor) or found.dim() not in (2, 3):
         raise TrainingError(
-            f"adamix compares the logits of two passes, and what this model returns ({type(output).__name__}) has none "
-            "[rows, classes] or [rows, tokens, classes]: train the model that has the head, or take consistency=0"
+            "adamix compares the logits [rows, classes] or [rows, tokens, classes] of two passes, but this model "
+            f"returns {type(output).__name__} without them: train the model that has the head, or set consistency=0"
         )
     return found
 

@@ -59,4 +59,4 @@ class ConfigUnion(OfParts, Method):
 
     @staticmethod
     def parameter_count(site: Site, config: ConfigUnionConfig) -> int:
-        raise ConfigError("a union has no formula of its own: ask each of its parts")
+        raise ConfigError("a union of methods has no equation of its own; read the equations of its parts")

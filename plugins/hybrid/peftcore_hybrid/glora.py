@@ -80,7 +80,9 @@ class GLoRAOperator(WeightOperator):
         super().__init__(site)
         shapes = terms(site, config)
         if not shapes:
-            raise UnsupportedSite(f"{site.path}: nothing is left to learn here; choose another A or B")
+            raise UnsupportedSite(
+                f"{site.path}: with these options no parameter is left to train; choose another A or B"
+            )
         self.multiplies = config.A == "product"
         self.bias_shape = (*site.batch, site.out_features)
         for name, (first, *second) in shapes.items():

@@ -185,8 +185,8 @@ def take_masks(fixed: AppliedMethod, trained: AppliedMethod) -> None:
     sizes = [{path: op.prototype.module.down.weight.shape for path, op in each.items()} for each in (mine, theirs)]
     if kinds != ["fixed", "learned"] or sizes[0] != sizes[1]:
         raise ConfigError(
-            "take_masks(fixed, trained) is for two adapters of propetl at the same layers and with the same "
-            'bottleneck, the first one with masks="fixed"'
+            "take_masks(fixed, trained) needs two propetl adapters at the same layers with the same bottleneck, and "
+            'masks="fixed" in the first one'
         )
     for name, prototype in fixed.shared.items():
         prototype.load_state_dict(trained.shared[name].state_dict())

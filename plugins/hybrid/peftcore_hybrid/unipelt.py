@@ -131,8 +131,7 @@ def mean_of_tokens(values: Tensor) -> Tensor:
     inputs = forward_context().inputs
     if not inputs or values.dim() != 3:
         raise MissingContext(
-            "a gate for the sequence needs rows of tokens, and to know which are padding: call the host itself, or "
-            'choose gate="token"'
+            'gate="sequence" needs rows of tokens and their padding mask: call the host itself, or set gate="token"'
         )
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != values.shape[:2]:
@@ -212,11 +211,13 @@ class UniPELT(Method):
     def inject(self, model: nn.Module, config: UniPELTConfig, surgeon: Surgeon) -> None:
         gates = {config.gate, *(changes.get("gate") for changes in config.overrides.values())}
         if "sequence" in gates and any(getattr(each, "is_causal", False) for each in surgeon.resolver.modules.values()):
-            raise UnsupportedSite('gate="sequence" sees what comes later, and attention in this host is causal')
+            raise UnsupportedSite(
+                'gate="sequence" reads later tokens, but attention in this host is causal; set gate="token"'
+            )
         sites = surgeon.sites()
         attentions = [site for site in sites if site.role not in BLOCKS]
         if not attentions and surgeon.wishes.target is surgeon.wishes.exclude is None:
-            raise TargetError("unipelt puts a prefix into attention, and this host has none")
+            raise TargetError("unipelt adds a prefix to attention, but this host has no attention; use another method")
         matrices = [site for role in QUERIES + VALUES for site in surgeon.at(role)]
         for site in attentions:
             inside = [each for each in matrices if each.module_path.startswith(f"{site.module_path}.")]
@@ -249,7 +250,9 @@ def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surg
     if queries or surgeon.wishes.exclude is None:  # where queries are excluded, the prefix goes with its gate
         surgeon.attention(site, GatedPrefix, config, surgeon=surgeon, opening=opening)
         if not queries:
-            raise UnsupportedSite(f"{site.path}: no matrix inside makes queries of what the attention reads")
+            raise UnsupportedSite(
+                f"{site.path}: no single matrix computes queries from the attention's input; exclude it"
+            )
     for each in inside:
         tap = opening if each in queries else None
         surgeon.graft(each, GatedLoRA, config, prefix=tap)

@@ -68,8 +68,8 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
         modules = dict.fromkeys(site.module_path for site in sites)
         odd = max(modules, key=lambda path: _common(site for site in sites if site.module_path != path))
         raise UnsupportedSite(
-            f"{config.method} cuts weights into squares, and the widths of the targets have only the divisor {side} in "
-            f"common, which is less than the rank {config.rank}; lower the rank or exclude= what differs, such as {odd}"
+            f"{config.method} cuts weights into squares, but the widths of the targets have only the divisor {side} in "
+            f"common, less than rank={config.rank}; lower the rank or exclude targets of other widths, such as {odd}"
         )
     cut = [FactSite(**vars(site), side=side) for site in sites]
     return [replace(site, total=sum(each.count for each in cut)) for site in cut]

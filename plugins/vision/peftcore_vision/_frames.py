@@ -20,12 +20,12 @@ def clips(x: Tensor, frames: int, pictures: int | None) -> int:
     """
     if pictures is not None and pictures != len(x):
         raise UnsupportedSite(
-            f"a block is given {len(x)} rows, and the model {pictures} pictures: a row is to be one whole frame"
+            f"a block got {len(x)} rows, but the model got {pictures} pictures: each row must be one whole frame"
         )
     if len(x) % frames:
         raise UnsupportedSite(
-            f"{len(x)} rows are no whole clips of {frames} frames: fold clips into the batch, the frames of each one "
-            "behind the other, or say frames="
+            f"{len(x)} rows are not a multiple of frames={frames}: fold clips into the batch, with the frames of each "
+            "clip next to each other, or set frames="
         )
     return len(x) // frames
 

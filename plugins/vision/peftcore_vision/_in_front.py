@@ -76,13 +76,23 @@ def refuse(site: Site, dropout: float | None) -> None:
     padding: Any = getattr(layer, "padding", None)
     spread = math.prod(site.kernel) > 1
     if layer.one_hot or getattr(site.module, "groups", 1) > 1 or (spread and padding is None):
-        raise UnsupportedSite(f"{site.path}: no adapter on channels goes in front of it")
+        raise UnsupportedSite(
+            f"{site.path}: an adapter on the input channels cannot be merged into it (a table, or a grouped "
+            "convolution); exclude it"
+        )
     if spread and padding != "valid" and any(each != 0 for each in padding):
-        raise UnsupportedSite(f"{site.path} pads with numbers that the adapter would not reach; exclude it")
+        raise UnsupportedSite(
+            f"{site.path} pads its input, and an adapter in front of it would not act on the padding; exclude it"
+        )
     if site.form == "weight" and dropout:
-        raise UnsupportedSite(f"{site.path} is read, so dropout cannot reach its input; use dropout=0 or exclude it")
+        raise UnsupportedSite(
+            f"{site.path} is read as a weight, not called, so dropout cannot act on its input; use dropout=0 or "
+            "exclude it"
+        )
     if site.form == "weight" and site.missing(bias_name(site.tensor)):
-        raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take the adapter's shift")
+        raise UnsupportedSite(
+            f"{site.path} is read as a weight and has no bias to which the adapter's shift could be added; exclude it"
+        )
 
 
 def read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:

@@ -34,7 +34,10 @@ def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 
     """
     logits = _logits(output)
     if logits.shape[1] < classes:
-        raise SequenceError(f"{logits.shape[1]} texts for {classes} classes: give the texts of all of them, in order")
+        raise SequenceError(
+            f"the model got {logits.shape[1]} texts, but there are {classes} classes: pass the texts of all classes, "
+            "in order"
+        )
     changed = change(logits)
     return type(output)(**{**output, PER_IMAGE: changed, PER_TEXT: changed.T})
 
@@ -55,10 +58,14 @@ def of_own_texts(output: Any) -> Any:
 def _logits(output: Any) -> Tensor:
     if not isinstance(output, Mapping) or output.get(PER_IMAGE) is None:
         raise SequenceError(
-            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images, return_dict=True; "
-            'where a classifier stands for the texts, say features="input" where the method has it'
+            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images and "
+            'return_dict=True; if it has a classifier instead of texts, set features="input" where the method has '
+            "this option"
         )
     if output.get("loss") is not None:
-        raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+        raise SequenceError(
+            "return_loss=True computes the loss of pairs of images and texts, but these texts are classes: leave it "
+            "out, and compute the loss from the logits"
+        )
     logits: Tensor = output[PER_IMAGE]
     return logits

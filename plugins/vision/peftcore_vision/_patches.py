@@ -35,8 +35,8 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
     sites = surgeon.chosen(found) if found else []
     if not sites:
         raise UnsupportedSite(
-            f"no convolution of this {type(surgeon.model).__name__} that reads pictures is among the targets "
-            f"({', '.join(firsts.values()) or 'it has none'})"
+            f"no target is a convolution of this {type(surgeon.model).__name__} that reads pictures; its convolutions "
+            f"are: {', '.join(firsts.values()) or 'none'}"
         )
     return sites
 
@@ -82,7 +82,7 @@ def layout(
     rows = round(math.sqrt(max(patches, 0) * high / wide))
     if not rows or patches % rows:
         raise UnsupportedSite(
-            f"{tokens} tokens, {prefix_tokens} of them in front, leave no grid of {high} to {wide}; set grid= and "
+            f"{tokens} tokens with {prefix_tokens} in front do not form a grid of {high} by {wide}; set grid= and "
             "prefix_tokens= (overrides= for single sites)"
         )
     return rows, patches // rows

@@ -73,7 +73,10 @@ class PlacesOperator(Operator):
             held = ids == self.placeholder
             enough = torch.compiler.is_compiling() or bool((held.sum(-1) == count).all())
         if not enough:
-            raise SequenceError(f"{ids.shape[-1]} tokens lack the {count} places of the context: tokenize them, too")
+            raise SequenceError(
+                f"texts of {ids.shape[-1]} tokens do not have {count} positions for the context: tokenize the texts "
+                "together with the context's placeholder words"
+            )
         return held
 
 
@@ -94,7 +97,9 @@ def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
     if not config.init_ids:
         return start
     if max(config.init_ids) >= site.in_features:
-        raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {site.in_features}")
+        raise ConfigError(
+            f"init_ids= has the id {max(config.init_ids)}, outside of the vocabulary of {site.in_features} tokens"
+        )
     return site.weight().detach()[:, config.init_ids].T.to(start).expand_as(start).clone()
 
 
@@ -109,9 +114,9 @@ def text_sites(surgeon: Surgeon) -> Iterator[tuple[Site, Site]]:
     for site in surgeon.sites():
         stack = stacks.get(site.module_path)
         if stack is None:
-            refused.append(f"{site.path} embeds no texts of a tower")
+            refused.append(f"{site.path} is not the token table of a text tower; target that table")
         elif stack.causal and stack.takes_cache:
-            refused.append(f"{site.path} embeds what a model generates; prompt_tuning is for that")
+            refused.append(f"{site.path} embeds the tokens of a generating model; use prompt_tuning for it")
         else:
             sites.append(site)
     if refused and (surgeon.wishes.target is not None or not sites):

@@ -86,7 +86,10 @@ def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
     patches = _patches(surgeon)
     blocks = [entry for patch in patches[:1] for entry, _ in surgeon.resolver.host.select("block", patch.tower)]
     if not blocks:
-        raise UnsupportedSite(f"this {type(surgeon.model).__name__} has no blocks that patches of an image go through")
+        raise UnsupportedSite(
+            f"this {type(surgeon.model).__name__} has no blocks that process patches of an image; use a vision "
+            "transformer"
+        )
     return _checked(surgeon, [surgeon.resolver.module_site(entry.path) for entry in blocks])
 
 
@@ -100,12 +103,13 @@ def _checked(surgeon: Surgeon, found: list[Site]) -> list[PromptSite]:
     stacks = [stack.path for stack in surgeon.resolver.token_stacks()]
     for site in found:
         if any(f"{site.module_path}.".startswith(f"{stack}.".lstrip(".")) for stack in stacks):
-            raise UnsupportedSite(f"{site.path} goes over tokens of a text; prompt_tuning puts rows in front of those")
+            raise UnsupportedSite(f"{site.path} processes tokens of a text; use prompt_tuning for it")
     sites = [_prompt_site(surgeon, site, patches) for site in found]
     for one, other in itertools.pairwise(sites):
         if one.width != other.width and _owner(one) == _owner(other):
             raise UnsupportedSite(
-                f"{one.path} is {one.width} wide, {other.path} {other.width}: between them tokens merge"
+                f"{one.path} has width {one.width}, {other.path} {other.width}: tokens merge between them; target "
+                "blocks of one width"
             )
     return sites
 
@@ -122,7 +126,7 @@ def _prompt_site(surgeon: Surgeon, site: Site, patches: list[HostEntry]) -> Prom
     for reason in _obstacles(surgeon, site, inside, tower):
         raise UnsupportedSite(f"{site.path or 'the host'} {reason}, so no tokens can be added to those of the image")
     if not sizes:
-        raise UnsupportedSite(f"{site.path} has no image in patches before it")
+        raise UnsupportedSite(f"{site.path} does not process patches of an image; exclude it")
     width = next(entry.rows for entry in inside if entry.role in STREAM)
     once = not surgeon.resolver.check_runs_once(site.module_path)
     return PromptSite(**{**vars(site), "form": "activation", "once": once}, width=width, patch=sizes[-1])
@@ -133,18 +137,21 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
     modules = surgeon.resolver.modules
     roles = {entry.role for entry in inside}
     if not any(entry.role == "block" and entry.path == site.module_path for entry in inside):
-        yield "is no block of this host"
+        yield "is not a block of this host"
     if not roles.intersection(STREAM) or not any(role.partition(".")[0] == "attn" for role in roles):
-        yield "has no attention by which its tokens see each other"
+        yield "has no attention between its tokens"
     if any(role == "embed.pos" or role.startswith("pos.") for role in roles):
-        yield "has positions of its own for each of its tokens (relative ones, windows)"
+        yield "has a position for each of its tokens (relative positions, windows)"
     if any(entry.kind == "conv" for entry in inside):
-        yield "lays its tokens on a grid and convolves them"
+        yield "arranges its tokens in a grid for a convolution"
     for path, module in modules.items():
         if path.startswith(f"{tower}.".lstrip(".")) and ROTARY.search(type(module).__name__):
             yield f"gets rotary positions for each of its tokens from {path}"
     if site.tokens_first:
-        yield "is given tokens in front of rows of the batch (in torch's own layers: batch_first=False)"
+        yield (
+            "gets the tokens in the first dimension and the batch in the second (torch's own layers need "
+            "batch_first=True)"
+        )
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
@@ -159,8 +166,8 @@ def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, P
     whole = [path for path in blocks if path.rpartition(".")[0] == owner]
     if [site.module_path for site in sites] != whole[-len(sites) :]:
         raise UnsupportedSite(
-            f"a prompt goes from one block through all that follow it in {owner or 'the host'}, not from "
-            f"{sites[0].path} to {sites[-1].path} alone; vpt_deep takes any"
+            f"a prompt passes from its first block through all later ones in {owner or 'the host'}, not only from "
+            f"{sites[0].path} to {sites[-1].path}; target all of them, or use vpt_deep, which accepts any blocks"
         )
     return sites[0], sites[-1]
 
@@ -198,8 +205,8 @@ def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
     """
     if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
         raise SequenceError(
-            "a block with visual prompts takes tokens [batch, tokens, width] and nothing that is said of each of "
-            "them (masks, positions): nobody knows what it is for the rows of the prompt"
+            "a block with visual prompts accepts only tokens [batch, tokens, width], but got a mask or positions for "
+            "each token, which are unknown for the prompt's rows; call the model without them"
         )
 
 

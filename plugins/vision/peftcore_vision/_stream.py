@@ -104,7 +104,8 @@ class StreamOperator(Operator):
             carried = self.carried.take()
             if carried is None:
                 raise UnsupportedSite(
-                    f"{type(self).__name__}: the block did not call the module in front of its feed-forward"
+                    f"{type(self).__name__}: the block did not call the module in front of its feed-forward; exclude "
+                    "this block"
                 )
             y = y + carried.reshape(y.shape)  # Swin puts rows and columns into one dimension there
         added = self.behind(y)
@@ -143,9 +144,11 @@ def _amid(surgeon: Surgeon, block: BlockSite) -> Site:
     }
     ending = branches["attn.out"] or branches["attn"]
     if branches["cross"] or len(branches["attn"]) > 1 or len(ending) != 1 or len(branches["mlp.down"]) != 1:
-        raise UnsupportedSite(f"{path} is not an attention with a feed-forward behind it; exclude this block")
+        raise UnsupportedSite(f"{path} is not an attention followed by a feed-forward; exclude this block")
     end = resolver.end_of(ending[0].module)
     if end is None or end.reader is None:
-        raise UnsupportedSite(f"{path}: its code does not say what reads the stream behind the attention")
+        raise UnsupportedSite(
+            f"{path}: the module that reads the stream after the attention is unknown; exclude this block"
+        )
     form = NORM if end.entered == end.reader else READER
     return replace(resolver.site(end.reader, "weight"), form=form)

@@ -168,9 +168,15 @@ class TurnsOperator(Operator):
         """
         normed = self.norm.take()
         if normed is None or normed[2] is not y or y.dim() != 3:
-            raise UnsupportedSite(f"{self.path}: attention reads something else than its norm makes of whole frames")
+            raise UnsupportedSite(
+                f"{self.path}: the attention's input differs from its norm's output for whole frames; exclude this "
+                "block"
+            )
         if any(isinstance(each, Tensor | tuple | list) for each in (*args, *kwargs.values())):
-            raise UnsupportedSite(f"{self.path}: attention is given masks or positions, which places have none of")
+            raise UnsupportedSite(
+                f"{self.path}: the attention gets masks or positions, which do not exist for attention over time; call "
+                "the model without them, or exclude this block"
+            )
         count = clips(y, self.frames, None)
 
         def attend(sequences: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ def attention_of(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[
     inside = [entry for entry in resolver.host.entries if entry.block == path]
     found = [entry.path for entry in inside if entry.role == "attn"]
     if len(found) != 1 or any(entry.role.startswith("cross") for entry in inside) or is_post_norm(resolver, path):
-        raise UnsupportedSite(f"{path} is no norm with one attention behind it; exclude this block")
+        raise UnsupportedSite(f"{path} is not a norm in front of one attention; exclude this block")
     whole = resolver.module_site(found[0])
     site = PlaceSite(**{**vars(whole), "form": "activation"}, width=block.width)
     norms = [e.path for e in inside if e.role == "norm" and e.kind == "norm" and not e.path.startswith(f"{found[0]}.")]
@@ -224,7 +230,7 @@ def feed_forward_of(surgeon: Surgeon, block: PromptSite) -> Site:
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block.module_path]
     last = [entry for entry in inside if entry.role == "mlp.down"]
     if len(last) != 1:
-        raise UnsupportedSite(f"{block.path} has no feed-forward, or several; exclude this block")
+        raise UnsupportedSite(f"{block.path} does not have exactly one feed-forward; exclude this block")
     return surgeon.resolver.site(last[0].module, "weight", "mlp.down")
 
 
@@ -265,7 +271,9 @@ def entrance(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[Site
     """
     host, patches = surgeon.resolver.host, patch_sites(surgeon, block)
     if not patches:
-        raise UnsupportedSite(f"{block.path}: no convolution in this tower embeds patches of single pictures")
+        raise UnsupportedSite(
+            f"{block.path}: no convolution in this tower embeds patches of single pictures; target a tower of images"
+        )
     tower = host.at(block.module_path)[0].tower
     norms = [e.path for e in host.entries if e.role == "norm.embed" and e.tower == tower and e.kind == "norm"]
     first = host.select("block", tower)[0][0].path

@@ -84,7 +84,10 @@ class ConditionedOperator(PlacesOperator):
         embedded: Tensor = call(ids, *args, **kwargs)
         shifted = self.shifted.get()
         if shifted is None:
-            raise MissingContext("the table of words was called without its tower, so nobody knows the image")
+            raise MissingContext(
+                "the text table was called without its tower, so the image is unknown; call the whole model, with "
+                "texts and images"
+            )
         (context,) = self.cast(embedded, shifted)
         return put_at(self.held(ids), context.repeat_interleave(len(ids) // len(context), 0), embedded)
 
@@ -109,7 +112,10 @@ class ConditionedOperator(PlacesOperator):
     def _match(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model that compares images and texts."""
         if kwargs.get("return_loss"):
-            raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+            raise SequenceError(
+                "return_loss=True computes the loss of pairs of images and texts, but these texts are classes: leave "
+                "it out, and compute the loss from the logits"
+            )
         return of_own_texts(call(*args, **kwargs))
 
 

@@ -77,8 +77,8 @@ def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
     for each in chosen:
         if common % each:
             raise UnsupportedSite(
-                f"{site.path} is {site.out_features} x {site.in_features}, and groups={each} is no common divisor; set "
-                "others with overrides=, or exclude it"
+                f"{site.path} is {site.out_features} x {site.in_features}, and groups={each} does not divide both; set "
+                "another number for it with overrides=, or exclude it"
             )
     return chosen
 
@@ -96,9 +96,12 @@ class ConsolidatorOperator(Operator):
     def __init__(self, site: Site, config: ConsolidatorConfig) -> None:
         super().__init__(site)
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude it")
+            raise UnsupportedSite(f"{site.path} is an embedding table, which cannot have a bias; exclude it")
         if config.stochastic_depth and site.form == "weight":
-            raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use stochastic_depth=0")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so stochastic depth cannot act on its update; use "
+                "stochastic_depth=0 or exclude it"
+            )
         self.groups, self.reorder, self.drops = groups_of(site, config), config.reorder, config.stochastic_depth
         self.stackable, self.batch = not self.drops, len(site.batch)
         bound, out = config.init_range, site.out_features

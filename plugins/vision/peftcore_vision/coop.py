@@ -66,7 +66,10 @@ class ContextOperator(PlacesOperator):
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         told = forward_context().context.get("classes")
         if told is None and len(ids) != self.classes:
-            raise MissingContext(f"{len(ids)} texts, but {self.classes} classes: peftcore.call(model, classes=...)")
+            raise MissingContext(
+                f"the model got {len(ids)} texts, but the prompts are for {self.classes} classes; pass the class of "
+                "each text: with peftcore.call(model, classes=...): ..."
+            )
         return torch.as_tensor(range(self.classes) if told is None else told, device=ids.device)
 
 

@@ -147,7 +147,7 @@ class DTL(Method):
             d, k = sites[0].width, config.kernel
             patches = tuple(patch_sites(surgeon, sites[0]))
             if not patches:
-                raise UnsupportedSite(f"{sites[0].path} has no patches of a picture before it; leave kernel= out")
+                raise UnsupportedSite(f"{sites[0].path} does not process patches of a picture; remove kernel=")
             kernel = surgeon.own("fusion", lambda: nn.Conv2d(d, d, k, groups=d, bias=False))
         before, first, lie = None, int(len(sites) * config.start), Tap(until_backward=True)
         for number, site in enumerate(sites):

@@ -89,7 +89,10 @@ class PrunedOperator(DeepOperator):
         super().__init__(site, config, projection)
         segments = config.segments
         if site.width % segments:
-            raise UnsupportedSite(f"{site.path} is {site.width} wide, which is no multiple of segments={segments}")
+            raise UnsupportedSite(
+                f"{site.path} has width {site.width}, which is not a multiple of segments={segments}; set another "
+                "segments="
+            )
         self.register_buffer("kept", torch.ones(config.length, segments))  # [length, segments]: 0 where pruned
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
@@ -111,7 +114,8 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
     found = [each for each in injection.operators.values() if isinstance(each, PrunedOperator)]
     if len({each.kept.shape for each in found}) != 1:
         raise ConfigError(
-            f"{injection.name!r} has no prompts of one length and number of segments that could be pruned together"
+            f"{injection.name!r} has prompts of several lengths or numbers of segments, or none, so they cannot be "
+            "pruned together; apply e2vpt with one length= and one segments="
         )
     return found
 
@@ -148,7 +152,7 @@ def importance(injection: Injection, data: Iterable[Any], absolute: bool = False
             module.training = mode
     mean = torch.stack(found).mean(0)
     if not mean.isfinite().all():
-        raise CalibrationError("the loss has no finite derivative by the prompts; give other data")
+        raise CalibrationError("the loss has no finite gradient in the prompts; pass other data")
     return mean
 
 
@@ -170,8 +174,8 @@ def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int =
     kept = torch.ones_like(prompts[0].kept)
     if scores.shape != kept.shape or not (0 <= tokens < len(kept) and 0 <= segments < kept.shape[1]):
         raise ConfigError(
-            f"prompts of [length, segments] = {list(kept.shape)} cannot be pruned of {tokens} tokens and {segments} "
-            f"segments by scores of {list(scores.shape)}: leave one of each"
+            f"prompts cannot be pruned to [length, segments] = {list(kept.shape)} from {tokens} tokens and {segments} "
+            f"segments by scores of {list(scores.shape)}: keep at least one of each"
         )
     scores = scores.to(kept)
     kept.scatter_(1, scores.argsort(dim=1, stable=True)[:, :segments], 0.0)
@@ -187,7 +191,7 @@ class KeyValueOperator(AttentionOperator):
         super().__init__(site)
         sizes = self.geometry
         if config.share_kv and sizes.head_dim != sizes.value_dim:
-            raise UnsupportedSite(f"{site.path} has keys and values of two widths; set share_kv=False")
+            raise UnsupportedSite(f"{site.path} has keys and values of different widths; set share_kv=False")
         self.key = nn.Parameter(torch.empty(sizes.kv_heads, config.kv_length, sizes.head_dim))
         self.value = None if config.share_kv else nn.Parameter(self.key.new_empty(*self.key.shape[:2], sizes.value_dim))
         for tensor in self.parameters():

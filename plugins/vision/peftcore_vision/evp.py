@@ -106,7 +106,7 @@ def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
     host, wanted = surgeon.resolver.host, {site.module_path: site for site in targets}
     [tower, *others] = dict.fromkeys(host.at(path)[0].tower for path in wanted)
     if others:
-        raise UnsupportedSite(f"{tower} and {others[0]} are two towers; target the blocks of one")
+        raise UnsupportedSite(f"the targets are in two towers, {tower} and {others[0]}; target the blocks of one tower")
     entries = [entry for entry in host.entries if entry.tower == tower]
     stages: list[Stage] = []
     found = 0
@@ -120,7 +120,9 @@ def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
             norm = tuple(replace(surgeon.resolver.site(each.path, "weight"), form=NORM) for each in norms)
             site = surgeon.resolver.site(entry.path, "weight")
             if not isinstance(site.module, nn.Conv2d) or site.module.groups != 1:
-                raise UnsupportedSite(f"{site.path} is no plain convolution, of which a second one could be made")
+                raise UnsupportedSite(
+                    f"{site.path} is not a plain convolution, so evp cannot add a second one like it; exclude its stage"
+                )
             before = stages[-1].site.out_features if stages else 0
             whole = StageSite(**vars(site), number=len(stages), before=before, normed=bool(norm))
             stages.append(Stage(whole, norm, ()))
@@ -130,13 +132,16 @@ def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
             block = wanted.pop(entry.path, None)
             if block is not None and (not stages or stages[-1].site.out_features != block.width):
                 raise UnsupportedSite(
-                    f"{entry.path} is {block.width} wide, and no convolution in front of its stage makes as many "
-                    "features of patches of a picture"
+                    f"{entry.path} has width {block.width}, but no convolution in front of its stage embeds patches of "
+                    "a picture with this width; exclude this stage"
                 )
             if block is not None:
                 stages[-1] = replace(stages[-1], blocks=(*stages[-1].blocks, block))
     if wanted:
-        raise UnsupportedSite(f"several convolutions embed the picture in front of {next(iter(wanted))}")
+        raise UnsupportedSite(
+            f"several convolutions embed the picture in front of {next(iter(wanted))}, but evp needs one; exclude this "
+            "stage"
+        )
     while not stages[-1].blocks:
         stages.pop()
     return stages
@@ -230,7 +235,10 @@ class EVPOperator(Operator):
         feature = self.feature.get()
         tokens = x.flatten(1, -2)  # [batch, tokens, d]
         if feature is None or feature.shape[1] > tokens.shape[1]:
-            raise UnsupportedSite("this block is not given the patches that the convolution of its stage embedded")
+            raise UnsupportedSite(
+                "this block got other tokens than the patches that the convolution of its stage embedded; exclude "
+                "this stage"
+            )
         prompts = self.up.module(nn.functional.gelu(self.tune(feature))).to(x.dtype)
         others = tokens.shape[1] - feature.shape[1]
         tokens = torch.cat([tokens[:, :others], tokens[:, others:] + prompts], 1)
@@ -262,13 +270,15 @@ class EVP(Method):
 
     def inject(self, model: nn.Module, config: EVPConfig, surgeon: Surgeon) -> None:
         if config.frequencies == "none" and not config.patches:
-            raise ConfigError("prompts are made of frequencies or patches: take frequencies= or patches=True")
+            raise ConfigError("evp computes prompts from frequencies or patches: set frequencies= or patches=True")
         stages = stages_of(surgeon, block_sites(surgeon))
         taps = [(Tap(until_backward=True, learns=True), Tap(until_backward=True, learns=True)) for _ in stages]
         for number, stage in enumerate(stages):
             d = stage.site.out_features
             if d < config.reduction:
-                raise UnsupportedSite(f"{stage.site.path} has {d} features, less than reduction={config.reduction}")
+                raise UnsupportedSite(
+                    f"{stage.site.path} has {d} features, less than reduction={config.reduction}; lower reduction="
+                )
             c = d // config.reduction
             surgeon.graft(stage.site, StageOperator, config, stage.norm, taps=taps)
             if stage.blocks:

@@ -85,11 +85,16 @@ class KAdaptationOperator(Operator):
                 "another number, or exclude it"
             )
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude it")
+            raise UnsupportedSite(f"{site.path} is an embedding table, which cannot have a bias; exclude it")
         if site.form == "weight" and site.missing(bias_name(site.tensor)):
-            raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take b; exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight and has no bias to which b could be added; exclude it"
+            )
         if config.dropout and site.form == "weight":
-            raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use dropout=0 or exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so dropout cannot act on its update; use dropout=0 or "
+                "exclude it"
+            )
         self.rule, self.bias, self.scale = rule, bias, config.scale
         self.inputs = (site.in_features, *site.kernel)
         self.dropout = config.dropout if config.dropout is not None else 0.5 * (site.form != "weight")

@@ -114,13 +114,14 @@ def two_towers(surgeon: Surgeon) -> Towers:
     """
     (table, tower), *others = text_sites(surgeon)
     if others:
-        raise UnsupportedSite(f"{others[0][0].path} is a second table of texts; target one of them")
+        raise UnsupportedSite(f"{others[0][0].path} is a second table of texts; target only one of them")
     host, images = surgeon.resolver.host, image_blocks(surgeon)
     top = f"{tower.module_path}.".lstrip(".")
     of_texts = [each.path for each in host.entries if each.role == "block" and each.path.startswith(top)]
     if any(image.module_path in of_texts for image in images):
         raise UnsupportedSite(
-            f"{tower.module_path or 'the host'} takes texts and images alike: there are no two towers"
+            f"{tower.module_path or 'the host'} has one tower for texts and images, but maple needs two; use coop or "
+            "prompt_tuning"
         )
     in_front = host.at(images[0].module_path)[0].tower
     norms = [each.path for each in host.entries if each.role == "norm.embed" and each.tower == in_front]
@@ -152,7 +153,8 @@ class MaPLeOperator(PlacesOperator):
         held = self.places.get()
         if held is None:
             raise SequenceError(
-                "the blocks of texts were called without their table, so nobody knows the prompt's place"
+                "the text blocks were called without their table, so the prompt's position is unknown; call the whole "
+                "model"
             )
         return on_first(output, lambda y: put_at(held, self.cast(y, self.rows)[0][None], y))
 
@@ -201,7 +203,10 @@ class MaPLe(Method):
         towers = two_towers(surgeon)
         table, images = towers.table, towers.images
         if config.depth > (most := min(len(images), len(towers.texts))):
-            raise ConfigError(f"depth={config.depth}, and the towers of this {type(model).__name__} have {most} blocks")
+            raise ConfigError(
+                f"depth={config.depth}, but the towers of this {type(model).__name__} have only {most} blocks; set at "
+                f"most {most}"
+            )
         rest = Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
         for depth in range(config.depth):
             site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")

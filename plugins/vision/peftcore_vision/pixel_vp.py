@@ -77,7 +77,7 @@ class PixelOperator(InputOperator):
         room = 2 * p <= min(site.high, site.wide) if config.shape == "frame" else p < min(site.high, site.wide)
         if not room:
             raise UnsupportedSite(
-                f"{site.path}: pictures of {site.high} by {site.wide} have no room for a {config.shape} of {p}: set "
+                f"{site.path}: pictures of {site.high} by {site.wide} are too small for a {config.shape} of {p}: set "
                 "size= or picture="
             )
 
@@ -104,8 +104,8 @@ class PixelOperator(InputOperator):
         x = given[self._names[0]]  # [batch, c, height, width]
         if x.shape[-3:] != self.picture:
             raise UnsupportedSite(
-                f"the prompt is one for pictures {[*self.picture]}, and there are some {[*x.shape[-3:]]}: resize them, "
-                f"or apply with picture=({x.shape[-2]}, {x.shape[-1]})"
+                f"the prompt is for pictures of size {[*self.picture]}, but the model got {[*x.shape[-3:]]}: resize "
+                f"them, or apply with picture=({x.shape[-2]}, {x.shape[-1]})"
             )
         (v,) = self.cast(x, self.prompt())
         rows = mine(x)

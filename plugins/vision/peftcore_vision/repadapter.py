@@ -53,7 +53,10 @@ class RepAdapterOperator(InFrontOperator):
         super().__init__(site, config.dropout, config.scale)
         width, inner, self.groups = site.in_features, config.bottleneck, config.groups
         if width % self.groups or inner % self.groups:
-            raise UnsupportedSite(f"{site.path}: groups={self.groups} does not divide {width} inputs and h = {inner}")
+            raise UnsupportedSite(
+                f"{site.path}: groups={self.groups} does not divide both its {width} inputs and h = {inner}; set "
+                "another groups="
+            )
         self.A = nn.Parameter(torch.empty(*site.batch, inner, width))
         self.a = nn.Parameter(torch.zeros(*site.batch, inner))
         self.B = nn.Parameter(torch.zeros(*site.batch, width, inner // self.groups))  # the blocks, one below the other

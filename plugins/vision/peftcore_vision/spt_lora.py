@@ -97,7 +97,9 @@ class EntriesOperator(WeightOperator):
         super().__init__(site)
         self.size, count = site.numel, site.numel if config.entries is None else config.entries
         if not 0 < count <= self.size:
-            raise UnsupportedSite(f"{site.path} has {self.size} entries, of which {count} cannot train")
+            raise UnsupportedSite(
+                f"entries={count} is not a number from 1 to {self.size}, the number of entries of {site.path}"
+            )
         self.register_buffer("index", torch.arange(count))
         self.values = nn.Parameter(torch.zeros(count))
 
@@ -130,11 +132,11 @@ def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, 
                 total.add_(gradient.to(total.dtype).square())
     if not used:
         raise InactiveSite(
-            f"the loss of the data is computed without {sites[0].path} and all other targets: name modules in "
-            "target= that the model calls for such data"
+            f"the loss of data= does not depend on {sites[0].path} or any other target: name modules in target= that "
+            "the model calls for such data"
         )
     if not any(total.any() for total in sums.values()):
-        raise CalibrationError("the loss of the data says nothing of the weights of any target: give other batches")
+        raise CalibrationError("the loss of data= has zero gradients in the weights of all targets: pass other batches")
     return {site.path: site.logical(sums[each]).flatten() for site, each in zip(sites, weights, strict=True)}
 
 
@@ -201,7 +203,9 @@ class UpdateOperator(Operator):
     def __init__(self, site: Site, config: SPTLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and site.form == "weight":
-            raise UnsupportedSite(f"{site.path} is read, not called, so no input could be dropped: leave dropout=0")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so dropout cannot act on its input: set dropout=0"
+            )
         self.input_dropout = config.dropout
         inputs = (site.in_features, *site.kernel)
         bound = 1 / math.sqrt(math.prod(inputs))

@@ -60,7 +60,7 @@ class STAdapterConfig(StreamConfig):
     @classmethod
     def _has_a_centre(cls, kernel: tuple[int, int, int]) -> tuple[int, int, int]:
         if not all(size % 2 for size in kernel):
-            raise ValueError(f"a kernel of {kernel} has no centre: take odd numbers")
+            raise ValueError(f"kernel={kernel} has no centre: use odd numbers")
         return kernel
 
     @property
@@ -112,7 +112,10 @@ class STAdapterOperator(StreamOperator):
         elif x.dim() == 4:
             others, patches = 0, x
         else:
-            raise UnsupportedSite(f"a block is given {tuple(x.shape)}: patches of pictures are [rows, tokens, d]")
+            raise UnsupportedSite(
+                f"a block got {tuple(x.shape)}, but patches of pictures have the shape [rows, tokens, d]; target the "
+                "blocks of an image tower"
+            )
         assert adapter.conv.bias is not None, "it is made with one"
         (down, down_bias, up, up_bias, kernel, bias) = self.cast(
             x,
@@ -127,7 +130,7 @@ class STAdapterOperator(StreamOperator):
     def _told(self) -> int:
         told: Any = forward_context().context.get("frames", self.frames)
         if not isinstance(told, int) or told < 1:
-            raise ConfigError(f"frames={told!r} is told, which is no number of frames")
+            raise ConfigError(f"frames={told!r} is not a number of frames")
         return told
 
 

@@ -82,8 +82,8 @@ class Shots:
         """
         if len(self.labels) != images or int(self.labels.max()) >= classes:
             raise CalibrationError(
-                f"the data has {len(self.labels)} images with labels up to {int(self.labels.max())}, and the cache of "
-                f"{path} is of images={images}, classes={classes}: say these of the data"
+                f"data= has {len(self.labels)} images with labels up to {int(self.labels.max())}, but the cache of "
+                f"{path} is for images={images}, classes={classes}: set both to the numbers of the data"
             )
 
 
@@ -110,7 +110,9 @@ def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site,
         for count in range(1, passes + 1):
             found, own = _one_pass(model, data, sites)
             if count > 1 and not torch.equal(own, labels):
-                raise CalibrationError("data comes in another order at each pass: shuffle=False, or passes=1")
+                raise CalibrationError(
+                    "data= has another order in each pass: set shuffle=False in the loader, or passes=1"
+                )
             sums = {site: sums[site] + each if sums else each for site, each in found.items()}
             same = bool(last) and all(torch.equal(each, last[site]) for site, each in found.items())
             labels, last = own, found
@@ -138,13 +140,16 @@ def _one_pass(model: nn.Module, data: Batches, sites: Mapping[Site, str]) -> tup
             batch.output()
             own = batch.labels()
             if own.dim() != 1 or own.is_floating_point() or not len(own) or int(own.min()) < 0:
-                raise CalibrationError("labels are numbers of classes, from 0 on: one for each image")
+                raise CalibrationError("labels in data= must be class numbers from 0 on, one for each image")
             labels.append(own.long())
             for site, each in rows.items():
                 count = sum(len(seen) for seen in labels)
                 if not each or each[-1].dim() != 2 or sum(len(seen) for seen in each) != count:
                     shape = tuple(each[-1].shape) if each else "nothing"
-                    raise UnsupportedSite(f"{len(own)} images gave {shape} at {site.path}, not a vector for each")
+                    raise UnsupportedSite(
+                        f"{len(own)} images gave {shape} at {site.path}, not one vector for each image; name another "
+                        "module in target="
+                    )
     return {site: torch.cat(each) for site, each in rows.items()}, torch.cat(labels)
 
 

@@ -100,7 +100,7 @@ class QueryOperator(PromptOperator):
 
     def _parted(self, y: Tensor, count: int) -> Tensor:
         if y.shape[1] > count:
-            raise SequenceError("another adapter adds tokens in this block that stay; apply vqt before it")
+            raise SequenceError("another adapter adds tokens that stay in this block; apply vqt before it")
         read = unit(self._summed(y[:, : self.length]), self.normalize)
         self.made.put([nn.functional.linear(read, each) for each in self.cast(read, *self.reads)])
         return y[:, self.length :].contiguous()  # heads may want to view it
@@ -148,7 +148,10 @@ class ReadingOperator(Operator):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         made = [tap.get() for tap in self.made]
         if x.dim() != 2 or any(each is None for each in made):
-            raise SequenceError("vqt wants a head that reads one vector [batch, d] an image behind all of its blocks")
+            raise SequenceError(
+                "vqt needs a head that reads one vector [batch, d] for each image after all blocks; this model's head "
+                "reads something else"
+            )
         y = call(unit(x, self.normalize))
         for each in made:
             y = y + each[self.number].to(y.dtype)
@@ -188,7 +191,8 @@ class VQT(Method):
         ]
         if not heads or any(site.width != sites[0].width for site in sites):
             raise UnsupportedSite(
-                f"{type(model).__name__} has no head over blocks of one width that could read queries"
+                f"{type(model).__name__} does not have a head after blocks of one width, which vqt needs to read its "
+                "queries"
             )
         made, classes = [], tuple(head.out_features for head in heads)
         for site in sites:

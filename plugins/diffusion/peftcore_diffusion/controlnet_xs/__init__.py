@@ -76,7 +76,7 @@ class StartOperator(XSOperator):
         image = self.part("controlnet_cond_embedding", told(self.name, len(sample)))
         if image.shape[-2:] != features.shape[-2:]:
             raise ConfigError(
-                f"{self.name} gives {list(image.shape[-2:])} places where the latents have "
+                f"{self.name} has size {list(image.shape[-2:])} after its network, but the latents have size "
                 f"{list(features.shape[-2:])}: resize the image"
             )
         features = features + image

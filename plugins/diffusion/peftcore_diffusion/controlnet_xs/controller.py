@@ -137,7 +137,10 @@ def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
     samplers = [each for block in unet.down_blocks for each in block.downsamplers or ()]
     for wanted, layers in ((Transformer2DModel, attentions), (Downsample2D, samplers)):
         if not all(isinstance(each, wanted) for each in layers):
-            raise UnsupportedSite(f"{middle.path} is in a UNet with layers for which {wanted.__name__} would stand")
+            raise UnsupportedSite(
+                f"{middle.path} is in a UNet with other layers than {wanted.__name__} has; use a UNet2DConditionModel "
+                "of Stable Diffusion's kind"
+            )
     return f"{root}." if root else "", unet
 
 

@@ -53,7 +53,7 @@ class ControlLoRA(Format):
         blocks = _blocks(model)
         if not blocks:
             raise HostMismatch(
-                f"{file.path} is for a UNet of diffusers, and {type(model).__name__} is none: load it on the UNet"
+                f"{file.path} is for a UNet of diffusers, but this is {type(model).__name__}: load it on the UNet"
             )
         envelope = Envelope(
             format=FORMAT,
@@ -72,13 +72,19 @@ class ControlLoRA(Format):
         model, config = injection.model, injection.config
         if injection.method.name != "controlnet_lora" or injection.trained_along:
             raise ExportError(
-                f"{injection.name!r} is no controlnet_lora alone, which is all that files of {self.name} hold"
+                f"{injection.name!r} is not a single controlnet_lora, and files of {self.name} hold only that; save it "
+                "in peftcore's format"
             )
         if config.scale != 1.0 or config.guess_mode:
-            raise ExportError(f"files of {self.name} have no scale and no guess mode: say them where the file is used")
+            raise ExportError(
+                f"files of {self.name} store neither scale nor guess mode: reset both to save, and set them where the "
+                "file is used"
+            )
         blocks = {site.module_path for site in injection.selections[""]}
         if blocks != {*_blocks(model)}:
-            raise ExportError(f"files of {self.name} control all blocks of a UNet, which is the model itself")
+            raise ExportError(
+                f"files of {self.name} control all blocks of a UNet, so the model itself must be that UNet"
+            )
         (network,) = injection.shared.values()
         tensors = {SIGN: torch.zeros(0)}
         for path, theirs, tensor, shapes in named(network, model, ExportError):
@@ -166,7 +172,8 @@ def _bias(network: nn.Module, model: nn.Module, path: str, error: type[Checkpoin
     held = layer_of(lent, name).read(lent, name)
     if held is None or held.is_meta:
         raise error(
-            f"the file has biases whole, and {above} of this UNet has no values: load or bring back these first"
+            f"the file stores whole biases, but {above} of this UNet has no values now (offloaded or on meta): load "
+            "them first"
         )
     return held.detach().to("cpu", torch.float32)
 

@@ -31,7 +31,9 @@ class KohyaTextualInversion(KohyaMethod):
 
     def tokens(self, place: Place) -> Sequence[tuple[str, int]]:
         if not place.config.words:
-            raise ExportError('files of kohya have names of words: apply with words=["<cat>"], one for each token')
+            raise ExportError(
+                'files of kohya store the names of the words: apply with words=["<cat>"], one for each token'
+            )
         return list(zip(place.config.words, place.operator.tokens.tolist(), strict=True))
 
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:

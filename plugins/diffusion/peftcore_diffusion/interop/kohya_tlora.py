@@ -50,8 +50,8 @@ class KohyaMaskedTLoRA(KohyaMethod):
         operator, ones = place.operator, [1 for _ in place.site.kernel]
         if operator.min_rank < operator.rank and place.index == 0:
             warnings.warn(
-                "files of kohya and LyCORIS have no rank for each timestep: all ranks act in what reads them, as at "
-                "timestep 0 here, unless its sampler masks them",
+                "files of kohya and LyCORIS do not store a rank for each timestep: other programs use all ranks at "
+                "each timestep, as peftcore does at timestep 0, unless their sampler masks them",
                 UserWarning,
                 stacklevel=2,
             )

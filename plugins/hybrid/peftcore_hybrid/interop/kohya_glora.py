@@ -49,11 +49,11 @@ class KohyaGLoRA(KohyaMethod):
         site = place.site
         if not self.writes(place):
             raise ExportError(
-                f"LyCORIS's glora has A='product', B='lora', and C, D, E='none' (or A='vector' alone, as its ia3); "
-                f"{site.path} has another choice"
+                "LyCORIS's glora supports A='product', B='lora' and C, D, E='none' (or A='vector' alone, as its ia3); "
+                f"{site.path} has other options"
             )
         if getattr(site.module, "groups", 1) > 1:
-            raise ExportError(f"LyCORIS has no glora for grouped convolutions, as {site.path} is; exclude it")
+            raise ExportError(f"LyCORIS's glora does not support a grouped convolution such as {site.path}; exclude it")
         own, ones = place.operator._parameters, (1,) * len(site.kernel)
         tensors = {}
         for name, shape in _shapes(place).items():

@@ -64,10 +64,14 @@ class PeftGLoRA(PeftMethod):
             kind = getattr(config, term)
             if term in "CDE" and not has_bias:
                 if term in place.operator._parameters:
-                    raise ExportError(f"{place.site.path} has no bias, and peft makes none: set C and E to none there")
+                    raise ExportError(
+                        f"{place.site.path} has no bias, and peft does not add one: set C and E to 'none' for it"
+                    )
                 continue
             if found.setdefault(option, kind) != kind:
-                raise ExportError(f"peft has one {option}, and here {term} is {kind}, not {found[option]}")
+                raise ExportError(
+                    f"peft has one {option} for all modules: {term} is {kind} here, but {found[option]} elsewhere"
+                )
         return found
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -139,8 +139,8 @@ def _logits_of(output: Any, labels: Any) -> Tensor:
     ):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     raise TrainingError(
-        "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
-        "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
+        "dyt also trains the model with all tokens, and needs its logits [rows, classes] (or of each pixel) and "
+        "labels: pass labels to the model or by peftcore.call(model, labels=...), or set complete=0"
     )
 
 

@@ -171,7 +171,9 @@ class DyTOperator(Bypass):
     def _skipped(self, call: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the feed-forward makes of the chosen tokens, with zeros for the others, and the stream."""
         if GATHERED.get():
-            raise SequenceError("two adapters would let tokens skip the same feed-forward: take skip=False for one")
+            raise SequenceError(
+                "two adapters would let tokens skip the same feed-forward: set skip=False for one of them"
+            )
         read = self._stream(x)
         chosen = self.gates(read).flatten(1) > 0  # [batch, tokens]
         count = max(int(chosen.sum(1).max()), 1)
@@ -209,12 +211,14 @@ def skipping_site(surgeon: Surgeon, site: BranchSite) -> BranchSite:
     """
     whole, end = feed_forward_around(surgeon, site), surgeon.resolver.end_of(site.module_path)
     if whole is None:
-        raise UnsupportedSite(f"{site.path} is of no feed-forward that tokens could skip: take skip=False")
+        raise UnsupportedSite(f"{site.path} is not part of a feed-forward that tokens could skip: set skip=False")
     mixes = [name for name, parameter in whole.module.named_parameters() if parameter.dim() > 2]
     if mixes:
-        raise UnsupportedSite(f"{whole.path}: {mixes[0]} may mix tokens, so none of them can skip it: take skip=False")
+        raise UnsupportedSite(
+            f"{whole.path}: {mixes[0]} may mix tokens, so single tokens cannot skip it: set skip=False"
+        )
     if end is None or end.rest:
-        raise UnsupportedSite(f"{whole.path} does not end in a module, so no token can skip it: take skip=False")
+        raise UnsupportedSite(f"{whole.path} does not end with a module, so tokens cannot skip it: set skip=False")
     behind = end.path is not None and not f"{end.path}.".startswith(f"{whole.module_path}.")
     place: Site = replace(surgeon.resolver.site(whole.module_path, "weight"), form=WHOLE if behind else JOINED)
     return replace(site, places=(*site.places, place))
