@@ -241,9 +241,10 @@ class Fleet:
         If data, the model's forward or backward, or a loss raises an error, no member has taken the step, and the next
         call runs the same batches again; buffers that a method updates in its forward, such as the direction of VeLoRA,
         keep their update, as running statistics do in torch. If a member's optimizer, method or schedule raises an
-        error, this member is as before the step and all other members have taken it; the next call runs this member's batches again. After the
-        steps, `stop` is called and checkpoints are written; if this raises an error, the steps are taken, and the next
-        call repeats the failed action first. All members are handled before the first error is raised.
+        error, this member is as before the step and all other members have taken it; the next call runs this member's
+        batches again. After the steps, `stop` is called and checkpoints are written; if this raises an error, the steps
+        are taken, and the next call repeats the failed action first. All members are handled before the first error is
+        raised.
 
         Raises:
             TrainingError: batches cannot be put together, the model computed a loss over all rows, the base computes
