@@ -35,7 +35,7 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
     sites = surgeon.chosen(found) if found else []
     if not sites:
         raise UnsupportedSite(
-            f"no target is a convolution of this {type(surgeon.model).__name__} that reads pictures; its convolutions "
+            f"no target is a convolution of this {type(surgeon.model).__name__} that reads pictures; such convolutions "
             f"are: {', '.join(firsts.values()) or 'none'}"
         )
     return sites

@@ -174,8 +174,8 @@ def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int =
     kept = torch.ones_like(prompts[0].kept)
     if scores.shape != kept.shape or not (0 <= tokens < len(kept) and 0 <= segments < kept.shape[1]):
         raise ConfigError(
-            f"prompts cannot be pruned to [length, segments] = {list(kept.shape)} from {tokens} tokens and {segments} "
-            f"segments by scores of {list(scores.shape)}: keep at least one of each"
+            f"cannot prune {tokens} tokens and {segments} segments of prompts [length, segments] = {list(kept.shape)} "
+            f"by scores of {list(scores.shape)}: pass scores of the prompts' shape, and keep at least one of each"
         )
     scores = scores.to(kept)
     kept.scatter_(1, scores.argsort(dim=1, stable=True)[:, :segments], 0.0)

@@ -176,9 +176,9 @@ def test_where_it_cannot_be() -> None:
         features("clip", model, torch.tensor([[1, X, X, 5, 39]]))
     peftcore.apply(model, "coop", name="longer", length=5)
     peftcore.activate(model, "longer")
-    with pytest.raises(SequenceError, match="5 places"):
+    with pytest.raises(SequenceError, match="5 positions"):
         features("clip", model, torch.tensor([[1, X, X, 5, 39]]))
-    with pytest.raises(UnsupportedSite, match="no texts"):
+    with pytest.raises(UnsupportedSite, match="not the token table of a text tower"):
         peftcore.apply(host("vit"), "coop", target="classifier")
-    with pytest.raises(UnsupportedSite, match="generates"):
+    with pytest.raises(UnsupportedSite, match="generating model"):
         peftcore.apply(KIT["llama"].build()[0], "coop")

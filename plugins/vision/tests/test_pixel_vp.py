@@ -150,7 +150,7 @@ def test_refused() -> None:
     for shape, size in (("frame", 5), ("square", 8), ("random", 8)):
         with pytest.raises(UnsupportedSite, match="are too small"):
             peftcore.apply(host("timm"), "pixel_vp", shape=shape, size=size)
-    with pytest.raises(UnsupportedSite, match="it has none"):
+    with pytest.raises(UnsupportedSite, match="such convolutions are: none"):
         peftcore.apply(SMALL["llama"].build()[0], "pixel_vp")
     with pytest.raises(UnsupportedSite, match=r"patch_embed\.proj"):
         peftcore.apply(host("timm"), "pixel_vp", target="head")
