@@ -1,4 +1,4 @@
-"""Sites of features of images: a projection that returns them, or a classifier that is given them."""
+"""Sites at image features: a projection that returns the features, or a classifier that reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore.author import MethodConfig, Site, Surgeon
 from peftcore.errors import TargetError, UnsupportedSite
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
-"""How the head of images is called where there is also one of texts."""
+"""Words in the name of a head that projects images, in models that also have a head for texts."""
 
 
 class FeatureConfig(MethodConfig):
@@ -24,19 +24,19 @@ class FeatureConfig(MethodConfig):
 
 @dataclass(frozen=True, eq=False)
 class FeatureSite(Site):
-    """A module that returns features, or is given them."""
+    """A module that returns image features, or reads them."""
 
     width: int = 0
     """Number of features."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which plans and files record as the shape."""
+        """The width; plans and saved files record it as the shape of this target."""
         return torch.Size([self.width])
 
 
 def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
-    """Return the user's targets; without these, the projection of images, or the classifiers.
+    """Return the user's targets; without targets, the projection of images, or the classifiers if features are inputs.
 
     Raises:
         TargetError: the model lacks a projection of images.

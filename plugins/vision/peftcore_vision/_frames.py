@@ -1,4 +1,4 @@
-"""Videos in models of images: the frames of a clip are rows of the batch, one behind the other."""
+"""Videos in image models: the frames of a clip are consecutive rows of the batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from peftcore.errors import UnsupportedSite
 
 
 def clips(x: Tensor, frames: int, pictures: int | None) -> int:
-    """Return how many clips the rows of a batch are.
+    """Return how many clips a batch contains.
 
     Args:
         x: the input of a block, ``[rows, ...]``.
-        frames: of a clip.
-        pictures: how many the model embedded; None where nothing says it.
+        frames: the number of frames of a clip.
+        pictures: the number of pictures that the model embedded; None if it is unknown.
 
     Raises:
         UnsupportedSite: a row is not a picture, or the rows do not divide into whole clips.
@@ -31,7 +31,7 @@ def clips(x: Tensor, frames: int, pictures: int | None) -> int:
 
 
 def dropped(added: Tensor, p: float, training: bool) -> Tensor:
-    """Return ``[rows, tokens, d]`` without some of the tokens, those at the same places in all rows."""
+    """Drop tokens of ``[rows, tokens, d]`` at random: the same positions in all rows."""
     if not training or not p:
         return added
     return added * added.new_empty(1, added.shape[1], 1).bernoulli_(1 - p).div_(1 - p)

@@ -1,8 +1,9 @@
-"""Base operator of visual prompts: the blocks that image patches go through, and prompt rows among the patches.
+"""Base operator of visual prompts: it finds the blocks that process image patches, and adds prompt rows to the patches.
 
 Attention without positions treats its tokens as a set, so the position of prompt rows among them changes only the order
-of the output rows. Rows that stay between blocks are put behind the host's own tokens, so that class tokens keep their
-places; rows of one block alone are put in front. So each prompt finds its rows, whatever else is active.
+of the output rows. Rows that stay in the sequence between blocks are appended after the host's own tokens, so that
+class tokens keep their positions; rows of a single block are inserted in front. So each prompt finds its rows even if
+other prompts are active.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
-"""Roles of matrices that add to the stream of a block: its rows are as many as the stream is wide."""
+"""Roles of matrices whose output is added to the stream of a block; their number of rows is the width of the stream."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
-"""How rotary positions are called, which are handed to blocks token by token."""
+"""Class names of modules with rotary positions; blocks receive these positions for each token."""
 
 
 class RowsConfig(MethodConfig):
@@ -38,18 +39,18 @@ class RowsConfig(MethodConfig):
 
 
 class PromptConfig(RowsConfig):
-    """Options of visual prompts that tokens see."""
+    """Options of visual prompts to which tokens attend."""
 
     projection: PositiveInt | None = None
-    """Width of prompts that one linear map projects to the width of the stream; None trains them in the stream's
-    width."""
+    """Width of the prompts; one shared linear map projects them to the width of the stream. None trains prompts of the
+    stream's width, without a map."""
     train_head: bool = True
-    """Train the head of the images along, as the paper does."""
+    """Train the image head together with the prompts, as the paper does."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptSite(Site):
-    """A block that image patches go through."""
+    """A block that processes image patches."""
 
     width: int = 0
     """Features of the stream."""
@@ -58,12 +59,13 @@ class PromptSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which plans and files record as the shape."""
+        """The width; plans and saved files record it as the shape of this target."""
         return torch.Size([self.width])
 
 
 def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
-    """Return the blocks among the user's targets; without these, all blocks of the tower that has an image in patches.
+    """Return the blocks among the user's targets; without targets, all blocks of the tower that splits images into
+    patches.
 
     Raises:
         UnsupportedSite: a target is not a block of that tower, or tokens cannot be added to it.
@@ -78,7 +80,7 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
 
 
 def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
-    """Return all blocks of the tower that has an image in patches, whatever the user's targets are.
+    """Return all blocks of the tower that splits images into patches, whatever the user's targets are.
 
     Raises:
         UnsupportedSite: the model lacks such a tower, or tokens cannot be added to a block.
@@ -155,11 +157,11 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
-    """Return the first and the last of the sites, when they are a block and all that follow it in its stack: then all
-    prompts leave together, whatever else is active.
+    """Return the first and the last site. The sites must be a block and all later blocks of its stack, so that the rows
+    of all active prompts are removed at the same block.
 
     Raises:
-        UnsupportedSite: they are not.
+        UnsupportedSite: a later block of the stack is not among the sites.
     """
     owner = _owner(sites[0])
     blocks = [entry.path for entry in surgeon.resolver.host.entries if entry.role == "block"]
@@ -173,7 +175,7 @@ def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, P
 
 
 class PromptOperator(Operator):
-    """The rows of one prompt, and how they are put to the tokens of a block."""
+    """The rows of one prompt, which subclasses add to the tokens of a block."""
 
     def __init__(self, site: PromptSite, config: RowsConfig, projection: Shared | None = None) -> None:
         super().__init__(site)
@@ -198,7 +200,8 @@ class PromptOperator(Operator):
 
 
 def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
-    """Check what a block is given: tokens [batch, tokens, width], and its other arguments.
+    """Check the arguments of a block: its tokens must be [batch, tokens, width], and other arguments must not depend on
+    the token.
 
     Raises:
         SequenceError: these say something of each token, or the tokens are arranged on a grid.
@@ -225,7 +228,7 @@ class DeepOperator(PromptOperator):
 
 
 def attentions_of(surgeon: Surgeon, site: PromptSite) -> list[Site]:
-    """Return the attentions of a block by which its tokens see each other."""
+    """Return the self-attentions of a block."""
     resolver = surgeon.resolver
     cores = [entry for entry, _ in resolver.host.select("attn.core") if entry.block == site.module_path]
     return [resolver.site(core.module, "weight", core.role) for core in cores]
@@ -252,7 +255,7 @@ def prompt_count(site: Site, config: PromptConfig) -> int:
 
 
 def shared_projection(surgeon: Surgeon, site: PromptSite, config: PromptConfig) -> Shared | None:
-    """Return the one map of all prompts, where the options want it."""
+    """Return the linear map that all prompts share, or None if the options do not ask for a projection."""
     if config.projection is None:
         return None
     return surgeon.own(f"projection_{config.projection}_{site.width}", lambda: _projection(config, site.width))

@@ -1,8 +1,9 @@
-"""Adapters at the stream of a block: in front of it, between its attention and its feed-forward, and behind it.
+"""Adapters on the residual stream: in front of a block, between its attention and its feed-forward, and after the
+block.
 
-Between the two no module returns the stream. In pre-norm blocks the residual connection adds x past the norm that reads
-it, ``y = x + MLP(LN(x))``; so the norm is given x + a, and a is added to the block's output: ``(x + a) + MLP(LN(x +
-a))``. In post-norm blocks the norm behind the sum returns the stream.
+Between attention and feed-forward no module returns the stream. In pre-norm blocks the residual connection adds x past
+the norm that reads it, ``y = x + MLP(LN(x))``; so the operator passes x + a to the norm, and adds a to the block's
+output: ``(x + a) + MLP(LN(x + a))``. In post-norm blocks the norm after the sum returns the stream.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 
 READER, NORM, PATCH = "reader", "norm", "patch"
-"""The forms of the site that is given the stream between attention and feed-forward, of the norm that returns it, and
-of the convolution that embeds patches."""
+"""The forms of three sites: the module that reads the stream between attention and feed-forward, the norm that returns
+this stream, and the convolution that embeds patches."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,23 @@ class Stream:
     places: tuple[Site, ...]
     """Further sites of the block's operator."""
     carries: bool
-    """Whether what is added amid the block is added again behind it."""
+    """True if the term that is added between attention and feed-forward is added again after the block."""
     lie: Tap
-    """Stores the grid of patches, behind the convolution that embeds them."""
+    """Stores the grid of the patches, which the patch convolution returns."""
 
 
 class StreamConfig(MethodConfig):
     """Options of adapters that convolve the stream."""
 
     grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the patches; only their proportion counts. By default that of the patches that the model
-    embeds, or of a square where a part of it runs by itself and embeds none."""
+    """Rows and columns of the patches; only their proportion counts. The default is the proportion of the patches that
+    the model embeds, or a square if only a part of the model runs, without its embedding."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default as many as the largest grid leaves over."""
+    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
 
     @property
     def amid(self) -> bool:
-        """Whether an adapter is between attention and feed-forward."""
+        """True if an adapter acts between attention and feed-forward."""
         raise NotImplementedError
 
 
@@ -66,15 +67,15 @@ class StreamOperator(Operator):
         self.carried = Tap()
 
     def ahead(self, x: Tensor) -> Tensor | None:
-        """Return what is added in front of the block; None: nothing."""
+        """Return the term to add in front of the block, or None."""
         return None
 
     def amid(self, x: Tensor) -> Tensor:
-        """Return what is added between attention and feed-forward."""
+        """Return the term to add between attention and feed-forward."""
         raise NotImplementedError
 
     def behind(self, x: Tensor) -> Tensor | None:
-        """Return what is added behind the block; None: nothing."""
+        """Return the term to add after the block, or None."""
         return None
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -116,8 +117,8 @@ def streams(surgeon: Surgeon, config: StreamConfig) -> list[tuple[BlockSite, Str
     """Return the blocks among the targets, each with its stream.
 
     Raises:
-        UnsupportedSite: the grid of patches is unknown; or an adapter is wanted amid a block that has other parts than
-            one attention and one feed-forward behind it, or code in which the stream cannot be found.
+        UnsupportedSite: the grid of patches is unknown; or an adapter between attention and feed-forward is asked for,
+            and the block is not one attention followed by one feed-forward, or its code hides the stream.
     """
     lies: dict[str, Tap] = {}
     found: list[tuple[BlockSite, Stream]] = []

@@ -3,29 +3,30 @@
 Equation:
     [x_l; ...] = L_l([x_{l-1}; M * P_l]),   head h of L_l:  softmax(q_h [K_lh; k_h]^T / sqrt(d_h)) [V_lh; v_h]
 
-P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too. K_l
-= V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with `share_kv`
-False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for all blocks.
-The paper prunes what was trained, and trains what is left again from the start:
+P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose page describes heads, pooling and dropout. K_l = V_l
+[heads, kv_length, d_h] are added to the keys and values after their projections; they have no queries, so they add no
+tokens. With `share_kv` False, K_l and V_l are separate. The mask M has one number for each token and segment, the same
+for all blocks; it is 1 until the prompts are pruned. The paper prunes trained prompts, and then trains the remaining
+ones again from the start:
 
     scores = importance(trained, batches)          # dL/dM, [length, segments]
     prune(fresh, scores, tokens=2, segments=4)     # of a second adapter, with the options of the first
 
 For details that the paper leaves open, this follows the code (ChengHan111/E2VPT): channel c is in segment c mod
-`segments`; tokens have the sum of their segments' scores; the lowest scores, with their signs, are switched off
-(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros.
+`segments`; the score of a token is the sum of its segments' scores; the lowest signed scores are pruned
+(``absolute=True`` takes the derivatives' magnitudes); pruned tokens stay as rows of zeros.
 
 Parameters: (length + kv_length) * d a block, with separate keys and values (length + 2 kv_length) * d; with
 `projection` as in `vpt_deep`; and the head.
 
 Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.
 
-Differs from the authors' code: The code's masks train with the prompts before pruning; here they are 1. It tries each
-pair of shares from 10 to 90 percent on validation data, which is left to the user.
+Differs from the authors' code: The code's masks train with the prompts before pruning; here they are 1. The code tries
+each pair of pruning shares from 10 to 90 percent on validation data; here the user chooses them.
 
-Use it: `peftcore.apply(model, "e2vpt")`, where `vpt_deep` is used, with fewer prompts or better ones; not where its
-pruning is too much to run, for which `vpt_deep` alone is simpler. Rotary positions, windows and convolutions between
-tokens are refused.
+Use it: `peftcore.apply(model, "e2vpt")`, instead of `vpt_deep`, to get fewer or better prompts; not where two trainings
+and a pruning step are too expensive: `vpt_deep` is simpler. Rotary positions, windows and convolutions between tokens
+are refused.
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ class E2VPTConfig(PromptConfig):
 
     method: Literal["e2vpt"] = "e2vpt"
     kv_length: PositiveInt = 5
-    """Keys and values that each attention gets."""
+    """Number of trained keys and values that are added to each attention."""
     share_kv: bool = True
-    """Keys and values are the same numbers."""
+    """Use the same numbers as keys and as values."""
     kv_dropout: Share = 0.0
-    """Probability with which their numbers are dropped in training, those of keys and of values apart."""
+    """Probability with which numbers of the trained keys and values are dropped in training, by separate draws."""
     segments: PositiveInt = 16
-    """Segments in which a token of a prompt can be pruned."""
+    """Number of segments of a prompt token; segments can be pruned separately."""
 
 
 class PrunedOperator(DeepOperator):
@@ -121,13 +122,13 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
 
 
 def importance(injection: Injection, data: Iterable[Any], absolute: bool = False) -> Tensor:
-    """Return how the loss follows what is kept of the prompts of an adapter that was trained, ``[length, segments]``:
-    the derivative by the mask that all blocks share, as a mean over batches. The model is in evaluation for that.
+    """Return the importance scores of a trained adapter's prompts, ``[length, segments]``: the derivative of the loss
+    by the mask that all blocks share, as a mean over batches. The model runs in eval mode.
 
     Args:
         injection: the adapter.
         data: batches with a loss, as for `peftcore.apply`.
-        absolute: take the size of each batch's derivative.
+        absolute: use the magnitude of each batch's derivative.
 
     Raises:
         CalibrationError: data or a loss is missing, or the loss is not finite.
@@ -158,17 +159,17 @@ def importance(injection: Injection, data: Iterable[Any], absolute: bool = False
 
 @torch.no_grad()
 def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int = 0) -> None:
-    """Switch off the `tokens` tokens with the lowest scores in all prompts of an adapter, and of each token the
-    `segments` segments with the lowest.
+    """Prune all prompts of an adapter: switch off the `tokens` tokens with the lowest scores, and in each token the
+    `segments` segments with the lowest scores.
 
     Args:
-        injection: an adapter whose prompts have the sizes of the one that was scored: a fresh one, to train again.
+        injection: the adapter to prune, usually a fresh one; its prompts must have the sizes of the scored adapter's.
         scores: those of `importance`, ``[length, segments]``.
-        tokens: how many tokens, fewer than there are.
-        segments: how many segments of each, fewer than there are.
+        tokens: how many tokens to prune; at least one must stay.
+        segments: how many segments of each token to prune; at least one must stay.
 
     Raises:
-        ConfigError: the numbers or sizes do not fit.
+        ConfigError: the scores do not have the prompts' sizes, or no token or segment would stay.
     """
     prompts = _prompts(injection)
     kept = torch.ones_like(prompts[0].kept)
@@ -185,7 +186,7 @@ def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int =
 
 
 class KeyValueOperator(AttentionOperator):
-    """The keys and values of one attention."""
+    """The trained keys and values of one attention."""
 
     def __init__(self, site: AttentionSite, config: E2VPTConfig) -> None:
         super().__init__(site)
