@@ -7,9 +7,10 @@ x is the residual stream in front of the feed-forward's norm. With layer_norm="i
 adapter's input, with "out" its output.
 
 The feed-forward's norm is the norm whose output the feed-forward reads; without such a norm (Swin V2), x is the
-feed-forward's input. In post-norm blocks (BERT, torch's encoder) x is the feed-forward's input too, with
-reads="branch". The model's dropout, layer scale and stochastic depth of the feed-forward's output do not act on the
-adapter's output, as in the authors' code; with joins="matrix" they do.
+feed-forward's input. Post-norm blocks (BERT, torch's encoder) have such a norm too, the norm after attention, so by
+default x is the input of this norm; with reads="branch" x is the feed-forward's input. The model's dropout, layer scale
+and stochastic depth of the feed-forward's output do not act on the adapter's output, as in the authors' code; with
+joins="matrix" they do.
 
 Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
 

@@ -1,8 +1,8 @@
-"""Control-LoRA in files of Stability, which ComfyUI and diffusers read (checked against diffusers 0.42).
+"""Control-LoRA in Stability's file format, which ComfyUI and diffusers read (checked against diffusers 0.42).
 
-Modules have their names in the original code of Stable Diffusion; ``.down`` and ``.up`` are ours, biases and norms are
-whole, and an empty tensor ``lora_controlnet`` says what the file is. Our biases are differences, so reading and writing
-take those of the UNet at hand.
+Modules have the names of Stable Diffusion's original code. ``.down`` and ``.up`` are our factors, biases and norms are
+stored whole, and an empty tensor ``lora_controlnet`` marks the format. Our biases are differences from the UNet's, so
+reading and writing need the UNet's biases.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class ControlLoRA(Format):
 
 
 class ControlLoRAContent(Content):
-    """The content of a file of Stability."""
+    """The content of a file in Stability's format."""
 
     def __init__(self, envelope: Envelope, file: TensorFile, model: nn.Module) -> None:
         super().__init__(envelope, file.path)
@@ -145,11 +145,12 @@ def _options(file: TensorFile) -> dict[str, Any]:
 def named(
     network: nn.Module, model: nn.Module, error: type[CheckpointError] | type[ExportError]
 ) -> Iterator[tuple[str, str, Tensor, list[tuple[int, ...]]]]:
-    """Yield each tensor of a network by our name and the file's, with the shapes that it may have there, the one that
-    is written last.
+    """Yield for each tensor of a network our name, its name in files, and the shapes that it may have in files; the
+    last shape is the one that is written.
 
     Raises:
-        CheckpointError, ExportError: `error`; the format lacks a name for a layer of the network.
+        CheckpointError, ExportError: the format lacks a name for a layer of the network; the argument `error` chooses
+            the type.
     """
     original = {ours: theirs for theirs, ours in ldm_names([path for path, _ in model.named_modules()]).items()}
     original |= _around(network)

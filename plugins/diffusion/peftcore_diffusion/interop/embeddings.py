@@ -1,9 +1,9 @@
-"""Files of embeddings alone: ``clip_l``, ``clip_g`` and ``t5`` have the new rows of the tables of tokens, ``[vectors,
+"""Files that contain only embeddings: ``clip_l``, ``clip_g`` and ``t5`` are the new rows of token tables, ``[vectors,
 width]``, one tensor for each text encoder of a pipeline.
 
-Pivotal tuning in diffusers (train_dreambooth_lora_sdxl_advanced.py, and that of Flux) writes them next to its LoRA, and
-sd-scripts (sdxl_train_textual_inversion.py) by themselves. A file has neither words nor ids of tokens: whoever loads it
-says them, in the order of the rows.
+Pivotal tuning in diffusers (train_dreambooth_lora_sdxl_advanced.py, and that of Flux) writes such files in addition to
+its LoRA, and sd-scripts (sdxl_train_textual_inversion.py) writes them alone. A file contains neither words nor token
+ids: pass both when you load it, in the order of the rows.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore_diffusion.textual_inversion import TextualInversion
 
 TENSORS = "embeddings.safetensors"
-"""The file that we write into a folder; any file that is the only one is read."""
+"""The name of the file that is written into a folder; reading accepts any name if the folder has only one file."""
 
 
 class Embeddings(Format):
-    """The format of files of embeddings."""
+    """The format of files that contain only embeddings."""
 
     name = "embeddings"
     file = TENSORS
@@ -82,7 +82,7 @@ class Embeddings(Format):
 
 
 class EmbeddingsContent(Content):
-    """The rows in such a file for the table of one host."""
+    """The rows of one file for the token table of one host."""
 
     def __init__(self, file: TensorFile, model: nn.Module, words: Mapping[str, Sequence[int]]) -> None:
         path, width = only_table(model, file)

@@ -1,8 +1,8 @@
 """GLoRA in files of LyCORIS (checked against LyCORIS 4.1).
 
 ``a1`` [in, rank] and ``a2`` [rank, in] are the factors of our A, which multiplies the weight (``A="product"``), ``b1``
-and ``b2`` those of B; convolutions write them as such, with kernels of ones but for ``b2``. The scale alpha / rank is
-in our first factors. LyCORIS lacks C, D and E.
+and ``b2`` those of B. For convolutions they are stored as kernels, of size one except for ``b2``. The scale alpha /
+rank is part of our first factors. LyCORIS lacks C, D and E.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KINDS = {"A": ("product", "none"), "B": ("lora", "none"), "C": ("none",), "D": (
 
 
 class KohyaGLoRA(KohyaMethod):
-    """Translates a low-rank matrix that multiplies the weight, and one that is added."""
+    """Translates the low-rank matrices A, which multiplies the weight, and B, which is added to it."""
 
     methods = ("glora",)
     below = tuple(THEIRS.values())
