@@ -77,8 +77,8 @@ class CPTConfig(MethodConfig):
     format_epsilon: NonNegativeFloat = 0.1
     """Radius of the ball of a row of the text around inputs, in a model of width 2048."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor between the loss weights of an example's answer and the next example's; with 1 all answers have the same
-    weight."""
+    """Loss weight of an example's answer, divided by that of the next example's answer; with 1 all answers have equal
+    weights."""
 
     @model_validator(mode="after")
     def _one_type_each(self) -> CPTConfig:
