@@ -140,7 +140,7 @@ def _as_lora(
     """
     if injection.trained_along:
         raise ExportError(
-            f"{injection.trained_along[0]} was trained in addition, and its change is not a low-rank update"
+            f"{injection.trained_along[0]} was trained in addition (train=), and its change is not a low-rank update"
         )
     check_no_rows(injection, reader.name)
     most = reader.ranks.most if reader.ranks else None
@@ -154,7 +154,7 @@ def _as_lora(
         exact[path] = change.site, factors
     else:
         if not exact:
-            raise ExportError("it changes no weight")
+            raise ExportError("the adapter changes no weight")
         kept = max(1, *(factors[1].shape[-1] for _, factors in exact.values()))
         return exact, kept, "as a LoRA", dict.fromkeys(exact, 0.0)
     if rank is None:

@@ -201,8 +201,8 @@ class PromptPositions:
         step that is no prompt has none."""
         if moves and not torch.compiler.is_compiling() and bool((seen < self.settled).any()):
             raise MissingContext(
-                f"this input continues a cache of less than {self.settled} tokens, which were the whole prompt or only "
-                f"its start, and these two cases need different positions: {REMEDY}"
+                f"this input continues a cache of fewer than {self.settled} tokens, which were the whole prompt or "
+                f"only its start, and these two cases need different positions: {REMEDY}"
             )
 
     def _check_uncached(self, length: Tensor) -> None:
@@ -211,7 +211,7 @@ class PromptPositions:
         if self.last:
             raise MissingContext(f"with use_cache=False, generated tokens are part of the input: {REMEDY}")
         if not torch.compiler.is_compiling() and bool((length < self.settled).any()):
-            raise MissingContext(f"the input has less than {self.settled} tokens, and may grow: {REMEDY}")
+            raise MissingContext(f"the input has fewer than {self.settled} tokens, and may grow: {REMEDY}")
 
 
 class VisibleTokens:
@@ -315,7 +315,7 @@ def _check_seen(seen: Tensor, length: Tensor) -> None:
     Raises:
         SequenceError: a row has fewer; on a GPU it is a RuntimeError of torch.
     """
-    message = "tokens are less than the prompt, which this method needs in one forward"
+    message = "tokens are fewer than those of the prompt, which this method needs in one forward"
     if seen.device.type != "cpu":
         torch._assert_async((length <= seen).all(), message)
     elif bool((length > seen).any()):

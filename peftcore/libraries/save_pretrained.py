@@ -161,7 +161,7 @@ def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
             )
     elif made_dense:
         advice = (
-            "Call bake() if merged and peftcore.dequantize(model) first, or merge(into='same')"
+            "Call bake() if merged, and then peftcore.dequantize(model); or use merge(into='same')"
             if isinstance(getattr(model, "hf_quantizer", None), Quantizer)
             else "Load the base without quantization and the adapter onto it, and call bake(); or merge(into='same')"
         )

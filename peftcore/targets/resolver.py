@@ -154,7 +154,9 @@ class Resolver:
             out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
             found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
             if not found:
-                raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
+                raise TargetError(
+                    f"exclude={exclude!r} excludes everything that target={target!r} selects; change one of them"
+                )
         for site in found.values():
             if site.form == "activation" and f"{site.module_path}.{site.tensor}" in self._flat_experts:
                 raise UnsupportedSite(

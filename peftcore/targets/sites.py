@@ -208,7 +208,9 @@ class Site(_Memory):
         """Returns the dimension of the inputs."""
         dim = self.layer.batch_dims + 1
         if dim >= len(self.weight_shape):
-            raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
+            raise UnsupportedSite(
+                f"{self.path} is a vector of {self.out_features}, but this method needs a matrix; exclude it"
+            )
         return dim
 
     @property

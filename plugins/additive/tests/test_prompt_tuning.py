@@ -224,7 +224,7 @@ def test_behind_the_embeddings_it_has_no_positions(embedded: bool) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_behind_embeddings_stand_encoders_alone(name: str) -> None:
     model, _ = host(name)
-    with pytest.raises(UnsupportedSite, match="no place behind its embeddings"):
+    with pytest.raises(UnsupportedSite, match="cannot insert rows without positions after its embeddings"):
         peftcore.apply(model, "prompt_tuning", behind_embeddings=True)
     assert not peftcore.injections(model)
 
