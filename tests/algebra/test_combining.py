@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused_with_its_reason(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             peftcore.combine(model, wrong, **options)  # type: ignore[arg-type]
-    with pytest.raises(UnknownInjection, match="no folder"):
+    with pytest.raises(UnknownInjection, match="neither a folder nor"):
         peftcore.combine(model, {"nobody": 1.0})
     with pytest.warns(UserWarning, match="rank 1 loses"):
         peftcore.combine(model, {"lora": 1.0}, "svd", rank=1)

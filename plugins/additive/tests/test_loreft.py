@@ -428,7 +428,7 @@ def test_generation_without_a_cache_needs_to_be_told_of_the_prompt() -> None:
     peftcore.activate(model)
     for name, options in (("short", {"prefix_positions": 2}), ("first", {"prefix_positions": 4})):
         apply(model, name=name, short_prompts="half" if name == "short" else "first", **options)
-        with peftcore.activate(model, name), pytest.raises(MissingContext, match="shorter than 4"):
+        with peftcore.activate(model, name), pytest.raises(MissingContext, match="fewer than 4"):
             generate(model, inputs, use_cache=False)
         with peftcore.activate(model, name):  # the mask says how long the prompt is
             cached, uncached = (generate(model, masked, use_cache=use) for use in (True, False))
@@ -568,7 +568,7 @@ def test_tokens_of_images_are_a_prompt_too() -> None:
     ("model", "target", "why"),
     [
         (lambda: host("t5")[0], "decoder.block.0", "encoder"),
-        (lambda: host("llama")[0], "lm_head", "no block"),
+        (lambda: host("llama")[0], "lm_head", "not a block"),
         (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), "block", "batch_first"),
     ],
 )

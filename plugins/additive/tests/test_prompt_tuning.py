@@ -230,7 +230,7 @@ def test_behind_embeddings_stand_encoders_alone(name: str) -> None:
 
 
 def test_what_it_cannot_do() -> None:
-    with pytest.raises(UnsupportedSite, match="no stack of tokens"):
+    with pytest.raises(UnsupportedSite, match="not a stack of tokens"):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt_tuning", target="0")
     model, _ = host("llama")
     injection, _ = prompted(model)

@@ -246,7 +246,7 @@ def test_nothing_of_that_name(command: str, adapters: Any, data: Any, names: Any
     for name, says in {
         "no/such/folder": "no/such/folder: no such folder; a model is a folder with config.json",
         "none.gguf": "none.gguf: no such folder",
-        "package:holds_none": "no package 'holds_none' is installed",
+        "package:holds_none": "the package 'holds_none' is not installed",
         "timm:no_net": "timm has no model 'no_net'",
         "someone/else": "someone/else",
     }.items():
