@@ -102,8 +102,9 @@ class _Base(Checked):
         """
         if (getattr(hook, "__module__", None) or "").partition(".")[0] == "opacus":
             raise TrainingError(
-                "Opacus takes gradients of single examples where modules get tensors alone; operators get the forward "
-                "that they wrap: give it peftcore.training.PerExample(model), with grad_sample_mode='no_op'"
+                "Opacus computes gradients of single examples only for modules whose inputs are all tensors, but "
+                "operators also get the forward that they wrap: pass peftcore.training.PerExample(model) to Opacus, "
+                "with grad_sample_mode='no_op'"
             )
         return super().register_forward_hook(hook, **options)
 
@@ -113,7 +114,10 @@ class _Base(Checked):
         Raises:
             NotMergeable: the operator does not override `merged`.
         """
-        raise NotMergeable(f"{type(self).__name__} does not say what its merged weight is")
+        raise NotMergeable(
+            f"{type(self).__name__} has no merged weight, because it does not define `merged`; keep the adapter "
+            "unmerged"
+        )
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         """Returns the effective bias that goes with `merged`; most methods leave it alone. `weight` returns the weight
@@ -154,8 +158,8 @@ class _Base(Checked):
         """
         if values.is_meta and not like.is_meta:
             raise NoWeights(
-                f"{type(self).__name__}: its values are offloaded, and it reads them where nothing is called that "
-                "would bring them back: offload the model first, and apply then"
+                f"{type(self).__name__} reads values that are offloaded, and no module is called here that would "
+                "restore them: offload the model first, and apply the method then"
             )
 
     def drop_nothing(self) -> bool:

@@ -178,7 +178,7 @@ def test_with_all_tokens_it_starts_as_the_model() -> None:
         ("gpt2", None, "later ones would choose"),
         ("t5", "encoder.block.0", "counts the tokens"),
         ("t5", "decoder.block.1", "later ones would choose"),
-        ("convnet", "last", "no block"),
+        ("convnet", "last", "not a block"),
     ],
 )
 def test_where_it_cannot_be(name: str, target: str | None, reason: str) -> None:

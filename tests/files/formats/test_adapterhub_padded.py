@@ -180,7 +180,7 @@ def test_prompts_whose_first_row_is_pooled_are_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_of_encoders_fit_no_decoder() -> None:
-    with pytest.raises(HostMismatch, match="no place behind its embeddings"):
+    with pytest.raises(HostMismatch, match="cannot insert rows without positions after its embeddings"):
         peftcore.load(host("llama"), HERE / "bert-prompt", strict=False)
 
 
