@@ -93,17 +93,13 @@ def keep_within(
     fresh = state_of(model) is None
     state = state_of(model) or HostState()
     if state.residency is not None:
-        raise ConfigError(
-            "the adapters of this model are within a limit already: set pool.limit, or pool.end() it first"
-        )
+        raise ConfigError("this model has an AdapterPool already: set pool.limit, or call pool.end() first")
     inside = [path for path, module in model.named_modules() if path and state_of(module) is not None]
     if fresh and inside:
-        raise ConfigError(f"this model has no adapters, but its part {inside[0]!r} has: give that one a limit")
+        raise ConfigError(f"this model has no adapters, but its submodule {inside[0]!r} has: pass that submodule")
     on_cpu = all(each.device.type == "cpu" for each in model.parameters())
     if idle == "cpu" and on_cpu:
-        raise ConfigError(
-            "the model is on the CPU, so idle adapters would free nothing there: name a folder, idle=path"
-        )
+        raise ConfigError('the model is on the CPU, so idle="cpu" would free no memory: pass a folder, idle=path')
     store: Store = MemoryStore() if idle == "cpu" else FolderStore(Path(idle))
     with Journal() as journal:
         state = ensure_state(journal, model, list(model.modules()), make_anew)

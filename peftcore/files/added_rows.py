@@ -135,6 +135,6 @@ def check_no_rows(injection: Injection, format: str, held: Mapping[str, Collecti
         if not lacking:
             continue
         raise ExportError(
-            f"{len(lacking)} rows were added to {path}, for which files of {format} have no place: save the "
-            "base with them, model.save_pretrained(folder), and let model.config._name_or_path be that folder"
+            f"{len(lacking)} rows were added to {path}, which {format} files cannot hold: save the base with them by "
+            "model.save_pretrained(folder), and set model.config._name_or_path to that folder"
         )

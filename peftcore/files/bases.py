@@ -82,8 +82,8 @@ def load_base(
     """
     if theirs := sorted(options.keys() & set(OWN)):
         raise CheckpointError(
-            f"{theirs[0]}= is none of load_base's arguments, which runs no code of a repository and reads safetensors "
-            "alone; for anything else build the model yourself, then peftcore.load(model, path)"
+            f"load_base does not accept {theirs[0]}=: it runs no code of repositories and reads only safetensors; "
+            "otherwise build the model yourself, then call peftcore.load(model, path)"
         )
     place = located(path, revision)
     about = describe(place)
@@ -94,13 +94,13 @@ def load_base(
     here = Path(path).exists()  # a file from elsewhere names no folders of this machine
     named = os.fspath(base) if base is not None else about.base
     if not named:
-        raise CheckpointError(f"{place} names no base; name it: base=, a folder or a name on a hub")
+        raise CheckpointError(f"{place} names no base; pass base=, a folder or a repository on the hub")
     told = about.base_revision if base_revision is None else base_revision
     folder = _folder(named, told or None, fetch, here or base is not None)
     commit = folder.name if is_fetched(folder) else ""
     if commit and COMMIT.fullmatch(about.base_revision) and commit != about.base_revision:
         logger.warning(
-            "the adapter in %s was made on commit %s of its base, and this is commit %s of %s: what it computes may "
+            "the adapter in %s was made on commit %s of its base, and this is commit %s of %s: its outputs may "
             "differ", place, about.base_revision[:12], commit[:12], named,
         )  # fmt: skip
     config = _config(transformers, folder, named)
@@ -126,17 +126,17 @@ def _folder(named: str, revision: str | None, fetch: bool, local: bool) -> Path:
     if local and Path(named).is_dir():
         folder = Path(named)
     elif not NAME.fullmatch(named):
-        where = "is not here" if local else "is no name on a hub, and an adapter from there names no folders here"
-        raise CheckpointError(f"the base {shown(named)} {where}; say where it is: base=, a folder or a name on a hub")
+        where = "does not exist" if local else "is not a repository, and an adapter from the hub names no local folder"
+        raise CheckpointError(f"the base {shown(named)} {where}; pass base=, a folder or a repository on the hub")
     elif revision is not None and not REVISION.fullmatch(revision):
-        raise CheckpointError(f"{shown(revision)} is no revision of the base {named}; name one: base_revision=")
+        raise CheckpointError(f"{shown(revision)} is not a valid revision of the base {named}; pass base_revision=")
     elif fetch:
         folder = fetched(named, revision, BASE_FILES, f"the base {named} cannot be fetched from the hub")
     else:
         folder = _cached(named, revision)
     if not (folder / CONFIG).is_file() or (folder / ADAPTER).exists():
         what = f"has no {CONFIG}" if not (folder / CONFIG).is_file() else f"has an {ADAPTER}: it is an adapter itself"
-        raise CheckpointError(f"the base {named} {what}; name the model: base=, a folder or a name on a hub")
+        raise CheckpointError(f"the base {named} {what}; pass the model, base=, a folder or a repository on the hub")
     return folder
 
 
@@ -147,18 +147,20 @@ def _cached(named: str, revision: str | None) -> Path:
         CheckpointError: it is not there.
     """
     at = f" at revision {revision}" if revision else ""
-    pass_it = "fetch=True fetches it from the hub, base= names a folder that has it"
+    pass_it = "pass fetch=True to download it, or base= with a folder that has it"
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        raise CheckpointError(f"the base {named} is no folder here: pip install 'peftcore[interop]'") from None
+        raise CheckpointError(
+            f"the base {named} is not a folder; to look in the hub's cache: pip install 'peftcore[interop]'"
+        ) from None
     file = try_to_load_from_cache(named, CONFIG, revision=revision)
     if isinstance(file, str):
         return Path(file).parent
     other = try_to_load_from_cache(named, CONFIG) if revision else None
     if isinstance(other, str):
-        pass_it += f", base_revision={Path(other).parent.name!r} takes the one that is there"
-    raise CheckpointError(f"the base {named}{at} is not in the cache of the hub, and nothing is fetched; {pass_it}")
+        pass_it += f", or base_revision={Path(other).parent.name!r} for the cached revision"
+    raise CheckpointError(f"the base {named}{at} is not in the hub's cache; {pass_it}")
 
 
 def _config(transformers: Any, folder: Path, named: str) -> Any:
@@ -223,12 +225,14 @@ def _built(
     except Exception as error:
         raise _unbuilt(str(folder), error) from error
     if cls and type(model).__name__ != cls:
-        raise HostMismatch(f"the adapter was made on {cls}, and {folder} is a {type(model).__name__}; name it: base=")
+        raise HostMismatch(
+            f"the adapter was made on {cls}, and {folder} is a {type(model).__name__}; pass the right base, base="
+        )
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if lacking := sorted(fresh - about.trained.keys()):
         raise HostMismatch(
-            f"{folder} has no weights for {', '.join(lacking[:4])}, and the adapter does not bring them: they would be "
-            "random; name the base that has them: base="
+            f"{folder} has no weights for {', '.join(lacking[:4])}, and the adapter does not contain them: they would "
+            "be random; pass the base that has them, base="
         )
     return model
 
@@ -247,7 +251,7 @@ def _unbuilt(where: str, error: Exception) -> CheckpointError:
     reason = said(error)
     if "trust_remote_code" in str(error):
         reason = (
-            "it brings code of its own, which is not run here; if you trust it, build the model yourself, then "
-            "peftcore.load(model, path)"
+            "it contains its own code, which load_base does not run; if you trust it, build the model yourself, then "
+            "call peftcore.load(model, path)"
         )
     return CheckpointError(f"the base {where} cannot be built: {reason}")

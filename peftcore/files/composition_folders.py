@@ -55,12 +55,12 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
             if sum(1 for _ in islice(found, MOST + 1)) > MOST:
                 raise ValueError(f"it has more than {MOST} {what}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
-        raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
+        raise CheckpointError(f"{folder} cannot be read as a composition: {error}") from None
     loaded = []
     try:
         for name in dict.fromkeys(composition.names()):
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
+                raise CheckpointError(f"{folder}: {name!r} does not name an adapter inside this folder")
             loaded.append(load(model, folder / name, name=name, active=False))
         activate(model, composition)
     except BaseException:  # on any error nothing stays behind

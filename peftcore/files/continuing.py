@@ -55,9 +55,9 @@ def check_record(held: Mapping[str, Any], injection: Injection, where: object) -
         lines.append("the weights of the base have other values, or another dtype")
     if lines:
         raise CheckpointError(
-            f"{where} was written of another adapter than {injection.name!r}: {listed(lines)}. Apply the adapter as it "
-            f"was then, to the same base; or begin a new training from its values: peftcore.load(model, folder, "
-            "trainable=True)"
+            f"{where} belongs to another adapter than {injection.name!r}: {listed(lines)}. Apply the adapter as it was "
+            "when it was saved, to the same base; or start a new training from its values: peftcore.load(model, "
+            "folder, trainable=True)"
         )
 
 

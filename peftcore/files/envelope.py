@@ -120,7 +120,7 @@ class Envelope(BaseModel):
             CheckpointError: operators cannot have the dtype.
         """
         if self.dtype not in DTYPES:
-            raise CheckpointError(f"dtype {self.dtype!r}: operators may be {', '.join(DTYPES)}")
+            raise CheckpointError(f"operators cannot have dtype {self.dtype!r}; possible are {', '.join(DTYPES)}")
         saved = {key: [site.record for site in sites] for key, sites in self.selections.items()}
         return Wishes(
             self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved, self.rows, untied=self.untied
@@ -140,7 +140,7 @@ class Envelope(BaseModel):
         told, here = sum(map(len, self.selections.values())), sum(1 for _ in model.modules())
         if told > 100 * here:
             raise HostMismatch(
-                f"the adapter belongs to another base: it stands at {told:,} places, and here are {here:,}"
+                f"the adapter belongs to another base: it has {told:,} sites, and this model has {here:,} modules"
             )
         return request
 
@@ -156,8 +156,8 @@ class Envelope(BaseModel):
             raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
         if tied := otherwise_tied(self, surgeon):
             raise HostMismatch(
-                f"{made}: {'; '.join(tied[:8])}. Take a model with the same ties (tie_word_embeddings in the config of "
-                "one of transformers)"
+                f"{made}: {'; '.join(tied[:8])}. Use a model with the same ties (tie_word_embeddings in a config of "
+                "transformers)"
             )
         if self.weights is not None and self.weights != weights_digest(graft.site for graft in surgeon.grafts):
             raise HostMismatch(f"{made}: the base has other weights at its sites")
@@ -288,7 +288,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
         wrong = "; ".join(f"{place}={shown(each['input'])}: {each['msg']}" for place, each in places)
         raise CheckpointError(f"{where} cannot be read: {wrong}") from None
     if len(set(found.train)) < len(found.train):
-        raise CheckpointError(f"{where} cannot be read: what was trained along stands there twice")
+        raise CheckpointError(f"{where} cannot be read: its field 'train' names a tensor twice")
     return found
 
 
@@ -325,8 +325,8 @@ def _migrated(
     "parts"; parts without a version are as old as files can be."""
     if version > cls.config_version:
         raise NewerFormat(
-            f"the adapter has version {version} of {cls.name}'s options, the installed plugin knows "
-            f"{cls.config_version}: pip install -U {plugin}"
+            f"the adapter has version {version} of {cls.name}'s options, the installed plugin reads up "
+            f"to {cls.config_version}: pip install -U {plugin}"
         )
     for each in range(version, cls.config_version):
         options = cls.migrate(dict(options), each)
@@ -367,8 +367,8 @@ def otherwise_tied(envelope: Envelope, surgeon: RecordingSurgeon) -> list[str]:
         told, here = set(envelope.ties.get(graft.key, ())), set(surgeon.ties.get(graft.key, ()))
         told = {path for path in told if surgeon.resolver.has_parameter(path)}
         own = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
-        wrong += [f"{own} was tied to {path}, and has a tensor of its own here" for path in sorted(told - here)]
-        wrong += [f"{own} had a tensor of its own, and is tied to {path} here" for path in sorted(here - told)]
+        wrong += [f"{own} was tied to {path}, and is not tied to it here" for path in sorted(told - here)]
+        wrong += [f"{own} was not tied to {path}, and is tied to it here" for path in sorted(here - told)]
     return wrong
 
 

@@ -44,7 +44,7 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
                 adapted = peft.get_peft_model(twin(model, _writes(config)), copy.deepcopy(config))
                 adapted.save_pretrained(folder, save_embedding_layers=False)
         except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"peft does not take this {type(config).__name__} for this model: {error}") from error
+            raise ConfigError(f"peft does not accept this {type(config).__name__} for this model: {error}") from error
         return load(model, folder, name=name, trainable=True)
 
 

@@ -54,7 +54,7 @@ def _regular(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is no regular file")
+        raise CheckpointError(f"{path} is not a regular file")
     return status.st_size
 
 
@@ -62,18 +62,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key[:80]!r} stands there twice")
+            raise ValueError(f"the key {key[:80]!r} appears twice")
         found[key] = value
     return found
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _whole(digits: str) -> int:
     if len(digits) > 20 or not fits(number := int(digits)):
-        raise ValueError(f"a whole number of {len(digits)} digits fits no tensor")
+        raise ValueError(f"an integer of {len(digits)} digits is too large")
     return number
 
 
@@ -88,12 +88,12 @@ def _nesting(text: str | bytes) -> int:
 def _object(text: str | bytes, where: object) -> dict[str, Any]:
     try:
         if sys.getrecursionlimit() > SAFE_CALLS and _nesting(text) > MAX_DEPTH:
-            raise ValueError("it is nested deeper than any adapter's options")
+            raise ValueError("it is nested too deeply for an adapter's options")
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{where} cannot be read: it holds no JSON object")
+        raise CheckpointError(f"{where} cannot be read: it is not a JSON object")
     return found
 
 
@@ -111,7 +111,7 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     while level:
         count, depth = count + len(level), depth + 1
         if count > MAX_VALUES or depth > MAX_DEPTH:
-            raise CheckpointError(f"{where} cannot be read: it holds more values than any adapter's options")
+            raise CheckpointError(f"{where} cannot be read: it has too many values for an adapter's options")
         inside = [each for each in level if isinstance(each, (dict, list))]
         level = [value for each in inside for value in (each.values() if isinstance(each, dict) else each)]
     return found
@@ -151,7 +151,7 @@ class TensorFile:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, MAX_HEADER):
-                    raise CheckpointError(f"{self.path} cannot be read: it is cut off, or no safetensors file")
+                    raise CheckpointError(f"{self.path} cannot be read: it is cut off, or not a safetensors file")
                 text = file.read(length)
             with safe_open(self.path, framework="pt"):
                 pass  # kinds of entries, offsets, overlaps, lengths
@@ -179,7 +179,7 @@ class TensorFile:
         """
         named = {key: each["dtype"] for key, each in self.header.items() if key != "__metadata__"}
         if strange := sorted(f"{key} has dtype {name}" for key, name in named.items() if name not in DTYPES):
-            raise CheckpointError(f"{self.path}: no adapter has such tensors: {'; '.join(strange[:8])}")
+            raise CheckpointError(f"{self.path}: adapters have no tensors of such dtypes: {'; '.join(strange[:8])}")
         return {key: DTYPES[name] for key, name in named.items()}
 
     def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:

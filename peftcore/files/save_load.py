@@ -83,13 +83,13 @@ def save(
     """
     only = _only_file(path, formats)
     if only and metrics:
-        raise ExportError(f"metrics are written into the card of a folder, and {path} is one file; name a folder")
+        raise ExportError(f"metrics belong into the card of a folder, and {path} is one file; pass a folder")
     metric_rows(metrics or {})
     model = injection.model
     try:
         injection.check()
     except InactiveSite as error:  # what was trained before is worth keeping
-        logger.warning("saved as it was while it acted everywhere: %s", error)
+        logger.warning("the adapter is saved, although a part of it does not act any more: %s", error)
     base_dependence.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters, reads=True):
         contents = {
@@ -97,12 +97,14 @@ def save(
         }
     if moves and (fixed := [name for name, content in contents.items() if isinstance(content, Placed)]):
         raise ExportError(
-            f"{fixed[0]} in the format {' and '.join(formats)} names folders by their path on one machine, and would "
-            'name none in a repository; push in the format "peftcore"'
+            f"{fixed[0]} in the format {' and '.join(formats)} contains paths of folders on this machine, which "
+            'no other machine has; push in the format "peftcore"'
         )
     for content in contents.values():
         if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
-            raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
+            raise NoWeights(
+                f"{lacking[0]} depends on weights of the host, which are on the meta device: load them first"
+            )
     with one_writes(model) as mine:
         if mine and only:
             _write_file(path, contents[only])
@@ -121,8 +123,12 @@ def _only_file(path: Path, formats: Sequence[str]) -> str:
     kinds = [format_named(each) for each in formats]
     if path.suffix == SUFFIX and len(kinds) == 1 and kinds[0].file:
         return kinds[0].file
-    why = "no pickles are written" if path.suffix != SUFFIX else f"an adapter of {' and '.join(formats)} is several"
-    raise ExportError(f"{path} is the name of a file, and {why}; name a folder, such as {str(path.with_suffix(''))!r}")
+    why = (
+        "peftcore writes no pickles"
+        if path.suffix != SUFFIX
+        else f"an adapter in the format {' and '.join(formats)} has several files"
+    )
+    raise ExportError(f"{path} is the name of a file, and {why}; pass a folder, such as {str(path.with_suffix(''))!r}")
 
 
 def _write_file(path: Path, content: Tensors | str | Placed | Made) -> None:
@@ -326,7 +332,9 @@ def _values_wanted(model: nn.Module) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, PeftcoreError) or not any(each.is_meta for each in model.parameters()):
             raise
-        raise NoWeights(f"the host is on the meta device, and values of its weights are needed: {error}") from error
+        raise NoWeights(
+            f"the host is on the meta device, but its weights are needed; load them first: {error}"
+        ) from error
 
 
 @contextmanager
@@ -341,7 +349,7 @@ def _about(where: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        text = f"no adapter can be made of what it says: {type(error).__name__}: {error}"
+        text = f"no adapter can be built from its content: {type(error).__name__}: {error}"
         raise CheckpointError(text).about(where) from error
 
 
@@ -355,7 +363,7 @@ class _Bounded(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0 and func is not torch._C._set_grad_enabled:  # the end of a no_grad() comes through here too
-            raise CheckpointError("its options ask for more operators than any adapter of this base has")
+            raise CheckpointError("its options ask for too many operators for this base")
         return func(*args, **(kwargs or {}))
 
 
@@ -383,7 +391,7 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
     host = sum(each.numel() * each.element_size() for each in surgeon.model.parameters())
     if needed - known > host + SPARE:
         raise CheckpointError(
-            f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
+            f"it holds {known:,} bytes, but its options need {needed:,}: more than the host itself, {host:,}"
         )
 
 

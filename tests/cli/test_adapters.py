@@ -446,8 +446,8 @@ def test_weights_are_loaded_where_a_conversion_depends_on_them(llama: Path, caus
 
 def test_what_another_format_cannot_hold(llama: Path, causal: nn.Module) -> None:
     saved(causal, "adapter", "prefix_tuning")
-    assert "files of kohya" in refused("convert", "adapter", "--to", "kohya", "--out", "x")
-    assert "not written to them" in refused("convert", "adapter", "--to", "adapterhub", "--out", "x")
+    assert "kohya files" in refused("convert", "adapter", "--to", "kohya", "--out", "x")
+    assert "does not write them" in refused("convert", "adapter", "--to", "adapterhub", "--out", "x")
     assert "there are: native, peft" in refused("convert", "adapter", "--to", "nativ", "--out", "x")
     assert "no part 'vae'" in refused("convert", "adapter", "--to", "diffusers/vae", "--out", "x")
     saved(causal, "lora", "lora")

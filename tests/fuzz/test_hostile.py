@@ -448,7 +448,7 @@ def test_compositions(name: str, tmp_path: Path) -> None:
     [
         (_compositions(parts=["a"] * 1001), "more than 1000 names"),
         (_compositions(parts=[_compositions("Sum")] * 9), "more than 1000 branches"),
-        ("a", "holds no JSON object"),
+        ("a", "is not a JSON object"),
     ],
 )
 def test_what_is_wrong_with_a_composition(composition: Any, why: str, tmp_path: Path) -> None:

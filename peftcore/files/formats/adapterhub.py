@@ -94,7 +94,9 @@ class HubArchitecture(ABC):
                 continue
             inside = [site for site in resolver.sites(role) if f"{site.module_path}.".startswith(f"{path}.")]
             if not inside:
-                raise HostMismatch(f"the adapter of {keys.where} stands at {place}, but {path} has no {role} here")
+                raise HostMismatch(
+                    f"the adapter of {keys.where} acts at {place}, but {path} of this model has no {role}"
+                )
             found.append(HubPlace(inside[0], groups[place]))
         return found
 
@@ -129,7 +131,7 @@ class AdapterHub(Format):
                 f"{path} has no {TENSORS}, only {held}: in adapters, save with use_safetensors=True; a .bin is a "
                 "pickle, which can run any code when it is read. If you trust it, convert it once: safetensors.torch"
                 ".save_file({k: v.clone() for k, v in torch.load(file, weights_only=True).items()}, "
-                f'"{TENSORS}"), which also does for prefixes, that adapters saves in no other way'
+                f'"{TENSORS}"), for prefix tuning too, which adapters saves only as a pickle'
             )
         head = TensorFile(path / HEAD) if (path / HEAD).exists() else None
         described = [(keys, architecture) for (keys, _), architecture in zip(parts, architectures, strict=True)]
@@ -235,7 +237,7 @@ class HubContent(Content):
             CheckpointError: a holder has none, or two architectures share one.
         """
         if len(set(holders)) < len(holders):
-            raise CheckpointError(f"{where}: parts of this union have their tensors in one place, {sorted(holders)}")
+            raise CheckpointError(f"{where}: parts of this union use the same tensor names, {sorted(holders)}")
         found: dict[str, dict[str, dict[str, str]]] = {holder: {} for holder in holders}
         for full in self.file.shapes:
             for holder, groups in found.items():
@@ -246,7 +248,7 @@ class HubContent(Content):
             else:
                 self.wrong.append(f"unknown {full}")
         if not all(found.values()):
-            raise CheckpointError(f"{self.file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
+            raise CheckpointError(f"{self.file.path} has no tensors of {name!r}, which {CONFIG} describes")
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:

@@ -82,9 +82,11 @@ def only_table(model: nn.Module, file: TensorFile) -> tuple[str, int]:
     """
     tables = tables_by_path(model)
     if not tables:
-        raise HostMismatch(f"{file.path}: words are for a text encoder, and this host has no table of tokens")
+        raise HostMismatch(f"{file.path}: words= needs a text encoder, and this host has no token embedding")
     if len({id(each.get_parameter("weight")) for each in tables.values()}) > 1:
-        raise HostMismatch(f"{file.path}: words are for one table of tokens, and here are {', '.join(tables)}")
+        raise HostMismatch(
+            f"{file.path}: words= needs a host with one token embedding, this one has {', '.join(tables)}"
+        )
     path, table = next(iter(tables.items()))
     return path, table.get_parameter("weight").shape[1]
 
@@ -115,14 +117,14 @@ def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[in
         fitting = [name for name in held.get(word, {}).values() if file.shapes[name][-1:] == (width,)]
         if not fitting:
             shown = ", ".join(f"{name} {tuple(file.shapes[name])}" for name in file.shapes if is_word(name))
-            raise HostMismatch(f"{file.path}: no vectors of {word!r} are for {path}, of width {width}: {shown}")
+            raise HostMismatch(f"{file.path}: no vectors of {word!r} have the width {width} of {path}; it has {shown}")
         if len(fitting) > 1:
-            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; keep each in a file of its own")
+            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; put each in a separate file")
         shape = file.shapes[fitting[0]]
         count = shape[0] if len(shape) == 2 else 1
         if len(shape) > 2 or len(own) != count:
             raise CheckpointError(
-                f"{file.path}: {fitting[0]} has shape {tuple(shape)}, one id is needed for each vector, and words has "
+                f"{file.path}: {fitting[0]} has shape {tuple(shape)}: words= needs one id for each vector, and has "
                 f"{len(own)} for {word!r}"
             )
         names += fitting
@@ -146,11 +148,13 @@ def bundled(part: str, tokens: Iterable[tuple[str, int]], vectors: Tensor) -> di
     kind = next((kind for kind in (ANY, *ENCODERS) if part in ENCODERS[kind]), None)
     if kind is None:
         named = ", ".join(f'"kohya/{each[0]}"' for each in ENCODERS.values())
-        raise ExportError(f"files of kohya have words for a text encoder, and not for {part!r}; name it: {named}")
+        raise ExportError(f"kohya files hold words of text encoders, not of {part!r}; use one of the formats {named}")
     rows: dict[str, list[int]] = {}
     for row, (word, _) in enumerate(tokens):
         rows.setdefault(word, []).append(row)
     for word in rows:
         if not word or "." in word:
-            raise ExportError(f"{word!r} cannot be the name of a word in a file of kohya, which ends at the first dot")
+            raise ExportError(
+                f"{word!r} cannot name a word in a kohya file: a name is not empty and has no dot; rename it"
+            )
     return {f"{FRONT}{word}.{kind}": vectors.detach()[own].contiguous() for word, own in rows.items()}

@@ -91,7 +91,7 @@ def metric_rows(metrics: Metrics) -> list[tuple[str, str, float]]:
                 found = math.nan
             text = all(isinstance(each, str) and each.isprintable() and each for each in (data, name))
             if not text or not math.isfinite(found):
-                wrong = f"metric {shown(name)}={shown(number)} is no finite number by name"
+                wrong = f"metric {shown(name)}={shown(number)} is not a finite number with a name"
                 raise ExportError(f'{wrong}; write metrics={{"accuracy": 0.93}}')
             rows.append((data, name, found))
     return rows

@@ -145,9 +145,11 @@ class Diffusers(Format):
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
         if options["peft_type"] != "LORA":
-            raise ExportError(f"diffusers loads LoRA and DoRA, and no {injection.method.name}")
+            raise ExportError(f"diffusers loads only LoRA and DoRA, not {injection.method.name}")
         if injection.trained_along:
-            raise ExportError(f"diffusers' files hold no {injection.trained_along[0]}, which was trained along")
+            raise ExportError(
+                f"diffusers' files cannot hold {injection.trained_along[0]}, which trains with the adapter"
+            )
         check_no_rows(injection, "diffusers")
         model = injection.model
         guess = "unet" if is_unet(model) else "text_encoder" if is_text_encoder(model) else "transformer"
@@ -220,7 +222,7 @@ def _inferred(file: TensorFile, names: dict[str, str]) -> tuple[dict[str, Any], 
         exact[path] = {"r": shape[0], "lora_alpha": shape[0]}
     for path, full in alphas.items():
         if values[full].numel() != 1 or path not in exact:
-            raise CheckpointError(f"{file.path}: {full} is no alpha of a LoRA in this file")
+            raise CheckpointError(f"{file.path}: {full} is not the alpha of a LoRA in this file")
         exact[path]["lora_alpha"] = float(values[full])
     first: dict[str, Any] = next(iter(exact.values()), {})
     said = {

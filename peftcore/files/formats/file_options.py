@@ -92,7 +92,7 @@ class Keys:
         if value not in values and not off:
             raise CheckpointError(
                 f"{self.where}: {key!r} is {shown(value)}, which changes what the adapter computes in a way that "
-                f"peftcore does not know; it reads {' and '.join(map(repr, values))}"
+                f"peftcore does not support; it supports {' and '.join(map(repr, values))}"
             )
 
     def patched(self, changes: Mapping[str, Any]) -> Keys:
@@ -110,4 +110,6 @@ class Keys:
         strange = [key for key in sorted(self.data.keys() - self.known) if self.data[key] not in OFF]
         if strange:
             said = ", ".join(f"{key} = {shown(self.data[key])}" for key in strange[:8])
-            raise CheckpointError(f"{self.where}: peftcore does not know these options, which may matter: {said}")
+            raise CheckpointError(
+                f"{self.where}: peftcore does not know these options, which may change the outputs: {said}"
+            )

@@ -43,7 +43,7 @@ class Found:
         expected = tuple(shapes[0])
         full = self.names.get(name)
         if full is None:
-            self.wrong.append(f"missing {name} beside {min(self.names.values(), default='the others')}")
+            self.wrong.append(f"missing {name} next to {min(self.names.values(), default='the others')}")
             return torch.zeros(()).expand(expected)
         self.used.add(full)
         if tuple(self.shapes[full]) not in [tuple(shape) for shape in shapes]:

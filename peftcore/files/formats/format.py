@@ -117,7 +117,7 @@ class Format(ABC):
             CheckpointError: as `open`; or it has no such words.
             HostMismatch, NewerFormat, UnknownMethod: as `open`.
         """
-        raise CheckpointError(f"{path}: files of {self.name} have no words that need ids; leave out words=")
+        raise CheckpointError(f"{path}: files of {self.name} contain no words; remove words=")
 
     def describe(self, path: Path) -> Description:
         """Returns the description in a folder or file without a host. Formats that know more than the tensors override
@@ -148,7 +148,7 @@ class Format(ABC):
             ExportError: the format cannot hold it.
             PluginError: the adapter's tensors cannot be saved by name, since one has two.
         """
-        raise ExportError(f"adapters are read from files of {self.name}, not written to them")
+        raise ExportError(f"peftcore reads files of {self.name}, but does not write them; choose another format")
 
 
 def formats() -> dict[str, type[Format]]:
@@ -183,7 +183,7 @@ def recognize(path: Path) -> Format:
     for kind in formats().values():
         if kind.recognizes(path):
             return kind()
-    raise CheckpointError(f"{path} is no adapter of a known format ({', '.join(formats())}); {held_by(path)}")
+    raise CheckpointError(f"{path} is not an adapter in a known format ({', '.join(formats())}); {held_by(path)}")
 
 
 def held_by(path: Path) -> str:
@@ -195,12 +195,12 @@ def held_by(path: Path) -> str:
     """
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     if below := [each.name for each in inside if each.is_dir() and any(map(_of(each), formats().values()))]:
-        return f"there are adapters in it: {', '.join(below[:8])}"
+        return f"it contains adapters: {', '.join(below[:8])}"
     held = [each.name for each in inside]
     if TRAINER in held:
         return (
-            "it is a checkpoint of transformers' Trainer, for train(resume_from_checkpoint=...), and there is no "
-            "adapter's file in it: injection.save(folder) writes one"
+            "it is a checkpoint of transformers' Trainer without a file of an adapter: pass it to "
+            "train(resume_from_checkpoint=...), or write an adapter with injection.save(folder)"
         )
     pickled = [name for name in held if name.endswith(PICKLES) and not STATE.fullmatch(name)]
     if pickled:

@@ -25,7 +25,7 @@ FILE = "adapter.gguf"
 ARCHITECTURES = Path(__file__).with_name("gguf_architectures.toml")
 FACTORS = (".lora_a", ".lora_b")
 TYPE = "adapter.type"
-ONLY_WRITTEN = "files of llama.cpp are written, not read; load or check the adapter that it was made of"
+ONLY_WRITTEN = "peftcore writes files of llama.cpp, but does not load them; load the adapter that was exported"
 
 
 class GGUF(Format):
@@ -48,7 +48,7 @@ class GGUF(Format):
         file = GGUFFile(path / FILE if path.is_dir() else path)
         kind = file.options.get("general.type")
         if kind != "adapter":
-            raise CheckpointError(f"{file.path} is no adapter: its general.type is {shown(kind)}")
+            raise CheckpointError(f"{file.path} is not an adapter: its general.type is {shown(kind)}")
         names = {name for name in file.shapes if name.endswith(FACTORS)}
         lacking = [name for name in sorted(names) if not names >= {name[:-1] + each[-1] for each in FACTORS}]
         if lacking:
@@ -102,8 +102,8 @@ def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     kind = said.get("model_type")
     if kind not in known:
         raise ExportError(
-            f"GGUF is written for {', '.join(known)}, and this model is {kind or 'none of transformers'}: write "
-            'format="peft", which convert_lora_to_gguf.py of llama.cpp converts'
+            f"peftcore writes GGUF for {', '.join(known)}, not for {kind or 'models outside of transformers'}: save "
+            'with format="peft", and convert that with convert_lora_to_gguf.py of llama.cpp'
         )
     return known[kind], said
 

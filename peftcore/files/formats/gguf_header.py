@@ -75,7 +75,7 @@ class _Cursor:
         if kind == TEXT:
             return self.text()
         if kind != LIST or depth == DEPTH:
-            raise ValueError(f"an option is of an unknown kind, {kind}")
+            raise ValueError(f"an option has the unknown type {kind}")
         inner, count = self.number("I"), self.number("Q")
         if count > self.left:  # each takes a byte at least
             raise ValueError("it is cut off")
@@ -87,7 +87,7 @@ def _header(cursor: _Cursor) -> dict[str, Any]:
         raise ValueError("it does not begin with GGUF")
     version = cursor.number("I")
     if version not in VERSIONS:
-        raise ValueError(f"it is of version {version}; read are {' and '.join(map(str, VERSIONS))}, in little-endian")
+        raise ValueError(f"it has version {version}; peftcore reads {' and '.join(map(str, VERSIONS))}, little-endian")
     tensors, options = cursor.number("Q"), cursor.number("Q")
     if tensors + options > cursor.left:
         raise ValueError("it is cut off")

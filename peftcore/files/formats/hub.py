@@ -50,8 +50,10 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         return place
     repository, _, after = name.partition("@")
     if after and revision is not None and after != revision:
-        raise CheckpointError(f"{name} names the revision {after!r}, and revision= says {revision!r}: name one of them")
-    return fetched(repository, after or revision, FILES, f"{name} is no path here, and cannot be fetched from the hub")
+        raise CheckpointError(f"{name} names the revision {after!r}, and revision= is {revision!r}: pass only one")
+    return fetched(
+        repository, after or revision, FILES, f"{name} is not a local path, and cannot be fetched from the hub"
+    )
 
 
 def is_fetched(folder: Path) -> bool:
@@ -131,7 +133,7 @@ def upload(
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{failed}: HF_HUB_OFFLINE is set; unset it to push")
     if token is False or (token in (None, True) and get_token() is None):
-        raise HubError(f"{failed}: there is no token; {LOGIN}, or pass token=, with one that may write")
+        raise HubError(f"{failed}: there is no token; {LOGIN}, or pass token=; it needs write access")
     api = HfApi(token=token)
     with _explained(failed, repository, revision, writing=True):
         try:
@@ -214,7 +216,7 @@ def _reason(error: Exception, repository: str, revision: str | None, writing: bo
         return any(isinstance(each, kinds) for each in chain)
 
     if found(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and the cache lacks it; unset it, or name a folder"
+        return "HF_HUB_OFFLINE is set, and the cache lacks it; unset it, or pass a folder"
     if found(errors.GatedRepoError):
         return f"it is gated; ask for access at {address}, and {LOGIN} of the account that has it"
     if found(errors.RevisionNotFoundError):
@@ -227,7 +229,7 @@ def _reason(error: Exception, repository: str, revision: str | None, writing: bo
     reasons = {
         401: f"the hub does not know the token; {LOGIN} with a valid one (https://huggingface.co/settings/tokens)",
         403: f"the token {who}; {LOGIN} with one that may",
-        429: "the hub had too many requests from here; wait some minutes, and try again",
+        429: "the hub refuses more requests from this address; wait some minutes, and try again",
     }
     if status in reasons:
         return reasons[status]

@@ -57,7 +57,7 @@ class Held:
             CheckpointError: it is not above zero.
         """
         if self.given is not None and not (self.given > 0 and math.isfinite(self.given)):
-            raise CheckpointError(f"{self.where}: alpha is {self.given}, but peftcore reads only what is above 0")
+            raise CheckpointError(f"{self.where}: alpha is {self.given}, and must be a finite number above 0")
         return float(rank if self.given is None else self.given)
 
 
@@ -156,7 +156,7 @@ class KohyaMethod(ABC):
         wrong = [name for name in self.rows if name in held and held[name].shape[:1] != (sum(sizes),)]
         if held.keys().isdisjoint(self.rows) or wrong:
             shown = ", ".join(f"{name} {tuple(value.shape)}" for name, value in held.items())
-            raise CheckpointError(f"{shown} cannot be cut at the outputs {', '.join(map(str, sizes))}")
+            raise CheckpointError(f"{shown} cannot be split into modules with {', '.join(map(str, sizes))} outputs")
         cuts = {name: torch.split(held[name], list(sizes)) for name in self.rows if name in held}
         parts = [
             Piece(piece.alpha, {**held, **{name: each[index] for name, each in cuts.items()}})
@@ -204,7 +204,7 @@ class KohyaMethod(ABC):
         alike = all(part.tensors.keys() == names for part in held)
         if not beside or not alike or (len(held) < len(parts) and names != factors):
             shown = ", ".join(sorted(shared - factors or names - factors or names))
-            raise ExportError(f"{shown} would have to be at all of these modules, and the same")
+            raise ExportError(f"all of these modules must have the same {shown}")
         return self._blocks(parts, sizes, held)
 
     def _blocks(self, parts: Sequence[Piece | None], sizes: Sequence[int], held: Sequence[Piece]) -> Piece:

@@ -97,7 +97,7 @@ class KohyaContent(Content):
         if stems.keys() <= PICTURES and words:  # nothing else is for a text encoder
             readings = [(PipelinePart("", {}, {}), Spelling(modules))]
         elif not stems:
-            raise CheckpointError(f"{file.path} has words alone: {_how_to_load(counts(file.shapes))}")
+            raise CheckpointError(f"{file.path} contains only words: {_how_to_load(counts(file.shapes))}")
         part, move = fitting([each for each, _ in readings], model, file.path)
         spelling = next(spelling for each, spelling in readings if each is part)
         names: dict[str, dict[str, str]] = {}
@@ -116,7 +116,7 @@ class KohyaContent(Content):
         for stem, below in names.items():
             for path in meant[stem].paths:
                 if not spelling.has_weight(path):
-                    raise HostMismatch(f"{file.path}: {stem} stands at {path}, which has no weight here")
+                    raise HostMismatch(f"{file.path}: {stem} is for {path}, which has no weight here")
             if not meant[stem].whole:
                 groups += self._cut(stem, below, numbers[stem].get(ALPHA), meant[stem], modules)
                 continue
@@ -183,7 +183,7 @@ class KohyaContent(Content):
         beside = added(self.methods, {leaf: self._shape(full) for leaf, full in below.items()})
         for leaf, tensor in beside.items():
             if not layer_of(module, "weight").has(module, tensor):
-                raise HostMismatch(f"{self.file.path}: {below[leaf]} is added to a {tensor}, which {path} has not")
+                raise HostMismatch(f"{self.file.path}: {below[leaf]} is for a {tensor}, and {path} has no {tensor}")
             self.added[f"{path}.{tensor}"] = below[leaf]
         return {leaf: full for leaf, full in below.items() if leaf not in beside}
 
@@ -252,8 +252,8 @@ class KohyaContent(Content):
         lacking = [f"{name} = {told[name]}" for name in told if name in DROPOUTS and name not in method.dropouts]
         if lacking:
             warnings.warn(
-                f"{self.file.path} was trained with {', '.join(lacking)}, which {method.methods[0]} has not in this "
-                "form: outputs are the same without, further training is not",
+                f"{self.file.path} was trained with {', '.join(lacking)}, which {method.methods[0]} does not support "
+                "in this form: outputs are the same, further training differs",
                 UserWarning,
                 stacklevel=2,
             )

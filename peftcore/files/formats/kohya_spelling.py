@@ -37,7 +37,7 @@ class Spelling:
             weighty = [each for each in meant if self.has_weight(each.paths[0])]
             if len(weighty) > 1:
                 several = " and ".join(each.paths[0] for each in weighty)
-                raise HostMismatch(f"with underscores for dots {several} are one name")
+                raise HostMismatch(f"{several} have the same name with underscores for dots")
             meant = weighty or meant
         return meant[0]
 

@@ -39,11 +39,13 @@ class MLX(Format):
             return False
 
     def open(self, path: Path, model: nn.Module) -> Content:
-        raise CheckpointError(f"{path}: folders of mlx-lm are written, not read; load the adapter that it was made of")
+        raise CheckpointError(
+            f"{path}: peftcore writes folders of mlx-lm, but does not load them; load the adapter that was exported"
+        )
 
     def describe(self, path: Path) -> Description:
         options = read_json(path / CONFIG)
-        problem = "folders of mlx-lm are written, not read"
+        problem = "peftcore writes folders of mlx-lm, but does not load them"
         kind = str(options.get("fine_tune_type", "lora"))
         return Description(self.name, tensor_files(path), kind=kind, options=options, problem=problem)
 
@@ -77,6 +79,6 @@ def _blocks(model: nn.Module, indices: list[int]) -> int:
     stacks = [each for path, each in model.named_modules() if path.rpartition(".")[2] == "layers"]
     if len(stacks) != 1:
         raise ExportError(
-            "mlx-lm counts blocks from the last one, and this model has no one list of them called layers"
+            f"mlx-lm counts blocks from the last one, in the list called layers; this model has {len(stacks)} of them"
         )
     return len(list(stacks[0].children())) - min(indices)

@@ -41,15 +41,17 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
         return found[0]
     if found:
         both = " and ".join(map(str, found))
-        raise CheckpointError(f"{where} names the adapter {shown(name)}, which is {both}: write the whole path of one")
+        raise CheckpointError(
+            f"{where} names the adapter {shown(name)}, which matches {both}: write the full path of one"
+        )
     if IDENTIFIER.fullmatch(name):
         raise CheckpointError(
-            f"{where} names the adapter {shown(name)}, which is no folder here; if that is a repository on a hub, "
-            f"fetch it (hf download {name} --local-dir FOLDER) and write FOLDER in its place"
+            f"{where} names the adapter {shown(name)}, which is not a folder here; if it is a repository on the "
+            f"hub, fetch it (hf download {name} --local-dir FOLDER) and write FOLDER instead"
         )
     raise CheckpointError(
-        f"{where} names the adapter {shown(name)}, and there is no such folder, neither as given nor beside the file; "
-        "write the path where it is"
+        f"{where} names the adapter {shown(name)}, and no such folder exists, neither as given nor next to the file; "
+        "write its full path"
     )
 
 

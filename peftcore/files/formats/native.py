@@ -74,8 +74,8 @@ class Native(Format):
         held = [tensor for _, module in injection.modules() for tensor in module.state_dict(keep_vars=True).values()]
         if len(set(map(id, held))) != len(held):
             raise PluginError(
-                f"{injection.method.name} registers a tensor twice: keep what surgeon.own returns, do not make it a "
-                "child"
+                f"{injection.method.name} registers a tensor twice: keep the object that surgeon.own returns, and do "
+                "not register its module as a child"
             )
         rows = added_rows(injection)
         envelope = envelope_of(injection, weights, spans(rows))
@@ -93,7 +93,7 @@ def _tensors_of_rows(rows: Mapping[str, AddedRows], dtype: torch.dtype) -> dict[
 def _read(path: Path) -> tuple[TensorFile, Envelope]:
     file = TensorFile(path / TENSORS if path.is_dir() else path)
     if METADATA not in file.metadata:
-        raise CheckpointError(f"{file.path} does not say what adapter it holds")
+        raise CheckpointError(f"{file.path} lacks the metadata {METADATA!r}, which describes an adapter of peftcore")
     return file, parse_envelope(parse_json(file.metadata[METADATA], file.path), file.path)
 
 

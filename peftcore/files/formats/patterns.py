@@ -44,18 +44,22 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
         import regex
     except ImportError:
         raise CheckpointError(
-            f"{where} has the regular expression {pattern!r}, which is only matched within a time limit: "
+            f"{where} has the regular expression {pattern!r}, which peftcore matches within a time limit: "
             "pip install regex"
         ) from None
     if len(pattern) > LONGEST:
-        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters")
+        raise CheckpointError(
+            f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters, more than {LONGEST}"
+        )
     if pattern.count("(") > GROUPS:
-        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {pattern.count('('):,} groups")
+        raise CheckpointError(
+            f"{where}: {shown(pattern)} cannot be matched: it has {pattern.count('('):,} groups, more than {GROUPS}"
+        )
     left = _left.get() or [SECONDS]
     found, start = set(), time.monotonic()
     try:
         if left[0] <= 0:  # each by itself may be quick; reading so many is not
-            raise TimeoutError("the expressions before it in the file took all of their time")
+            raise TimeoutError("the expressions before it in the file used up the time limit")
         re.compile(pattern)  # the extensions of `regex` (recursion) mean nothing to peft
         compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})" if endings else pattern)
         for path in paths:

@@ -129,11 +129,11 @@ def _named(method: PeftMethod, keys: Keys) -> dict[str, Path]:
     for name, path in method.named(keys).items():
         folder = named_folder(path, keys.where.parent, keys.where)
         if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"{keys.where} names {folder}, which is no adapter of peft; {held_by(folder)}")
+            raise CheckpointError(f"{keys.where} names {folder}, which is not an adapter of peft; {held_by(folder)}")
         kind = read_json(folder / CONFIG).get("peft_type")
         if kind not in method.part_kinds:
             known = " and ".join(method.part_kinds)
-            raise CheckpointError(f"{keys.where} names {folder}, which is {shown(kind)}, and takes {known} alone")
+            raise CheckpointError(f"{keys.where} names {folder}, which is {shown(kind)}, but has to be {known}")
         found[name] = folder
     return found
 
@@ -266,7 +266,9 @@ class PeftContent(Content):
         """
         held = content.envelope
         if beside := [*held.train, *held.rows]:
-            raise CheckpointError(f"{content.where}: as a part ({name}) it cannot have what trains along: {beside[0]}")
+            raise CheckpointError(
+                f"{content.where}: as the part {name} it cannot have values of other modules, as of {beside[0]}"
+            )
         return held
 
     def _options(self, part: PeftPart) -> dict[str, Any]:
@@ -311,7 +313,7 @@ class PeftContent(Content):
             elif self.file.shapes[full] != parameters[path].shape or not torch.equal(
                 self.file.read([full])[full].to(parameters[path]), parameters[path]
             ):
-                self.sorted.wrong.append(f"{full} is none of the adapter's modules and differs from the host's {path}")
+                self.sorted.wrong.append(f"{full} does not belong to the adapter and differs from the host's {path}")
         return found
 
     def _copied(self, path: str, names: Collection[str]) -> str | None:
@@ -333,7 +335,9 @@ class PeftContent(Content):
             self.repeated.add(full)
             same = own.is_meta or leaf == COUNT or torch.equal(self.file.read([full])[full].to(own), own)
             if not same:
-                self.sorted.wrong.append(f"{full} differs from the host's {path}, and only parameters are replaced")
+                self.sorted.wrong.append(
+                    f"{full} differs from the host's buffer {path}, and only parameters can be replaced"
+                )
 
     def _is_table(self, path: str) -> bool:
         module = self.model.get_submodule(path)
@@ -351,11 +355,11 @@ class PeftContent(Content):
             rows = len(held.get("weight", ()))
             strange = [leaf for leaf in held if leaf not in own or held[leaf].shape != (rows, *own[leaf].shape[1:])]
             if strange or not rows:
-                self.sorted.wrong.append(f"{names[(strange or list(names))[0]]} is none of the host's {path}")
+                self.sorted.wrong.append(f"{names[(strange or list(names))[0]]} does not fit the host's {path}")
             elif rows != len(own["weight"]):
                 self.sorted.wrong.append(
                     f"{names['weight']} has {rows} rows and the host's {path} {len(own['weight'])}: "
-                    f"model.resize_token_embeddings({rows}) first"
+                    f"call model.resize_token_embeddings({rows}) first"
                 )
             elif (start := min(_first_difference(held[leaf], own[leaf]) for leaf in held)) < rows:
                 found[path] = AddedRows(start, rows, held["weight"], held.get("bias", own.get("bias")))

@@ -31,7 +31,7 @@ def not_added(site: Any) -> str:
     utils = sys.modules.get("transformers.pytorch_utils")  # without transformers no module can be one of theirs
     known = [nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *([utils.Conv1D] if utils else [])]
     if not site.layer.packed and all(forward is not kind.forward for kind in known):
-        return "a forward of the layer's own"
+        return "the layer's own forward"
     return ""
 
 

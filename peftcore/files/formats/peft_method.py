@@ -120,7 +120,7 @@ class PeftMethod(ABC):
         """
         found = keys.table(self.folders) if self.folders else {}
         if strange := [name for name, path in found.items() if not isinstance(path, str)]:
-            raise CheckpointError(f"{keys.where}: {self.folders!r} has {shown(found[strange[0]])}, which is no path")
+            raise CheckpointError(f"{keys.where}: {self.folders!r} has {shown(found[strange[0]])}, which is not a path")
         return found
 
     def parts_options(self, keys: Keys, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class PeftMethod(ABC):
         """
         if self.kinds and not is_one_of(place.site, self.kinds):
             known = ", ".join(each.__name__ for each in self.kinds)
-            raise error(f"{where}{place.site.path} is none of what peft adapts so: {known}")
+            raise error(f"{where}{place.site.path} is not a layer that peft adapts this way: {known}")
         if other := self.differs(place):
             raise error(f"{where}{place.site.path}: peft computes something else with {other}")
 

@@ -205,8 +205,10 @@ def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sort
         ("target_modules", meant, {group.written for group in groups if not group.parameter}),
     ):
         if wanted is not None:
-            found.wrong += [f"missing tensors for {path}, which {option} means" for path in sorted(wanted - held)]
-            found.wrong += [f"unknown tensors for {path}, which {option} leaves out" for path in sorted(held - wanted)]
+            found.wrong += [f"missing tensors for {path}, which {option} matches" for path in sorted(wanted - held)]
+            found.wrong += [
+                f"unknown tensors for {path}, which {option} does not match" for path in sorted(held - wanted)
+            ]
 
 
 def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:

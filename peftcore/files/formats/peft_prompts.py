@@ -77,13 +77,15 @@ class SoftPrompt(PeftMethod):
         sites = [site for role in roles for site in _at(resolver, role)]
         if len(sites) != len(roles):
             paths = ", ".join(site.module_path for site in sites)
-            raise HostMismatch(f"{keys.where} has a soft prompt for one stack of tokens; this host has {paths}")
+            raise HostMismatch(
+                f"{keys.where} has a soft prompt for {len(roles)} stack(s) of blocks; this host has {paths}"
+            )
         for site in sites:
             stack = locate_stack(site, resolver).stack
             if keys.take("task_type", str, "") == "SEQ_CLS" and not stack.causal:
                 raise HostMismatch(
-                    f"{keys.where} is for classification by an encoder: peft pools the prompt's first row there, and "
-                    "not the first token; peftcore does not"
+                    f"{keys.where} is for classification by an encoder: peft pools the first row of the prompt instead "
+                    "of the first token; peftcore does not support that"
                 )
         return tuple(map(SavedSite.of, sites))
 
@@ -93,13 +95,15 @@ class SoftPrompt(PeftMethod):
         task = task_of(model)
         if task is None:
             name = plain_class(model).__name__
-            raise ExportError(f"peft has no task for {name}, and runs soft prompts for its tasks only")
+            raise ExportError(f"peft has no task type for {name}, and needs one for a soft prompt")
         if task == "SEQ_CLS" and not all(site.stack.causal for site in stacks):
-            raise ExportError("peft classifies by the prompt's first row, and not by the first token as peftcore does")
+            raise ExportError("peft classifies by the first row of the prompt, peftcore by the first token")
         reading = sorted(site.stack.reads for site in stacks)
         if len(stacks) > self.most_stacks or reading != [False, True][: len(stacks)]:
             where = ", ".join(site.module_path for site in stacks)
-            raise ExportError(f"peft has no prompts of this type in front of {where}: of one stack, first the encoder")
+            raise ExportError(
+                f"peft has no prompts of this type for {where}: at most {self.most_stacks}, encoder first"
+            )
         heads, layers = _sizes(model, stacks[0].module_path) if stacks else (None, None)
         return {
             "task_type": task,

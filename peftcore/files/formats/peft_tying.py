@@ -15,8 +15,8 @@ from peftcore.errors import ExportError
 from peftcore.roles.token_tables import token_tables
 
 UNTIED = (
-    "which are tied and train here as one. peft would train copies of them apart. Keep our own format; or give each a "
-    "tensor of its own before you adapt the model (tie_word_embeddings=False in the config of one of transformers)"
+    "are tied and train as one tensor, of which peft would train separate copies. Save in peftcore's own format; or "
+    "untie them before you adapt the model (tie_word_embeddings=False in a config of transformers)"
 )
 
 
@@ -51,8 +51,8 @@ def one_update_for_several(model: nn.Module, paths: Collection[str], option: str
         tied = sorted({path.rpartition(".")[0] for path in held} & set(paths))
         if tied[1:]:
             return [
-                f"with {option} peft trains one update for {' and '.join(tied)}, which are tied; here each has one of "
-                f"its own: set {option} to false in the file's options, and name all of them in target_modules"
+                f"with {option} peft trains one update for {' and '.join(tied)}, which are tied; peftcore trains one "
+                f"for each: set {option} to false in the file's options, and name all of them in target_modules"
             ]
     return []
 
@@ -91,7 +91,7 @@ def tying(
     for graft in tied:
         others = {path.rpartition(".")[0] for path in ties[graft.key]}
         if not option or not _ties_again(model, {graft.site.module_path, *others}):
-            raise ExportError(f"these are {', '.join([graft.key, *ties[graft.key]])}, {UNTIED}")
+            raise ExportError(f"{', '.join([graft.key, *ties[graft.key]])} {UNTIED}")
     return {option: True} if tied else {}
 
 

@@ -35,8 +35,8 @@ def module_key(site: Site) -> str:
     """
     if site.slices is not None:
         raise ExportError(
-            f"{site.path} is a part of a fused projection; peft adapts whole modules only, so apply with target= the "
-            "module's name, or keep our own format"
+            f"{site.path} is a part of a fused projection; peft adapts only whole modules: pass the module's name as "
+            "target=, or save in peftcore's own format"
         )
     if site.tensor == "out_proj.weight":  # the attention around it is
         return site.module_path
@@ -90,7 +90,7 @@ def common(
         found[name] = json.loads(most)
         if others and name not in by_option:
             raise ExportError(
-                f"peft has one {name} for all modules; here they are {', '.join([most, *map(str, others)])}"
+                f"peft has one {name} for all modules, this adapter has {', '.join([most, *map(str, others)])}"
             )
         if name in by_option:
             other = {path: value for path, value in values.items() if value != found[name]}
@@ -138,7 +138,7 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
     mode = "none" if not partly else only if partly == beside else "all" if partly == everywhere else ""
     if (not only and mode != "none") or not mode:
         shown = ", ".join(".".join(key) for key in sorted(partly)[:4])
-        raise ExportError(f"peft trains along whole modules, or all biases, and not {shown}")
+        raise ExportError(f"with an adapter, peft trains whole modules or all biases, not {shown}")
     copied = {id(graft): graft for (path, _), graft in replaced.items() if path in whole}.values()
     tied = tying(injection.model, copied, injection.ties, method.ties)
     tensors = {}
@@ -232,7 +232,7 @@ def _written(applied: AppliedMethod) -> WrittenPeftType:
         key, here = module_key(place.site), method.write_options_at(place)
         method.check(place, ExportError)
         if by_path.setdefault(key, here) != here:
-            raise ExportError(f"peft has the same options for all of {key}, and here they differ")
+            raise ExportError(f"peft has the same options for all of {key}, this adapter has several")
     options = common(by_path, method.patterns, method.pattern)
     if method.below:
         options |= targets(applied, [place.graft for place in places])
@@ -266,7 +266,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
     values |= tables(injection, main.method.stem)
     if not main.method.trained_beside:
         if values:
-            raise ExportError(f"peft's {main.kind} has no place for what trains along: {min(values)}")
+            raise ExportError(f"peft's {main.kind} cannot hold {min(values)}, which trains with the adapter")
         trained = {}
     return whole(injection, main.kind, options | trained), tensors | values
 
@@ -285,7 +285,9 @@ def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, 
     for name, part in injection.parts.items():
         each = _written(part)
         if each.kind not in method.part_kinds:
-            raise ExportError(f"part {name} is {part.method.name}, and peft takes {' and '.join(method.part_kinds)}")
+            raise ExportError(
+                f"part {name} is {part.method.name}, and peft only allows {' and '.join(method.part_kinds)}"
+            )
         if other := method.part_differs(each.options):
             raise ExportError(f"part {name}: peft computes something else with {other}")
         folders[name] = whole(part, each.kind, each.options), each.tensors()
@@ -306,4 +308,4 @@ def _joined(each: list[WrittenPeftType]) -> tuple[WrittenPeftType, dict[str, Any
         if (held := main.method.joined(others)) is not None:
             return main, main.options | held
     kinds = " and ".join(sorted({one.kind for one in each}))
-    raise ExportError(f"peft has no type whose file holds {kinds} together")
+    raise ExportError(f"peft has no type that combines {kinds} in one file")

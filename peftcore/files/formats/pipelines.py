@@ -53,7 +53,7 @@ def fitting(parts: Sequence[PipelinePart], model: nn.Module, file: Path) -> tupl
         found = [(part, move) for part, move in found if _sized(part, move, modules)] or found
     names = list(dict.fromkeys(repr(part.name) for part, _ in found))
     if len(names) > 1:
-        raise HostMismatch(f"{' and '.join(names)} of {file} all fit this host; keep each in a file of its own")
+        raise HostMismatch(f"{' and '.join(names)} of {file} all fit this host; put each in a separate file")
     return found[0]
 
 

@@ -49,15 +49,15 @@ def plain_lora(injection: Injection, program: str) -> dict[str, LowRankPair]:
     options, tensors = written(injection)
     beside = [name for name in tensors if not name.endswith(FACTORS)]
     if options["peft_type"] != "LORA" or options.get("use_dora") or beside:
-        what = f"{min(beside)} is no such factor" if beside else f"{injection.method.name} is another method"
+        what = f"{min(beside)} is another tensor" if beside else f"{injection.method.name} is another method"
         raise ExportError(
-            f"{program} reads low-rank factors of matrices alone, and {what}: peftcore.to_lora makes them"
+            f"{program} reads only low-rank factors of matrices, and {what}: convert it with peftcore.to_lora"
         )
     pairs = {}
     for place in places_of(injection):
         path, factors = module_key(place.site), place.operator.factors()
         if factors is None or factors[0].dim() != 2 or f"{PREFIXES[0]}{path}{FACTORS[0]}" not in tensors:
-            raise ExportError(f"{program} reads low-rank factors of matrices alone, and {path} has other ones")
+            raise ExportError(f"{program} reads only low-rank factors of matrices, and {path} has other ones")
         A, B, scale = factors
         pairs[path] = LowRankPair(A.detach().float(), scale * B.detach().float())
     return pairs

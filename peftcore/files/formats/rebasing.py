@@ -52,6 +52,6 @@ def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
         places = ", ".join(repr(move.new) for move in fitting)
         raise HostMismatch(f"{what} fits at several places of this host: {places}; load it on one of these submodules")
     raise HostMismatch(
-        f"{what} belongs to another base: there is no {', '.join(missing[:8])} here"
+        f"{what} belongs to another base: this model has no {', '.join(missing[:8])}"
         + (f" (and {len(missing) - 8} more)" if len(missing) > 8 else "")
     )

@@ -93,8 +93,8 @@ def check(path: str | Path, reader: Reader) -> ReaderReport:
     file = _opened(Path(path))
     if file.format not in reader.formats:
         known = " and ".join(reader.formats)
-        of = " of the adapter that it was made of" * file.made
-        why = f"{reader.name} is given files of {known}: peftcore export writes one{of}"
+        of = " from the original adapter" * file.made
+        why = f"{reader.name} reads files of {known}: peftcore export writes one{of}"
         return ReaderReport(
             reader, file.format, (ReaderReportRow(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),)
         )
@@ -109,7 +109,7 @@ def check(path: str | Path, reader: Reader) -> ReaderReport:
     rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
     rank = _rank(file)
     if reader.ranks is not None and rank > reader.ranks.most:
-        why = f"{reader.name} takes {reader.ranks.most} at most: peftcore export --project writes fewer"
+        why = f"{reader.name} reads at most {reader.ranks.most}: peftcore export --project writes a lower rank"
         rows.append(ReaderReportRow(f"rank {rank}", Verdict.REFUSED, why))
         return ReaderReport(reader, file.format, tuple(rows))
     return ReaderReport(reader, file.format, tuple(rows), reader.ranks.needed(rank) if reader.ranks else "")

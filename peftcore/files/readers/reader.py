@@ -197,7 +197,7 @@ def reader_named(name: str) -> Reader:
     """
     known = _readers()
     if name not in known:
-        raise ExportError(f"there are no rules of what {name!r} reads; there are those of {', '.join(known)}")
+        raise ExportError(f"there are no rules for the program {name!r}; there are rules for {', '.join(known)}")
     return known[name]
 
 

@@ -143,7 +143,7 @@ def test_a_model_of_pictures_takes_its_part(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / TENSORS)
     assert peftcore.load(model, tmp_path).method.name == "lora"
-    with pytest.raises(HostMismatch, match="no table of tokens"):
+    with pytest.raises(HostMismatch, match="no token embedding"):
         peftcore.load(deepcopy(model), tmp_path, words={"cat": [1]})
     assert peftcore.load(base, tmp_path, words={"cat": [1]}).method.name == "textual_inversion"
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 
     all_three = {"tokens": [50, 51, 52], "words": NAMES}
     refused("names of words", tokens=[50, 51, 52])
-    refused("ends at the first dot", tokens=[50, 51, 52], words=["a.b"] * 3)
+    refused("and has no dot", tokens=[50, 51, 52], words=["a.b"] * 3)
     refused("not for 'lora_unet'", part="/lora_unet", **all_three)
     refused("no method that computes what xti does", "xti", tokens=[50, 51, 52], target=["token_embedding"])
     with pytest.raises(ConfigError, match="2 words do not name 1 tokens"):

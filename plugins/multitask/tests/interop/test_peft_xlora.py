@@ -201,7 +201,7 @@ def test_where_folders_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     changed(tmp_path / "moved", adapters={"0": "a", "1": "1"})
     assert loads(tmp_path / "moved")
     shutil.copytree(tmp_path / "moved/1", elsewhere / "1")
-    with pytest.raises(CheckpointError, match=r"'1', which is .*moved/1 and .*elsewhere/1: write the whole path"):
+    with pytest.raises(CheckpointError, match=r"'1', which matches .*moved/1 and .*elsewhere/1: write the full path"):
         loads(tmp_path / "moved")
 
 
@@ -222,8 +222,8 @@ def test_it_is_described_with_its_loras(tmp_path: Path) -> None:
         ("gone", "no such folder"),
         ("", "no such folder"),
         (".", "'XLORA', and takes LORA alone"),
-        ("..", "no adapter of peft"),
-        ("/etc", "no adapter of peft"),
+        ("..", "not an adapter of peft"),
+        ("/etc", "not an adapter of peft"),
         ("/etc/passwd", "no such folder"),
         ("../../etc/passwd", "no such folder"),
         ("file:///etc/passwd", "no such folder"),
@@ -231,9 +231,9 @@ def test_it_is_described_with_its_loras(tmp_path: Path) -> None:
         ("a\0b", "no such folder"),
         ("\ud800", "no such folder"),
         ("x" * 20_000, "no such folder"),
-        (3, "3, which is no path"),
-        (None, "None, which is no path"),
-        (["0"], "which is no path"),
+        (3, "3, which is not a path"),
+        (None, "None, which is not a path"),
+        (["0"], "which is not a path"),
     ],
 )
 def test_names_that_are_no_folders_of_loras(

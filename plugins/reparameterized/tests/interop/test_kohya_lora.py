@@ -263,7 +263,7 @@ def test_pointwise_convolutions_may_be_written_flat(tmp_path: Path) -> None:
 
 
 class Twins(nn.Module):
-    """Two modules that are one name without dots."""
+    """Two modules that have the same name without dots."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,11 +273,11 @@ class Twins(nn.Module):
 
 def test_names_that_could_mean_two_modules(tmp_path: Path) -> None:
     ours = peftcore.apply(Twins(), "lora", target=["a_b.c"])
-    with pytest.raises(HostMismatch, match="are one name"):
+    with pytest.raises(HostMismatch, match="have the same name"):
         ours.save(tmp_path, format="kohya")
     save_file({"lycoris_a_b_c.lora_down.weight": torch.ones(1, 2), "lycoris_a_b_c.lora_up.weight": torch.ones(2, 1)},
               tmp_path / "x.safetensors")  # fmt: skip
-    with pytest.raises(HostMismatch, match=r"a_b\.c and a\.b_c are one name"):
+    with pytest.raises(HostMismatch, match=r"a_b\.c and a\.b_c have the same name"):
         peftcore.load(Twins(), tmp_path / "x.safetensors")
 
 

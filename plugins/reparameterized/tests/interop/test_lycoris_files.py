@@ -208,7 +208,7 @@ def test_dropouts_that_ours_has_not_are_told(header: dict[str, str], said: str, 
     [
         {"ss_network_dropout": "None", "ss_network_args": "{}"},
         {"ss_network_dropout": "0", "ss_network_args": '{"conv_dim": "4", "rank_dropout": "0.0"}'},
-        {"ss_network_args": "no JSON"},
+        {"ss_network_args": "not valid JSON"},
         {"ss_network_args": "[1]", "ss_network_dropout": "often"},
         {"ss_network_args": '{"module_dropout": "nan", "rank_dropout": "7"}'},
     ],
