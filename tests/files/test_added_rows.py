@@ -179,7 +179,7 @@ def test_a_base_that_was_saved_with_its_new_rows_has_them(base_at: Any, tmp_path
     model: Any = opened(base_at("untied"), "untied")
     injection = moved(peftcore.apply(model, "lora", rank=2))
     for format in ("kohya", "diffusers"):
-        with pytest.raises(ExportError, match="2 rows were added to .* files cannot hold"):
+        with pytest.raises(ExportError, match=r"2 rows were added to .* files cannot hold"):
             injection.save(tmp_path / format, format=format)
         assert not (tmp_path / format).exists()
     model.save_pretrained(tmp_path / "resized")

@@ -147,7 +147,7 @@ def bundled(part: str, tokens: Iterable[tuple[str, int]], vectors: Tensor) -> di
     """
     kind = next((kind for kind in (ANY, *ENCODERS) if part in ENCODERS[kind]), None)
     if kind is None:
-        named = ", ".join(f'"kohya/{each[0]}"' for each in ENCODERS.values())
+        named = ", ".join(dict.fromkeys(f'"kohya/{each[0]}"' for each in ENCODERS.values()))
         raise ExportError(f"kohya files hold words of text encoders, not of {part!r}; use one of the formats {named}")
     rows: dict[str, list[int]] = {}
     for row, (word, _) in enumerate(tokens):

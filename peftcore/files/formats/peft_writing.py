@@ -308,4 +308,4 @@ def _joined(each: list[WrittenPeftType]) -> tuple[WrittenPeftType, dict[str, Any
         if (held := main.method.joined(others)) is not None:
             return main, main.options | held
     kinds = " and ".join(sorted({one.kind for one in each}))
-    raise ExportError(f"peft has no type that combines {kinds} in one file")
+    raise ExportError(f"peft cannot hold several parts of the types {kinds} in one file")

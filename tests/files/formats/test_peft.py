@@ -459,9 +459,9 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     tokens = {"method": "trainable_tokens", "token_indices": [3]}
     refused("at one module", "llama", "config_union", parts=[{"method": "lora", "target": "embed"}, tokens])
     ia3 = {"method": "ia3"}
-    refused("no type that combines IA3 and TRAINABLE_TOKENS", "llama", "config_union", parts=[ia3, tokens])
+    refused("the types IA3 and TRAINABLE_TOKENS in one file", "llama", "config_union", parts=[ia3, tokens])
     loras = [{"method": "lora"}, {"method": "lora", "target": "mlp.down"}]
-    refused("no type whose file holds LORA together", "llama", "config_union", parts=loras)
+    refused("several parts of the types LORA in one file", "llama", "config_union", parts=loras)
 
 
 def test_what_peft_computes_otherwise(tmp_path: Path) -> None:

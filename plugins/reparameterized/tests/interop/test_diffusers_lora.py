@@ -254,7 +254,7 @@ def test_alphas_among_the_tensors_and_ranks_that_differ(tmp_path: Path) -> None:
     assert_same(out(model, inputs), out(theirs, inputs), out(base, inputs))
     assert_again(model, base, inputs, injection, tmp_path / "ours")
     save_file({**both, "transformer.proj_out.alpha": torch.tensor(1.0)}, tmp_path / "style.safetensors")
-    with pytest.raises(CheckpointError, match=r"proj_out\.alpha is no alpha of a LoRA"):
+    with pytest.raises(CheckpointError, match=r"proj_out\.alpha is not the alpha of a LoRA"):
         peftcore.load(deepcopy(base), tmp_path)
 
 

@@ -199,7 +199,7 @@ def test_dropouts_that_ours_has_not_are_told(header: dict[str, str], said: str, 
     model = nn.Sequential(nn.Linear(8, 8))
     peftcore.apply(deepcopy(model), "lora", target="0", rank=2).save(tmp_path / "a.safetensors", format="kohya")
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "noted.safetensors", metadata=header)
-    with pytest.warns(UserWarning, match=f"was trained with {said}, which lora has not in this form"):
+    with pytest.warns(UserWarning, match=f"was trained with {said}, which lora does not support in this form"):
         peftcore.load(model, tmp_path / "noted.safetensors")
 
 
