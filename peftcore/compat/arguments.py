@@ -41,4 +41,4 @@ def check_no_more(options: dict[str, Any]) -> None:
         ConfigError: one is not.
     """
     if rest := sorted(without_peft_arguments(options)):
-        raise ConfigError(f"{rest[0]}= is none of the arguments here; remove it")
+        raise ConfigError(f"{rest[0]}= is an unknown argument; remove it")

@@ -89,9 +89,13 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
         with _nothing_active(model):
             return apply(model, method, name=name, **options)
     if options:
-        raise ConfigError(f"this configuration has all options; name the method instead, with {sorted(options)}")
+        raise ConfigError(
+            f"this configuration already has all options; to change {sorted(options)}, pass the name of the method"
+        )
     if method.kind is None or method.options is None or method.wishes is None:
-        raise ConfigError('an AdapterConfig is what model.peft_config has; for another adapter name a method: "lora"')
+        raise ConfigError(
+            'this AdapterConfig describes no adapter; use one of model.peft_config, or pass a method such as "lora"'
+        )
     request = Request(model, method.kind(), method.options, method.wishes, name=name, active=False)
     try:
         with _nothing_active(model):
@@ -112,15 +116,15 @@ def check_same_state(one: Injection, other: Injection) -> None:
     shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (one, other)]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"{other.name!r} has other tensors than an adapter made of its configuration, as files of peft may: load "
-            "it under another name instead, model.load_adapter(folder, name), or give the trainer a ref_model"
+            f"{other.name!r} has other tensors than a new adapter with its configuration, as files of peft allow: load "
+            "it under another name instead, model.load_adapter(folder, name), or pass a ref_model to the trainer"
         )
     for (path, mine), (_, theirs) in zip(_buffers(one), _buffers(other), strict=True):
         if mine.shape != theirs.shape or not torch.equal(mine, theirs):
             raise ConfigError(
-                f"{other.name!r} has state that no configuration has, at {path}: an adapter made of the configuration "
-                "would be another one, with the same parameters too. Load it under another name instead, "
-                "model.load_adapter(folder, name), or give the trainer a ref_model"
+                f"{other.name!r} has state at {path} that its configuration does not describe: a new adapter with this "
+                "configuration would differ, even with the same parameters. Load it under another name instead, "
+                "model.load_adapter(folder, name), or pass a ref_model to the trainer"
             )
 
 
@@ -138,8 +142,8 @@ def drop_nothing(injection: Injection) -> None:
     ]
     if not any(found):
         raise TrainingError(
-            f"dropout was turned off in the modules of the model, and what {injection.name!r} drops cannot be: apply "
-            f"it with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
+            f"dropout was turned off in the modules of the model, but that of {injection.name!r} stays on: apply it "
+            f"with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
         )
 
 

@@ -26,7 +26,7 @@ def save_folder(injection: Injection, folder: Path) -> None:
     """
     if is_sharded(injection.model):
         raise ExportError(
-            "the model is sharded, so all processes have to save it, and a trainer lets one: call "
+            "the model is sharded, so all processes have to save it, but the trainer saves in one: call "
             f"peftcore.injections(model.get_base_model())[{injection.name!r}].save(folder) in all of them"
         )
     try:

@@ -63,7 +63,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         options = without_peft_arguments(options)
         if isinstance(model, peft.PeftModel):
             raise UnsupportedHost(
-                "the model is a PeftModel already: add_adapter(name, ...) adds one more; to start anew, give "
+                "the model is a PeftModel already: add_adapter(name, ...) adds one more; to start anew, pass "
                 "model.unload() or model.merge_and_unload()"
             )
         if peft_config is None and not injections(model):
@@ -146,8 +146,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             for site in (site for graft in injection.grafts for site in graft.holders):
                 if injection.module_at(site.module_path) is head:
                     raise ConfigError(
-                        f"{injection.name!r} is at the output head, {site.module_path}, and who asks for the head "
-                        "multiplies with its weight without the adapter: leave the head out of target= and train="
+                        f"{injection.name!r} changes the output head {site.module_path}, but callers of "
+                        "get_output_embeddings() use its bare weight: leave the head out of target= and train="
                     )
         return head
 
@@ -243,8 +243,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             known(self.get_base_model(), [adapter_name])
             if others := [name for name in self._merged_meanwhile if name != adapter_name]:
                 raise MergeError(
-                    f"{others[0]!r} is merged, and is so again when disable_adapter() ends: call unmerge_adapter() "
-                    "before that block"
+                    f"{others[0]!r} is merged, and will be merged again when disable_adapter() ends: call "
+                    "unmerge_adapter() before that block"
                 )
             self._set_meanwhile = adapter_name
         else:
@@ -308,7 +308,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         for noted in (self._given, self._before):
             noted.pop(adapter_name, None)
         if acted:
-            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} acts now", stacklevel=2)
+            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
             self.set_adapter(others[0])
 
     def load_adapter(
@@ -347,8 +347,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             if not (is_trainable and load_training_state(there, Path(model_id))):
                 if is_trainable and has_schedule(there):
                     raise TrainingError(
-                        f"{there.method.name} has a schedule, and what it knows between steps is not in {model_id}, "
-                        "which was not written while it trained: to train on from its values, "
+                        f"{there.method.name} has a schedule, and {model_id} lacks its state, as it was not "
+                        "saved during training: to train on from its values, call "
                         "PeftModel.from_pretrained(model, folder, is_trainable=True)"
                     )
                 there.swap(model_id, revision=revision)
@@ -388,7 +388,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             UnknownInjection: there is no adapter of such a name.
         """
         if not safe_serialization:
-            raise ConfigError("no pickles are written: leave safe_serialization out")
+            raise ConfigError("peftcore writes no pickles: remove safe_serialization")
         names = list(self.adapters) if selected_adapters is None else [*selected_adapters]
         state = known(self.get_base_model(), names)
         wanted = [each for name in names for each in state.injections[name].parameters()]
@@ -450,7 +450,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
     def get_layer_status(self) -> NoReturn:
         """Raises ConfigError: there are no layers of peft."""
         raise ConfigError(
-            "no layer is peft's: see print(adapter.summary()) for each adapter in model.adapters.values()"
+            "the model has no layers of peft: call print(adapter.summary()) for each of model.adapters.values()"
         )
 
     def get_model_status(self) -> NoReturn:
@@ -495,7 +495,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             yield
             return
         if self._adapters_disabled:
-            raise ConfigError("adapter_names within disable_adapter(): leave one of the two out")
+            raise ConfigError("adapter_names cannot be used within disable_adapter(): remove one of the two")
         with route(self.get_base_model(), [None if name == BASE else name for name in names], copies=copies):
             yield
 

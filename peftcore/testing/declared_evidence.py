@@ -125,8 +125,8 @@ def against(
     places = repository, commit, script
     if not all(places) and (of_no_library or any(places) or part != "outputs"):
         raise ValueError(
-            "frozen numbers, as of authors, have a repository, a commit and a script; others, of which only outputs "
-            "are compared, have none"
+            "frozen numbers need a repository, a commit and a script; omit all three for a library of which only "
+            "outputs are compared"
         )
     if not of_no_library and len(source.split()) != 2:
         raise ValueError(f"{source!r}: a library is named with the version that is run, such as 'peft 0.21'")
@@ -172,9 +172,9 @@ def frozen(path: Path, part: Part = "outputs") -> Any:
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     if lacking := [key for key in (*FROZEN, MADE[part]) if key not in found]:
-        raise CheckFailed(f"{path.name} does not say {', '.join(lacking)}: write it by `freeze`")
+        raise CheckFailed(f"{path.name} lacks {', '.join(lacking)}: write it with `python -m peftcore.testing.freeze`")
     if not path.with_suffix(".py").is_file():
-        raise CheckFailed(f"beside {path.name} there is no {path.stem}.py, which would make its numbers again")
+        raise CheckFailed(f"{path.name} needs {path.stem}.py next to it, the script that computes its numbers")
     for watch in _watches:
         source = found.get("source", AUTHORS), found["repository"], found["commit"], found["script"]
         watch.read.append(EvidenceRow(Source(*source), part))
@@ -251,7 +251,7 @@ def _judge(watch: _Watch, row: EvidenceRow, methods: tuple[str, ...]) -> None:
             f"read frozen(path, {row.part!r})"
         )
     if not source.repository and not watch.returned:
-        raise CheckFailed(f"the test says that it compares with {source}, but nothing of it returned numbers")
+        raise CheckFailed(f"the test says that it compares with {source}, but no function of it returned numbers")
 
 
 def _folders(source: Source) -> tuple[str, ...]:

@@ -24,10 +24,16 @@ def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapp
     otherwise = {} if otherwise is None else otherwise
     ours = config.model_dump(mode="json")
     if unknown := sorted({*told, *otherwise} - ours.keys() | otherwise.keys() - told.keys()):
-        raise CheckFailed(f"{', '.join(unknown)}: no option of {type(config).__name__}, or not told by their code")
+        raise CheckFailed(
+            f"{', '.join(unknown)}: not in {type(config).__name__}, or without a default of the other code in `told`"
+        )
     if given := sorted(told.keys() & config.model_fields_set):
-        raise CheckFailed(f"{', '.join(given)}: given a value, so no default; apply the method without it")
+        raise CheckFailed(
+            f"{', '.join(given)}: was given a value, so it is not the default; apply the method without it"
+        )
     for option, value in told.items():
         if (ours[option] == value) is (option in otherwise):
-            remedy = "take it out of `otherwise`" if option in otherwise else "change it, or say why in `otherwise`"
+            remedy = (
+                "remove it from `otherwise`" if option in otherwise else "change it, or add the reason to `otherwise`"
+            )
             raise CheckFailed(f"{option} is {ours[option]!r} by default here, {value!r} in their code: {remedy}")

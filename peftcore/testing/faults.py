@@ -151,7 +151,9 @@ class _Trial:
                 ends.append((begin, snapshot(scene)))
         (before, after), (again, other) = ends
         if different := before.differences(again, leave=leave) or after.differences(other, leave=leave):
-            raise ValueError(f"two runs of the operation differ at {_few(different)}; `make` must build the same again")
+            raise ValueError(
+                f"two runs of the operation differ at {_few(different)}; `make` must build an equal scene each time"
+            )
         self.before, self.after = again, other
 
     @contextmanager
@@ -205,7 +207,9 @@ class _Trial:
             if not done and not undone:
                 end = self.after if raised is None else before
                 parts = end.differences(now, same_scene=raised is not None, leave=loose)
-                wrong.append(f"not as {'after' if raised is None else 'before'}: {_few(parts)}")
+                wrong.append(
+                    f"differs from the state {'after' if raised is None else 'before'} the operation: {_few(parts)}"
+                )
             if raised is not None and not any(each.startswith(FILE) for each in self.leave):
                 wrong += self._half_written(before, now)
             if undone and not wrong:
@@ -228,7 +232,7 @@ class _Trial:
             yield f"the next try raises {type(error).__name__}: {error}"
             return
         if parts := self.after.differences(snapshot(scene), leave=self.leave):
-            yield f"after the next try not as after: {_few(parts)}"
+            yield f"the next try ends in another state: {_few(parts)}"
 
 
 def _misreported(faults: PointCounter, raised: BaseException | None) -> Iterator[str]:
@@ -249,7 +253,7 @@ def _changed(around: Mapping[str, Any]) -> Iterator[str]:
         gc.collect()  # what an error held
     for what, (before, now) in _left(around).items():
         told = f" ({before} and now {now})" if len(f"{before}{now}") < 200 else ""
-        yield f"{what}: not as before{told}"
+        yield f"{what}: differs from before{told}"
 
 
 def _left(around: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     file = asked.script.with_suffix(".json")
     if not asked.write and not file.exists():
-        parser.error(f"there is no {file} to compare with: --write makes it")
+        parser.error(f"there is no {file} to compare with: pass --write to create it")
     text = freeze(asked.script, asked.checkout)
     if asked.write:
         before = file.read_text(encoding="utf-8") if file.exists() else "{}"

@@ -82,7 +82,7 @@ def _same_distribution(ours: Tensor, told: Mapping[str, float]) -> None:
         "kurtosis": error * (z2.square() - 2 * found["kurtosis"] * z2).std().item(),
     }
     if allowed["std"] > FINEST * told["std"]:
-        raise CheckFailed(f"{n} numbers of ours and {m} of theirs are too few to tell: make layers larger")
+        raise CheckFailed(f"{n} numbers of ours and {m} of theirs are too few to compare: use larger layers")
     for name, most in allowed.items():
         if abs(found[name] - told[name]) > most:
             raise CheckFailed(

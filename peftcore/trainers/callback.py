@@ -144,8 +144,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         for injection in self._training:
             if injection.state.recorder.losses.waits(injection.state, injection.name):
                 raise TrainingError(
-                    f"the own loss of {injection.name!r} ({injection.method.name}) is not in the Trainer's, which is "
-                    "not the model's (label smoothing, compute_loss_func ...): use "
+                    "the Trainer does not use the model's loss (label smoothing, compute_loss_func ...), so it misses "
+                    f"the own loss of {injection.name!r} ({injection.method.name}): use "
                     "peftcore.training.PeftcoreTrainer, or add injection.losses() in a loss function of your own"
                 )
 
@@ -306,9 +306,9 @@ class PeftcoreCallback(transformers.TrainerCallback):
         wanted = {held.key for held in state if self._wanted(held)}.union(keys_of(model, training(model)))
         if lacking := sorted(wanted - self._read):
             raise TrainingError(
-                f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it is one of other "
-                "adapters, or was written by a Trainer without PeftcoreCallback; or by one that saves models in a way "
-                "of its own (sentence-transformers), and then it has to lie in output_dir, as it was written"
+                f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it belongs to "
+                "other adapters, or its Trainer had no PeftcoreCallback. A checkpoint of a Trainer with its own way to "
+                "save models (sentence-transformers) has to stay in output_dir"
             )
 
     def _disarm(self, evaluating: bool = False) -> None:
@@ -328,6 +328,6 @@ def _check_plain(injection: Injection) -> None:
     """Check that an injection can train with an optimizer that is not its own."""
     if gradient_rules(injection):
         raise TrainingError(
-            f"{injection.name!r} has a rule for gradients that this optimizer does not know: "
+            f"{injection.name!r} has a rule for gradients that this optimizer does not apply: pass "
             "Trainer(..., optimizers=(injection.optimizer(torch.optim.AdamW, lr=...), None))"
         )

@@ -46,7 +46,7 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
     known = {**ours, **held}
     strange = [key for key, value in values.items() if key not in known or known[key].shape != value.shape]
     if strange:
-        raise TrainingError(f"{folder / FILE} is of other adapters: this model has no {strange[0]} of such a shape")
+        raise TrainingError(f"{folder / FILE} belongs to other adapters: this model has no {strange[0]} of that shape")
     for key, buffer in held.items():
         buffer.copy_(values[key])
     model.load_state_dict({key: value for key, value in values.items() if key not in held}, strict=False)

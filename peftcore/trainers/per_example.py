@@ -35,7 +35,9 @@ class PerExample(nn.Module):
     def __init__(self, model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
-            raise TrainingError(f"reduction={reduction!r} is neither 'mean' nor 'sum': say what the loss makes of rows")
+            raise TrainingError(
+                f"reduction={reduction!r} is neither 'mean' nor 'sum': pass the one that the loss function uses"
+            )
         self.model = model
         self.reduction = reduction
         self._forwards = 0
@@ -78,7 +80,7 @@ class PerExample(nn.Module):
             raise
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
-                "the model does not run on single examples by torch.vmap: it looks at values, changes buffers or needs "
+                "torch.vmap cannot run the model on single examples: it reads values, changes buffers or needs "
                 "other rows (batch norm in training). Put such modules in evaluation, or replace them; models of "
                 f"transformers need set_attn_implementation('eager'): {error}"
             ) from error
@@ -98,7 +100,7 @@ class PerExample(nn.Module):
                 each.grad_sample = None  # type: ignore[attr-defined] # nobody steps with half of them
             raise TrainingError(
                 "one backward goes through two forwards of PerExample, whose rows would count as different examples: "
-                "give the model both in one batch, and run backward before the next forward"
+                "pass both inputs in one batch, and run backward before the next forward"
             )
         _keep(parameter, gradient.detach() * (len(gradient) if self.reduction == "mean" else 1))
 
@@ -107,8 +109,8 @@ class PerExample(nn.Module):
             if injection.state.recorder.losses.waits(injection.state, name):
                 injection.losses()  # nobody else takes them
                 raise TrainingError(
-                    f"{name!r} adds a loss of its own, which an output without a loss has no place for. Let the model "
-                    "compute its loss, or take a method without one"
+                    f"{name!r} adds its own loss, but the model's output has no loss to which it could be added: pass "
+                    "labels, or use a method without its own loss"
                 )
 
 
@@ -117,14 +119,16 @@ def _rows(leaves: list[Any]) -> int:
     found = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
     if len(found) != 1:
         raise TrainingError(
-            f"inputs of {sorted(found)} rows: PerExample needs one number, the batch in the first dimension of each"
+            f"the inputs have {sorted(found)} rows: PerExample needs the same batch size in the first dimension of all"
         )
     return found.pop()
 
 
 def _of_row(value: Tensor) -> Tensor:
     if value.dim() and len(value) != 1:
-        raise TrainingError(f"an output of shape {list(value.shape)} of one row lacks the batch in its first dimension")
+        raise TrainingError(
+            f"an output has shape {list(value.shape)} for one row, without the batch in its first dimension"
+        )
     return value.squeeze(0) if value.dim() else value
 
 

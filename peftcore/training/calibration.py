@@ -47,8 +47,8 @@ def calibrate(injection: AppliedMethod, data: Data, base: Iterable[nn.Module], a
                 each.method.calibrate(model, batches, each.config, each)
     if other := [key for key, tensor in injection.state_dict().items() if planned.get(key) != tensor.shape]:
         raise PluginError(
-            f"{injection.method.name}: calibrate changed the shape of {other[0]}, so a file of it would load nowhere: "
-            "change values alone, and say sizes in the options"
+            f"{injection.method.name}: calibrate changed the shape of {other[0]}, so its file could not be loaded: "
+            "change only values, and set sizes by options"
         )
 
 
@@ -69,7 +69,9 @@ def find_structure(
     with _as_it_was([*model.modules()], []):
         found = method.structure(model, Batches(model, data, f"{method.name} looks at the data"), config, sites)
     if unknown := found.keys() - {site.path for site in sites}:
-        raise PluginError(f"{method.name}: structure found options for {sorted(unknown)[0]!r}, no site of the method")
+        raise PluginError(
+            f"{method.name}: structure returned options for {sorted(unknown)[0]!r}, which is not a site of the method"
+        )
     own = {path: dict(options) for path, options in found.items() if options and path not in config.overrides}
     left_out = frozenset(path for path, options in found.items() if options is None)
     return config.replace(overrides={**config.overrides, **own}), left_out

@@ -58,8 +58,8 @@ class MethodOptimizer(Optimizer):
         """
         if self.total_steps is None and any(True for _ in scheduled(self.injection)):
             raise TrainingError(
-                f"{self.injection.method.name} changes with the steps: say how many in injection.optimizer(..., "
-                "total_steps=N), or give transformers' Trainer the callback peftcore.training.PeftcoreCallback"
+                f"{self.injection.method.name} has a schedule: pass total_steps=N to injection.optimizer(...), or "
+                "callbacks=[peftcore.training.PeftcoreCallback()] to transformers' Trainer"
             )
         self._check_groups()
         loss = self._by_rules(closure) if self.rules else self.inner.step(closure)
@@ -77,9 +77,9 @@ class MethodOptimizer(Optimizer):
         held = {parameter for group in self.param_groups for parameter in group["params"]}
         if held.isdisjoint(self.injection.parameters()):
             raise TrainingError(
-                f"the optimizer's parameters are not those of {self.injection.name!r} any more (DeepSpeed's ZeRO puts "
-                f"its own in their place), so what {self.injection.method.name} changes as it trains would be lost: "
-                "train it with DDP or FSDP2, or take a method without a schedule or a rule for gradients, such as lora"
+                f"the optimizer's parameters are not those of {self.injection.name!r} any more (DeepSpeed's ZeRO "
+                f"replaces them), so what {self.injection.method.name} changes during training would be lost: "
+                "train it with DDP or FSDP2, or use a method without a schedule or a rule for gradients, such as lora"
             )
 
     @torch.no_grad()
@@ -180,8 +180,8 @@ class MethodOptimizer(Optimizer):
         buffers = dict(transient(self.injection))
         if ours is None or ours["buffers"].keys() != buffers.keys():
             raise TrainingError(
-                "this optimizer state was not written by the optimizer of such an injection; make the injection and "
-                "its optimizer as they were when it was saved"
+                "this optimizer state belongs to another injection or optimizer; create both as they were when it was "
+                "saved"
             )
         with self._whole():
             self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})

@@ -47,5 +47,5 @@ def has_lab() -> bool:
 def lab_is_missing(what: str) -> MissingPackage:
     """Return the error for a function or command of peftcore-lab when peftcore-lab is not installed."""
     if has_lab():
-        return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: see peftcore doctor")
+        return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: run peftcore doctor")
     return MissingPackage(f"{what} is part of {LAB}, which is not installed. Run: pip install {LAB}")
