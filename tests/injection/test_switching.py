@@ -18,9 +18,9 @@ def test_a_route_is_refused_where_rows_cannot_be_told_apart() -> None:
     model, (lora, _) = adapted("lora", "dora")
     with pytest.raises(UnknownInjection, match="nowhere"):
         route(model, ["nowhere"])
-    with pytest.raises(RouteError, match="no rows"):
+    with pytest.raises(RouteError, match="list is empty"):
         route(model, [])
-    with pytest.raises(RouteError, match=r"3 rows .* the batch 2"), route(model, [lora.name, None, None]):
+    with pytest.raises(RouteError, match=r"3 rows .* the batch has 2"), route(model, [lora.name, None, None]):
         model(token_ids(2))
     lora.merge()
     with pytest.raises(MergeError, match="merged"):
@@ -37,7 +37,7 @@ def test_position_tables_are_not_routed() -> None:
 
     model, inputs = HOSTS["bert"].build()
     injection = peftcore.apply(model, "lora", target="embed.pos")
-    with pytest.raises(RouteError, match="cannot be told apart"):
+    with pytest.raises(RouteError, match="cannot be distinguished"):
         route(model, [injection.name] * len(inputs["input_ids"]))
 
 
@@ -69,6 +69,17 @@ def test_blocks_restore_when_an_error_leaves_them() -> None:
         with pytest.raises(ZeroDivisionError), block():
             raise ZeroDivisionError
         assert torch.equal(model(x), both)
+
+
+def test_a_merged_injection_is_removed_within_its_own_block() -> None:
+    model, x = perceptron(), torch.ones(1, 4)
+    base = model(x)
+    injection = peftcore.apply(model, "lora", target="first", dtype="float32")
+    stir(injection)
+    injection.merge()
+    with injection.disabled():
+        injection.remove()
+    assert torch.equal(model(x), base) and not peftcore.injections(model)
 
 
 def test_activate_applies_at_once_and_restores_as_a_block() -> None:

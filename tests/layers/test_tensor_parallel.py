@@ -175,7 +175,7 @@ def check_refused() -> None:
     peftcore.apply(model, "lora", name="one", target=["q_proj"])
     with pytest.raises(RouteError, match="tensor-parallel"):
         peftcore.route(model, ["one", None])
-    with pytest.raises(UnsupportedSite, match="no linear layer that is called"):
+    with pytest.raises(UnsupportedSite, match="not a linear layer that is called"):
         peftcore.apply(model, "corda", target=["q_proj"], data=[{"input_ids": IDS}])
 
 
