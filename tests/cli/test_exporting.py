@@ -37,7 +37,7 @@ def test_check_says_what_is_read_by_its_exit_code_and_in_words() -> None:
     assert data["rules"]["source"].startswith("vllm-project/vllm@") and data["rules"]["files"] and data["notes"]
     changed = run("check", "a", "--for", "llama.cpp")
     assert changed.exit_code == 1 and "option use_rslora" in changed.stdout and "changed" in changed.stdout
-    assert "no rules of what 'ollama' reads" in refused("check", "a", "--for", "ollama")
+    assert "no rules for the program 'ollama'" in refused("check", "a", "--for", "ollama")
     assert "does not exist" in refused("check", "none", "--for", "vllm")
 
 

@@ -111,7 +111,7 @@ def test_a_part_is_read_that_is_declared(tmp_path: Path) -> None:
             reads(*parts)
     with pytest.raises(CheckFailed, match="no code of it ran"):
         reads("start", run=False)
-    with pytest.raises(CheckFailed, match="does not say defaults"):
+    with pytest.raises(CheckFailed, match="lacks defaults"):
         frozen(numbers(tmp_path), "defaults")
 
 
@@ -144,10 +144,10 @@ def test_a_library_may_be_frozen(tmp_path: Path) -> None:
 def test_frozen_numbers_say_where_they_are_from(tmp_path: Path) -> None:
     file = numbers(tmp_path)
     file.with_suffix(".py").unlink()
-    with pytest.raises(CheckFailed, match=r"no numbers\.py"):
+    with pytest.raises(CheckFailed, match=r"needs numbers\.py"):
         frozen(file)
     file.write_text("{}")
-    with pytest.raises(CheckFailed, match="does not say repository"):
+    with pytest.raises(CheckFailed, match="lacks repository"):
         frozen(file)
 
 
