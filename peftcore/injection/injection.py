@@ -184,10 +184,10 @@ class Injection(Installed):
 
         Raises:
             MergeError: it is merged and cannot be unmerged; or it cannot be merged again at the end of the block.
+            CompositionError: the composition in force needs it to combine outputs (`Fuse`).
 
         If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged,
         with the weights of the base to the bit, and a note of the error says so.
-            CompositionError: the composition in force needs it to combine outputs (`Fuse`).
         """
         self._alive()
         choice = self.state.now()

@@ -34,8 +34,8 @@ PASSED = {
     "task_type": "leave it out: no task changes how a model is adapted",
     "token_dim": "leave it out: the model has the width",
 }
-"""Options that all methods have in peft and none has in peftcore: an argument of `apply` or
-the model says the same."""
+"""Advice for options that many types have in peft and no method has in peftcore: an argument of `apply` or the model
+holds their values."""
 RENAMED = (
     (r"r", "rank", "use rank="),
     (r"num_virtual_tokens", "length", "use length="),

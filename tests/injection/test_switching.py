@@ -71,17 +71,6 @@ def test_blocks_restore_when_an_error_leaves_them() -> None:
         assert torch.equal(model(x), both)
 
 
-def test_a_merged_injection_is_removed_within_its_own_block() -> None:
-    model, x = perceptron(), torch.ones(1, 4)
-    base = model(x)
-    injection = peftcore.apply(model, "lora", target="first", dtype="float32")
-    stir(injection)
-    injection.merge()
-    with injection.disabled():
-        injection.remove()
-    assert torch.equal(model(x), base) and not peftcore.injections(model)
-
-
 def test_activate_applies_at_once_and_restores_as_a_block() -> None:
     model = perceptron()
     for name in ("a", "b", "c"):

@@ -307,9 +307,7 @@ class History(RuleBasedStateMachine):
 
         def weigh(injection: peftcore.Injection) -> None:
             for _, module in injection.modules():
-                if (
-                    "balance" in vars(module) and vars(module).get("top_k", 1) is not None
-                ):  # else it has nothing to balance
+                if "balance" in vars(module) and vars(module).get("top_k", 1):  # without top_k nothing is balanced
                     module.balance = 0.5  # many have no weight by default
 
         def told(acting: tuple[str, ...], asked: tuple[str, ...]) -> dict[str, Tensor]:

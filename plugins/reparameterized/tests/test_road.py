@@ -163,3 +163,9 @@ def test_the_operator_converts_as_modules_do() -> None:
     """No attribute of the operator hides a method of `nn.Module`, such as `half`."""
     (operator,) = peftcore.apply(One(nn.Linear(6, 4)), "road", target="layer").operators.values()
     assert operator.half().get_parameter("angle").dtype is torch.float16
+
+
+def test_an_operator_is_cast_by_half() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(4, 8)), "road", target="0", group_size=4)
+    (operator,) = injection.operators.values()
+    assert {each.dtype for each in operator.half().parameters()} == {torch.float16}
