@@ -94,7 +94,7 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
         )
     if method.kind is None or method.options is None or method.wishes is None:
         raise ConfigError(
-            'this AdapterConfig describes no adapter; use one of model.peft_config, or pass a method such as "lora"'
+            'this AdapterConfig describes no adapter: pass one of model.peft_config, or a method such as "lora"'
         )
     request = Request(model, method.kind(), method.options, method.wishes, name=name, active=False)
     try:

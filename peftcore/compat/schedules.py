@@ -52,7 +52,7 @@ def check_driven(injection: Injection) -> None:
     watch.update(injection)
     if watch.untold:
         raise TrainingError(
-            f"{injection.method.name} has a schedule, but an optimizer made a step without it: pass "
+            f"{injection.method.name} has a schedule, but an optimizer stepped without advancing it: pass "
             "the Trainer callbacks=[peftcore.training.PeftcoreCallback()], or train with "
             "model.adapters[name].optimizer(..., total_steps=N)"
         )

@@ -63,8 +63,8 @@ def load_training_state(injection: Injection, folder: Path) -> bool:
     shapes = {name.removeprefix(BETWEEN): shape for name, shape in file.shapes.items() if name.startswith(BETWEEN)}
     if file.metadata.get(OPTIONS) != _options(injection) or shapes != {name: b.shape for name, b in buffers.items()}:
         raise SwapError(
-            f"the training in {folder} belongs to another adapter than {injection.name!r}, or to other options: use "
-            "those; or start a new training with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+            f"the training in {folder} is of another adapter than {injection.name!r}, or has other options: apply the "
+            "same adapter; or start a new training with PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     tensors = file.read()
     injection.swap({name.removeprefix(VALUES): each for name, each in tensors.items() if name.startswith(VALUES)})

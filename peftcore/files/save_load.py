@@ -83,13 +83,13 @@ def save(
     """
     only = _only_file(path, formats)
     if only and metrics:
-        raise ExportError(f"metrics belong into the card of a folder, and {path} is one file; pass a folder")
+        raise ExportError(f"metrics are written into the card of a folder, and {path} is one file; pass a folder")
     metric_rows(metrics or {})
     model = injection.model
     try:
         injection.check()
     except InactiveSite as error:  # what was trained before is worth keeping
-        logger.warning("the adapter is saved, although a part of it does not act any more: %s", error)
+        logger.warning("the adapter is saved, although a part of it has no effect any more: %s", error)
     base_dependence.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters, reads=True):
         contents = {

@@ -144,8 +144,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         for injection in self._training:
             if injection.state.recorder.losses.waits(injection.state, injection.name):
                 raise TrainingError(
-                    "the Trainer does not use the model's loss (label smoothing, compute_loss_func ...), so it misses "
-                    f"the own loss of {injection.name!r} ({injection.method.name}): use "
+                    "the Trainer does not use the model's loss (label smoothing, compute_loss_func ...), so it omits "
+                    f"the loss that {injection.name!r} ({injection.method.name}) adds: use "
                     "peftcore.training.PeftcoreTrainer, or add injection.losses() in a loss function of your own"
                 )
 

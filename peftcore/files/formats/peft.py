@@ -267,7 +267,7 @@ class PeftContent(Content):
         held = content.envelope
         if beside := [*held.train, *held.rows]:
             raise CheckpointError(
-                f"{content.where}: as the part {name} it cannot have values of other modules, as of {beside[0]}"
+                f"{content.where}: as the part {name} it cannot have values of other modules, such as {beside[0]}"
             )
         return held
 

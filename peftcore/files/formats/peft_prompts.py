@@ -78,7 +78,7 @@ class SoftPrompt(PeftMethod):
         if len(sites) != len(roles):
             paths = ", ".join(site.module_path for site in sites)
             raise HostMismatch(
-                f"{keys.where} has a soft prompt for {len(roles)} stack(s) of blocks; this host has {paths}"
+                f"{keys.where} has a soft prompt for {len(roles)} stack(s) of blocks; this host has {paths or 'none'}"
             )
         for site in sites:
             stack = locate_stack(site, resolver).stack
@@ -102,7 +102,7 @@ class SoftPrompt(PeftMethod):
         if len(stacks) > self.most_stacks or reading != [False, True][: len(stacks)]:
             where = ", ".join(site.module_path for site in stacks)
             raise ExportError(
-                f"peft has no prompts of this type for {where}: at most {self.most_stacks}, encoder first"
+                f"peft has no prompts of this type for {where}: at most {self.most_stacks} stack(s), the encoder first"
             )
         heads, layers = _sizes(model, stacks[0].module_path) if stacks else (None, None)
         return {

@@ -298,7 +298,7 @@ def test_loras_that_peft_computes_otherwise(tmp_path: Path) -> None:
     for number, (options, why) in enumerate(
         [
             ({"use_dora": True}, "adapter 1 is dora"),
-            ({"modules_to_save": ["lm_head"]}, "values of other modules, as of lm_head"),
+            ({"modules_to_save": ["lm_head"]}, "values of other modules, such as lm_head"),
         ]
     ):
         path = tmp_path / f"other{number}"
