@@ -1,7 +1,7 @@
 """`load_base` builds the model that an adapter's file names, and loads the adapter onto it.
 
-A file may name weights and a class, and nothing more: the class is one that transformers lists under an Auto class, and
-no code of a repository runs. Weights are fetched only when the caller says so.
+A file may only name weights and a class. The class has to be listed under an Auto class of transformers, and no code of
+a repository runs. Weights are downloaded only if the caller passes `fetch=True`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 BASE_FILES = [
     CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"
 ]  # fmt: skip
-"""The files that are fetched of a base's repository: its configuration, and its weights as safetensors."""
+"""The files that are downloaded from a base's repository: its configuration, and its weights as safetensors."""
 REVISION = re.compile(r"\w[\w-]*([./][\w-]+)*", re.ASCII)
-"""Commits, branches and tags that a file may name: no part of one leads out of a folder."""
+"""Commits, branches and tags that a file may name; names that lead out of a folder, such as "..", do not match."""
 OWN = (
     "adapter_kwargs", "code_revision", "config", "gguf_file", "ignore_mismatched_sizes", "local_files_only",
     "output_loading_info", "state_dict", "subfolder", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
-"""Arguments of ``from_pretrained`` that are not the caller's."""
+"""Arguments of ``from_pretrained`` that `load_base` sets itself and does not accept."""
 
 
 def load_base(
@@ -52,17 +52,17 @@ def load_base(
 ) -> nn.Module:
     """Build the model of transformers that a saved adapter was made on, and load the adapter onto it.
 
-    The base that a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one
-    that an Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter
-    contains gets its size, and token tables have the rows that were added.
+    The base that a file names is downloaded only if `fetch` is True, and no code of a repository runs. The model's
+    class has to be listed by an Auto class of transformers for the base's configuration. If the adapter contains a
+    head, the model's head gets the same size; token tables get the rows that had been added.
 
     Args:
-        path: a folder, a file, or "owner/name" on a model hub, as of `load`. The adapter itself is fetched, since the
-            caller names it.
-        revision: of the adapter's repository, as of `load`.
-        base: a folder or a name on a hub to take in place of the one that the file names.
-        base_revision: of the base's repository, in place of the commit that the file names.
-        fetch: True fetches the base from the hub where the cache lacks it: its configuration, and its weights as
+        path: a folder, a file, or "owner/name" on the hub, as in `load`. The adapter itself is downloaded even if
+            `fetch` is False, since the caller names it.
+        revision: the revision of the adapter's repository, as in `load`.
+        base: a folder or a repository on the hub to use instead of the base that the file names.
+        base_revision: the revision of the base's repository to use instead of the commit that the file names.
+        fetch: True downloads the base from the hub if the cache lacks it: its configuration, and its weights as
             safetensors.
         name: name of the injection; the method's by default.
         trainable: False loads the adapter frozen.
@@ -70,15 +70,15 @@ def load_base(
             ``quantization_config`` and so on.
 
     Returns:
-        The model, in evaluation mode; ``peftcore.injections(model)`` has the adapter. A warning says so where the
-        base's commit is not the one that the adapter was made on.
+        The model, in evaluation mode; ``peftcore.injections(model)`` has the adapter. A warning is logged if the base's
+        commit differs from the one that the adapter was made on.
 
     Raises:
-        CheckpointError: the file names no base, or one that is not here, or no class that an Auto class lists, or is
-            damaged; or the base has no safetensors or contains code; the message says what to pass.
-        HubError: the hub has nothing of the name, refuses it, or does not answer.
-        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not contain.
-        NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as of `load`.
+        CheckpointError: the file is damaged, or names no base, a base that is not available locally, or a class that no
+            Auto class lists; or the base has no safetensors or needs its own code. The message says what to pass.
+        HubError: the hub has no such repository, refuses access, or does not answer.
+        HostMismatch: the adapter belongs to another base, or both the base and the adapter lack some weights.
+        NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as in `load`.
     """
     if theirs := sorted(options.keys() & set(OWN)):
         raise CheckpointError(
