@@ -1,7 +1,7 @@
-"""Files of llama.cpp with a LoRA, ``adapter.gguf``. They are written and described, not loaded.
+"""Writes and describes LoRA files of llama.cpp, ``adapter.gguf``. They cannot be loaded.
 
 A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
-file one alpha, whose quotient with the rank of each is the scale. So lower ranks are filled up to the largest, and
+file has one alpha for all: the scale of each matrix is alpha / rank. So lower ranks are padded to the largest one, and
 scales are multiplied into ``lora_b``.
 """
 
@@ -84,8 +84,8 @@ class GGUF(Format):
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Returns the rows ``[heads * width, ...]`` of a projection with the two that are rotated together side by side in
-    each head, where they are half a head apart."""
+    """Returns the rows ``[heads * width, ...]`` of a projection reordered for llama.cpp: two rows that rotary
+    embeddings rotate together are half a head apart in the input, and next to each other in the result."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, width / 2, ...]
     return halves.transpose(1, 2).reshape(rows.shape)
 

@@ -1,10 +1,11 @@
-"""Files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or for a pipeline.
+"""Reads and writes files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or a
+pipeline.
 
 A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
-underscores for dots, the tensor. The host's own modules, or their names in the original code (`original_names`),
-determine which underscores are dots. There are no options: rank and form follow from shapes, and the scale is alpha /
-rank with an ``alpha`` for each module. Only the dropouts of its training are in the header, where the training program
-notes them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method registers under
+underscores for dots, the tensor. Which underscores stand for dots is found by comparing with the host's modules, or
+with their names in the original code (`original_names`). Files have no options: the rank and the variant follow from
+shapes, and each module has an ``alpha``, so that its scale is alpha / rank. Only the dropouts used in training may be
+in the header. A `KohyaMethod` translates the tensors of a method; the plugin of the method registers it under
 ``"kohya/NAME"``.
 """
 
@@ -54,13 +55,14 @@ from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
 
 TENSORS = "kohya.safetensors"
-"""The file that we write into a folder; any file that is the only one is read."""
+"""The name of the file that `save` writes into a folder. When reading, any name is accepted if it is the only file."""
 UNET, OURS = "lora_unet", "lycoris"
-"""The model that makes pictures, in its original names where these are known; and in the host's own names."""
+"""The prefix for a diffusion model in which modules have names of the original code, if these are known; and the prefix
+for any model in which modules have the host's own names."""
 
 
 class Kohya(Format):
-    """The format of kohya's sd-scripts, of LyCORIS and for ComfyUI."""
+    """The format of files of kohya's sd-scripts and of LyCORIS, and of files for ComfyUI."""
 
     name = "kohya"
     file = TENSORS
