@@ -26,7 +26,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TRAINER = "trainer_state.json"
 """The file that identifies a checkpoint of transformers' Trainer."""
 STATE = re.compile(r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states)[\w-]*\.\w+")
-"""Names of pickled files with the state of a training, such as the optimizer; they contain no adapter."""
+"""Names of files with the state of a training, such as that of the optimizer; they contain no adapter."""
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,8 @@ def _owners(parts: Sequence[Piece], first: str, second: str) -> list[Tensor] | N
 
 
 def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns the shapes that the tensor of a linear layer or a pointwise convolution may have in a file: as it is,
-    ``[a, b]``, or ``[a, b]`` with one to three dimensions of size 1."""
+    """Returns the shapes that a tensor may have in a file: `shape` itself; for linear layers and pointwise convolutions
+    also ``[a, b]``, alone or followed by one to three dimensions of size 1."""
     if math.prod(shape[2:]) != 1:
         return [tuple(shape)]
     flat = tuple(shape[:2])

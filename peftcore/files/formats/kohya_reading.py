@@ -1,7 +1,8 @@
-"""The content of a kohya file for one host: a method for each module, and the destination of each tensor.
+"""Reads a kohya file for one host: finds the method for each module, and the operator for each tensor.
 
-The spelling of the paths, by the host's modules or by their names in the original code, is the one that fits. Methods
-are recognized by the tensors at a module; fused modules of the original code are cut into the host's.
+Paths in the file are spelled by the host's module names or by their names in the original code; both are tried. A
+method is recognized by the names of a module's tensors. Fused modules of the original code are split into the host's
+modules.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ from peftcore.registry.plugins import layer_of
 from peftcore.roles.token_tables import tables_by_path
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-"""The dropouts that training programs have."""
+"""The dropout options of training programs."""
 ARGUMENTS = "ss_network_args"
-"""The key of the header under which sd-scripts notes the arguments of a network, as JSON of texts."""
+"""The header's key for the network arguments of sd-scripts, a JSON object of texts."""
 
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors at one module."""
+    """The tensors that the file has for one module."""
 
     path: str
     names: Mapping[str, str]
@@ -71,14 +72,14 @@ class ModuleTensors:
 
 @dataclass(frozen=True)
 class MethodGroups:
-    """The modules that one method reads."""
+    """The modules of the file that belong to one method."""
 
     method: KohyaMethod
     groups: list[ModuleTensors]
 
 
 class KohyaContent(Content):
-    """An adapter of such a file for one host."""
+    """The content of a kohya file for one host."""
 
     def __init__(self, file: TensorFile, model: nn.Module, words: Mapping[str, Sequence[int]] = {}) -> None:
         self.file = file

@@ -1,8 +1,9 @@
-"""Folders of mlx-lm: ``adapters.safetensors`` and an ``adapter_config.json`` of its own. They are written, not read.
+"""Writes folders of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` that differs from peft's. They
+cannot be loaded.
 
-All modules of a name have a LoRA of one rank and one scale in the last ``num_layers`` blocks, ``lora_a`` ``[in, rank]``
-and ``lora_b`` ``[rank, out]``; those that lack tensors start with zeros in ``lora_b``. So ranks that differ are filled
-up with zeros, and scales are multiplied into ``lora_b``.
+In the last ``num_layers`` blocks, all modules with a given name have a LoRA, all with the same rank and scale:
+``lora_a`` ``[in, rank]`` and ``lora_b`` ``[rank, out]``; modules without tensors in the file have zeros in ``lora_b``.
+So lower ranks are padded with zeros, and scales are multiplied into ``lora_b``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reads and writes folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-This module and `peft_writing` hold what all of peft's types have in common: names of tensors, targets, patterns,
-modules that train along. A `PeftMethod` translates the options and tensors of one type.
+This module and `peft_writing` handle the parts that all of peft's types have in common: names of tensors, targets,
+patterns, and modules that train with the adapter. A `PeftMethod` translates the options and tensors of one type.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ NEUTRAL = (
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "fan_in_fan_out", "runtime_config", "init_weights", "megatron_core",
 )  # fmt: skip
-"""Options that change nothing that is computed: origin, start, and properties of the host's layers."""
+"""Options that do not change the adapter's outputs: origin, initialization, and properties of the host's layers."""
 
 TABLES = ("embed_tokens", "lm_head")
-"""The names of token tables that peft saves with an adapter for every model."""
+"""Names of the token tables that peft saves with the adapters of any model."""
 
 COUNT = "num_batches_tracked"
-"""The buffer of a norm that changes nothing of what it computes."""
+"""The buffer of a norm that does not change its outputs."""
 
 
 class Peft(Format):
@@ -139,11 +139,11 @@ def _named(method: PeftMethod, keys: Keys) -> dict[str, Path]:
 
 
 def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:
-    """Returns the description in options and names of tensors, without a host.
+    """Returns the description of an adapter from its options and the names of its tensors, without a host.
 
     Args:
-        name: of the format.
-        names: as of `PeftContent`.
+        name: the name of the format.
+        names: as in `PeftContent`.
     """
     kind = keys.take("peft_type", str)
     about = Description(
@@ -182,7 +182,7 @@ def _class_of(keys: Keys) -> str:
 
 @dataclass
 class PeftPart:
-    """The part of a file that one of our methods reads; nearly always all of it."""
+    """The part of a file that one of our methods reads; nearly always the whole file."""
 
     method: PeftMethod
     keys: Keys
@@ -195,8 +195,8 @@ class PeftContent(Content):
     """The content of a peft adapter for one host.
 
     Args:
-        names: the adapter's tensors: their names in the file, by peft's names for them.
-        exact: other values of options at some modules, by the paths that `names` have for them.
+        names: the names of the adapter's tensors in the file, by the names that peft itself would use.
+        exact: values of options that differ at some modules, by the modules' paths in `names`.
     """
 
     def __init__(

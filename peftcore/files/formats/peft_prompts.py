@@ -1,4 +1,5 @@
-"""Soft prompts in folders of peft: one tensor for the whole adapter, and the sizes of the host that peft saves."""
+"""Translates soft prompts in folders of peft, which have one tensor for the whole adapter, and sizes of the host in
+their options."""
 
 from __future__ import annotations
 
@@ -34,24 +35,24 @@ TASKS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
 }
-"""Peft's tasks, and where transformers lists the models that are made for them."""
+"""Peft's task types, with the Auto classes' mappings in which transformers lists the models for each."""
 
 
 class SoftPrompt(PeftMethod):
-    """Base class for types of peft whose tensors belong to the sequence, and not to modules.
+    """Base class for types of peft whose tensors extend the sequence instead of changing modules.
 
-    Peft classifies by the first row of the prompt, where ours uses the first token. So prompts of encoders that
-    classify are refused.
+    With a classifying encoder, peft pools the first row of the prompt, and peftcore the first token. Prompts of such
+    encoders are refused.
     """
 
     stem = PREFIXES[-1]
     root: ClassVar[tuple[str, ...]] = (ROWS,)
-    """Names of its tensors that belong to the adapter as a whole."""
+    """Names of the type's tensors that belong to the whole adapter."""
     most_stacks: ClassVar[int] = 1
-    """2 where peft may have rows in front of a decoder too, besides its encoder."""
+    """The largest number of stacks: 2 if peft supports a prompt for the decoder in addition to the encoder."""
 
     def shared_options(self, keys: Keys) -> int:
-        """Take the options that all soft prompts have; returns the number of rows."""
+        """Read the options that all soft prompts have; returns the number of rows of the prompt."""
         keys.pass_over("token_dim", "num_layers", "num_attention_heads")
         halves(keys)
         length: int = keys.take("num_virtual_tokens", int)
@@ -61,17 +62,17 @@ class SoftPrompt(PeftMethod):
         """Verify that the file has as many rows as its options say.
 
         Raises:
-            CheckpointError: it has not.
+            CheckpointError: the file has another number of rows.
         """
         rows = keys.take("num_virtual_tokens", int) * halves(keys)
         if ROWS in shapes and shapes[ROWS][0] != rows:
             raise CheckpointError(f"{keys.where} has {shapes[ROWS][0]} rows, but its options say {rows}")
 
     def stacks(self, keys: Keys, model: nn.Module, roles: Sequence[str] = ("stack",)) -> tuple[SavedSite, ...]:
-        """Returns the stacks in front of which the prompt is inserted, one for each of `roles`.
+        """Returns the stacks of blocks (encoder, decoder) that get the prompt, one for each of `roles`.
 
         Raises:
-            HostMismatch: the host has other ones, or peft computes something else with it.
+            HostMismatch: the host has other stacks, or peft computes something else with the prompt.
         """
         resolver = resolver_of(model)
         sites = [site for role in roles for site in _at(resolver, role)]
@@ -118,7 +119,7 @@ def halves(keys: Keys) -> int:
     """Returns the number of stacks (encoder, decoder) for which peft has a prompt: 1 or 2.
 
     Raises:
-        CheckpointError: the options say another number.
+        CheckpointError: the options have another number.
     """
     count: int = keys.take("num_transformer_submodules", int, 2 if keys.take("task_type", str, "") == BOTH else 1)
     if count not in (1, 2):
@@ -127,12 +128,13 @@ def halves(keys: Keys) -> int:
 
 
 def task_of(model: nn.Module) -> str | None:
-    """Returns peft's task of a model of transformers, which decides how peft runs it; None for others."""
+    """Returns peft's task type for a model of transformers, which decides how peft runs the model; None for other
+    models."""
     return next((task for task, listed in TASKS.items() if is_listed(model, listed)), None)
 
 
 def is_listed(model: nn.Module, *mappings: str) -> bool:
-    """Whether transformers lists the class of a model in one of these mappings, by their names in its Auto classes."""
+    """True if transformers lists the class of a model in one of these mappings of its Auto classes."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto") if "transformers" in sys.modules else None
     for listed in mappings if auto is not None else ():
         made = getattr(auto, listed).get(type(vars(model).get("config")), ())
