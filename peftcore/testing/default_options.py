@@ -1,4 +1,4 @@
-"""Comparison of a method's default options with those of other code."""
+"""Compares a method's default options with those of other code."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from peftcore.testing.failures import CheckFailed
 
 
 def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapping[str, str] | None = None) -> None:
-    """Check that options equal the defaults of other code.
+    """Check that the default options of a method equal those of other code.
 
     Args:
-        config: the options of an injection, or a plan, that was told none: ``injection.config``.
-        told: their defaults, by the name of our option.
-        otherwise: options whose default is another one here, each with why.
+        config: ``injection.config`` of an injection or a plan that was made without passing these options.
+        told: the defaults of the other code, by the names of our options.
+        otherwise: our options whose default differs on purpose, each with the reason.
 
     Raises:
-        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and is listed in
-            `otherwise`.
+        CheckFailed: an option is unknown, was passed a value, or has another default that is not in `otherwise`; or it
+            has the same default although it is in `otherwise`.
     """
     otherwise = {} if otherwise is None else otherwise
     ours = config.model_dump(mode="json")
