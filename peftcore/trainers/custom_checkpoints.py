@@ -36,7 +36,7 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
 
     Raises:
         CheckpointError: the file is damaged.
-        TrainingError: it is of other adapters.
+        TrainingError: the file belongs to other adapters.
     """
     if not (folder / FILE).exists():
         return set()
@@ -54,9 +54,8 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
 
 
 def of_run(args: Any, state: TrainerState, optimizer: Any) -> Path | None:
-    """Returns the folder of the checkpoint that a Trainer has read, since a Trainer does not pass its path to
-    callbacks: the one of this step in its folder, if its state and its optimizer state are those that the Trainer has
-    read.
+    """Returns the folder of the checkpoint that the Trainer loaded, whose path callbacks do not get: the folder of the
+    current step in `output_dir`, if its state and its optimizer state equal those of the Trainer; otherwise None.
     """
     folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     if not (folder / TRAINER_STATE_NAME).exists():

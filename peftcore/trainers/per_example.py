@@ -1,8 +1,8 @@
-"""Gradients of single examples, as differential privacy clips them: the model runs by `torch.vmap`, each row with
-separate tensors.
+"""Gradients of single examples, which differential privacy needs for clipping. The model runs under `torch.vmap`, in
+which each row of the batch has its own copy of the parameters.
 
-An expanded parameter has a gradient for each row of the batch, and takes no memory until backward. So any loss that is
-the mean or the sum over the rows gives, in one backward, the same gradients as a loop over the rows.
+The copies are expanded parameters, which take no additional memory until backward. For any loss that is the mean or the
+sum over the rows, one backward computes the same gradients as a loop over the rows.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from peftcore.injection.injection import injections
 
 
 class PerExample(nn.Module):
-    """A model whose backward leaves each trainable parameter's gradients of single examples in its `grad_sample`.
+    """A wrapper of a model whose backward writes the gradients of single examples into the attribute `grad_sample` of
+    each trainable parameter.
 
-    `grad_sample` has the shape ``[rows, *parameter.shape]``; several batches before the optimizer's step leave a list
-    of them. Optimizers of Opacus read this form, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
-    gradients are asked for, and in evaluation, the model runs as it is.
+    `grad_sample` has the shape ``[rows, *parameter.shape]``; after several batches before the optimizer's step, it is a
+    list of such tensors. Optimizers of Opacus read this form with ``grad_sample_mode="no_op"``. `grad` is not changed.
+    In evaluation, or when gradients are disabled, the model runs unchanged.
 
     Args:
-        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows do not
-            see each other, and have independent random draws.
+        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows are
+            computed independently, and have independent random numbers.
         reduction: how the loss combines its rows, ``"mean"`` or ``"sum"``.
     """
 
@@ -43,11 +44,12 @@ class PerExample(nn.Module):
         self._forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output for a batch; outputs that are scalars for one row have one number per row.
+        """Returns the model's output for a batch; outputs that are scalars for a single row become one number for each
+        row.
 
         Raises:
-            TrainingError: inputs disagree on the number of rows, the model looks at values or at other rows, so that
-                `torch.vmap` cannot run it, or a method adds a loss.
+            TrainingError: inputs differ in the number of rows; `torch.vmap` cannot run the model, since it reads values
+                or other rows; or a method adds a loss, but the output has none.
         """
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **kwargs)

@@ -11,7 +11,7 @@ from peftcore.errors import MissingPackage
 PACKAGE = "package:"
 """The prefix that marks the name of an installed package, in places that accept a folder."""
 LAB = "peftcore-lab"
-"""The distribution that trains, compares and searches."""
+"""The name of the distribution with the commands that train, compare and search."""
 
 
 def package_folder(name: str) -> Path | None:
@@ -26,11 +26,10 @@ def package_folder(name: str) -> Path | None:
 
 
 def require(packages: Mapping[str, str], options: str = "") -> None:
-    """Raise `MissingPackage` unless every module is there.
+    """Raise `MissingPackage` unless every module is installed.
 
-    Arguments:
-      packages: import name -> the requirement that pip must install for it.
-      options: the options of the pip line, in front of the requirements.
+    Arguments: packages: import name -> the requirement that pip must install for it. options: options of pip in the
+    suggested command, in front of the requirements.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -40,7 +39,7 @@ def require(packages: Mapping[str, str], options: str = "") -> None:
 
 
 def has_lab() -> bool:
-    """Return whether the package of peftcore-lab can be imported."""
+    """Return True if the package of peftcore-lab can be imported."""
     return importlib.util.find_spec("peftcore_lab") is not None
 
 
