@@ -178,7 +178,7 @@ def test_with_all_tokens_it_starts_as_the_model() -> None:
         ("gpt2", None, "later tokens would influence"),
         ("t5", "encoder.block.0", "computes positions inside its block"),
         ("t5", "decoder.block.1", "later tokens would influence"),
-        ("convnet", "last", "no block"),
+        ("convnet", "last", "not a block"),
     ],
 )
 def test_where_it_cannot_be(name: str, target: str | None, reason: str) -> None:

@@ -239,7 +239,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="outside of the vocabulary"):
         peftcore.apply(model, "cpt", ids=[1, 10_000])
     for name in ("bert", "t5"):
-        with pytest.raises(UnsupportedSite, match="predicts no tokens"):
+        with pytest.raises(UnsupportedSite, match="does not predict tokens"):
             peftcore.apply(HOSTS[name].build()[0], "cpt", ids=[1, 2])
     config = transformers.Gemma2Config(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,

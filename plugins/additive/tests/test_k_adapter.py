@@ -383,7 +383,7 @@ def test_a_cache_that_the_chain_has_not_seen_is_refused() -> None:
         ("llama", {"layers": []}, ConfigError, "layers"),
         ("llama", {"fusion": "add", "identity": True}, ConfigError, "identity"),
         ("llama", {"overrides": {"*": {"width": 4}}}, ConfigError, "no overrides"),
-        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "no block"),
+        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "not a block"),
         ("t5", {"target": r"re:(en|de)coder\.block\.\d+"}, UnsupportedSite, "no stream in common"),
         ("convnet", {}, TargetError, "matches nothing"),
     ],

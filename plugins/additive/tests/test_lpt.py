@@ -138,7 +138,7 @@ def test_generation_from_padded_prompts(kind: str | None, path: dict[str, Any]) 
         with pytest.raises(MissingContext, match="prompt_length"):
             model.generate(ids, **{**given, "use_cache": False, "cache_implementation": None, "attention_mask": None})
         for told in ({}, {"prompt_length": [6, 4]}):
-            with peftcore.call(model, **told), pytest.raises(SequenceError, match="has 6 tokens, of which a forward"):
+            with peftcore.call(model, **told), pytest.raises(SequenceError, match="has 6 tokens, but a forward gets"):
                 model.generate(ids, prefill_chunk_size=3, **given)
 
 

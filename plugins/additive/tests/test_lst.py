@@ -317,7 +317,7 @@ def test_some_blocks_only() -> None:
     [
         ("t5", {}, None, ""),
         ("t5", {"target": r"re:(en|de)coder\.block\.\d+"}, UnsupportedSite, "no stream in common"),
-        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "no block"),
+        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "not a block"),
         ("llama", {"overrides": {"*": {"reduction": 4}}}, ConfigError, "no overrides"),
         ("convnet", {}, TargetError, "matches nothing"),
     ],

@@ -275,8 +275,8 @@ def test_each_blends_what_those_before_left_and_another_place() -> None:
     ("name", "options", "error", "reason"),
     [
         ("llama", {"overrides": {"*": {"alpha": 1.0}}}, ConfigError, "no overrides"),
-        ("llama", {"layers": 3}, ConfigError, "no larger than the model"),
-        ("llama", {"sizes": {"colour": 3}}, ConfigError, "colour is no size"),
+        ("llama", {"layers": 3}, ConfigError, "a guest cannot be larger"),
+        ("llama", {"sizes": {"colour": 3}}, ConfigError, "colour is not a size"),
         ("llama", {"alpha": float("inf")}, ConfigError, "alpha"),
         ("t5", {}, UnsupportedSite, "one stack of tokens"),
         ("encoder", {}, UnsupportedSite, "one stack of tokens"),

@@ -315,7 +315,7 @@ def test_where_tokens_cannot_skip() -> None:
     with torch.no_grad(), peftcore.activate(model, "one", "other"), pytest.raises(SequenceError, match="two adapters"):
         model.eval()(**inputs)
     for name, target, reason in (
-        ("bert", None, "no module of its own"),
+        ("bert", None, "not a separate module"),
         ("moe", None, "not part of a feed-forward"),
         ("vit", "attn.output", "not part of a feed-forward"),
     ):
