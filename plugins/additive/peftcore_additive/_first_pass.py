@@ -38,5 +38,6 @@ def first_pass(operator: InstanceOperator, call: Callable[..., Any], given: Mapp
 
 
 def of(states: Tensor, at: Tensor) -> Tensor:
-    """Return the states of one token of each text, computed by the first pass of this forward."""
+    """Return the states ``[batch, width]`` of the tokens at positions `at` ``[batch]``, from ``[batch, tokens,
+    width]``."""
     return states[torch.arange(len(states), device=states.device), at]

@@ -9,8 +9,8 @@ lambda_i weights all rows of the layer.
 
 With causal attention the first token does not attend to later ones: if all texts begin with the same token, gates
 differ between layers and rows, but not between texts. Padding in front is skipped. The gates' scores are stored in the
-model's cache, so in generation the text's first token still determines the gates. Positions, dropout and the network
-behind `projection` are p_tuning_v2's.
+model's cache, so in generation the text's first token still determines the gates. Positions, dropout and the network of
+`projection` are as in p_tuning_v2.
 
 Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection (projection + 1) * 2 d_k +
 length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.

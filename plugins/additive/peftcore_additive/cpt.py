@@ -22,7 +22,7 @@ the ball is centered at this sum.
 
 Parameters: length * d, including the rows of answers, as in peft.
 
-Start: D is zero: the model sees the examples, so no start is an identity.
+Start: D is zero: the examples in the prompt change the outputs, so no start is an identity.
 
 Differs from the authors' code: The authors' code is the one in peft, and three points differ from it. In peft the next
 forward projects a row and overwrites the parameter; here `injection.optimizer` does that after each step. With other

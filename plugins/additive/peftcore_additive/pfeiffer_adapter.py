@@ -63,8 +63,8 @@ class PfeifferAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
-    or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
+    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
+    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
     scale: Scale = 1.0
     """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
     factors start at 1."""

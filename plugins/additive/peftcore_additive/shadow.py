@@ -27,7 +27,7 @@ Start: W_up at zero: the identity. The guest starts from random weights.
 
 Differs from the authors' code: As in peft 0.21, every block has both steps (correction and update); if blocks are left
 out, h_l is the input of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in
-front of T and G, uses SiLU, no biases, and dropout at other places. In generation peft passes the guest's cache under
+front of T and G, uses SiLU, no biases, and dropout at other places. In generation peft stores the guest's cache under
 the name `past_key_values`, which newer versions of transformers do not use; here the guest's cache works in any
 version. If a peft file names a checkpoint as the guest, set `sizes` to those of the checkpoint, and load its weights by
 ``injection.shared["guest"].take(network)``. In peft the guest's loss is added in evaluation too.
@@ -156,8 +156,8 @@ def last_token(states: Tensor, mask: Any) -> Tensor:
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of logits ``[..., classes]``: for regression of a number, for one class, or for several classes,
-    by the labels."""
+    """Return the loss of logits ``[..., classes]``: the mean squared error for one output, cross-entropy for integer
+    labels, or binary cross-entropy for floating-point labels."""
     precise, labels = torch.promote_types(logits.dtype, torch.float32), labels.to(logits.device)
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1).to(precise), labels.to(precise).view(-1))

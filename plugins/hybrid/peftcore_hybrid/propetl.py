@@ -62,8 +62,8 @@ class ProPETLConfig(MethodConfig):
     mask_ratio: PositiveFloat = 30.0
     """Learning rate of the scores, divided by that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
-    or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
+    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
+    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02
