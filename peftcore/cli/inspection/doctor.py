@@ -146,7 +146,8 @@ def ambiguous() -> Iterator[Ambiguous]:
 
 
 def packings() -> tuple[tuple[SchemeStatus, ...], list[Broken]]:
-    """Return the quantization schemes, and the broken ones: those that cannot be imported or share a name."""
+    """Return the quantization schemes, and those that cannot be imported. If two schemes have the same name, there is
+    only one entry, for this error."""
     found, broken = [], []
     try:
         names = sorted(peftcore.schemes())
@@ -186,7 +187,8 @@ def versions() -> dict[str, str | None]:
 
 
 def needs() -> Iterator[MissingRequirements]:
-    """Yield each distribution of peftcore and each of its extras that has missing requirements."""
+    """Yield each distribution of peftcore with missing requirements, and each of its extras with the requirements that
+    are missing for it, if any."""
     for name in distributions():
         if version_of(name) is None:
             continue
@@ -199,7 +201,7 @@ def needs() -> Iterator[MissingRequirements]:
 
 
 def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:
-    """Yield the requirements of an extra, or those without any extra."""
+    """Yield the requirements that an extra adds, or without an extra the unconditional requirements."""
     for each in wanted:
         always = each.marker is None or each.marker.evaluate({"extra": ""})
         if always != bool(extra) and (each.marker is None or each.marker.evaluate({"extra": extra})):
