@@ -3,8 +3,8 @@ weights.
 
 A borrowed layer calls the model's layer of the same path in its current state, and adds a low-rank update. So the
 model's tensors exist once: they are moved, cast, quantized, offloaded, written to and replaced with the model, and are
-neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer,
-except those that are merged into its weight.
+neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer.
+They are not merged into its weight either: the operator that runs the network names the tensors in `reads`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _bare(module: nn.Module, path: str) -> nn.Module:
     if not vars(module).keys().isdisjoint(FORWARDS):
         raise UnsupportedHost(
             f"{path}: a network that borrows this layer must run it without its adapters, but a forward that was set "
-            "on the instance (offloading of single layers) runs them: merge that adapter, or offload whole models"
+            "on the instance (offloading of single layers) runs them: remove() that adapter, or offload whole models"
         )
     return with_tensors(module, {})
 

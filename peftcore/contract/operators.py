@@ -80,6 +80,9 @@ class _Base(Checked):
     """True if the operator acts only in training; merging skips it."""
     overrides = False
     """True if the operator ignores its input tensor, so earlier adapters on that tensor have no effect."""
+    reads: frozenset[str] = frozenset()
+    """Paths of tensors of the model, other than those of its site, that the operator computes with as they are stored.
+    No other adapter may be merged into them as long as the operator is installed."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()

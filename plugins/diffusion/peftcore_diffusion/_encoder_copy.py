@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftcore.author import Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
+from peftcore.author import BorrowedLayer, Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
 from peftcore.errors import NoWeights, UnsupportedSite
 from peftcore_diffusion._told import cast, told
 
@@ -71,6 +71,11 @@ class InputsOperator(Operator):
     def __init__(self, site: Site, copy: Copy) -> None:
         super().__init__(site)
         self.names, self.copy = tuple(inspect.signature(site.module.forward).parameters), copy
+        if copy.lender is not None:
+            lent = [each.path for each in copy.network.module.modules() if isinstance(each, BorrowedLayer)]
+            self.reads = frozenset(
+                f"{site.module_path}.{path}.{name}".lstrip(".") for path in lent for name in ("weight", "bias")
+            )
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
