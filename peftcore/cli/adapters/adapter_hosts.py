@@ -57,7 +57,7 @@ def find_source(wanted: ModelOptions, adapter: AdapterFile) -> ModelSource:
     model, made_on, component = wanted.model.place(), adapter.made_on(wanted), wanted.component
     if not (model / PIPELINE).is_file():
         if component is not None:
-            raise BadInput(f"{wanted.model.said} is no pipeline (it has no {PIPELINE}); leave out --component")
+            raise BadInput(f"{wanted.model.said} is not a pipeline (it has no {PIPELINE}); remove --component")
         return ModelSource(model, replace(made_on, base=made_on.base or wanted.model.origin()[0]))
     parts = components(model)
     if component is not None and component not in parts:
@@ -66,9 +66,9 @@ def find_source(wanted: ModelOptions, adapter: AdapterFile) -> ModelSource:
     fitting = [component] if component is not None else [name for name, reason in reasons.items() if not reason]
     if not fitting:
         said = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        raise BadInput(f"{adapter.path} fits on none of the models in {model}:{said}")
+        raise BadInput(f"{adapter.path} fits none of the models in {model}:{said}")
     if len(fitting) > 1:
-        raise BadInput(f"{adapter.path} fits on {' and on '.join(fitting)}; say which is meant, with --component")
+        raise BadInput(f"{adapter.path} fits {' and '.join(fitting)}; choose one with --component")
     return ModelSource(parts[fitting[0]], made_on, model)
 
 
@@ -88,8 +88,8 @@ def base_of(adapter: AdapterFile) -> Named:
     base = adapter.about.base
     if base and Path(base).is_dir():
         return find(Path(base))
-    named = f"its file names {base!r}, which is no folder here" if base else "its file names none"
-    raise BadInput(f"give --model, the model that {adapter.path} is for: {named}")
+    named = f"its file names {base!r}, which is not a folder here" if base else "its file names none"
+    raise BadInput(f"pass --model, the base model of {adapter.path}: {named}")
 
 
 def check_complete(
@@ -100,13 +100,15 @@ def check_complete(
     for injection, weight in zip(injections, weights, strict=True):
         for path in injection.trained_along:
             if path in brought:
-                raise BadInput(f"two of the adapters bring {path}, and the model has one; merge one of them")
+                raise BadInput(f"two of the adapters have values of {path}; merge only one of them")
             brought[path] = weight
     if lacking := sorted(set(opened.fresh) - brought.keys()):
         raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {', '.join(lacking[:4])}")
     partly = [path for path in opened.fresh if brought[path] != 1.0]
     if partly:
-        raise BadInput(f"the model has no {partly[0]}, so all of it comes from the adapter: its weight has to be 1")
+        raise BadInput(
+            f"the model has no {partly[0]}, so the adapter supplies all of it: its weight in --weights has to be 1"
+        )
 
 
 def write(opened: OpenedModel, source: ModelSource, folder: Path) -> None:

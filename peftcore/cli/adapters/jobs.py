@@ -172,7 +172,7 @@ def export(
 ) -> ForReader:
     """Write what another program reads, from the model's configuration alone where that is enough."""
     if projection.texts is not None and projection.rank is None:
-        raise BadInput("--data says what the nearest LoRA is; give --project RANK with it")
+        raise BadInput("--data only changes which LoRA is nearest; pass --project RANK too")
     display.phase("reading", None)
     source = find_source(wanted, adapter)
     try:
@@ -221,7 +221,7 @@ def check_mergeable(adapters: Sequence[AdapterFile]) -> None:
     for adapter in adapters:
         for name in adapter.about.methods:
             if not peftcore.method(name).tags.mergeable:
-                raise NotMergeable(f"{adapter.path}: {name} makes no change of weights that could be merged")
+                raise NotMergeable(f"{adapter.path}: {name} changes no weights, so it cannot be merged")
 
 
 def save(injection: Injection, to: str, folder: Path, output: AdapterOutput) -> None:
@@ -232,7 +232,7 @@ def save(injection: Injection, to: str, folder: Path, output: AdapterOutput) -> 
         try:
             recognize(file)
         except CheckpointError as error:
-            what = f"an adapter in the format {to} is a folder, for its tensors do not say what they are"
+            what = f"an adapter in the format {to} needs a folder, as the tensors alone do not describe it"
             raise BadInput(f"--out {output.shown}: {what}") from error
 
 

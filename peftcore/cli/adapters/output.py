@@ -35,13 +35,13 @@ class AdapterOutput:
         self.shown = path
         for source in map(Path, map(os.path.realpath, sources)):
             if self.path in (source, *source.parents):
-                raise BadInput(f"--out {path} is, or holds, {source}, which is read; choose another folder")
+                raise BadInput(f"--out {path} is or contains {source}, which is read; choose another folder")
         if self.path.exists() and self._filled():
             kind = "exists" if self.path.is_file() else "is not empty"
             if self.path.is_dir() == self.single:
-                raise BadInput(f"--out {path} exists and is no {'file' if self.single else 'folder'}")
+                raise BadInput(f"--out {path} exists and is not a {'file' if self.single else 'folder'}")
             if not overwrite:
-                raise BadInput(f"--out {path} {kind}; choose another one, or say --overwrite")
+                raise BadInput(f"--out {path} {kind}; choose another one, or pass --overwrite")
         self._above = next(each for each in self.path.parents if each.exists())
         if not self._above.is_dir() or not os.access(self._above, os.W_OK):
             raise BadInput(f"--out {path}: cannot write into {self._above}")
@@ -85,7 +85,9 @@ class AdapterOutput:
         names = {each.name for each in ready.iterdir()} - set(SHARED)
         if not any((self.path / name).exists() for name in names):
             held = ", ".join(sorted(each.name for each in self.path.iterdir())[:4])
-            raise BadInput(f"--out {self.shown} holds other things ({held}); --overwrite replaces earlier results only")
+            raise BadInput(
+                f"--out {self.shown} contains other files ({held}); --overwrite only replaces earlier results"
+            )
 
     def _put(self, ready: Path) -> None:
         if not self.path.is_dir():

@@ -83,13 +83,13 @@ class NewPlugin:
         """
         if not SHAPE.fullmatch(self.given) or len(self.given) > LONGEST:
             raise BadInput(
-                f"{self.given!r} is no name for a {self.template}: lower case letters, digits and single dashes, a "
-                f"letter first, at most {LONGEST} characters; such as my-method"
+                f"{self.given!r} is not a name for a {self.template}: use lower case letters, digits and single "
+                f"dashes, a letter first, at most {LONGEST} characters; such as my-method"
             )
         if self.name.split("_")[0] == "peftcore":
-            raise BadInput(f"{self.given!r}: leave peftcore away, the package is called peftcore-NAME by itself")
+            raise BadInput(f"{self.given!r}: remove peftcore, the package is called peftcore-NAME anyway")
         if keyword.iskeyword(self.name) or _clashes(self.files()[f"{self.package}/{self.name}.py"]):
-            raise BadInput(f"{self.given!r} means something else in Python or in peftcore; choose another name")
+            raise BadInput(f"{self.given!r} is reserved in Python or in peftcore; choose another name")
         if self.name in CATEGORIES or self.scheme in RESERVED or self.name in RESERVED:
             raise BadInput(f"{self.given!r} is a plugin of peftcore itself; choose another name")
         for owner, what, names in _installed():

@@ -39,7 +39,7 @@ def new(
         from peftcore.contract.method import CATEGORIES
 
         if template is Template.quantizer and (category is not None or activations is not None):
-            raise BadInput("--category, --activations and --weights are for methods; leave them out for a quantizer")
+            raise BadInput("--category, --activations and --weights are for methods; remove them for a quantizer")
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
         usual = "additive" if activations else "reparameterized"

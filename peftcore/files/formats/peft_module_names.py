@@ -1,4 +1,4 @@
-"""Names in peft's files: the modules of the host that tensors belong to, and the modules that options target."""
+"""Names in peft's files: finds the host's modules for tensors, and the modules that options target."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from peftcore.files.formats.rebasing import Move, find_move
 from peftcore.files.safe_io import TensorFile
 
 PREFIXES = ("base_model.model.", "base_model.")
-"""The prefixes that peft writes: of modules of the host, and of its own shared state."""
+"""The prefixes of names in peft's files: for modules of the host, and for shared state of the adapter."""
 WRAPPER = "base_layer"
-"""Peft's name for the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
+"""Peft's name for the module inside of its wrapper; if several parameters of a module are adapted, the wrappers are
+nested."""
 
 TOKENS = "token_adapter"
-"""Peft's name for the module by which LoRA trains single tokens, which wraps a table too."""
+"""Peft's name for the wrapper of a token table by which LoRA trains single tokens."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors at one module, or at one parameter of a module."""
+    """The tensors of the file that belong to one module, or to one parameter of a module."""
 
     site: SavedSite
-    """The record of the module in our file."""
+    """The site, as recorded in our own files."""
     written: str
     """The module's path in the file."""
     names: Mapping[str, str]
     """Full names by their names below the module."""
     parameter: bool = False
-    """Whether `target_parameters` matches it."""
+    """True if it is a parameter, targeted by `target_parameters`."""
 
     @property
     def path(self) -> str:
@@ -44,7 +45,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The path that patterns of peft match."""
+        """The path to match with patterns of peft."""
         return f"{self.written}.{self.site.tensor}" if self.parameter else self.written
 
     @property
@@ -205,8 +206,10 @@ def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sort
         ("target_modules", meant, {group.written for group in groups if not group.parameter}),
     ):
         if wanted is not None:
-            found.wrong += [f"missing tensors for {path}, which {option} means" for path in sorted(wanted - held)]
-            found.wrong += [f"unknown tensors for {path}, which {option} leaves out" for path in sorted(held - wanted)]
+            found.wrong += [f"missing tensors for {path}, which {option} matches" for path in sorted(wanted - held)]
+            found.wrong += [
+                f"unknown tensors for {path}, which {option} does not match" for path in sorted(held - wanted)
+            ]
 
 
 def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:

@@ -541,9 +541,9 @@ def test_layers_are_chosen_by_number() -> None:
     assert list(apply(model, layers=[1]).operators) == ["model.layers.1"]
     with pytest.raises(TargetError, match="0 to 1"):
         apply(model, layers=[2], name="other")
-    with pytest.raises(ConfigError, match="nothing to intervene on"):
+    with pytest.raises(ConfigError, match="set at least one to a positive number"):
         apply(model, prefix_positions=0, name="other")
-    with pytest.raises(UnsupportedSite, match="rank 17"):
+    with pytest.raises(UnsupportedSite, match="rank=17"):
         apply(model, rank=17, name="other")
     assert list(peftcore.injections(model)) == ["loreft"]
 

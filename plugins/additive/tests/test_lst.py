@@ -298,7 +298,7 @@ def test_a_cache_that_the_side_network_has_not_seen_is_refused() -> None:
     injection = apply(model)
     with injection.disabled():
         cache = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
-    with pytest.raises(SequenceError, match="5 tokens, of which the side network has seen 0"):
+    with pytest.raises(SequenceError, match="5 tokens, but the side network has seen 0"):
         model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
 
 

@@ -288,7 +288,7 @@ def test_the_preset_has_the_rank_of_the_authors() -> None:
 @pytest.mark.parametrize("options", [{}, {"init": "uniform", "init_ids": [3]}])
 def test_factors_of_tokens_are_refused(options: dict[str, Any]) -> None:
     model, _ = host("llama")
-    with pytest.raises(ConfigError, match="factors of a rank start uniform"):
+    with pytest.raises(ConfigError, match="starts its factors uniform"):
         peftcore.apply(model, "prompt_tuning", rank=2, **options)
     assert not peftcore.injections(model)
 

@@ -296,5 +296,5 @@ def test_parts_of_the_model_alone_and_other_numbers_of_tokens_are_refused() -> N
     with pytest.raises(MissingContext, match="by itself"):
         model.model.norm(torch.randn(1, 3, 16).double())
     model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, 1:])
-    with pytest.raises(SequenceError, match="the side network saw"):
+    with pytest.raises(SequenceError, match="but the side network's have"):
         model(**inputs)

@@ -316,8 +316,8 @@ def test_where_tokens_cannot_skip() -> None:
         model.eval()(**inputs)
     for name, target, reason in (
         ("bert", None, "not a separate module"),
-        ("moe", None, "of no feed-forward"),
-        ("vit", "attn.output", "of no feed-forward"),
+        ("moe", None, "not part of a feed-forward"),
+        ("vit", "attn.output", "not part of a feed-forward"),
     ):
         with pytest.raises(UnsupportedSite, match=reason):
             peftcore.apply(HOSTS[name].build()[0], "dyt", skip=True, target=target)

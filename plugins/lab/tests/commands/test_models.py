@@ -141,7 +141,7 @@ REFUSED = {
     ("chat", "timm-folder"): "cannot load a tokenizer from it",
     ("chat", "timm-hub"): "cannot load a tokenizer from it",
     **{
-        ("export", kind): "is a part of a fused projection; peft adapts whole"
+        ("export", kind): "is a part of a fused projection; peft adapts only whole"
         for kind in ("timm", "timm-folder", "timm-hub")
     },
 }
