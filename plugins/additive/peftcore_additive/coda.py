@@ -86,7 +86,8 @@ START, DECAY = 4.0, 0.7
 
 def soft_top_k(scores: Tensor, k: Tensor, real: Tensor, temperature: float, steps: int) -> Tensor:
     """Return shares of tokens in 0 .. 1 that add up to k, and approximately maximize ``shares . scores`` plus the
-    temperature times their entropy. The result of `steps` steps of coordinate descent, each with a lower temperature.
+    temperature times their entropy. They are computed by `steps` steps of coordinate descent, each with a lower
+    temperature.
 
     Args:
         scores: ``[batch, tokens]``.

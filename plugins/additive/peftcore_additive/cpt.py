@@ -89,7 +89,7 @@ class CPTConfig(MethodConfig):
         return self
 
     def kinds(self) -> list[int]:
-        """Return the type of each token."""
+        """Return the type of each token; without `types`, 1 for all."""
         return self.types or [1] * len(self.ids)
 
     def answers(self) -> dict[int, float]:

@@ -80,8 +80,8 @@ class PfeifferAdapterConfig(MethodConfig):
 
 
 class AtLayerEnd(AtBranchEnd):
-    """Adds to the residual stream of one layer, around the norm that ends the block or around the block, or to the
-    target's output."""
+    """Adds an adapter's output to the residual stream of one layer, at the norm that ends the block or at the block's
+    output, or to the target's output."""
 
     placement: Placement = "branch"
 

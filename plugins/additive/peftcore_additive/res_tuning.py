@@ -50,7 +50,7 @@ class ResTuningConfig(MethodConfig):
 
 
 class Tuner(nn.Module):
-    """x + W_up gelu(W_down x + c) + e."""
+    """One residual tuner: it maps x to x + W_up gelu(W_down x + c) + e."""
 
     def __init__(self, width: int, bottleneck: int, zero: bool) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class UniPELTConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the updates of queries and values."""
     prefix_length: PositiveInt = 10
-    """Keys and values in front of each attention's own."""
+    """Number of keys and values in front of each attention's own."""
     prefix_mid_dim: PositiveInt | None = 512
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     adapter_reduction: PositiveInt = 16
