@@ -65,8 +65,8 @@ def export(
     data: Data | None = None,
     home: Path | None = None,
 ) -> Export:
-    """Write an adapter so that another program computes with it what the adapter computes here. The model does not
-    change.
+    """Write an adapter so that another program applies all of it: unchanged, as an equal LoRA, or as the nearest LoRA.
+    The model does not change.
 
     Args:
         path: the folder, or the file if the program's format is a single file.

@@ -83,7 +83,7 @@ def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: It
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
 """Maps pieces to the whole parameters that replace them. Outside of `gathered` the whole parameters are empty; the
-    objects stay the same."""
+objects stay the same."""
 
 
 @contextmanager
