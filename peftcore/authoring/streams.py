@@ -274,8 +274,7 @@ class RowStream(Operator):
 
         Raises:
             MissingContext, RouteError, ConfigError: this call lacks the values from which rows are computed, or the
-            values
-                do not fit.
+                values do not fit.
         """
         return None
 

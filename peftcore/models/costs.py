@@ -158,8 +158,7 @@ def costs(
 
     Raises:
         BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: the method cannot be
-        planned on this
-            model.
+            planned on this model.
     """
     wanted.resolved()  # a wrong name or option is said before anything is built
     built = skeleton(source, dtype)

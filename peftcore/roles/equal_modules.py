@@ -23,7 +23,7 @@ WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
 """Type, shape and dtype of a tensor. The type is None for tensors of special subclasses, which never count as alike."""
 Run = list[tuple[str, nn.Module, list[int]]]
-"""One element with its name; the third entry has the ids of the element's modules that the first element lacks."""
+"""Elements: name, module, and the ids of those of its modules that the first element does not share."""
 
 
 class Structure:

@@ -118,9 +118,8 @@ class HostMap:
         * a family: "norm.*" finds the weights of every role with this prefix, and of "norm" itself (modules, if the
           role is one of modules);
         * a virtual role: "all-linear" finds every matrix inside blocks that is useful for linear adapters;
-        "attn.output" and
-          "mlp.output" find the modules whose output is added to the residual stream; "attn.core" and "cross.core" find
-          the modules that compute attention.
+          "attn.output" and "mlp.output" find the modules whose output a branch adds to the residual stream; "attn.core"
+          and "cross.core" find the modules that compute attention.
 
         Raises:
             TargetError: the role is a part of a fused weight whose slices are not known without a forward.
