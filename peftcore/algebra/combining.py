@@ -369,8 +369,8 @@ def combine(
             adapters; the weights define the position between them). At sites that an adapter does not change, its
             change is 0.
         name: name of the new injection.
-        rank: the rank of the result, except for "cat" and "linear". If it loses at least one percent of the change at
-            a site, a warning is given.
+        rank: the rank of the result, except for "cat" and "linear". If it loses at least one percent of the change at a
+            site, a warning is given.
         density: the share of the values that "ties", "dare_*" and "magnitude_prune" keep.
         sign: how TIES elects the sign of a value (see `merge_math.ties`).
         seed: the seed of the random choice of values that DARE drops.

@@ -71,8 +71,7 @@ def export(
     Args:
         path: the folder, or the file if the program's format is a single file.
         rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None raises an
-            error
-            instead.
+            error instead.
         data: batches of inputs for whose outputs the LoRA is nearest, as in `to_lora`.
         home: the final path of the folder, if it is written to another path first.
 

@@ -92,9 +92,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
     """Return the attributes that modules of a class must have while their host is adapted.
 
-    Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, or
-    None; the core returns those for modules of torch. Stops at the first result that is not
-    None.
+    Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, or None;
+    the core returns those for modules of torch. Stops at the first result that is not None.
     """
 
 
@@ -139,10 +138,10 @@ def peftcore_tasks() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_commands(app: typer.Typer) -> None:
     """Add commands to the command line ``peftcore``.
 
-    Runs when the user calls a command that the core does not have, or lists all commands; never on
-    ``import peftcore``. Gets a typer application of the plugin's own: ``app.command()(function)`` adds a command, and
-    ``app.add_typer`` a group of commands. Returns nothing. If a command has a name that is taken, the plugin's commands
-    are left out and a warning says why.
+    Runs when the user calls a command that the core does not have, or lists all commands; never on ``import peftcore``.
+    Gets a typer application of the plugin's own: ``app.command()(function)`` adds a command, and ``app.add_typer`` a
+    group of commands. Returns nothing. If a command has a name that is taken, the plugin's commands are left out and a
+    warning says why.
     """
 
 
@@ -159,9 +158,9 @@ def peftcore_file_schemas() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
     """Put a method's operators at its sites.
 
-    Runs once in `apply` and `plan`. The host does not change before the hook returns. Gets the
-    host, the method, its options and the surgeon whose verbs record the changes. Returns True when done; the core calls
-    ``method.inject``. Stops at the first result that is not None.
+    Runs once in `apply` and `plan`. The host does not change before the hook returns. Gets the host, the method, its
+    options and the surgeon whose verbs record the changes. Returns True when done; the core calls ``method.inject``.
+    Stops at the first result that is not None.
     """
 
 

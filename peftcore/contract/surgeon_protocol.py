@@ -131,9 +131,9 @@ class Surgeon(ABC):
         holders: tuple[Site, ...] = (),
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)`` at a site; without `config`, ``operator(site, **own)``. Random
-        initial values depend only on the seed and the site's path. The operator is moved to the site's device and to
-        the requested dtype. It also acts at `holders`, further sites; see `Operator.at`.
+        """Put ``operator(site, config, **own)`` at a site; without `config`, ``operator(site, **own)``. Random initial
+        values depend only on the seed and the site's path. The operator is moved to the site's device and to the
+        requested dtype. It also acts at `holders`, further sites; see `Operator.at`.
 
         Raises:
             UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read without a call; or the
@@ -181,8 +181,8 @@ class Surgeon(ABC):
 
     @abstractmethod
     def sequence_site(self, site: Site) -> SequenceSite:
-        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite if
-        the site is not a stack."""
+        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite if the
+        site is not a stack."""
 
     @abstractmethod
     def blocks_of(self, site: Site) -> int:

@@ -2,10 +2,10 @@
 block.
 
 Most models have rows first and run each block once. XLNet transposes its inputs, so its blocks have tokens first;
-ALBERT runs one block for all of its layers. The structure of a model does not show this, but its code does. So
-this module reads the source of the forwards from the host down to the module. It follows values from the arguments,
-through transpositions, to the call of the next module on the path, and the loops around that call. No code runs. Rule
-R17 of `docs/roles.md`.
+ALBERT runs one block for all of its layers. The structure of a model does not show this, but its code does. So this
+module reads the source of the forwards from the host down to the module. It follows values from the arguments, through
+transpositions, to the call of the next module on the path, and the loops around that call. No code runs. Rule R17 of
+`docs/roles.md`.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def is_state_space(node: Node) -> bool:
 
 
 def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
-    """R3, R4: a module whose matrices are called q, k and v is an attention; a module whose class name says
-    attention needs only v.
+    """R3, R4: a module whose matrices are called q, k and v is an attention; a module whose class name says attention
+    needs only v.
 
     Feed-forwards are left out, because gated MLPs often call their halves v and w.
     """

@@ -93,8 +93,8 @@ class FeedForwards:
 
 
 def expert_part(tensor: Node) -> str:
-    """Returns the part that a stack of experts is, by its name: "gate_up", "gate", "up" or "down". In DBRX, w1
-    is the gate, v1 the up and w2 the down part."""
+    """Returns the part that a stack of experts is, by its name: "gate_up", "gate", "up" or "down". In DBRX, w1 is the
+    gate, v1 the up and w2 the down part."""
     named, name = V.words(tensor.name), tensor.name
     if named >= {"gate", "up"} or (tensor.tensor is None and "input" in named):
         return "gate_up"

@@ -32,8 +32,8 @@ _LINEAR_HALF = 3e-3  # float16, bfloat16
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
     """Run the model once on example inputs and correct the map by the recorded events.
 
-    The model does not change: modes, `requires_grad` and gradients are as before. Entries for which the forward
-    gives no information stay as they are.
+    The model does not change: modes, `requires_grad` and gradients are as before. Entries for which the forward gives
+    no information stay as they are.
     """
     matrices = frozenset(entry.path for entry in host.entries if entry.kind in _MATRIX_KINDS and entry.tensor is None)
     downs = frozenset(entry.path for entry in host.entries if entry.role == "mlp.down")

@@ -2,10 +2,10 @@
 
 A string is interpreted in this order: ``re:...`` is a regular expression for the whole path; a string with ``* ? [`` is
 a glob for the whole path (``*`` also matches dots); a name of a role in the host map is that role; any other string is
-the end of a path. A
-pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices of fused projections;
-the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects only the towers
-that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and cannot be targets.
+the end of a path. A pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices
+of fused projections; the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them
+selects only the towers that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and
+cannot be targets.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ class SequenceSite(Site):
 
         Raises:
             UnsupportedSite: the embeddings are not computed by a single module, or code outside the blocks would have
-                to
-                handle the rows.
+                to handle the rows.
         """
         name, below, _ = self.stack.table.partition(".")
         module = self.module.get_submodule(name)
