@@ -183,14 +183,14 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         return any(injection.active for injection in self.adapters.values())
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Returns what the adapted model returns.
+        """Returns the output of the adapted model.
 
         Args:
             adapter_names: the adapter of each row; ``"__base__"`` for none.
 
         Raises:
-            TrainingError: in training, an adapter's dropout is active although dropout was turned off in the model; or
-                an optimizer took a step, but a method's schedule was not advanced.
+            TrainingError: in training, an adapter's dropout is on although dropout was switched off in the model; or
+                the schedule of a method was not advanced after an optimizer's step.
         """
         if self.training and self.base_model.dropout_is_off:
             self._drop_nothing()
@@ -201,12 +201,12 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             return self.get_base_model()(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the adapted model prepares."""
+        """Returns the result of the adapted model's method of this name."""
         model: Any = self.get_base_model()
         return model.prepare_inputs_for_generation(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Returns what the adapted model generates; `adapter_names` as in forward."""
+        """Returns the result of the adapted model's `generate`; `adapter_names` is as in `forward`."""
         model: Any = self.get_base_model()
         with self._routed(adapter_names, kwargs.get("num_beams") or model.generation_config.num_beams or 1):
             return model.generate(*args, **kwargs)

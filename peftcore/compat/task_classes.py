@@ -83,5 +83,5 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE
 
 
 peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASK] = get_peft_model
-"""Makes peft's own `get_peft_model`, which trainers call with the configuration that they are passed, call ours for a
-`method_config`."""
+"""By this entry, peft's own `get_peft_model`, which trainers call with the configuration that the user passes to them,
+calls ours for a `method_config`."""

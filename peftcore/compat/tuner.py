@@ -37,7 +37,7 @@ class Tuner(nn.Module):
         return self.switch.p != ON
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the adapted model returns."""
+        """Returns the output of the adapted model."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -22,7 +22,7 @@ from peftcore.surgery.table_rows import TableRows
 
 @dataclass(frozen=True)
 class AddedRows:
-    """The rows that were added to one token table."""
+    """The rows that were added to one token table, from `start` up to but excluding `stop`."""
 
     start: int
     stop: int
@@ -32,7 +32,7 @@ class AddedRows:
     """The whole bias of an output head, including the added rows, ``[tokens]``; None if there is no bias."""
 
     def copy(self) -> AddedRows:
-        """Returns copies of them in separate memory."""
+        """Returns a copy with its own tensors."""
         return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
 
 

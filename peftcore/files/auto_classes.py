@@ -58,7 +58,7 @@ TASKS = {
 
 
 def auto_classes(config: Any, name: str) -> Iterator[str]:
-    """Yields the Auto classes that list, for a configuration of transformers, a model class of this name."""
+    """Yields the Auto classes that list a model class of this name for a configuration of transformers."""
     transformers = sys.modules["transformers"]
     for auto, (mapping, _) in AUTO_CLASSES.items():
         listed = getattr(transformers, mapping, {}).get(type(config), ())

@@ -28,7 +28,7 @@ def loss(output: Tensor) -> Tensor:
 
 
 def gradients_of(injection: Injection) -> dict[str, Tensor]:
-    """Return the gradients by tensor name; zeros where a tensor has no gradient."""
+    """Return the gradients by tensor name; zeros for tensors without a gradient."""
     named = ((f"{path}.{name}", p) for path, module in injection.modules() for name, p in module.named_parameters())
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 

@@ -32,7 +32,8 @@ def parts(text: str) -> dict[str, Any]:
 
 
 def kept(text: str, before: str) -> str:
-    """Returns `text` with the old values, of `before`, of all parts that are equal up to rounding."""
+    """Returns `text` with the numbers of `before` in all parts that are equal up to rounding, so that these parts do
+    not change."""
     old, new = parts(before), parts(text)
     same = {key: old[key] for key in old.keys() & new.keys() if close(old[key], new[key])}
     return json.dumps({**json.loads(text), **same}, indent=1) + "\n"

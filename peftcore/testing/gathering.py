@@ -57,7 +57,7 @@ def _of(item: pytest.Item) -> list[tuple[str, EvidenceRow]]:
 
 
 def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
-    """Returns the rows that are only in files, and the rows that are only declared by tests."""
+    """Returns a line of text for each row that is only in a file, or only declared by tests."""
     told, lines = declared(items), []
     for file in sorted({*told, *(package / FILE for package in packages)}):
         says, proves = read(file), told.get(file, {})

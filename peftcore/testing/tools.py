@@ -1,4 +1,5 @@
-"""Helpers of checks: traces of a host, expected errors, methods by name, and partners for an injection."""
+"""Helpers for checks: traces of a host, expected errors, registering methods by name, and pairs of adapters for one
+host."""
 
 from __future__ import annotations
 

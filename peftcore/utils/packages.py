@@ -9,7 +9,7 @@ from pathlib import Path
 from peftcore.errors import MissingPackage
 
 PACKAGE = "package:"
-"""The prefix that marks the name of an installed package, in places that accept a folder."""
+"""The prefix by which arguments that accept a folder recognize the name of an installed package instead."""
 LAB = "peftcore-lab"
 """The name of the distribution with the commands that train, compare and search."""
 

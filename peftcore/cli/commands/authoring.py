@@ -29,7 +29,7 @@ def new(
         bool | None, typer.Option("--activations/--weights", help="What a method changes (weights).")
     ] = None,
 ) -> None:
-    """Write a plugin package that installs and passes the conformance kit as it is, for a method of your own."""
+    """Write a plugin package for a new method, which can be installed and passes the conformance kit as it is."""
     with answered():
         from peftcore.utils.packages import require
 

@@ -46,7 +46,7 @@ class Description:
     sites: tuple[str, ...] = ()
     """The paths of its operators, as the file spells them; empty if the method chooses its sites itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that it replaces, with their shapes."""
+    """Parameters of the host that the adapter replaces, with their shapes."""
     words: Mapping[str, int] = field(default_factory=dict)
     """New words in the file, whose token ids have to be passed to `load`, with the number of vectors of each."""
     problem: str = ""

@@ -24,7 +24,7 @@ class Spelling:
 
     @property
     def places(self) -> dict[str, str]:
-        """For each spelling, one module with it; `only` also checks that it is the only one."""
+        """By each spelling: the path of the first module with it. `only` also checks that there is no second one."""
         return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
 
     def only(self, path: str) -> OriginalModule:

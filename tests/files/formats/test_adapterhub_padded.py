@@ -152,7 +152,7 @@ def test_copies_of_a_prefix_have_to_agree(tmp_path: Path) -> None:
     save_file({key: value for key, value in tensors.items() if key != name}, folder / "adapter.safetensors")
     peftcore.load(host("bert"), folder)
     save_file({**tensors, name: tensors[name] + 1e-3}, folder / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match="differs from bert.encoder.layer.0"):
+    with pytest.raises(CheckpointError, match=r"differs from bert\.encoder\.layer\.0"):
         peftcore.load(host("bert"), folder)
 
 
