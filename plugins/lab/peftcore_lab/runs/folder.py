@@ -18,7 +18,7 @@ import transformers
 import peftcore
 from peftcore.errors import BadInput
 from peftcore.files.continuing import differences, listed
-from peftcore.files.safe_io import write_text
+from peftcore.files.safe_io import make_folder, sync_file, sync_folder, write_text
 from peftcore.models.model_names import find
 from peftcore_lab.data.example_sources import digest
 from peftcore_lab.digests import of_content, of_sample
@@ -39,7 +39,7 @@ def made(folder: Path) -> Path:
         BadInput: it cannot be.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written to ({error.strerror})") from None
     return folder
@@ -207,7 +207,11 @@ class Keeper(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            for each in folder.rglob("*"):
+                sync_folder(each) if each.is_dir() else sync_file(each)
+            write_text(folder / COMPLETE, "")
+            sync_folder(folder.parent)
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:
