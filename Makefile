@@ -15,7 +15,7 @@
 # make held-defaults    say which defaults of methods no test holds
 # make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables and guidance, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
-# make faults SECONDS= SEED=    operations of the core with a fault at every point; EVERY=10 tries a tenth of them, NAMES="merge load" some operations
+# make faults SECONDS= SEED=    operations of the core with a fault at every point; EVERY=10 tries a tenth of them, NAMES="merge load" some operations, METHODS=1 those of each method's life
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -112,7 +112,7 @@ fuzz: $(INSTALLED)
 # Each operation, broken at each tensor operation, call for files and line of Python: make faults SECONDS=600 SEED=3
 faults: export OMP_NUM_THREADS := 1
 faults: $(INSTALLED)
-	$(IN_MEMORY) $(BIN)/python tests/running/every_fault.py $(NAMES) --seed $(or $(SEED),0) --every $(or $(EVERY),1) \
+	$(IN_MEMORY) $(BIN)/python tests/running/every_fault.py $(NAMES) $(if $(METHODS),--methods) --seed $(or $(SEED),0) --every $(or $(EVERY),1) \
 		$(if $(SECONDS),--seconds $(SECONDS))
 
 version: $(INSTALLED)

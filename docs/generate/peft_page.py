@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 
 import peftcore
-from peftcore.contract.peft_names import instead_of
+from peftcore.registry.peft_names import peft_advice
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/peft-names.md"
@@ -175,7 +175,7 @@ def options(config: type[peft.PeftConfig], method: str) -> dict[str, str]:
     found = {}
     for each in dataclasses.fields(config):
         if each.name not in COMMON:
-            instead = instead_of(each.name, ours)
+            instead = peft_advice(method, each.name, ours)
             found[each.name] = "the same" if each.name in ours else _code(instead) if instead else "not there yet"
     return found
 

@@ -216,7 +216,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         self._merged_meanwhile = self._merged_meanwhile if before else merged
         try:
             with ExitStack() as stack:
-                for name in merged:
+                for name in reversed(merged):  # what was merged on top goes first
                     stack.enter_context(self.adapters[name].disabled())
                 stack.enter_context(activate(self.get_base_model()))
                 yield
@@ -305,6 +305,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         acted = self.active_adapters == [adapter_name]
         injection.remove()
         self._last = [name for name in self._last if name != adapter_name]
+        self._merged_meanwhile = [name for name in self._merged_meanwhile if name != adapter_name]
         for noted in (self._given, self._before):
             noted.pop(adapter_name, None)
         if acted:

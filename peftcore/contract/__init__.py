@@ -2,7 +2,6 @@
 
 It may import `targets` and the packages below it. In the order of reading:
 
-- `peft_names`: names in peft that differ from names here.
 - `config`: the options of a method.
 - `batches`: the user's data, for methods that look at it before training.
 - `operators`: the trainable modules that a method adds at target modules.

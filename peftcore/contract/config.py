@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
-from peftcore.contract.peft_names import instead_of
 from peftcore.errors import ConfigError, PluginError, shown
 
 RESERVED = frozenset(
@@ -168,7 +167,15 @@ def described(error: ValidationError) -> list[dict[str, Any]]:
     return [dict(each) for each in error.errors(include_url=False)]
 
 
-def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
+Advice = Callable[[str], str | None]
+"""Returns what to write for an option of another library; None for other names."""
+
+
+def no_advice(option: str) -> None:
+    """Advises nothing."""
+
+
+def _explain(kind: type[MethodConfig], error: ValidationError, advice: Advice = no_advice) -> str:
     name = kind.model_fields["method"].default
     lines = []
     for each in described(error):
@@ -177,7 +184,7 @@ def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
             options = sorted(set(kind.model_fields) - {"method"})
             close = difflib.get_close_matches(place[:100], options, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has: {', '.join(options)}"
-            if instead := instead_of(place, options):
+            if instead := advice(place):
                 hint = f", which is peft's; {instead}"
             lines.append(f"{name} has no option {shown(place)}{hint}")
         else:
@@ -185,16 +192,16 @@ def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def validate(kind: type[C], options: dict[str, Any]) -> C:
+def validate(kind: type[C], options: dict[str, Any], advice: Advice = no_advice) -> C:
     """Returns the options as a config of `kind`. Lists are accepted for tuples, which YAML and flags do not have.
 
     Raises:
-        ConfigError: naming method, field, value and rule, one line each.
+        ConfigError: naming method, field, value and rule, one line each; `advice` answers unknown options.
     """
     try:
         return kind.model_validate({name: _as_asked(kind, name, value) for name, value in options.items()})
     except ValidationError as error:
-        raise ConfigError(_explain(kind, error)) from None
+        raise ConfigError(_explain(kind, error, advice)) from None
 
 
 def _as_asked(kind: type[MethodConfig], name: str, value: Any) -> Any:

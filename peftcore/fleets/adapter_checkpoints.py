@@ -1,9 +1,9 @@
 """The files from which one adapter's training continues: the adapter itself, as `Injection.save` writes it, and next to
 it the states of its optimizer, its schedule and its method: tensors as safetensors, the rest as JSON.
 
-A checkpoint is a folder that gets its name when it is complete, and older ones are removed after that: after a training
-is killed, one or the other exists. The folder of the checkpoints belongs to one training, whose identity it holds:
-another training neither writes nor removes anything there.
+A checkpoint is a folder that gets its final name when it is complete; older checkpoints are removed after that. So a
+complete checkpoint exists even after a training is killed. The folder of the checkpoints stores the identity of one
+training, and another training neither writes nor removes anything in it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ STATE, STATE_TENSORS = "training.json", "training.safetensors"
 _TENSOR, _TUPLE, _PAIRS, _FLOAT = "tensor", "tuple", "pairs", "float"
 STEP = "step-"
 PARTIAL, BEFORE = ".partial", ".before"
-"""Endings of the names of a checkpoint that is being written, and of one that a newer one of the same step replaces."""
+"""Suffixes of a checkpoint's folder name: while the checkpoint is being written, and while a newer checkpoint of the
+same step replaces it."""
 OWNER = "owner.json"
-"""The file that says to which training a folder belongs."""
+"""The file with the identity of the training to which a folder belongs."""
 
 
 def newest(folder: Path) -> Path | None:
@@ -65,10 +66,10 @@ def _claim(folder: Path, training: str, takes_over: bool) -> None:
     if held == training:
         return
     if not takes_over and (held is not None or newest(folder) is not None):
-        what = "has checkpoints of" if newest(folder) is not None else "was begun by"
+        what = "has checkpoints of" if newest(folder) is not None else "belongs to"
         raise TrainingError(
-            f"{folder} {what} an earlier training, or of another one that goes on: name another folder, one for each "
-            "adapter, or join(..., resume=True), which goes on with what is there"
+            f"{folder} {what} an earlier training, or one that still runs: pass another folder, one for each adapter, "
+            "or continue that training with join(..., resume=True)"
         )
     make_folder(folder)
     write_text(folder / OWNER, json.dumps({"training": training}) + "\n")
@@ -158,8 +159,8 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         entries = [_split(each, f"{path}.{n}", tensors) for n, each in enumerate(value)]
         return entries if isinstance(value, list) else {_TUPLE: entries}
     raise TrainingError(
-        f"the state of the optimizer or the schedule holds a {type(value).__name__}, which is no plain data: use those "
-        "of torch"
+        f"the state of the optimizer or the schedule holds a {type(value).__name__}, which cannot be saved as plain "
+        "data: use an optimizer and a schedule of torch"
     )
 
 
@@ -200,20 +201,20 @@ def values_of(injection: Injection, place: Path) -> dict[str, Tensor]:
     """Returns the values of an adapter in a checkpoint.
 
     Raises:
-        CheckpointError: they are not those of such an adapter, or damaged.
+        CheckpointError: the checkpoint holds another adapter, or is damaged.
     """
     file = TensorFile(place / TENSORS)
     wanted = {key: each.shape for key, each in injection.state_dict().items()}
     wrong = sorted(key for key, shape in wanted.items() if file.shapes.get(key) != shape)
     if wrong:
         raise CheckpointError(
-            f"{place} holds another adapter: {len(wrong)} tensors of {injection.name!r} are missing or of another "
-            f"shape in it, such as {wrong[0]}; apply it with the options that it had"
+            f"{place} is a checkpoint of another adapter: {len(wrong)} tensors of {injection.name!r} are missing in it "
+            f"or have another shape, such as {wrong[0]}; apply the adapter with the options it was trained with"
         )
     return file.read(wanted)
 
 
 def put(injection: Injection, values: Mapping[str, Tensor]) -> None:
-    """Give an adapter these values; where it is sharded, all processes do."""
+    """Copy values into an adapter's tensors. If the adapter is sharded, all processes call this."""
     with gathered(injection.model, injection.parameters):
         fill(injection, values)

@@ -13,7 +13,7 @@ from peftcore.forward.context.counter_based_random import mixed
 from peftcore.forward.context.row_random_numbers import Streams
 
 Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]]
-"""Batches; or a function that returns those of an epoch, given its number."""
+"""Batches, or a function that returns the batches of an epoch, given the epoch's number."""
 
 
 class Feed:
@@ -23,8 +23,8 @@ class Feed:
     the seed and the epoch, and do not advance the global generators for other code.
 
     Attributes:
-        epoch: how many epochs are over.
-        position: how many batches of this one were taken.
+        epoch: the number of finished epochs.
+        position: the number of batches taken in the current epoch.
     """
 
     def __init__(self, data: Data, seed: int, once: bool) -> None:
@@ -50,15 +50,17 @@ class Feed:
         return None
 
     def go_to(self, epoch: int, position: int) -> None:
-        """Go on where another feed of the same data was.
+        """Advance to an epoch and a position, at which another feed of the same data was.
 
         Raises:
-            TrainingError: there are fewer batches.
+            TrainingError: the data has fewer batches than that.
         """
         self.epoch, self.position, self._iterator, self.ended = epoch, 0, None, self._once and epoch > 0
         while self.position < position:
             if self.take() is None or self.epoch != epoch:
-                raise TrainingError(f"the data has fewer batches than the {position} that were trained on; give it all")
+                raise TrainingError(
+                    f"the data has fewer batches than the {position} that were trained on; pass all batches"
+                )
 
     def _begin(self) -> None:
         self._states = []

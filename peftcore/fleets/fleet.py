@@ -41,7 +41,7 @@ class Fleet:
 
         fleet = Fleet(model)
         for rank in (4, 8, 16):
-            with peftcore.activate(model):  # it starts from the base alone, not from what others make of it (dora)
+            with peftcore.activate(model):  # start values come from the base alone, without other adapters (dora)
                 injection = peftcore.apply(model, "lora", name=f"rank{rank}", rank=rank)
             fleet.join(injection, data, optimizer=injection.optimizer(torch.optim.AdamW, lr=1e-3), steps=200)
         fleet.run()
@@ -50,26 +50,29 @@ class Fleet:
     nor batch statistics. Random draws of adapters depend on the member's seed, its step and the target module. The
     caller sets the training mode, ``model.train()``, as in any loop.
 
-    The dimensions of an output that have the rows are found beforehand, from a forward of the bare base with two rows
-    and one with three. Similarities of all rows with all are cut in both: own texts with own pictures.
+    Before the first shared step, two forwards of the bare base, with two and with three rows, show which dimensions of
+    an output have the rows. A similarity matrix of all rows with all rows is cut in both dimensions: a member gets the
+    similarities of its own texts with its own pictures.
 
-    Under DistributedDataParallel the wrapped model is given, with ``find_unused_parameters=True`` where members join a
-    different number of forwards; under FSDP2 the sharded one. All processes make the same fleet, each with its own
-    part of the data, and members end in all of them at the same step. For adapters that were applied after the model
-    was wrapped, the fleet averages the gradients over the processes, so the same adapters have to join in all
+    Under DistributedDataParallel, pass the wrapped model, with ``find_unused_parameters=True`` if members take part in
+    different numbers of forwards; under FSDP2, pass the sharded model. All processes make the same fleet, each with its
+    own part of the data, and members end in all of them at the same step. For adapters that were applied after the
+    model was wrapped, the fleet averages the gradients over the processes, so the same adapters have to join in all
     processes.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        targets: names in batches that the losses get and the model does not: it would compute a loss over all rows.
+        targets: names of batch entries that are passed to the losses but not to the model, which would compute a loss
+            over the rows of all members.
         pad: by name of a tensor in batches, the value that pads it at the end of each dimension in which other batches
             are longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
-        collate: puts batches together instead: from a list of them to one with all rows, in order.
-        autocast: compute in this dtype, where torch's autocast does.
+        collate: a function that joins batches, used instead of padding and concatenation: it maps a list of batches to
+            one batch with all rows, in order.
+        autocast: the dtype for torch's autocast; None without autocast.
 
     Attributes:
-        members: by name, also those that are done.
-        forwards: how many forwards of the base there were.
+        members: all members by name, including those that are done.
+        forwards: the number of forwards of the base so far.
     """
 
     def __init__(
@@ -107,29 +110,29 @@ class Fleet:
         save_every: int | None = None,
         resume: bool = False,
     ) -> Member:
-        """Let an adapter train from the next step on.
+        """Add an adapter as a member, which trains from the next step on.
 
         Args:
             injection: the adapter, or its name. It has to be trainable.
-            data: batches, which are gone through again and again until `steps` are taken; or a function that returns
-                those of an epoch, given its number. A batch maps names to tensors with a row for each example, to lists
+            data: batches, which are repeated until `steps` are taken; or a function that returns the batches of an
+                epoch, given the epoch's number. A batch maps names to tensors with a row for each example, to lists
                 with an entry for each, and to values that are the same for all members.
-            optimizer: over its parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
-            loss: from the output for its rows, and these rows of the batch (labels with them), to the mean loss over
-                them. By default the loss that a model of transformers computes from logits and labels. Reading an
-                output that cannot be cut into rows is a TrainingError.
-            schedule: of its learning rate; it takes a step after each one of the optimizer. `ReduceLROnPlateau` gets
-                the loss of the step.
-            steps: how many steps of the optimizer; None: one epoch.
-            clip: the largest norm of its gradients together.
-            accumulate: how many batches make one step. Where the model's own loss is a mean over tokens, it is one over
-                those of all of them.
-            seed: of the adapter's random draws in training, and of the order of data that shuffles.
-            stop: called with the member after each step; True ends it early. ``member.losses`` is what it goes on from
-                after a resume, too.
-            folder: the folder for its checkpoints, different for each member: one when it is done, and those of
-                `save_every` and `Fleet.save`.
-            save_every: steps between checkpoints.
+            optimizer: an optimizer over the adapter's parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
+            loss: a function of the output for the member's rows and of these rows of the batch (including labels); it
+                returns the mean loss over the rows. The default is the loss that a model of transformers computes from
+                logits and labels. Reading an output that cannot be cut into rows is a TrainingError.
+            schedule: the schedule of the learning rate; it takes a step after each step of the optimizer.
+                `ReduceLROnPlateau` gets the loss of the step.
+            steps: the number of optimizer steps; None for one epoch.
+            clip: the maximum norm of all its gradients together.
+            accumulate: the number of batches in one step. If the model's own loss is a mean over tokens, the loss of
+                the step is the mean over the tokens of all these batches.
+            seed: the seed of the adapter's random draws in training, and of the order of data that shuffles.
+            stop: a function that is called with the member after each step; if it returns True, the member ends early.
+                After a resume ``member.losses`` includes the earlier steps.
+            folder: the folder for its checkpoints, different for each member. A checkpoint is written when the member
+                is done, after each `save_every` steps and by `Fleet.save`.
+            save_every: the number of steps between checkpoints.
             resume: continue from the newest checkpoint in `folder`, if there is one, even if the member had ended then:
                 with more steps, after it left, after a loss that was not finite.
 
@@ -138,9 +141,9 @@ class Fleet:
 
         Raises:
             RouteError: rows of the adapter cannot be distinguished; the message says what to do instead.
-            TrainingError: it is frozen, the base trains too, the optimizer is not its own or needs more than gradients,
-                its method's schedule does not fit into the steps, its loss is unknown, or the folder is another
-                training's.
+            TrainingError: the adapter is frozen, the base trains too, the optimizer has other parameters or needs more
+                than gradients, the method's schedule does not fit into the steps, the loss is unknown, or the folder
+                belongs to another training.
             CheckpointError: the checkpoint is damaged, or of another training: the message lists the differences.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
@@ -161,7 +164,7 @@ class Fleet:
         )
         made.of_tokens = loss is None
         if resume and made.folder is None:
-            raise TrainingError(f"resume of {found.name!r} needs folder=..., where its checkpoints are")
+            raise TrainingError(f"resume of {found.name!r} needs folder=..., the folder of its checkpoints")
         if made.folder is not None:
             self._check_folder(made.name, made.folder)
             if resume:
@@ -188,7 +191,7 @@ class Fleet:
         for each in self.members.values():
             if each.name != name and each.folder is not None and each.folder.resolve() == folder.resolve():
                 raise TrainingError(
-                    f"{each.name!r} has its checkpoints in {folder}, and each member has to have a folder of its own: "
+                    f"{each.name!r} has its checkpoints in {folder}, and each member needs a separate folder: pass "
                     f"folder={str(folder / name)!r}"
                 )
 
@@ -201,43 +204,51 @@ class Fleet:
         for module in self.model.modules():
             if name in (found := injections(module)):
                 return found[name]
-        raise UnknownInjection(f"the model has no injection named {name!r}: peftcore.apply(model, ..., name={name!r})")
+        raise UnknownInjection(
+            f"the model has no injection named {name!r}: call peftcore.apply(model, ..., name={name!r}) first"
+        )
 
     def _check(self, injection: Injection) -> None:
         name = injection.name
         if name in self.members and not self.members[name].done:
-            raise TrainingError(f"{name!r} is in the fleet; leave({name!r}) first")
+            raise TrainingError(f"{name!r} is already in the fleet; call leave({name!r}) first")
         if all(each is not injection.model for each in self.model.modules()):
-            raise TrainingError(f"{name!r} is on another model than the fleet's")
+            raise TrainingError(f"{name!r} is on another model than the fleet's; apply it to the fleet's model")
         if self._host is not None and injection.model is not self._host:
-            raise TrainingError(f"{name!r} is on another part of the model than the other members")
+            raise TrainingError(
+                f"{name!r} is on another part of the model than the other members; apply it to the same module"
+            )
         own = {id(each) for found in injections(injection.model).values() for each in found.parameters()}
         base = [path for path, each in self.model.named_parameters() if each.requires_grad and id(each) not in own]
         if base:
             raise TrainingError(
-                f"{len(base)} parameters of the base train, such as {base[0]}, and members share it: freeze them "
-                "(requires_grad_(False)), or let each adapter have its own: peftcore.apply(..., train=[...])"
+                f"{len(base)} parameters of the base train, such as {base[0]}, but all members share the base: freeze "
+                "them (requires_grad_(False)), or train a copy for each adapter: peftcore.apply(..., train=[...])"
             )
         if any(map(is_partitioned, injection.parameters())):
             raise TrainingError(f"{ENGINE}: train a fleet with DDP or FSDP2")
         held = {id(each) for other in self.active for each in other.parameters()}
         if any(id(each) in held for each in injection.parameters() if each.requires_grad):
-            raise TrainingError(f"{name!r} has parameters in common with another member; each has to have its own")
+            raise TrainingError(
+                f"{name!r} shares trainable parameters with another member; apply it with parameters of its own"
+            )
 
     # -------------------------------------------------------------------------------------------------------- steps
 
     def step(self) -> list[Member]:
         """Take one step of every member that still trains, and return these members; none when all are done.
 
-        Where data, the model's forward or backward, or a loss raises, no member has taken its step, and the next call
-        runs the same batches again. Where a member's own optimizer, method or schedule raises, that member is as before
-        the step, and the others have taken theirs; the next call runs its batches again. `stop` is called and
-        checkpoints are written after these steps; where one of them raises, all steps are taken, and the next call
-        tries it again before it takes another step. All members are handled before the first error is raised.
+        If data, the model's forward or backward, or a loss raises an error, no member has taken the step, and the next
+        call runs the same batches again; buffers that a method updates in its forward, such as the direction of VeLoRA,
+        keep their update, as running statistics do in torch. If a member's optimizer, method or schedule raises an
+        error, this member is as before the step and all other members have taken it; the next call runs this member's
+        batches again. After the steps, `stop` is called and checkpoints are written; if this raises an error, the steps
+        are taken, and the next call repeats the failed action first. All members are handled before the first error is
+        raised.
 
         Raises:
-            TrainingError: batches cannot be put together, the model computed a loss over all rows, the base makes
-                statistics of batches, or a member was frozen since it joined.
+            TrainingError: batches cannot be put together, the model computed a loss over all rows, the base computes
+                statistics of batches, or a member was frozen after it joined.
         """
         self._settle(self.members.values(), [])
         active = self.active
@@ -273,7 +284,9 @@ class Fleet:
                 member.forwards += len(windows[member])
             except Exception as error:
                 member.zero()
-                error.add_note(f"It was raised in step {member.step + 1} of {member.name!r}, which it has not taken.")
+                error.add_note(
+                    f"This error was raised in step {member.step + 1} of {member.name!r}, which was not taken."
+                )
                 errors.append(error)
         self._settle(active, errors)
         return [*windows]
@@ -284,14 +297,14 @@ class Fleet:
             try:
                 member.settle()
             except Exception as error:
-                error.add_note(f"It was raised after step {member.step} of {member.name!r}, which it has taken.")
+                error.add_note(f"This error was raised after step {member.step} of {member.name!r}, which was taken.")
                 errors.append(error)
         if errors:
             raise errors[0]
 
     def run(self) -> list[Member]:
-        """Take steps until all members are done, behind a progress bar; returns all members. One whose loss became no
-        number has `failed`, and `ended` says when."""
+        """Take steps until all members are done, behind a progress bar; returns all members. For a member whose loss
+        became NaN or infinite, `failed` is True and `ended` names the step."""
         bar = Progress("training a fleet")
         bar.expect(max((each.steps - each.step for each in self.active if each.steps is not None), default=0))
         try:
@@ -309,7 +322,7 @@ class Fleet:
 
     @property
     def alone(self) -> int:
-        """The number of forwards of the base that the members would have taken one by one."""
+        """The number of forwards of the base that separate trainings of the members would have needed."""
         return sum(each.forwards for each in self.members.values())
 
     def _counts(self, member: Member, window: list[Batch]) -> list[int]:
@@ -320,8 +333,9 @@ class Fleet:
         mixing = [path for path, each in self._norms.items() if each.training]
         if mixing:
             raise TrainingError(
-                f"{mixing[0]} makes statistics of the batch, in which members would be mixed: put such modules in "
-                "evaluation, model.get_submodule(path).eval(), or train the adapters one by one"
+                f"{mixing[0]} computes statistics of the batch, which would mix the members: call "
+                f"model.get_submodule({mixing[0]!r}).eval(), also for other such modules, or train the adapters one by "
+                "one"
             )
 
     def _backward(
@@ -357,7 +371,7 @@ class Fleet:
                 own = output if len(bounds) == 1 else self._outputs.part(output, start, stop, rows)
                 loss = member.loss_function(own, taken(whole, [*range(start, stop)]))
                 if not isinstance(loss, Tensor) or loss.dim():
-                    raise TrainingError(f"the loss of {member.name!r} is to be a scalar tensor, and is {loss!r:.80}")
+                    raise TrainingError(f"the loss of {member.name!r} must be a scalar tensor, but is {loss!r:.80}")
                 share = shares(counts[member], member.of_tokens)[turn]
                 loss = (loss + member.injection.losses().to(loss.device)) * share
                 found[member].append(loss.detach())
@@ -399,7 +413,7 @@ class Fleet:
     def _check_no_loss(self, output: Any, inputs: Mapping[str, Any]) -> None:
         if loss_in(output, inputs) is not None:
             raise TrainingError(
-                "the model computed a loss over the rows of all members: name what it computes it of, "
+                "the model computed a loss over the rows of all members: name the inputs it is computed from, "
                 f"Fleet(..., targets={(*self.targets, '...')})"
             )
 
@@ -412,8 +426,8 @@ class Fleet:
             drew = routed is not None and member.name in routed.drew
             if drew and filled_in_front(batches[member], taken(whole, [*range(start, stop)])):
                 raise TrainingError(
-                    f"{member.name!r} draws random numbers by the places of tokens, and the collate function moves "
-                    "them: it fills shorter rows up in front. Fill up at the end, or give all rows one length"
+                    f"{member.name!r} draws random numbers by token position, but the collate function shifts the "
+                    "tokens by padding shorter rows in front. Pad at the end, or make all rows equally long"
                 )
 
     def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:

@@ -13,7 +13,7 @@ from peftcore.errors import TrainingError
 from peftcore.forward.state.own_losses import IGNORED
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
-"""``(output, batch) -> loss``, a scalar: the mean over what counts in these rows."""
+"""``(output, batch) -> loss``: a scalar, the mean over the tokens or rows that count."""
 
 SHIFTED = "ForCausalLM"
 KINDS = {
@@ -25,11 +25,12 @@ KINDS = {
     "ForVideoClassification",
     "ForAudioClassification",
 }
-"""Names in transformers of losses of logits and labels alone; it computes them so whatever the model."""
+"""Names of the losses in transformers that are computed from logits and labels alone, in the same way for every
+model."""
 
 
 def kind_of(model: nn.Module) -> str | None:
-    """Returns the name of the loss of a model of transformers, where it is one of `KINDS`."""
+    """Returns the name of the loss of a model of transformers if it is one of `KINDS`; otherwise None."""
     transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
@@ -38,21 +39,21 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def loss_of(model: nn.Module) -> Loss:
-    """Returns the loss that a model of transformers computes of labels, for some rows of its output.
+    """Returns the loss function of a model of transformers, for some rows of its output and their labels.
 
     Raises:
         TrainingError: it is another kind of model, or computes its loss from more than logits and labels.
     """
     if kind_of(model) is None:
         raise TrainingError(
-            f"nothing says what the loss of a {type(model).__name__} is for some rows of its output: give "
-            "loss=lambda output, batch: ..., which returns the mean over these rows"
+            f"the loss of a {type(model).__name__} for some rows of its output is not known: pass loss=lambda output, "
+            "batch: ..., which returns the mean over these rows"
         )
     given: Any = model
 
     def loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
         if not isinstance(batch.get("labels"), Tensor):
-            raise TrainingError("the model's loss needs batches with 'labels'; add them, or give loss=...")
+            raise TrainingError("the model's loss needs batches with 'labels'; add them, or pass loss=...")
         logits, labels = output["logits"], batch["labels"]
         found: Tensor = given.loss_function(
             logits=logits, labels=labels, pooled_logits=logits, vocab_size=logits.shape[-1], config=given.config
@@ -63,12 +64,12 @@ def loss_of(model: nn.Module) -> Loss:
 
 
 def counted(batch: Mapping[str, Any], rows: int, shifted: bool) -> int:
-    """Returns how much of a batch its loss is the mean over: the labels that count, or the rows where these have one
-    label each, or none.
+    """Returns the number of items over which the loss of a batch is the mean: the labels that count, or the rows if
+    each row has one label or none.
 
     Args:
-        batch: with "labels", or without.
-        rows: how many it has.
+        batch: the batch, with or without "labels".
+        rows: the number of rows of the batch.
         shifted: whether each token is predicted from those before it, so that the first one does not count.
     """
     labels = batch.get("labels")
@@ -88,6 +89,6 @@ def shares(counts: list[int], of_tokens: bool) -> list[float]:
 
 
 def numbers(losses: list[Tensor]) -> list[float]:
-    """Returns the values of scalars, asking the device once."""
+    """Returns the values of scalar tensors as numbers, with one synchronization with the device."""
     found: list[float] = torch.stack([each.detach().double() for each in losses]).tolist() if losses else []
     return found

@@ -47,13 +47,13 @@ class Member:
     Attributes:
         name: the injection's name.
         injection: the injection.
-        optimizer: its optimizer.
+        optimizer: the optimizer of its parameters.
         schedule: its schedule of learning rates, or None.
-        steps: how many steps it is to take; None: one epoch.
-        step: how many it has taken.
-        losses: the loss of each of them; where processes share the training, the mean of theirs.
+        steps: the number of steps that it will take; None for one epoch.
+        step: the number of steps taken.
+        losses: the loss of each step; the mean over processes if several processes train together.
         tokens: the number of items over which its losses were means: labels that count, or rows.
-        forwards: how many forwards of the base it took part in.
+        forwards: the number of forwards of the base in which it took part.
         done: whether it has stopped training.
         ended: why it has stopped; empty as long as it trains. It is not stored in checkpoints: its steps, its data and
             `stop` decide whether a member continues after a resume.
@@ -84,7 +84,7 @@ class Member:
         self.losses: list[float] = []
         self.failed = False
         self.training = uuid.uuid4().hex
-        """The identity of this training, by which folders are known to be its own."""
+        """The identity of this training; it marks the folders of its checkpoints."""
         self._ended = ""
         self._saved: int | None = None
         """The step of its last checkpoint in its folder."""
@@ -93,7 +93,7 @@ class Member:
         self._fed = (0, 0)
         """Epoch and position in the data after its last step."""
         self.of_tokens = False
-        """Whether its loss is the model's own, a mean over tokens."""
+        """Whether its loss is the model's own loss, a mean over tokens."""
         self._window: list[Mapping[str, Any]] = []
         self._check()
         self._stepped = [] if self._owns_steps else [*scheduled(injection)]
@@ -113,7 +113,7 @@ class Member:
 
     @property
     def loss(self) -> float | None:
-        """The loss of its last step; None before the first."""
+        """The loss of its last step; None before the first step."""
         return self.losses[-1] if self.losses else None
 
     @property
@@ -156,8 +156,8 @@ class Member:
             injection.check_routable()
         except RouteError as error:
             raise RouteError(
-                f"{error}: {name!r} cannot train in a fleet. Train it by itself: with injection.optimizer(...) in a "
-                "loop, or with peftcore.training.PeftcoreTrainer"
+                f"{name!r} cannot train in a fleet ({error}). Train it alone: with injection.optimizer(...) in a loop, "
+                "or with peftcore.training.PeftcoreTrainer"
             ) from None
         if injection.merged:
             raise TrainingError(f"{name!r} is merged into the base, which all members share: unmerge() it first")
@@ -167,28 +167,32 @@ class Member:
         given = {id(each) for each in self.parameters()}
         if trained != given:
             raise TrainingError(
-                f"the optimizer of {name!r} is to have the {len(trained)} parameters of it that train and no others, "
-                f"and has {len(given)}, {len(given & trained)} of them: injection.optimizer(torch.optim.AdamW, lr=...) "
-                "makes one, after the model was wrapped or sharded"
+                f"the optimizer of {name!r} must train exactly its {len(trained)} trainable parameters, but has "
+                f"{len(given)} parameters, {len(given & trained)} of them among these: make it with "
+                "injection.optimizer(torch.optim.AdamW, lr=...) after the model was wrapped or sharded"
             )
         self._check_arguments()
         if gradient_rules(injection) and not self._owns_steps:
             raise TrainingError(
-                f"{name!r} has a rule for gradients that this optimizer does not know: "
+                f"{name!r} has a gradient rule that this optimizer does not apply: pass "
                 "optimizer=injection.optimizer(torch.optim.AdamW, lr=...)"
             )
         if any(True for _ in scheduled(injection)):
             if (total := self._total_steps()) is None or self.steps is None:
-                raise TrainingError(f"{injection.method.name} changes with the steps: say how many, join(..., steps=N)")
+                raise TrainingError(
+                    f"{injection.method.name} changes with the steps: pass their number, join(..., steps=N)"
+                )
             check_steps(injection, total)
         wrong = {"steps": self.steps, "accumulate": self.accumulate, "save_every": self.save_every}
         for what, number in wrong.items():
             if number is not None and number < 1:
                 raise TrainingError(f"{what}={number} of {name!r}: has to be 1 or more")
         if self.clip is not None and not self.clip > 0:
-            raise TrainingError(f"clip={self.clip} of {name!r}: has to be above 0, the largest norm of all gradients")
+            raise TrainingError(
+                f"clip={self.clip} of {name!r}: has to be above 0; it is the largest norm of all gradients together"
+            )
         if self.save_every is not None and self.folder is None:
-            raise TrainingError(f"save_every of {name!r} needs folder=..., where checkpoints go")
+            raise TrainingError(f"save_every of {name!r} needs folder=..., the folder for its checkpoints")
 
     def _check_arguments(self) -> None:
         """Check that optimizer and schedule can take a step with what a fleet has for them.
@@ -198,38 +202,39 @@ class Member:
         """
         if _needs_arguments(self._inner):
             raise TrainingError(
-                f"{type(self._inner).__name__} of {self.name!r} computes the loss several times in one step, and a "
-                "fleet computes it once for all members: take an optimizer that needs gradients alone, such as "
-                "torch.optim.AdamW, or train the adapter by itself, in a loop"
+                f"{type(self._inner).__name__} of {self.name!r} computes the loss several times in one step, but a "
+                "fleet computes it once for all members: use an optimizer that needs only gradients, such as "
+                "torch.optim.AdamW, or train the adapter alone, in a loop"
             )
         schedule = self.schedule
         if schedule is None:
             return
         if not isinstance(schedule, ReduceLROnPlateau) and _needs_arguments(schedule):
             raise TrainingError(
-                f"{type(schedule).__name__}.step of {self.name!r} has to be told something, and a fleet calls "
-                "schedule.step() (ReduceLROnPlateau.step(loss), with the loss of the step): give the argument a default"
+                f"{type(schedule).__name__}.step of {self.name!r} needs arguments, but a fleet calls schedule.step() "
+                "without any (only ReduceLROnPlateau.step gets the loss of the step): give the argument a default"
             )
         if isinstance(schedule, LRScheduler) and schedule.optimizer not in (self.optimizer, self._inner):
             raise TrainingError(
-                f"the schedule of {self.name!r} changes another optimizer's learning rates: make it of the optimizer "
-                "that joins"
+                f"the schedule of {self.name!r} changes the learning rates of another optimizer: create it with the "
+                "optimizer that you pass to join"
             )
 
     def check_trains(self) -> None:
-        """Check that something of it still trains.
+        """Check that some of its parameters still train.
 
         Raises:
-            TrainingError: it was frozen since it joined.
+            TrainingError: the adapter was frozen after it joined.
         """
         if not any(each.requires_grad for each in self.parameters()):
             raise TrainingError(
-                f"{self.name!r} was frozen since it joined, so that its steps would train nothing: "
-                f"injection.trainable(True), or let it go, fleet.leave({self.name!r})"
+                f"{self.name!r} was frozen after it joined, so its steps would train nothing: call "
+                f"injection.trainable(True), or remove it with fleet.leave({self.name!r})"
             )
 
     def window(self) -> list[Mapping[str, Any]]:
-        """Returns the batches of its next step: those of the step that failed, if one did; none when it is done."""
+        """Returns the batches of its next step: the batches of a failed step again; an empty list when the member is
+        done."""
         while not self.done and len(self._window) < self.accumulate:
             batch = self.feed.take()
             if batch is None:
@@ -244,15 +249,15 @@ class Member:
             self._end("its epoch is over")
             return
         self._end(f"its data ended after {self.step} of {self.steps} steps")
-        logger.warning("%r in a fleet: %s; give data that can be gone through again", self.name, self.ended)
+        logger.warning("%r in a fleet: %s; pass data that can be iterated again", self.name, self.ended)
 
     def zero(self) -> None:
-        """Forget gradients."""
+        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_step(self, loss: float, tokens: int) -> None:
-        """Clip the gradients that are there, and take a step of the optimizer, the method and the schedule; where one
-        of them raises, none has taken it."""
+        """Clip the gradients, and take a step of the optimizer, the method and the schedule. If one of them raises an
+        error, all of them are as before the step."""
         with whole_step(self.injection, self.optimizer, self.schedule):
             if self.clip is not None:
                 clip_gradients(self.parameters(), self.clip)
@@ -288,7 +293,7 @@ class Member:
                 self.save()
 
     def fail(self, loss: float) -> None:
-        """End the member because its loss is not finite: it keeps the values of the step before."""
+        """End the member because its loss is not finite; its parameters keep the values of the step before."""
         self._window = []
         self.zero()
         self.failed = True
@@ -302,7 +307,7 @@ class Member:
         self._ended = why
 
     def end(self, why: str) -> None:
-        """End it between two steps."""
+        """End the member between two steps."""
         if not self.done:
             self._end(why)
 
@@ -312,7 +317,7 @@ class Member:
         """Write a checkpoint, from which the training continues exactly; earlier ones in the folder are removed.
 
         Args:
-            folder: the folder for the checkpoint; that of `Fleet.join` by default.
+            folder: the folder for the checkpoint; by default the folder given to `Fleet.join`.
 
         Returns:
             The folder of this checkpoint, which `peftcore.load` reads too.
@@ -322,7 +327,7 @@ class Member:
         """
         place = folder or self.folder
         if place is None:
-            raise TrainingError(f"{self.name!r} has no folder: join(..., folder=...), or save(folder)")
+            raise TrainingError(f"{self.name!r} has no folder: pass join(..., folder=...), or save(folder)")
         with whole_state(self.optimizer):
             state = {
                 "version": VERSION,
@@ -350,14 +355,15 @@ class Member:
         return {"seed": self.seed, "optimizer": _kind(self._inner), "steps of the method's schedule": total}
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint in the folder; where there is none, nothing changes.
+        """Continue from the newest checkpoint in the folder; without a checkpoint nothing changes.
 
         The states of the adapter, the optimizer and the schedule are read from the checkpoint. Their options (steps,
         learning rates, the length of the schedule) are the current ones: a schedule with other options is advanced
         through the steps that were taken.
 
         Raises:
-            CheckpointError: it is damaged, or one of another adapter, base, optimizer or seed; nothing was changed.
+            CheckpointError: the checkpoint is damaged, or belongs to another adapter, base, optimizer or seed; nothing
+                was changed.
         """
         place = None if self.folder is None else adapter_checkpoints.newest(self.folder)
         if place is None:
@@ -365,25 +371,30 @@ class Member:
         state = adapter_checkpoints.read(place)
         if state.get("version") != VERSION:
             raise CheckpointError(
-                f"{place} is not of this version of fleets: begin a new training from its values, "
+                f"{place} was written by another version of fleets: begin a new training from its values, "
                 f"peftcore.load(model, {str(place)!r}, trainable=True)"
             )
         check_record(state["adapter"], self.injection, place)
         if other := differences(state["training"], self._decides()):
             raise CheckpointError(
-                f"{place} is of another training: {listed(other)}; join as then, or begin a new training from its "
-                f"values, peftcore.load(model, {str(place)!r}, trainable=True)"
+                f"{place} belongs to another training: {listed(other)}; join with the same options, or begin a new "
+                f"training from its values, peftcore.load(model, {str(place)!r}, trainable=True)"
             )
         values, buffers = adapter_checkpoints.values_of(self.injection, place), dict(transient(self.injection))
         if buffers.keys() != state["buffers"].keys():
-            raise CheckpointError(f"{place} lacks the state of the method between steps; apply it as it was then")
+            raise CheckpointError(
+                f"{place} lacks the state of the method between steps; apply the adapter with the options it was "
+                "trained with"
+            )
         self.feed.go_to(*state["fed"])
         changed = differences(state["given"], self._given)
         options = self._options_after(state["losses"], place) if changed else []
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{place} was written with another optimizer: {error}") from None
+            raise CheckpointError(
+                f"{place} was written with another optimizer: {error}. Join with an optimizer of the same kind"
+            ) from None
         cut_state(self.optimizer)
         if changed:
             logger.warning("%r in a fleet goes on with other options: %s", self.name, listed(changed))
@@ -413,7 +424,8 @@ class Member:
                     self._step_schedule(loss)
         except Exception as error:
             raise CheckpointError(
-                f"the schedule cannot take the {len(losses)} steps that {place} has taken: {error}"
+                f"the schedule cannot be advanced through the {len(losses)} steps of {place}: {error}. Pass a schedule "
+                "with at least so many steps"
             ) from error
         return self._groups()
 
@@ -425,8 +437,8 @@ class Member:
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients down to a norm of all of them together, as `torch.nn.utils.clip_grad_norm_` does, also where some
-    are sharded and others not; returns the norm before."""
+    """Scale all gradients together down to a maximum norm, as `torch.nn.utils.clip_grad_norm_` does, also if only some
+    of them are sharded; returns the norm before scaling."""
     gradients = [each.grad for each in parameters if each.grad is not None]
     norms = [whole(torch.linalg.vector_norm(each)) for each in gradients]
     if not norms:

@@ -1,8 +1,8 @@
-"""The rows of one member in the output of a forward for all of them.
+"""The rows of one member in the output of a forward that all members share.
 
-Which dimensions have the rows is learned from two small forwards of different numbers of rows: a dimension whose size
-changes with them has the rows, and one whose size stays the same does not. Outputs that cannot be cut into rows never
-yield wrong numbers: reading one raises an error that names it.
+Two small forwards with different numbers of rows show which dimensions have the rows: the dimensions whose size
+changes. Reading an output that cannot be cut into rows raises an error that names the output, so it never gives wrong
+numbers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from peftcore.errors import TrainingError
 
 FEW, MORE = 2, 3
-"""The numbers of rows of both forwards."""
+"""The numbers of rows of the two forwards from which the dimensions are learned."""
 Dims = tuple[int, ...]
 PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))
 
 
 class NotCut:
-    """Stands for an output that has rows of all members, and cannot be cut into theirs: each use is an error."""
+    """Replaces an output that mixes the rows of all members and cannot be cut: every use of it raises an error."""
 
     def __init__(self, name: str, why: str) -> None:
         self.__dict__["_error"] = (
-            f"the loss of a member reads {name} of the model's output, which {why}: compute the loss of other outputs, "
-            "or train the adapter by itself"
+            f"the loss of a member reads {name} of the model's output, which {why}: compute the loss from other "
+            "outputs, or train the adapter outside the fleet"
         )
 
     def _raise(self, *_: Any, **__: Any) -> NoReturn:
@@ -51,14 +51,14 @@ class NotCut:
 
 
 class Outputs:
-    """The layout of a model's outputs: by name and kind, the dimensions that have rows."""
+    """The dimensions of a model's outputs that have the rows of the batch, by the output's name and kind."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], Dims | str] = {}
 
     @property
     def learned(self) -> bool:
-        """Whether anything was learned."""
+        """Whether the layout of an output was learned."""
         return bool(self._known)
 
     def know(self, output: Any) -> bool:
@@ -66,10 +66,11 @@ class Outputs:
         return all(key in self._known for key, _ in _leaves(output, self._is_cut))
 
     def learn(self, few: Any, more: Any) -> None:
-        """Learn from the outputs for `FEW` rows, and for these and another one, computed alike.
+        """Learn the dimensions from the outputs for `FEW` rows, and for the same rows and one more, computed in the
+        same way.
 
         Raises:
-            TrainingError: they do not have the same names.
+            TrainingError: the two outputs have entries of different names.
         """
         for (name, kind), dims in _compared(few, more):
             self._known[name, kind] = dims
@@ -78,8 +79,8 @@ class Outputs:
         return self._known.get(key, ()) == (0,)
 
     def part(self, output: Any, start: int, stop: int, rows: int) -> Any:
-        """Returns the rows from `start` to `stop` of an output for so many rows, in all dimensions that have them: of
-        tensors and lists, also in nested containers. Values without rows are returned unchanged.
+        """Returns the rows from `start` to `stop` of an output for `rows` rows, in all dimensions that have rows;
+        tensors and lists in nested containers are cut too. Values without rows are returned unchanged.
         """
         return self._part(output, start, stop, rows, "")
 
@@ -107,7 +108,7 @@ class Outputs:
 
 
 LIST = -1
-"""The kind of a list; that of a tensor is its number of dimensions."""
+"""The kind of a list; the kind of a tensor is its number of dimensions."""
 
 
 def _children(value: Any, name: str) -> dict[Any, tuple[str, Any]] | None:
@@ -161,8 +162,8 @@ def _compared(few: Any, more: Any, name: str = "") -> Iterator[tuple[tuple[str, 
         return
     if others is None or others.keys() != parts.keys():
         raise TrainingError(
-            f"the model's output has other contents for {FEW} rows than for {MORE}, so nobody can tell the rows of "
-            f"members in it ({name or 'as a whole'}): train the adapters by themselves"
+            f"the model's output has other contents for {FEW} rows than for {MORE} ({name or 'as a whole'}), so the "
+            "rows of members in it are not known: train the adapters one by one"
         )
     if isinstance(few, list | tuple):
         yield (name, LIST), ()
@@ -175,9 +176,11 @@ def _dims(few: Tensor, more: Tensor) -> Dims | str:
         return f"has {few.dim()} dimensions for {FEW} rows, and {more.dim()} for {MORE}"
     moved = [dim for dim in range(few.dim()) if few.shape[dim] != more.shape[dim]]
     if any((few.shape[dim], more.shape[dim]) != (FEW, MORE) for dim in moved):
-        return f"is {tuple(few.shape)} for {FEW} rows and {tuple(more.shape)} for {MORE}: more than one for each"
+        return (
+            f"has entries for several rows or dimensions: {tuple(few.shape)} for {FEW}, {tuple(more.shape)} for {MORE}"
+        )
     if not moved and not _alike(few, more):
-        return "is one value of the rows of all members"
+        return "is one value computed from the rows of all members"
     return tuple(moved)
 
 

@@ -1,4 +1,4 @@
-"""Batches of several adapters put together along their rows, and rows taken from them again."""
+"""Joins batches of several adapters along their rows, and selects rows of the joined batch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Entries(list[Any]):
 
 
 def count_of(batch: Any, name: str) -> int:
-    """Returns how many rows a batch has: the length of its first tensor.
+    """Returns the number of rows of a batch: the length of its first tensor.
 
     Raises:
-        TrainingError: it is not a mapping of names to tensors, or its tensors differ in length.
+        TrainingError: the batch is not a mapping of names to tensors, or its tensors differ in length.
     """
     if not isinstance(batch, Mapping):
         raise TrainingError(
-            f"a batch of {name!r} is a {type(batch).__name__}; give batches as the model takes them: a mapping of "
-            "names to tensors, labels with them"
+            f"a batch of {name!r} is a {type(batch).__name__}; pass a mapping of names to tensors, as the model takes "
+            "it, including labels"
         )
     lengths = {key: len(each) for key, each in batch.items() if isinstance(each, Tensor) and each.dim()}
     if not lengths or len({*lengths.values()}) > 1 or not max(lengths.values()):
@@ -37,24 +37,24 @@ def count_of(batch: Any, name: str) -> int:
 
 
 def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Collate | None) -> dict[str, Any]:
-    """Returns one batch with the rows of all, in order.
+    """Returns one batch with the rows of all given batches, in order.
 
     Args:
-        batches: by adapter.
+        batches: the batches by name of the adapter.
         pad: by name of a tensor, the value that pads it at the end of each dimension in which other tensors are longer.
-        collate: returns one batch of several, instead of all this.
+        collate: a function that joins a list of batches into one; None to pad and concatenate.
 
     Raises:
-        TrainingError: they have other names, shapes or values that are not for each row, or the collate function gave
-            another number of rows.
+        TrainingError: the batches differ in names, shapes, or values that do not belong to rows; or the collate
+            function returned another number of rows.
     """
     counts = {name: count_of(batch, name) for name, batch in batches.items()}
     if collate is not None:
         made = dict(collate([*batches.values()]))
-        if count_of(made, "all, as the collate function put them together,") != sum(counts.values()):
+        if count_of(made, "all members (made by the collate function)") != sum(counts.values()):
             raise TrainingError(
-                f"the collate function of the fleet made {count_of(made, '')} rows of {sum(counts.values())}; it has "
-                "to keep every row, in order"
+                f"the collate function of the fleet returned {count_of(made, '')} rows for {sum(counts.values())}; it "
+                "has to keep every row, in order"
             )
         rows = sum(counts.values())
         return {key: Entries(each) if type(each) is list and len(each) == rows else each for key, each in made.items()}
@@ -63,8 +63,9 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
     for name in names[1:]:
         if batches[name].keys() != first.keys():
             raise TrainingError(
-                f"batches of {names[0]!r} have {', '.join(first)}, and those of {name!r} {', '.join(batches[name])}; "
-                "give all members the same names (a mask of ones, for instance), or Fleet(..., collate=...)"
+                f"batches of {names[0]!r} have {', '.join(first)}, but those of {name!r} have "
+                f"{', '.join(batches[name])}; use the same names for all members (a mask of ones, for instance), or "
+                "pass Fleet(..., collate=...)"
             )
     return {key: _column(key, {name: batches[name][key] for name in names}, counts, pad) for key in first}
 
@@ -81,7 +82,7 @@ def _column(key: str, values: Mapping[str, Any], counts: Mapping[str, int], pad:
         return each[0]
     raise TrainingError(
         f"{key!r} is neither a tensor nor a list with an entry for each row, and differs between {', '.join(values)}; "
-        "train these in fleets of their own"
+        "train these adapters in separate fleets"
     )
 
 
@@ -95,13 +96,14 @@ def _tensors(key: str, values: Mapping[str, Tensor], pad: Mapping[str, float]) -
     each = [*values.values()]
     shapes = {name: tuple(value.shape[1:]) for name, value in values.items()}
     if len({value.dim() for value in each}) > 1 or len({value.dtype for value in each}) > 1:
-        raise TrainingError(f"{key!r} has another number of dimensions, or another dtype, in some batches: {shapes}")
+        raise TrainingError(
+            f"{key!r} has different numbers of dimensions, or different dtypes, in some batches: {shapes}"
+        )
     if len(set(shapes.values())) > 1:
         if key not in pad:
             raise TrainingError(
-                f"{key!r} has rows of other shapes: {shapes}. Say what fills them up, "
-                f"Fleet(model, pad={{{key!r}: ...}}) (and a mask that leaves it out), or put batches together yourself "
-                "with collate=..."
+                f"{key!r} has rows of different shapes: {shapes}. Pass the value for padding, Fleet(model, "
+                f"pad={{{key!r}: ...}}) (with a mask that ignores it), or combine the batches yourself with collate=..."
             )
         longest = [max(sizes) for sizes in zip(*shapes.values(), strict=True)]
         each = [_filled(value, longest, pad[key]) for value in each]
@@ -115,8 +117,8 @@ def _filled(value: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
 
 
 def taken(batch: Batch, rows: list[int]) -> dict[str, Any]:
-    """Returns some rows of a batch that `together` made: of its tensors, which all have rows first, and of its lists
-    with an entry for each row. All else is of all rows."""
+    """Returns some rows of a batch that `together` made: rows are selected in its tensors (along the first dimension)
+    and in its lists with an entry for each row. Other values are returned unchanged."""
 
     def of(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim():
@@ -127,8 +129,8 @@ def taken(batch: Batch, rows: list[int]) -> dict[str, Any]:
 
 
 def filled_in_front(own: Batch, made: Batch) -> bool:
-    """Whether a batch begins elsewhere in its rows of the one that all are put together to, by tensors of one name in
-    both."""
+    """Whether the joined batch `made` has padding in front of the rows of the batch `own`; compares tensors of the same
+    name."""
     for key, value in own.items():
         rows = made.get(key)
         if isinstance(value, Tensor) and isinstance(rows, Tensor) and value.dim() == rows.dim() > 1:

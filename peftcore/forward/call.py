@@ -88,7 +88,7 @@ class ModuleCall:
         return ModuleCall(self.plain, self.slot, self.module, self.plan, None, args, kwargs or {}, acting)
 
     def observed(self) -> Any:
-        """Returns the module's output, which the observers see."""
+        """Returns the module's output; observers see the inputs and the output."""
         call: Forward = self.output_for
         for observer in self.acting.observers:
             call = observer.around(call, self.module)
@@ -145,8 +145,8 @@ class ModuleCall:
     # The base forward, with what acts on the module's tensors, attributes and attention
 
     def inner(self) -> Forward:
-        """Returns the base forward with the operators that act inside it; the plain forward of the module if no
-        operator does."""
+        """Returns the base forward with the operators that act inside it; without such operators, the plain forward of
+        the module."""
         acting = self.acting
         if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
             return self.base
@@ -396,8 +396,8 @@ class ModuleCall:
 
 
 PADDING = 0.02
-"""The maximum cost of padding lower ranks, as a share of the base product, where one product adds the updates of all
-adapters."""
+"""The maximum cost of padding lower ranks to the highest one, when one product adds the updates of all adapters; as a
+share of the cost of the base product."""
 
 
 def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:

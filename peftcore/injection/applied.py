@@ -1,4 +1,5 @@
-"""The parts of a hybrid, and the values of an adapter: which of its tensors train, and what is copied into them."""
+"""The parts of a hybrid method, and the values of an adapter: chooses the tensors that train, and copies values into
+tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class HybridPart(AppliedMethod):
-    """One method of a hybrid, to be read, and its parameters to be trained or frozen. It is neither switched nor
-    merged, saved or removed by itself, but the `whole` is."""
+    """One method of an installed hybrid. Its sites and operators can be read, and its parameters trained or frozen.
+    Activating, merging, saving and removing is possible only for the `whole` injection."""
 
     def __init__(self, name: str, surgeon: Surgeon, whole: Injection) -> None:
         super().__init__(name, surgeon)
@@ -40,13 +41,13 @@ class HybridPart(AppliedMethod):
 
 
 def parts_of(surgeon: Surgeon, whole: Injection) -> dict[str, HybridPart]:
-    """Returns the methods of a hybrid that a surgeon has recorded, by name of the part."""
+    """Returns the parts of a hybrid that a surgeon has recorded, by name."""
     return {name: HybridPart(name, each, whole) for name, each in surgeon.parts.items()}
 
 
 class Planned(HybridPart):
-    """One method whose operators are recorded and not installed, to be read as a part is: a method chooses from it what
-    would train. A part of a planned hybrid is one too."""
+    """One method of a plan: its operators are recorded but not installed. A method reads it to choose the parameters
+    that would train. Parts of a planned hybrid are `Planned` objects too."""
 
     def __init__(self, surgeon: Surgeon, name: str = "planned") -> None:
         AppliedMethod.__init__(self, name, surgeon)
@@ -54,8 +55,8 @@ class Planned(HybridPart):
     @property
     def whole(self) -> Injection:
         raise PluginError(
-            f"{self.method.name}: `trainable` asks for the injection, and a plan has none: choose by `operators`, "
-            "`shared`, `parts` and `config`"
+            f"{self.method.name}: `trainable` reads the injection, which does not exist in a plan: choose by "
+            "`operators`, `shared`, `parts` and `config`"
         )
 
     @property
@@ -106,11 +107,14 @@ def check_filled(applied: AppliedMethod) -> None:
     """Check that all tensors of an adapter have values.
 
     Raises:
-        NoWeights: some were to start from weights of a host that is on the meta device.
+        NoWeights: some tensors start from the host's weights, but the host is on the meta device.
     """
     held = ((path, name, each) for path, module in applied.modules()
             for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
     lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
     if lacking:
-        what = f"{applied.method.name} starts from its weights: {', '.join(lacking[:4])}"
+        what = (
+            f"{applied.method.name} computes start values from its weights: {', '.join(lacking[:4])}. Load the model "
+            "with weights first"
+        )
         raise NoWeights(f"the host is on the meta device, and {what}")

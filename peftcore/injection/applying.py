@@ -1,8 +1,8 @@
-"""The one road by which an adapter is installed in a model, whoever asks for it: `record` what the method installs, let
-it look at data, `install` it and fill in its values; all of it, or nothing on an error or an interrupt.
+"""Installs an adapter in a model, in the same steps for all callers: `record` the operators, `install` them, let the
+method look at data, and fill in values. An error or an interrupt undoes all steps.
 
-`apply` makes a `Request` of its arguments, `load` one of a file, `combine` and its kin one of other adapters. `plan`
-records and changes nothing.
+`apply` makes a `Request` from its arguments, `load` from a file, `combine` and related functions from other adapters.
+`plan` records and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import nn
 from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
-from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import ConfigError, UnsupportedHost
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.state.host_state import HostState, ensure_state
@@ -30,6 +29,7 @@ from peftcore.injection.injection import Injection
 from peftcore.injection.request import Part, Request, check_model, check_name
 from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
+from peftcore.registry.peft_names import is_peft_config
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
 from peftcore.surgery import installation
@@ -42,7 +42,8 @@ from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
-"""The function that applies a configuration of peft; named, not imported, since it is in a layer above."""
+"""The function that applies a configuration of peft, as an import path: it is in a layer above, so it is not imported
+here."""
 
 
 def apply(
@@ -62,20 +63,21 @@ def apply(
     """Adapt any module in place with a method; all of it, or nothing on an error.
 
     The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
-    Inside of a route or composition their rows and parts stay, too: the new injection joins the stack that is in force
-    outside of it. It is active in the threads and tasks for which `activate` would hold: if it is applied in another
-    thread than the first one, in that thread alone.
+    Inside a route or composition, the rows and parts stay as they are, and the new injection joins the stack of active
+    injections outside of the route or composition. It is active in the threads and tasks for which `activate` would
+    hold: after a call in another thread than the one that adapted the model first, in that thread alone.
 
     Args:
         model: the host; changed in place, its class and parameter names stay.
         method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
             mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection. A
-            configuration of peft (LoraConfig) is made by peft and read as its file is; with `name` and `seed` alone.
+            configuration of peft (LoraConfig) is also accepted, together with `name` and `seed` alone; it is read like
+            a file of peft.
         name: name of the injection on this host; the method's by default. No dots.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
         exclude: targets to leave out, in the same forms.
-        train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
+        train: modules of the host (heads, norms) that train too; their trained copies are saved with the adapter.
         data: batches for methods that look at data first (tags `needs_data`, `data_options`): mappings are called as
             model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss. If a
             method needs labels and the model does not take any, batches are `Labelled`.
@@ -85,13 +87,13 @@ def apply(
         host: a host map to use instead of the derived one (`peftcore.roles.probe`, `HostMap.override`).
         config: the method's options.
 
-    If DeepSpeed sharded the model when it was built (`zero.Init`), all processes call this, and each holds the whole
-    model meanwhile.
+    If DeepSpeed sharded the model when it was built (`zero.Init`), all processes call `apply`, and each holds the whole
+    model during the call.
 
     Raises:
         UnknownMethod: no plugin has the method; AmbiguousMethod: two plugins have it.
         ConfigError: an option is unknown, or its value breaks a rule.
-        TargetError: there is nothing to act on.
+        TargetError: the host has no target for the method.
         UnsupportedSite: the method cannot act on the target.
         UnsupportedHost: this host cannot be adapted as a whole.
         DuplicateInjection: the name is taken or cannot be used.
@@ -201,7 +203,7 @@ def record(request: Request, dry: bool = False) -> RecordingSurgeon:
     surgeon = RecordingSurgeon(model, request.method, config, resolver, request.wishes, dry)
     surgeon.record()
     if idle := surgeon.idle_overrides():
-        text = f"these overrides match no site and are passed over: {idle}"
+        text = f"these overrides match no site and are ignored: {idle}"
         warnings.warn(text, UserWarning, stacklevel=3 if dry else 4)
     return surgeon
 
@@ -263,7 +265,10 @@ def _check_alone(method: object, *others: Any) -> None:
         ConfigError: which would say the same twice, or something else.
     """
     if any(each is not None and each != () and each != {} for each in others):
-        raise ConfigError(f"a {type(method).__name__} of peft says where and how by itself; leave other arguments out")
+        raise ConfigError(
+            f"a peft {type(method).__name__} already contains all options: call peftcore.apply(model, config) without "
+            "other arguments"
+        )
 
 
 def _check_adaptable(model: nn.Module) -> None:
@@ -275,6 +280,6 @@ def _check_adaptable(model: nn.Module) -> None:
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
     if is_in_engine(model):
         raise UnsupportedHost(
-            "DeepSpeed's engine (ZeRO-3) has the model already, and would not train what comes now: apply before "
+            "DeepSpeed's engine (ZeRO-3) already holds the model and would not train new parameters: call apply before "
             "deepspeed.initialize"
         )

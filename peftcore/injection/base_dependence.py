@@ -1,5 +1,6 @@
-"""Operators that compute with values of the base which their file does not hold, such as its singular vectors: these
-have to be values of the base itself, in the model and where the file is loaded.
+"""Operators that compute with values of the base model that are not saved in their file, such as singular vectors of a
+weight. When the adapter is applied and when it is loaded, these values must be those of the base weights, without
+merged adapters.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ logger = logging.getLogger("peftcore")
 
 
 def check_nothing_merged(injection: Injection, state: HostState) -> None:
-    """Verify that the weights of which a new injection is made are those of the base.
+    """Verify that no adapter is merged into the weights from which a new injection is computed.
 
     Raises:
-        MergeError: another injection is merged there.
+        MergeError: another injection is merged into one of these weights.
     """
     for _, site, _ in _made(injection):
         for name in state.merged:
             if _place(site) in places(state.injections[name]):
                 raise MergeError(
-                    f"{injection.method.name} is made of the base's weights, and {name!r} is merged into "
-                    f"{_place(site)}: unmerge() it first, and merge it again then, or bake() it"
+                    f"{injection.method.name} is computed from the base's weights, but {name!r} is merged into "
+                    f"{_place(site)}: unmerge() it first and merge it again afterwards, or bake() it"
                 )
 
 
 def note_base(injection: Injection) -> None:
-    """Note of which values an injection is made."""
+    """Record fingerprints of the base weights from which an injection is computed."""
     for key, site, _ in _made(injection):
         weight = site.base_weight()
         if not weight.is_meta:
@@ -59,7 +60,8 @@ def make_anew(model: nn.Module, _: Any) -> None:
 
 
 def warn_of_another_base(injection: Injection) -> None:
-    """Warn, where an injection is saved, of weights that have changed since it was made of them."""
+    """Log a warning, when an injection is saved, about base weights that have changed since the injection was computed
+    from them."""
     merged = _merged(injection.state)
     changed = [
         _place(site)
@@ -69,8 +71,8 @@ def warn_of_another_base(injection: Injection) -> None:
     ]
     if changed:
         logger.warning(
-            "%s is made of the base's weights, and %d of them have changed since (%s first): loaded, it is made of "
-            "those that are there then, and computes something else than here",
+            "%s is computed from the base's weights, and %d of them have changed since (%s first): when it is loaded, "
+            "it is computed from the weights of that time, and its outputs differ from those here",
             injection.name,
             len(changed),
             changed[0],

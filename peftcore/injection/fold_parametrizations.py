@@ -1,5 +1,5 @@
-"""Folding what computes a tensor (weight norm, spectral norm, pruning, any parametrization of torch) away, so that the
-module holds a plain parameter in its place, and the exact way back."""
+"""Folding of computed tensors: replaces the parametrization of a tensor (weight norm, spectral norm, pruning, any
+parametrization of torch) by a plain parameter, and restores it exactly."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from peftcore.layers.layer import plain_class
 from peftcore.utils.journal import Journal
 
 HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
-"""The tables of a module in which torch keeps what computes a tensor, besides those of tensors and modules."""
+"""The hook tables of a module in which torch registers the computation of a tensor."""
 CLOSE = 4
-"""How many roundings a parametrization may be off from a value that was put through its inverse."""
+"""The maximum error, in roundings, of a value after the inverse of a parametrization and the parametrization itself."""
 
 
 def fold(journal: Journal, module: nn.Module, name: str, value: nn.Parameter) -> dict[str, Tensor]:
-    """Let a module hold `value` as its tensor `name`, and take out what computes that tensor. Returns the tensors that
-    it holds since, by name.
-
-    Where parametrizations compute other tensors of the module too, these are folded with it, at their values.
+    """Store `value` in a module as the plain parameter `name`, and remove the computation of that tensor. Returns the
+    new tensors of the module by name. If parametrizations also compute other tensors of the module, these are folded
+    too and keep their values.
     """
     way = computation(module, name)
     assert way is not None, "only a tensor that is computed is folded"
@@ -50,8 +49,8 @@ def fold(journal: Journal, module: nn.Module, name: str, value: nn.Parameter) ->
 
 def inverted(way: nn.Module, value: Tensor) -> dict[str, Tensor] | None:
     """Returns the tensors from which a parametrization computes `value`, up to rounding, by their names in it; None if
-    it computes another value. A weight norm can represent any value, so a module that was built with one keeps it, and
-    with it the names in its state dict.
+    it computes another value. A weight norm can represent any value, so a module with a weight norm keeps it, and its
+    state dict keeps its names.
     """
     found: Any = value
     try:

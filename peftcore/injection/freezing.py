@@ -11,7 +11,8 @@ from peftcore.utils.journal import Journal
 
 
 def freeze(journal: Journal, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Turn off requires_grad; returns the parameters that trained, each once: tied ones are held by several modules."""
+    """Turn off requires_grad; returns the parameters that trained. A tied parameter, which several modules hold, is
+    returned once."""
     every = list({id(each): each for each in parameters}.values())
     before = [each.requires_grad for each in every]
     journal.call(_set, every, before, [False] * len(every))

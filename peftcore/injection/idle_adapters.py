@@ -22,7 +22,8 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.adapter_modules import IDLE
 
 Values = Mapping[str, Tensor]
-"""All tensors of an adapter by ``<site path>.<operator tensor>``, those that no file has too; each once."""
+"""All tensors of an adapter by ``<site path>.<operator tensor>``, each once, including tensors that are not saved in
+files."""
 
 
 class Store(ABC):
@@ -30,8 +31,8 @@ class Store(ABC):
 
     @abstractmethod
     def keep(self, key: int, values: Values) -> None:
-        """Keep the values of an adapter, under a unique number. The store does not depend on later changes of the
-        tensors.
+        """Keep a copy of an adapter's values, under a unique number. Later changes of the tensors do not change the
+        copy.
 
         Raises:
             OSError: the values cannot be written.
@@ -39,15 +40,15 @@ class Store(ABC):
 
     @abstractmethod
     def values(self, key: int, names: Iterable[str]) -> Values:
-        """Returns those of the values that were kept last.
+        """Returns the named values that were kept last under a number.
 
         Raises:
-            CheckpointError: they are not what was kept.
+            CheckpointError: the stored values were changed or damaged.
         """
 
     @abstractmethod
     def drop(self, key: int) -> None:
-        """Drop what is kept under a number, if there is anything."""
+        """Delete the values kept under a number, if there are any."""
 
     @abstractmethod
     def returned(self, key: int) -> None:
@@ -74,7 +75,7 @@ class MemoryStore(Store):
 
 
 class IdleTensor(Tensor):
-    """A tensor with a shape, dtype and device, and no values: whatever is computed with it is an error."""
+    """A tensor with a shape, dtype and device but without values: computing with it raises an error."""
 
     adapter: str
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -96,7 +97,7 @@ class IdleTensor(Tensor):
             made.adapter = mine.adapter
             return made
         name = getattr(mine, "adapter", "")
-        raise IdleAdapter(f"the adapter {name!r} is idle, so nothing can be computed with it: {_back(name)}")
+        raise IdleAdapter(f"the adapter {name!r} is idle, so it cannot compute: {_back(name)}")
 
 
 def _plain(*names: str) -> frozenset[Any]:
@@ -155,7 +156,7 @@ class _AwayParameter(_Away, nn.Parameter):
 
 
 def _back(name: str) -> str:
-    return f"name it (peftcore.using, activate), pool.wake({name!r}), or bring all back, pool.end()"
+    return f"activate it (peftcore.using, activate), call pool.wake({name!r}), or restore all adapters with pool.end()"
 
 
 class _Held:
@@ -209,7 +210,7 @@ class _Held:
 
 
 class IdleValues:
-    """The values of one injection, for the residency of its model: counted, taken out, put back."""
+    """The values of one injection, as the `Residency` of its model uses them: counts, offloads and restores them."""
 
     def __init__(self, injection: Injection, store: Store, key: int) -> None:
         self._injection = weakref.ref(injection)
@@ -226,8 +227,8 @@ class IdleValues:
         return found
 
     def bytes(self) -> int:
-        """Returns the bytes that the tensors take, or will take when they are back; counted anew when another dtype was
-        given to them."""
+        """Returns the bytes that the tensors take, or will take once restored; the count is updated when their dtype
+        changes."""
         if self._size is not None:
             (table, name), dtype, size = self._size
             if table[name].dtype is dtype:
@@ -270,7 +271,8 @@ class IdleValues:
             raise
 
     def put_back(self, values: Values) -> None:
-        """Give the tensors their values again, with the dtypes and on the devices that `to` gave them meanwhile."""
+        """Restore the values of the tensors, with the dtypes and on the devices that `to` has set since they were
+        offloaded."""
         assert self._away is not None, "only what is away comes back"
         with torch.no_grad():
             now = [_now(each) for each in self._away]
@@ -300,7 +302,7 @@ class IdleValues:
         return self._away is not None
 
     def forget(self) -> None:
-        """Drop what is kept elsewhere."""
+        """Delete the offloaded values from the store."""
         self._store.drop(self._key)
 
     def check_plain(self) -> None:
@@ -312,8 +314,8 @@ class IdleValues:
         for each in self._held():
             if type(each.tensor) not in (Tensor, nn.Parameter):
                 raise UnsupportedHost(
-                    f"{self.injection.name!r} has tensors of the type {type(each.tensor).__name__}, which are not kept "
-                    "elsewhere: adapters of a sharded or wrapped model stay on it"
+                    f"{self.injection.name!r} has tensors of the type {type(each.tensor).__name__}, which cannot be "
+                    "offloaded: adapters of a sharded or wrapped model stay on it"
                 )
 
     def _held(self) -> list[_Held]:
@@ -332,7 +334,7 @@ class IdleValues:
     # ------------------------------------------------------------------------------ what torch does with idle modules
 
     def named(self, path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yields the values of a module that is idle, by the names of its state dict."""
+        """Yields the values of an idle module, by the names of its state dict."""
         assert self._away is not None
         names = {id(each.stand_in): each.name for each in self._away}
         held = {}
@@ -345,8 +347,8 @@ class IdleValues:
             yield key, values[names[id(stand_in)]].to(stand_in.dtype)
 
     def converted(self, module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        """Do to a module that is idle what `to` and its kin do: remember for each tensor which dtype and device it gets
-        when it is back."""
+        """Apply `to` and related methods to an idle module: record the dtype and device that each tensor gets when it
+        is restored."""
         assert self._away is not None
         mine = {
             id(each) for inner in module.modules() for each in (*inner._parameters.values(), *inner._buffers.values())
@@ -388,7 +390,7 @@ def _mark(module: nn.Module, mark: _Marked) -> None:
 def _answer(module: nn.Module, mark: _Marked) -> None:
     def state_dict(*args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         if keep_vars:
-            raise mark.error("there are no variables of its own to give")
+            raise mark.error("state_dict(keep_vars=True) cannot return its parameters")
         destination = {} if destination is None else destination
         for key, value in mark.values.named(mark.path, module):
             destination[prefix + key] = value

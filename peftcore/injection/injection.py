@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 
 
 class AdapterFiles(Protocol):
-    """The functions of `peftcore.files.save_load`, a layer above, that the verbs of an injection call."""
+    """The functions of `peftcore.files.save_load` that the methods of an `Injection` call; that module is in a layer
+    above."""
 
     def save(self, injection: Injection, path: Path, formats: Sequence[str], weights: bool, metrics: Any, /) -> None:
         """Write an adapter into a folder or a file."""
@@ -86,7 +87,7 @@ class Injection(Installed):
         self.wishes: Wishes = surgeon.wishes
         self.state = state
         self.made_of: dict[str, Fingerprint] = {}
-        """Fingerprints of the base's weights that operators are made of, by key of the operator."""
+        """Fingerprints of the base weights from which operators were computed, by key of the operator."""
         self._merge: merging.MergeInForce | None = None
         self._low_memory = False
         self._chosen: list[bool] = []  # which tensors its method lets train, since somebody last asked it
@@ -101,7 +102,7 @@ class Injection(Installed):
         return parts_of(self._surgeon, self)
 
     def owner(self, graft: Graft) -> AppliedMethod:
-        """Returns the injection itself, or of a hybrid the part that a graft belongs to."""
+        """Returns the injection to which a graft (an installed operator) belongs; for a hybrid, its part."""
         owner: AppliedMethod = self
         for part in filter(None, graft.part.split("/")):
             owner = owner.parts[part]
@@ -119,7 +120,7 @@ class Injection(Installed):
 
     @property
     def main_selection(self) -> list[Site]:
-        """The sites of the user's target, or of the default one; of a hybrid, those of all parts."""
+        """The sites of the user's target, or of the default target; for a hybrid, the sites of all parts."""
         return [site for key, sites in self.selections.items() if not key.rpartition("/")[2] for site in sites]
 
     @property
@@ -130,7 +131,7 @@ class Injection(Installed):
 
     @property
     def ties(self) -> Mapping[str, tuple[str, ...]]:
-        """The other parameters of the host on which an operator acts because they are its site's own tensor, by the
+        """The other parameters of the host that share the tensor of an operator's site (tied weights), by the
         operator's name in files."""
         return self._surgeon.ties
 
@@ -146,10 +147,10 @@ class Injection(Installed):
 
     @property
     def low_memory(self) -> bool:
-        """Whether to use the least memory instead of being fast; False at first. In training, weight operators (dora,
-        oft, hra) then compute the effective weight, and again in backward, in place of their activation form, and
-        modules of experts or attention that they change run again there as a whole. In `generate` and
-        `cache_weights` no effective weight is kept."""
+        """Whether to use the least memory instead of being fast; False at first. If True, weight operators (dora, oft,
+        hra) compute the effective weight in training, once in forward and again in backward, instead of their
+        activation form; expert and attention modules that they change run again in backward as a whole. `generate` and
+        `cache_weights` keep no effective weight."""
         return self._low_memory
 
     @low_memory.setter
@@ -168,7 +169,7 @@ class Injection(Installed):
         self._alive()
         choice, name = self.state.now(), self.name
         if choice.route is not None and name not in choice.route.names:
-            raise RouteError(f"a route says what acts on each row, and {name!r} has none: name it in the route")
+            raise RouteError(f"a route is in force and assigns no row to {name!r}: name it in the route")
         composition = choice.composition
         if composition is not None and name not in choice.bound:
             composition = Stack(composition, name)
@@ -177,17 +178,24 @@ class Injection(Installed):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager without the injection, to the bit; a merged injection is unmerged meanwhile. In a route its
-        rows run the bare base model, in a composition its parts; all others stay as they are.
+        """Context manager in which the injection is inactive, and outputs equal those without it to the bit. A merged
+        injection is unmerged until the end of the block. In a route the injection's rows run the bare base model, and
+        in a composition its parts do; all other rows and parts stay as they are.
 
         Raises:
-            MergeError: it is merged and cannot be unmerged.
+            MergeError: it is merged and cannot be unmerged; or it cannot be merged again at the end of the block.
             CompositionError: the composition in force needs it to combine outputs (`Fuse`).
+
+        If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged,
+        with the weights of the base to the bit, and a note of the error says so.
         """
         self._alive()
         choice = self.state.now()
         if self.name in choice.bound and any(isinstance(graft.operator, Combiner) for graft in self.grafts):
-            raise CompositionError(f"{self.name!r} combines the outputs of others, and nothing can in its place")
+            raise CompositionError(
+                f"{self.name!r} combines the outputs of others in a composition, so it cannot be disabled: exit the "
+                "composition first"
+            )
         merged = self._merge
         try:
             self.unmerge()
@@ -195,10 +203,10 @@ class Injection(Installed):
                 yield
         finally:
             if merged is not None:
-                self._merge_as(merged.wanted)
+                self._merge_again(merged)
 
     def trainable(self, mode: bool = True) -> None:
-        """Let its parameters train, or freeze them. Nothing else on the host changes."""
+        """Make the injection's parameters trainable, or freeze them. No other parameter of the host changes."""
         self._alive()
         with self.state.kept(*([self.name] if mode else [])), Journal() as journal:  # then it trains, and stays
             if mode:
@@ -208,9 +216,9 @@ class Injection(Installed):
                 freeze(journal, self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
-        the tensors of the operators, not copies. An idle adapter is restored, and the result holds its tensors until it
-        is offloaded again."""
+        """Returns the injection's tensors by ``<site path>.<operator tensor>``, without the injection's name, as in
+        files. They are the operators' own tensors, not copies. An idle adapter is restored, and the result holds its
+        tensors until it is offloaded again."""
         with self.state.kept(self.name):
             return super().state_dict()
 
@@ -258,16 +266,18 @@ class Injection(Installed):
             yield
 
     def report(self) -> RouterReport:
-        """Returns what the routers of a mixture did in the last block of `reporting`, or have done so far within it:
-        the share of each expert, how even these are, the entropy of gates, and dropped tokens. Padding does not count.
-        It prints as a table; ``.json()``, ``.to_dict()``, ``.plot("routers.png")``.
+        """Returns statistics of a mixture's routers in the last block of `reporting`, or so far in the current block:
+        the share of each expert, the balance of the shares, the entropy of the gates, and dropped tokens. Padding does
+        not count. The report prints as a table; ``.json()``, ``.to_dict()``, ``.plot("routers.png")``.
 
         Raises:
-            NoRouters: none of its operators routes, or none was watched yet.
+            NoRouters: the injection has no routers, or they were not recorded yet.
         """
         routers = router_report.routers_of(self.name, self.operators)
         if not self._ledgers:
-            raise NoRouters(f"nobody watched the routers of {self.name!r}: run the model within injection.reporting()")
+            raise NoRouters(
+                f"the routers of {self.name!r} were not recorded: run the model within injection.reporting()"
+            )
         return router_report.report(self.name, self.method.name, routers, self._ledgers)
 
     def optimizer(
@@ -279,7 +289,7 @@ class Injection(Installed):
         Args:
             cls: any torch optimizer, such as ``torch.optim.AdamW``.
             lr: its learning rate; methods may give some parameters another one.
-            total_steps: how many steps there will be, for methods with a schedule.
+            total_steps: the number of steps of the training, for methods with a schedule.
             options: its other options.
 
         Raises:
@@ -299,7 +309,7 @@ class Injection(Installed):
         max_error: float = merging.BOUND,
         weight: float = 1.0,
     ) -> merging.MergeReport:
-        """Merge it into the host's weights. Merging again in the same way changes nothing.
+        """Merge the injection into the host's weights. Merging again in the same way changes nothing.
 
         The injection has to be active, without a route or a composition, in every thread: while it is merged it acts in
         every forward, and a choice without it is refused. Tensors of the host are not written to, since other models
@@ -308,9 +318,9 @@ class Injection(Installed):
         (``torch.cuda.CUDAGraph``) has to be captured again after `merge` and after `unmerge`; compiled functions follow
         by themselves. (Tensors that FSDP2 shards stay, and their values are written.)
 
-        A weight that its module computes from others (weight norm, pruning, any parametrization of torch) keeps that
-        way if it can give the merged value, as a weight norm can; otherwise it is a plain parameter while merged, and
-        for good after `bake`.
+        A weight that its module computes from others (weight norm, pruning, any parametrization of torch) stays
+        computed if the computation can produce the merged value, as a weight norm can. Otherwise it is a plain
+        parameter while merged, and permanently after `bake`.
 
         Args:
             keep: how `unmerge` gets the originals back: the tensors themselves on the "device"; on the "cpu" (a copy,
@@ -319,7 +329,7 @@ class Injection(Installed):
             into: how quantized weights are written: "float" makes their modules dense; "same" packs the merged weights
                 again, which costs accuracy: the report says how much at each site.
             max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
-            weight: how much of the change is written: 0.5 is half of it, -1 takes it away from the weights.
+            weight: the factor of the change that is written: 0.5 writes half of it, -1 subtracts it from the weights.
 
         Returns:
             A report of the written tensors; it prints as a table.
@@ -343,8 +353,21 @@ class Injection(Installed):
                 self._note(journal, merged)
                 self._rewritten()
         elif merged.wanted != wanted:
-            raise MergeError(f"{self.name!r} is merged already, by {merged.wanted}; unmerge() it first")
+            raise MergeError(f"{self.name!r} is merged already, with {merged.wanted}; unmerge() it first")
         return merged
+
+    def _merge_again(self, merged: merging.MergeInForce) -> None:
+        if self.state.injections.get(self.name) is not self:
+            return  # removed in the block
+        try:
+            self._merge_as(merged.wanted)
+        except BaseException as error:
+            if self._merge is None:
+                error.add_note(
+                    f"Merging {self.name!r} again at the end of disabled() failed: it stays unmerged, and the weights "
+                    "are those of the base. Call merge() to merge it again."
+                )
+            raise
 
     @property
     def made_dense(self) -> tuple[str, ...]:
@@ -370,7 +393,8 @@ class Injection(Installed):
             self._rewritten()
 
     def bake(self) -> None:
-        """Merge for good and remove the injection: the host keeps the effect (`merge_and_unload` of peft).
+        """Merge permanently and remove the injection: the host keeps the injection's effect (`merge_and_unload` of
+        peft).
 
         Raises:
             NotMergeable, MergeError: as `merge`; the injection is still there.
@@ -413,15 +437,15 @@ class Injection(Installed):
     ) -> None:
         """Write the adapter alone into the folder `path`, or into one file.
 
-        Of a model whose weights are sharded over processes (FSDP2) all of them call this, and the first one writes.
+        If the model's weights are sharded over processes (FSDP2), all processes call this, and the first one writes.
 
         Args:
-            path: a folder; it is made where it is missing, and files of the same format in it are replaced. A path that
-                ends with ".safetensors" is one file, in formats whose adapters are one (ours, "diffusers", "kohya").
+            path: a folder; it is created if missing, and files of the same format in it are replaced. A path that ends
+                with ".safetensors" is a single file, for formats that allow one (peftcore's own, "diffusers", "kohya").
             format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",
                 "diffusers", "kohya"), or several at once; also for which model of a pipeline:
                 "diffusers/text_encoder_2".
-            weights: record a digest of the base's values at the sites, so that `load` refuses other ones.
+            weights: record a digest of the base weights at the sites, so that `load` refuses a base with other weights.
             metrics: numbers for the model card, by name, as ``{"accuracy": 0.93}``, or by data set and name, as
                 ``{"glue": {"accuracy": 0.93}}``.
 
@@ -441,7 +465,7 @@ class Injection(Installed):
         revision: str | None = None,
     ) -> None:
         """Replace the values of this adapter by those of another adapter of the same method. The active adapters, the
-        name and the tensors stay, so nothing is planned, traced or compiled again (`hotswap_adapter` of peft).
+        name and the tensors stay, so the model is not planned, traced or compiled again (`hotswap_adapter` of peft).
 
             served = peftcore.load(model, "adapters/news", name="slot", room={"rank": 64})
             served.swap("adapters/law")  # of any rank up to 64, and any alpha
@@ -450,22 +474,23 @@ class Injection(Installed):
         needs the same target modules and the same options; options that determine tensor sizes may be smaller (`room`
         of `load`), and a scale is written into the values. The dropouts of this injection stay.
 
-        It is refused while a forward of the model, or a call of `using`, names this one. Compiled forwards, and those
-        of parts of the model that run by themselves, are not seen: swap between them. A generation in which each step
-        is a separate call continues with its cache of keys and values.
+        A swap is refused while a forward of the model, or a call of `using`, names this injection. Compiled forwards,
+        and forwards of parts of the model that run by themselves, are not detected: swap between them. A generation in
+        which each step is a separate call continues with its cache of keys and values.
 
         Args:
-            source: what `load` takes; or another adapter of this model, or of one of its shape; or a state dict, as
-                `state_dict` returns it, of an adapter with the same options.
+            source: anything that `load` accepts; or an adapter of this model or of a model of the same shape; or a
+                state dict from `state_dict` of an adapter with the same options.
             revision: as of `load`.
 
         Raises:
-            SwapError: it cannot take the place exactly: another method, other target modules, options or dtype, or a
-                larger rank than there is room for; or the adapter is in use in a forward or a call of `using`; or
-                DeepSpeed has cut it apart (ZeRO-3).
-            MergeError: this one is merged, or the other is made of weights into which an adapter is merged.
+            SwapError: the values cannot be replaced exactly: another method, other target modules, options or dtype, or
+                a rank above the reserved room; or the adapter is in use in a forward or a call of `using`; or DeepSpeed
+                has sharded it (ZeRO-3).
+            MergeError: this injection is merged, or the other adapter is computed from weights into which an adapter is
+                merged.
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.
-            MemoryLimit: it is idle, and there is not enough memory to restore it.
+            MemoryLimit: this injection is idle, and the memory is not enough to restore it.
 
         Nothing was changed then.
         """
@@ -501,20 +526,18 @@ class Injection(Installed):
         create_pr: bool = False,
         metrics: Mapping[str, Any] | None = None,
     ) -> CommitInfo | None:
-        """Upload the adapter alone to a repository on a model hub, with its model card; returns the commit, whose text
-        is its address, as huggingface_hub does.
-
-        The repository is made where there is none. A ``README.md`` in it that peftcore did not write is kept. If the
-        model's weights are sharded over processes, all processes call this; the first one uploads, and the other ones
-        get None.
+        """Upload the adapter alone to a repository on a model hub, with its model card; returns the commit as
+        huggingface_hub does (as text it is the address of the commit). A missing repository is created. A ``README.md``
+        that peftcore did not write is kept. If the model's weights are sharded over processes, all processes call this;
+        the first one uploads, and the other ones get None.
 
         Args:
             repo_id: "owner/name".
             format: as of `save`.
             private: True makes a new repository private; by default the owner's setting holds.
-            revision: a branch, which is made where it is missing; the main branch by default.
-            commit_message: of the commit.
-            token: as huggingface_hub takes it: that of ``hf auth login`` or ``HF_TOKEN`` by default.
+            revision: a branch, which is created if missing; the main branch by default.
+            commit_message: the message of the commit.
+            token: the token for huggingface_hub; by default the token of ``hf auth login`` or ``HF_TOKEN``.
             create_pr: True proposes the commit as a pull request.
             metrics: as of `save`.
 
@@ -537,7 +560,7 @@ class Injection(Installed):
             )
 
     def summary(self) -> Summary:
-        """Returns a summary of the injection, and whether all of it is in one state."""
+        """Returns a summary of the injection, including mixed or broken states."""
         parameters = list(self.parameters())
         training = [parameter.requires_grad for parameter in parameters]
         return Summary(
@@ -557,11 +580,14 @@ class Injection(Installed):
         """Verify that every operator is still installed at its site and will be called.
 
         Raises:
-            InactiveSite: naming the sites that were replaced, patched or ungrafted since.
+            InactiveSite: sites were replaced or patched, or lost their operators; the message names them.
         """
         broken = list(self._broken())
         if broken:
-            raise InactiveSite(f"{self.name!r} is not in place any more: {'; '.join(broken)}")
+            raise InactiveSite(
+                f"{self.name!r} is not fully installed any more: {'; '.join(broken)}. Call remove(), then apply or "
+                "load it again"
+            )
 
     def __repr__(self) -> str:
         return f"Injection({self.summary()})"
@@ -580,7 +606,7 @@ class Injection(Installed):
                     yield f"{site.path} was replaced"
 
     def fault(self, site: Site, graft: Graft) -> str:
-        """Returns why a call of a site's module does not reach an operator; nothing where it does."""
+        """Returns the reason why a call of a site's module does not reach an operator, as text; empty if it does."""
         slot = slot_of(site.module)
         swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
         mounts = () if slot is None else slot.mounts.get(self.name, ())
@@ -593,8 +619,8 @@ class Injection(Installed):
         return {site.module_path: site.module for graft in self.grafts for site in graft.holders}
 
     def module_at(self, path: str) -> nn.Module:
-        """Returns the module that was at a path when the injection came, wherever it is now; at another path than those
-        of its sites, the module that is there."""
+        """Returns the module that was at a path when the injection was applied, even if it has moved. For a path that
+        is not the path of a site, returns the current module at that path."""
         return self._modules.get(path) or self.model.get_submodule(path)
 
     def _module(self, path: str) -> nn.Module | None:
@@ -617,33 +643,35 @@ class Injection(Installed):
         self.state.replan()
 
     def stored_anew(self, module: nn.Module) -> None:
-        """Read the layers of a module's sites again, after the module was quantized or made dense."""
+        """Update the layers (`Layer`) of a module's sites, after the module was quantized or made dense."""
         self._surgeon.stored_anew(module)
 
     def check_routable(self, by_tokens: bool = False) -> None:
         """Verify that rows of a batch can be distinguished at every site, and with `by_tokens` the tokens of each row.
 
         Raises:
-            RouteError: the method or a site cannot distinguish them: lists of experts get only the tokens that were
-                chosen for them, position tables do not get rows.
+            RouteError: the method or a site cannot distinguish them: experts receive only the tokens routed to them,
+                and position tables receive no rows.
         """
         if not self.method.tags.per_row:
-            raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
+            raise RouteError(
+                f"{self.method.name} acts on the whole batch, so it cannot be routed by rows: activate it for all rows"
+            )
         if any(site.layer.in_pieces for graft in self.grafts for site in graft.holders):
             raise RouteError(
                 f"{self.name!r} acts on tensor-parallel layers, which run all rows at once: activate one adapter for "
-                "all of them, or route in the whole model"
+                "all rows, or route in the model before it is parallelized"
             )
         for site in self.sites:
             if not site.separable:
                 raise RouteError(
-                    f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart: exclude it, or "
-                    "activate one adapter for all rows"
+                    f"{self.name!r} acts on {site.path}, where rows of the batch cannot be distinguished: exclude it, "
+                    "or activate one adapter for all rows"
                 )
             if by_tokens and not site.of_tokens:
                 raise RouteError(
-                    f"{self.name!r} acts on {site.path}, which does not act on each token by itself: route it without "
-                    "`since`, on whole rows"
+                    f"{self.name!r} acts on {site.path}, which does not process each token independently: route whole "
+                    "rows, without `since`"
                 )
 
     def check_combinable(self) -> None:
@@ -655,8 +683,8 @@ class Injection(Installed):
         inside = any(graft.site.form == "attention" for graft in self.grafts)
         if inside or not self.method.tags.per_row or any(isinstance(g.operator, InputOperator) for g in self.grafts):
             raise CompositionError(
-                f"{self.name!r} ({self.method.name}) does not act on outputs of modules alone, so these cannot be "
-                "summed, averaged, split or fused with others; stack it"
+                f"{self.name!r} ({self.method.name}) does not act only on module outputs, so its outputs cannot be "
+                "summed, averaged, split or fused with others: use peftcore.Stack"
             )
 
     def _alive(self) -> None:

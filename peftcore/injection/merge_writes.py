@@ -1,5 +1,5 @@
-"""The writes of a merge into a host: where they are, how they are undone, and whether other code has written there
-since.
+"""The writes of a merge into a host: their places, how to undo them, and checks whether other code has written to the
+same places since.
 
 A tensor of the host is never written to, since other objects may hold it: a frozen reference over the same base, an
 optimizer, a running thread. A new tensor replaces it in all modules of the host that hold it.
@@ -27,14 +27,13 @@ Holder = tuple[str, nn.Module, str]
 Holders = Mapping[int, list[Holder]]
 """The modules of a host that hold a tensor as a parameter or buffer, by id of the tensor."""
 Key = tuple[str, str]
-"""(module path, tensor path below it)"""
+"""The key of a merged tensor: (module path, tensor path below the module)."""
 Predict = Callable[[Key, Tensor], Tensor]
-"""Returns a tensor of the host as subtracting the change from the merged one would give it."""
+"""Returns the prediction of an original tensor: the merged tensor minus the change."""
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the modules of a host and their paths, operators left out: they are tied to nothing, and there may be
-    many."""
+    """Returns the modules of a host and their paths, without operators, whose tensors are never tied to the host's."""
     with saving_base():
         return {module: path for path, module in model.named_modules()}
 
@@ -51,7 +50,7 @@ def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """Returns the tensor that a module holds under a name: not one that it computes."""
+    """Returns the tensor that a module stores under a name; None for a computed tensor."""
     for table in (module._parameters, module._buffers, vars(module)):
         if name in table:
             found: Tensor | None = table[name]
@@ -74,7 +73,7 @@ class MergeWrite(ABC):
         return ()
 
     def incoming(self) -> Iterable[Tensor]:
-        """Returns the tensors that took their place."""
+        """Returns the tensors that replaced them in the host."""
         return ()
 
     @abstractmethod
@@ -83,7 +82,7 @@ class MergeWrite(ABC):
 
     @abstractmethod
     def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
-        """Bring back what was there, and return the tensors that are in the host again.
+        """Restore the original tensors, and return those that are in the host again.
 
         Raises:
             MergeError: a record does not fit.
@@ -98,7 +97,7 @@ class Replaced(MergeWrite):
     holders: list[Holder]
     tensor: Tensor
     original: OriginalTensor | None
-    """None where the host had no tensor."""
+    """The original tensor as it was kept; None if the host had no tensor there."""
     fingerprint: Fingerprint
 
     def __post_init__(self) -> None:
@@ -112,7 +111,7 @@ class Replaced(MergeWrite):
         return self.added is not None and not here.is_meta and torch.equal(here, self.added.to(here))
 
     def put(self, journal: Journal) -> None:
-        """Put the new tensor in its place."""
+        """Replace the tensor by the new one."""
         for _, module, name in self.holders:
             journal.set(module, name, self.tensor)  # some modules (nn.RNN) keep more in step
 
@@ -139,8 +138,8 @@ class Replaced(MergeWrite):
         old = None if self.original is None else brought_back(self.original, now, lambda: predict(self.key, now))
         if old is None and self.original is not None:
             raise MergeError(
-                f"{'.'.join(self.key)}: the record does not fit any more, since an operator changed after the merge; "
-                "reload the base model"
+                f"{'.'.join(self.key)}: the record of the merge does not fit any more, because an operator changed "
+                "after the merge; reload the base model"
             )
         holding = (*self.holders, *holders.get(id(self.tensor), ()))  # also what was tied to it since
         for _, module, name in {(id(each[1]), each[2]): each for each in holding}.values():
@@ -155,7 +154,7 @@ class Overwritten(MergeWrite):
     key: Key
     tensor: Tensor
     values: Tensor
-    """The original ones: a copy, where it was asked for."""
+    """A copy of the original values, if it was requested."""
 
     def put(self, journal: Journal, new: Tensor) -> None:
         """Write the new values."""
@@ -178,7 +177,7 @@ class QuantizedLayerWrite(MergeWrite):
     key: Key
     module: nn.Module
     journal: Journal
-    """Brings back the layer as it was, codes included."""
+    """Undoes the change: restores the layer with its quantized codes."""
 
     def __post_init__(self) -> None:
         weight = self._weight()
@@ -202,7 +201,7 @@ class QuantizedLayerWrite(MergeWrite):
 
 @dataclass(eq=False)
 class Folded(MergeWrite):
-    """A tensor that was computed, and is a parameter now."""
+    """A computed tensor (a parametrization) that the merge replaced by a plain parameter."""
 
     key: Key
     module: nn.Module
@@ -211,7 +210,7 @@ class Folded(MergeWrite):
     sources: tuple[nn.Parameter, ...]
     """The parameters from which it was computed."""
     journal: Journal
-    """Brings back what computes it."""
+    """Undoes the change: restores the computation of the tensor."""
 
     def __post_init__(self) -> None:
         self.fingerprints = {name: fingerprint(tensor) for name, tensor in self.tensors.items()}

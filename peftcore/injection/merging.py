@@ -1,4 +1,4 @@
-"""Merging an injection into the host's tensors, and the exact way back.
+"""Merging an injection into the host's tensors, and exact unmerging.
 
 Deltas are computed in float32 (float64 for float64 hosts) and cast once. All tensors are written or none, and none that
 existed before is written to: new ones take their places (`merge_writes`), and the originals are kept as asked
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 Into = Literal["float", "same"]
 BOUND = 0.25
-"""The error of packing again above which a merge is refused: about twice that of the coarsest 4-bit format."""
+"""The error of packing again above which a merge is refused: about twice the error of the coarsest 4-bit format."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class MergeOptions:
             ("into", self.into, get_args(Into)),
         ):
             if value not in choices:
-                raise ConfigError(f"{name}={value!r}: it is one of {', '.join(map(repr, choices))}")
+                raise ConfigError(f"{name}={value!r} is not valid: use one of {', '.join(map(repr, choices))}")
         if not math.isfinite(self.weight):
-            raise ConfigError(f"weight={self.weight!r}: it is a finite number")
+            raise ConfigError(f"weight={self.weight!r} is not valid: use a finite number")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Repacked:
     error: float
     """Norm of the difference to the merged weight, over the norm of the merged weight."""
     lost: float
-    """Norm of the same difference, over the norm of the merge's change: at 1 it drowns the adapter."""
+    """Norm of the same difference, over the norm of the merge's change: at 1 the error is as large as the adapter's
+    effect."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class MergeInForce:
-    """A merge that is in force: how to undo it."""
+    """A merge that is in force, with the records to undo it."""
 
     wanted: MergeOptions
     report: MergeReport
@@ -168,8 +169,8 @@ def _check(injection: Injection) -> None:
     stuck = [graft.site.path for graft in _folding(injection) if not is_mergeable(graft.operator)]
     if stuck:
         raise NotMergeable(
-            f"{injection.method.name} cannot be folded into weights: what it computes is no function of the weight "
-            f"alone (first at {stuck[0]}). Keep it active, or remove() it"
+            f"{injection.method.name} cannot be merged into weights: its effect is not a function of the weight alone "
+            f"(first at {stuck[0]}). Keep it active, or remove() it"
         )
     for where, choice in state.choices.in_force():
         check_merge(state.injections, state.merged, name, choice, where)
@@ -180,7 +181,10 @@ def _check(injection: Injection) -> None:
     for graft in _folding(injection):
         for site in graft.holders:
             if fault := injection.fault(site, graft):
-                raise MergeError(f"{name!r} does not act everywhere, so merging it would change outputs: {fault}")
+                raise MergeError(
+                    f"{name!r} does not act at all of its sites, so merging it would change outputs: {fault}. Call "
+                    "remove(), then apply or load it again"
+                )
             try:
                 _check_values(site, graft.operator)
             except UnsupportedSite as error:
@@ -197,8 +201,8 @@ def _check_values(site: Site, operator: nn.Module) -> None:
         raise UnsupportedSite(f"{ENGINE}; save the adapter, and merge it into a model outside of DeepSpeed")
     if is_cut(like) and not all(map(is_cut, operator.parameters())):
         raise UnsupportedSite(
-            "it is sharded and the adapter, which came later, is not; save that, and merge it into the model before "
-            "sharding"
+            "it is sharded, but the adapter was applied later and is not; save the adapter, and merge it into the "
+            "model before sharding"
         )
 
 
@@ -212,17 +216,21 @@ def _check_places(injection: Injection, layers: Mapping[Key, Layer]) -> None:
         old = held(owner, name) if way is None else None
         if not has_place(owner, name):
             raise MergeError(
-                f"{path} is computed by {type(owner).__name__} in a way that is not torch's own, so the merged values "
-                f"have no place. Keep {injection.name!r} active, or replace the module by one that holds its weight"
+                f"{path} is computed by {type(owner).__name__} in a custom way, so there is no parameter for the "
+                f"merged values. Keep {injection.name!r} active, or replace the module by one that stores its weight"
             )
         sources = way.sources if way is not None else () if old is None else (old,)
         if any(each.requires_grad for each in sources):
             raise MergeError(
-                f"{path} of the base trains, or what it is computed from does: an optimizer would go on with the old "
-                "tensors. requires_grad_(False) first, and make an optimizer for the new ones after the merge"
+                f"{path} of the base trains, or a tensor from which it is computed trains: an optimizer would keep the "
+                "old tensors. Call requires_grad_(False) first, and make an optimizer for the new tensors after the "
+                "merge"
             )
         if way is not None and MANAGED in vars(owner):
-            raise MergeError(f"{path} is computed and sharded (FSDP2); fold what computes it before sharding")
+            raise MergeError(
+                f"{path} is computed from other tensors and sharded (FSDP2): replace it by a plain parameter before "
+                "sharding"
+            )
 
 
 def _owner(injection: Injection, key: Key) -> tuple[nn.Module, str]:
@@ -242,8 +250,8 @@ def _check_ties(injection: Injection, new: Mapping[Key, Tensor], holders: Holder
             f"{path}.{name}" for (path, _, name), key in zip(tied, keys, strict=True) if key is None or key != first
         )
         raise MergeError(
-            f"{'.'.join(first)} is tied to {other}, and merging would change that too. "
-            "Untie them first: give one an nn.Parameter of its own"
+            f"{'.'.join(first)} is tied to {other}, and merging would change both. Untie them first: give one an "
+            "nn.Parameter of its own"
         )
 
 
@@ -355,9 +363,9 @@ def _unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> No
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise MergeError(
-            f"{', '.join(changed[:4])}{more}: no longer what was written there when {injection.name!r} was merged. "
-            "They were loaded, trained, cast or replaced since, which an undoing would lose; nothing was changed. "
-            "bake() keeps what is there now"
+            f"{', '.join(changed[:4])}{more}: changed after {injection.name!r} was merged (loaded, trained, cast or "
+            "replaced), and unmerging would lose these changes; nothing was changed. Call bake() to keep the current "
+            "values"
         )
     holders, predict = holders_of(injection.model), functools.partial(_prediction, injection)
     _exchange(injection, journal, [(w.incoming(), w.undo(journal, holders, predict)) for w in reversed(merged.written)])
@@ -470,7 +478,7 @@ class _Writer:
         if error.error > self.wanted.max_error:
             raise MergeError(
                 f"{key[0]}: packing the merged weight again would change it by {error.error:.3g} of its norm, more "
-                f"than {self.wanted.max_error:.3g}; nothing was changed. Merge into='float', or raise max_error"
+                f"than {self.wanted.max_error:.3g}; nothing was changed. Merge with into='float', or raise max_error"
             )
         self.repacked[key[0]] = error
         self._reform(key, module, again)

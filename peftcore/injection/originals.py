@@ -85,7 +85,8 @@ class OriginalTensor:
 
 
 def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> OriginalTensor:
-    """Returns a tensor of the host kept as asked; `predict` gives it as subtracting the delta would."""
+    """Returns a tensor of the host, kept in the requested form; `predict` returns the tensor that subtracting the delta
+    would give."""
     if keep in (None, "device") or (keep == "cpu" and old.device.type == "cpu"):
         return OriginalTensor(old)  # with None it goes with the merge that succeeded
     if keep == "cpu":

@@ -95,7 +95,7 @@ def scheme(name: str, **options: Any) -> Scheme:
     """Returns a scheme by name, with its options.
 
     Raises:
-        QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
+        QuantizationError: no plugin has it, an option is wrong, or a package is missing; the message says what to do.
     """
     cls = scheme_class(name)
     missing = cls.missing()
@@ -105,7 +105,7 @@ def scheme(name: str, **options: Any) -> Scheme:
         return cls(**options)
     except ValidationError as error:
         lines = [f"{name}: {'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise QuantizationError("\n".join([*lines, f"it has: {', '.join(cls.model_fields) or 'no options'}"])) from None
+        raise QuantizationError("\n".join([*lines, f"its options: {', '.join(cls.model_fields) or 'none'}"])) from None
 
 
 @functools.cache
@@ -155,21 +155,21 @@ def round_trip(weight: Tensor, key: str) -> Tensor:
 def quantize(model: M, name: str, *, target: Target | None = None, exclude: Target | None = None, **options: Any) -> M:
     """Quantize a host's linear layers in place; all of them, or none on an error.
 
-    Modules stay the objects that they are. Injections that are on the host stay active; those that were made for a
-    quantized base (LoftQ and the like) choose the weight that is packed.
+    Modules stay the same objects. Installed injections stay active; methods for quantized bases (LoftQ and similar)
+    choose the weight that is packed.
 
     Args:
-        model: the host, its weights dense. Quantized layers are passed over.
+        model: the host, its weights dense. Layers that are already quantized are skipped.
         name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists those of the plugins).
-        target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the
-            role "all-linear"), or of a host without such roles every linear layer. Stacked experts stay dense, which
-            the logger "peftcore" says once.
+        target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the role
+            "all-linear"), or of a host without such roles every linear layer. Stacked experts stay dense; the logger
+            "peftcore" reports this once.
         exclude: targets to leave dense.
         options: the scheme's options.
 
     Raises:
         QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
-        TargetError: there is nothing to pack.
+        TargetError: the target has no dense linear layer.
         UnsupportedSite: the target includes a module that is not a linear layer.
 
     Nothing was changed then.
@@ -215,7 +215,7 @@ def dequantize(model: M) -> M:
     packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}
     for module in model.modules():
         if (slot := slot_of(module)) is not None and slot.state.made_dense:
-            raise QuantizationError(f"{MERGED}; its undoing would bring codes back")
+            raise QuantizationError(f"{MERGED}, because unmerging would restore quantized codes")
     for path in packed:
         _check_unmerged(model.get_submodule(path))
     modules = {path: model.get_submodule(path) for path in packed}
@@ -249,23 +249,28 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
         linear = isinstance(site.layer, Linear) and not site.layer.one_hot  # a table is no linear layer, in any storage
         fits = linear and site.layer.called and site.tensor == "weight"
         if not fits and target is not None:
-            raise UnsupportedSite(f"{site.path} is no linear layer that is called, so its weight cannot be packed")
+            raise UnsupportedSite(
+                f"{site.path} is not a linear layer that is called, so its weight cannot be packed: exclude it"
+            )
         if not fits:
             dense.append(site.path)
         if not fits or site.layer.packed or id(site.module) in seen:
             continue
         if not has_place(site.module, "weight"):
             raise QuantizationError(
-                f"{site.path} computes its weight in a way that is not torch's own, so packed it would have two"
+                f"{site.path} computes its weight in a custom way, so packing would leave two weights: exclude it"
             )
         _check_unmerged(site.module)
         seen.add(id(site.module))
         yield site
     if not seen:
-        raise TargetError("there is no dense linear layer to pack here")
+        raise TargetError("there is no dense linear layer to pack here: pass another model or target=")
     if dense:
         notice(
-            [f"quantize: {len(dense)} weights stay dense, which are no linear layers that are called ({dense[0]}, ...)"]
+            [
+                f"quantize: {len(dense)} weights stay dense, because they do not belong to linear layers that are "
+                f"called ({dense[0]}, ...)"
+            ]
         )
 
 

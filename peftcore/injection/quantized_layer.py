@@ -1,7 +1,7 @@
 """Quantized layers: how a quantizer describes its format, and how a module is quantized and made dense in place.
 
-A module is replaced *in place*: it takes over class and state of another one and stays the object that it was, so
-containers, ties, hooks and grafts go on to hold it.
+A module is replaced *in place*: it gets the class and state of another module but stays the same object, so containers,
+ties, hooks and operators still refer to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftcore.utils.journal import Journal
 
 class Dense(nn.Linear):
     """Runs in place of a quantized linear layer when an effective weight replaces the quantized one. Like a quantized
-    layer, it takes inputs of any floating-point dtype and returns theirs."""
+    layer, it accepts inputs of any floating-point dtype and returns outputs of the same dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -82,7 +82,7 @@ class QuantizedLayer(Linear):
         Raises:
             MergeError: unless the format overrides it.
         """
-        raise MergeError(f"{type(module).__name__} cannot be packed again")
+        raise MergeError(f"{type(module).__name__} cannot be packed again: merge with into='float'")
 
     # The interface of any layer; it is asked of the other tensors of the module too
 
@@ -154,8 +154,8 @@ def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
-    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. Where all are
-    quantized, the dtype of any other parameter."""
+    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. If all matrices are
+    quantized, the dtype of another parameter."""
     own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
@@ -165,7 +165,7 @@ TABLES = ("_parameters", "_buffers")
 TENSORS = (*TABLES, "_non_persistent_buffers_set")
 """The attributes in which a module holds its tensors."""
 FOREIGN = (*FORWARDS, "_hf_hook")
-"""Attributes that others (accelerate) set on an instance, which stay there."""
+"""Attributes that other libraries (accelerate) set on an instance; they are kept."""
 
 
 def replace_in_place(journal: Journal, module: nn.Module, other: nn.Module) -> None:
@@ -173,7 +173,7 @@ def replace_in_place(journal: Journal, module: nn.Module, other: nn.Module) -> N
     training mode.
 
     Raises:
-        MergeError: Python lets no object of the one class become one of the other; nothing was changed.
+        MergeError: Python cannot change an object of the one class into an object of the other; nothing was changed.
     """
     _check_becomes(module, plain_class(other))
     bias, new = _bias(module), dict(_own(other))
@@ -203,8 +203,8 @@ def _check_becomes(module: nn.Module, cls: type[nn.Module]) -> None:
         object.__setattr__(probe, "__class__", cls)
     except TypeError:
         raise MergeError(
-            f"an object of {own.__name__} cannot become one of {cls.__name__} in place, so its weight stays as it is; "
-            "load the base without quantization, and the adapter onto it, and merge there"
+            f"{own.__name__} cannot be converted to {cls.__name__} in place, so its weight was not changed: load the "
+            "base without quantization, load the adapter onto it, and merge there"
         ) from None
 
 

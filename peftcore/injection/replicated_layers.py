@@ -16,7 +16,7 @@ from peftcore.layers.adapter_modules import ADAPTER_MODULES
 from peftcore.utils.journal import Journal
 
 Ranges = Sequence[Sequence[int]]
-"""Numbers of layers, each range as its first and the one behind its last: ``[[0, 4], [2, 5]]``."""
+"""Ranges of layer numbers, each as its first number and the number after its last: ``[[0, 4], [2, 5]]``."""
 
 
 def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) -> None:
@@ -27,20 +27,23 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
 
     Args:
         model: the model.
-        ranges: of numbers of its layers, as in peft's `layer_replication`.
-        path: the list of layers, where the model has several.
+        ranges: the ranges of layer numbers, as in peft's `layer_replication`.
+        path: the path of the list of layers; needed if the model has several lists.
 
     Raises:
         UnsupportedHost: the model lacks a list of layers, or has several; a range is outside of the list; or the model
             is adapted already.
     """
     if injections(model):
-        raise UnsupportedHost("layers are replicated before adapters are on the model: remove() them first")
+        raise UnsupportedHost("layers can be replicated only in a model without adapters: remove() them first")
     path = _stack(model) if path is None else path
     layers = model.get_submodule(path)
     numbers = [number for start, stop in ranges for number in range(start, stop)]
     if not isinstance(layers, nn.ModuleList) or not numbers or not all(0 <= n < len(layers) for n in numbers):
-        raise UnsupportedHost(f"{path} has no layers {ranges}; it is a {type(layers).__name__} of {_length(layers)}")
+        raise UnsupportedHost(
+            f"{path} has no layers {ranges}; it is a {type(layers).__name__} of {_length(layers)}. Pass ranges of "
+            "existing layers"
+        )
     parent, _, name = path.rpartition(".")
     made = nn.ModuleList(_again(layers[number], index) for index, number in enumerate(numbers))
     made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
@@ -103,7 +106,7 @@ def _stack(model: nn.Module) -> str:
     lists = {path: each for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists if other != path)]
     if len(outer) != 1:
-        raise UnsupportedHost(f"the model has {len(outer)} lists of layers: say path=, one of {sorted(outer)}")
+        raise UnsupportedHost(f"the model has {len(outer)} lists of layers: pass path=, one of {sorted(outer)}")
     return str(outer[0])
 
 

@@ -1,4 +1,4 @@
-"""The `Request`: one adapter that is to be installed in a model, whoever asks for it (`apply`, `load`, `combine`)."""
+"""The `Request`: one adapter to install in a model, as requested by `apply`, `load` or `combine`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, dtype_of
 from peftcore.contract.method import Method
-from peftcore.contract.peft_names import is_peft_config
 from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, UnsupportedHost
 from peftcore.forward.state.host_state import state_of
 from peftcore.injection.injection import Injection
 from peftcore.layers.pieces import at_hand
 from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.peft_names import is_peft_config
 from peftcore.registry.plugins import registry
 from peftcore.registry.preset_methods import method_of, preset_of
 from peftcore.roles import HostMap
@@ -36,8 +36,7 @@ Asked = str | MethodConfig | type[Method] | Sequence[Part]
 
 @dataclass(frozen=True)
 class Request:
-    """One adapter that is to be installed in a model. It is made once; `peftcore.injection.applying.install` carries it
-    out."""
+    """One adapter to install in a model; `peftcore.injection.applying.apply_request` carries it out."""
 
     model: nn.Module
     method: Method
@@ -52,11 +51,12 @@ class Request:
     data: Data | None = None
     """Batches for a method that looks at data before training."""
     fill: Callable[[Injection], object] | None = None
-    """Gives the installed injection its values, of a file or of other adapters; None leaves those of a fresh one."""
+    """A function that fills the installed injection with values from a file or from other adapters; None keeps the
+    initial values."""
     active: bool = True
-    """Whether the injection acts from then on."""
+    """Whether the injection is active after the installation."""
     instead: Collection[str] = ()
-    """The names of injections that are deactivated for it."""
+    """The names of the injections that the new one replaces in the stack of active injections."""
 
     @classmethod
     def of(
@@ -104,7 +104,7 @@ class Request:
         """Check that data is given exactly when the recorded method, or a part of a hybrid, needs it.
 
         Raises:
-            CalibrationError: it is missing, or of no use.
+            CalibrationError: the data is missing, or the method does not use data.
             UnsupportedHost: the layers to look at are given pieces (tensor parallelism).
             ConfigError: the data would decide options of a part.
         """
@@ -112,44 +112,45 @@ class Request:
             return
         curious = [each.method.name for each in surgeon.with_parts() if each.method.looks_at_data(each.config)]
         if curious and self.data is None:
-            raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
+            raise CalibrationError(f"{curious[0]} looks at data before training: pass it with apply(..., data=batches)")
         if self.data is not None and not curious:
             some = self.method.tags.data_options or {}
             values = {option: value if isinstance(value, tuple) else (value,) for option, value in some.items()}
             but = "".join(f"; it does with {option}={' or '.join(map(repr, each))}" for option, each in values.items())
-            raise CalibrationError(f"{self.method.name} looks at no data before training{but}; leave data= out")
+            raise CalibrationError(f"{self.method.name} does not look at data before training{but}; remove data=")
         if self.data is not None:
             check_looks_at_no_data(surgeon)
             _check_parts(surgeon, self.data)
 
 
 def check_model(model: object) -> None:
-    """Check that what is to be adapted is a module.
+    """Check that the model to adapt is a module.
 
     Raises:
-        UnsupportedHost: it is something else, such as a pipeline; the modules that it has are named.
+        UnsupportedHost: it is another object, such as a pipeline; the message names the modules in it.
     """
     if not isinstance(model, nn.Module):
         held = vars(model) if isinstance(getattr(model, "__dict__", None), dict) else {}
         inside = [f".{name}" for name, value in held.items() if isinstance(value, nn.Module)]
         hint = f"; it has {', '.join(inside)}: adapt one of these" if inside else ""
-        raise UnsupportedHost(f"{type(model).__name__} is no nn.Module{hint}")
+        raise UnsupportedHost(f"{type(model).__name__} is not an nn.Module{hint}")
 
 
 def check_name(model: nn.Module, name: str) -> str:
-    """Returns the name, if an injection of this host may have it.
+    """Returns the name, if it is valid for a new injection of this host.
 
     Raises:
-        DuplicateInjection: it is taken, empty, or has a dot.
+        DuplicateInjection: the name is taken, empty, contains a dot, or is an attribute of `nn.Module`.
     """
     state = state_of(model)
     if not name or "." in name or name in dir(nn.Module):
         raise DuplicateInjection(
-            f"an injection cannot be called {name!r}: not empty, no dots, no attribute of nn.Module"
+            f"an injection cannot be named {name!r}: use a non-empty name without dots that is not an attribute of "
+            "nn.Module"
         )
     if state is not None and name in state.injections:
         raise DuplicateInjection(
-            f"this host already has an injection named {name!r}; give another name=, or remove() it first"
+            f"this host already has an injection named {name!r}; pass another name=, or remove() it first"
         )
     return name
 
@@ -168,13 +169,11 @@ def resolve_method(method: Asked, options: Mapping[str, Any]) -> tuple[Method, M
     if isinstance(method, MethodConfig):
         return find_method(method.method)(), method.replace(**options) if options else method
     if is_peft_config(method):
-        raise ConfigError(
-            f"a {type(method).__name__} of peft can be applied, and nothing else: peftcore.apply(model, it)"
-        )
+        raise ConfigError(f"a peft {type(method).__name__} is supported only by apply: peftcore.apply(model, config)")
     cls = find_method(method) if isinstance(method, str) else method
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise ConfigError(
-            f'{type(method).__name__} is no method: name one, peftcore.apply(model, "lora", rank=8), or give a config, '
+            f'{type(method).__name__} is not a method: pass a name, peftcore.apply(model, "lora", rank=8), a config, '
             "or a list of methods. Files of peft are read by peftcore.load(model, folder)"
         )
     return method_of(cls, options)
@@ -203,6 +202,6 @@ def _check_parts(surgeon: RecordingSurgeon, data: Data) -> None:
             path, told = next(iter(new.items())) if new else (min(left_out), None)
             instead = f"exclude={path!r}" if told is None else f"overrides={{{path!r}: {told!r}}}"
             raise ConfigError(
-                f"data decides how {part.method.name} adapts {len(new) + len(left_out)} single sites, which it does by "
-                f"itself and not as a part: apply it alone, or tell the part what it found, {instead} and so on"
+                f"{part.method.name} decides from data how it adapts {len(new) + len(left_out)} single sites, which it "
+                f"cannot do as a part: apply it alone, or pass the decisions to the part: {instead} and so on"
             )

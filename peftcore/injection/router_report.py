@@ -20,16 +20,16 @@ class RouterRow:
     """The figures of one router.
 
     Attributes:
-        path: of its operator.
+        path: the path of its operator.
         routes: the unit that is routed: a token, a sequence or a task.
-        choices: how many gates counted.
+        choices: the number of gates that counted.
         padding: how many gates were left out because they belong to padding; None if padding was unknown, so that all
             counted.
         shares: the mean share of each expert. Gates of a choice count by their sizes, with a sum of one.
         loads: the fraction of choices that have each expert at all; 1 where gates are soft.
         balance: the entropy of `shares`, from 0 (one expert has all) to 1 (all have the same).
-        entropy: that of the gates of one choice, on average: near 0 where each picks one expert, 1 where it takes all
-            alike.
+        entropy: the mean entropy of the gates of one choice: near 0 if each choice uses one expert, 1 if it uses all
+            experts equally.
         dropped: how many choices had no expert.
     """
 
@@ -80,7 +80,7 @@ class RouterReport:
         return table
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the mean share of each expert at each router into a file, whose ending says in which format.
+        """Plot the mean share of each expert at each router into a file; the file's suffix determines the format.
 
         Raises:
             ExportError: matplotlib is not installed.
@@ -88,7 +88,7 @@ class RouterReport:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ExportError("a picture needs matplotlib: pip install matplotlib") from error
+            raise ExportError("plot needs matplotlib: pip install matplotlib") from error
         experts = max(len(row.shares) for row in self.routers)
         shares = [[*row.shares, *[math.nan] * (experts - len(row.shares))] for row in self.routers]
         figure = Figure(figsize=(4 + 0.4 * experts, 1.5 + 0.25 * len(shares)), layout="constrained")
@@ -108,7 +108,7 @@ def routers_of(name: str, operators: Mapping[str, Any]) -> dict[str, Router]:
     """
     found = {path: each for path, each in operators.items() if isinstance(each, Router)}
     if not found:
-        raise NoRouters(f"{name!r} has no routers: none of its operators gives shares of experts")
+        raise NoRouters(f"{name!r} has no routers: none of its operators distributes tokens over experts")
     return found
 
 

@@ -25,7 +25,7 @@ from peftcore.layers.layer import Layer
 from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
-LOAD = "load it under a name of its own, peftcore.load(model, path, name=..., active=False)"
+LOAD = "load it under another name, peftcore.load(model, path, name=..., active=False)"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, type, FunctionType)
 SIZES = frozenset({"in_features", "out_features"})
 """Attributes of torch's linear layer that its forward does not read."""
@@ -38,18 +38,20 @@ class Swap:
     pairs: list[tuple[Tensor, Tensor]]
     """The adapter's tensors, each with its new values, which have its shape."""
     options: Surgeon | None = None
-    """The other adapter, where the options are to be its own: nothing was padded or scaled."""
+    """The other adapter, whose options replace the present ones; None if values were padded or scaled, so that the
+    options stay."""
 
 
 def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
-    """Returns what is written where, so that `mine` computes what `other` does.
+    """Returns the writes after which `mine` computes the same as `other`.
 
     Raises:
-        SwapError: nothing does that exactly.
+        SwapError: no writes achieve this exactly.
     """
     if type(mine.method) is not type(other.method):
         raise SwapError(
-            f"{mine.name!r} is an adapter of {mine.method.name}, and the other one of {other.method.name}: {LOAD}"
+            f"{mine.name!r} is an adapter of {mine.method.name}, but the other adapter is one of {other.method.name}: "
+            f"{LOAD}"
         )
     _check_places(mine, other)
     theirs = dict(other.modules())
@@ -58,18 +60,18 @@ def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
         work.module(path, module, theirs[path])
     if work.wrong:
         raise SwapError(
-            f"the other adapter cannot take the place of {mine.name!r} exactly: {'; '.join(work.wrong[:8])}. Where a "
-            f"rank is too large, give room for it, peftcore.load(model, path, room={{'rank': 64}}); else {LOAD}"
+            f"the values of the other adapter cannot replace those of {mine.name!r} exactly: "
+            f"{'; '.join(work.wrong[:8])}. Where a rank is too large, reserve room with peftcore.load(model, path, "
+            f"room={{'rank': 64}}); otherwise {LOAD}"
         )
     return Swap(work.pairs, None if work.adjusted else other._surgeon)
 
 
 def matched_state(mine: AppliedMethod, state: Mapping[str, Tensor]) -> Swap:
-    """Returns what is written where for the values of a state dict, which say nothing of options: as if those were the
-    adapter's own.
+    """Returns the writes for the values of a state dict. A state dict has no options, so the adapter keeps its own.
 
     Raises:
-        SwapError: they are not the adapter's tensors.
+        SwapError: the names, shapes or dtypes of the tensors differ from the adapter's.
     """
     held = {f"{path}.{key}": each for path, module in mine.modules()
             for key, each in nn.Module.state_dict(module, keep_vars=True).items()}  # fmt: skip
@@ -79,8 +81,8 @@ def matched_state(mine: AppliedMethod, state: Mapping[str, Tensor]) -> Swap:
         tensor, value = held[name], state[name]
         if tensor.shape != value.shape:
             wrong.append(
-                f"{name} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (for another rank, name the "
-                "file, which has the scale too)"
+                f"{name} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (for another rank, pass the "
+                "file, which also stores the scale)"
             )
         elif tensor.dtype != value.dtype:
             wrong.append(f"{name} has dtype {value.dtype}, expected {tensor.dtype}")
@@ -91,7 +93,7 @@ def matched_state(mine: AppliedMethod, state: Mapping[str, Tensor]) -> Swap:
                 values = {name: state[f"{below}.{name}"] for name in names if f"{below}.{name}" in state}
                 wrong += [f"{below}.{what}" for what in each.wrong_values(values)]
     if wrong:
-        raise SwapError(f"these are not the tensors of {mine.name!r}: {'; '.join(wrong[:8])}")
+        raise SwapError(f"these tensors do not fit {mine.name!r}: {'; '.join(wrong[:8])}")
     return Swap([(held[name], state[name]) for name in held])
 
 
@@ -106,9 +108,9 @@ def _check_places(mine: AppliedMethod, other: AppliedMethod) -> None:
     here, there = places(mine), places(other)
     lacking, more = sorted({str(each[0]) for each in here - there}), sorted({str(each[0]) for each in there - here})
     if lacking or more:
-        what = [f"it has nothing like that at {', '.join(lacking[:4])}"] if lacking else []
-        what += [f"nothing here is like what it has at {', '.join(more[:4])}"] if more else []
-        raise SwapError(f"the other adapter does not stand where {mine.name!r} does: {' and '.join(what)}. {LOAD}")
+        what = [f"it lacks the operators at {', '.join(lacking[:4])}"] if lacking else []
+        what += [f"it has other operators at {', '.join(more[:4])}"] if more else []
+        raise SwapError(f"the other adapter has other operators than {mine.name!r}: {' and '.join(what)}. {LOAD}")
 
 
 class _Work:
@@ -132,7 +134,7 @@ class _Work:
         theirs = dict(other.named_modules())
         inner = dict(mine.named_modules())
         if {name: type(each) for name, each in inner.items()} != {name: type(each) for name, each in theirs.items()}:
-            self.wrong.append(f"{path} is made of other modules")
+            self.wrong.append(f"{path} contains other modules")
             return
         for below, each in inner.items():
             for name, a, b in self._differing(each, theirs[below]):
@@ -140,14 +142,14 @@ class _Work:
                 if full == "scale" and scaled and isinstance(a, float) and isinstance(b, float) and a:
                     factors |= dict.fromkeys(scaled, b / a)
                 elif not _in_training_only(each, name):
-                    self.wrong.append(f"{path}: {full} is {_said(b)}, and here {_said(a)}")
+                    self.wrong.append(f"{path}: {full} is {_said(b)} in the other adapter, and {_said(a)} here")
                 self.adjusted = True
         for below, each in inner.items():
             self._tensors(path, f"{below}.".lstrip("."), each, theirs[below], padded, factors)
         if self.adjusted:
             for name, a, b in self._drawn:
                 if not torch.equal(a, b.to(a.device)):
-                    self.wrong.append(f"{name} is made of other options, and is in no file")
+                    self.wrong.append(f"{name} was computed with other options, and is not saved in files")
             self._drawn.clear()
 
     def _tensors(
@@ -163,7 +165,7 @@ class _Work:
             for name, a in a_table.items():
                 b, full = b_table.get(name), prefix + name
                 if (a is None) != (b is None):
-                    self.wrong.append(f"{path}.{full} is there in one of them alone")
+                    self.wrong.append(f"{path}.{full} exists in only one of the adapters")
                 if a is None or b is None or id(a) in self._seen:
                     continue
                 self._seen.add(id(a))
@@ -173,7 +175,7 @@ class _Work:
 
     def _pair(self, name: str, mine: Tensor, value: Tensor, padded: bool, factor: float) -> None:
         if type(mine) not in (Tensor, nn.Parameter):
-            self.wrong.append(f"{name} is a {type(mine).__name__}, which is not written to by parts")
+            self.wrong.append(f"{name} is a {type(mine).__name__}, which values cannot be copied into")
         elif mine.dtype != value.dtype:
             self.wrong.append(f"{name} has dtype {value.dtype}, expected {mine.dtype}")
         elif mine.is_meta or value.is_meta:
@@ -238,11 +240,11 @@ def _said(value: Any) -> str:
 
 @contextmanager
 def exchanging(state: HostState, name: str) -> Iterator[None]:
-    """Context manager in which the values of an injection may be written: no forward that it acts in runs meanwhile,
-    and one that begins waits.
+    """Context manager in which the values of an injection may be written: no forward that uses the injection runs
+    inside the block, and a forward that begins waits.
 
     Raises:
-        SwapError: one runs, or a call (`using`) names it that is not over.
+        SwapError: a forward that uses the injection is running, or a call of `using` that names it has not ended.
     """
     drop_interrupted()
     with state.swap_lock:
@@ -252,8 +254,8 @@ def exchanging(state: HostState, name: str) -> Iterator[None]:
             if any(choice is not None and name in choice.named for choice in (*forwards, *state.choices.called())):
                 raise SwapError(
                     f"{name!r} is in use: a forward or a call of peftcore.using that names it has not ended, and would "
-                    f"compute with parts of both. Swap between calls; while there are always some, {LOAD}, and let new "
-                    "calls name that one"
+                    f"compute with old and new values. Swap between calls; if calls always overlap, {LOAD}, and use "
+                    "that name in new calls"
                 )
             yield
         finally:
@@ -261,7 +263,7 @@ def exchanging(state: HostState, name: str) -> Iterator[None]:
 
 
 def write(mine: AppliedMethod, swap: Swap) -> None:
-    """Write the values, and take over options. Where that fails, the values are those from before."""
+    """Write the values and the options. After an error, the previous values are restored."""
     inference = any(tensor.is_inference() for tensor, _ in swap.pairs)
     copies = [(tensor, value.to(tensor.device)) for tensor, value in swap.pairs]  # what can fail comes first
     with torch.inference_mode(inference), torch.no_grad(), Journal() as journal:

@@ -26,23 +26,24 @@ from peftcore.injection.injection import installed
 P = ParamSpec("P")
 T = TypeVar("T")
 Change = Callable[[Choice], Choice]
-"""Returns a choice that updates another one: parts that are not given stay as they were."""
+"""A function that returns an updated choice; parts of the choice that were not given stay the same."""
 
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:
-    """Make exactly these injections act, in the order in which they were applied; no names: the bare base model.
-    Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) differ; names given with them stack in the order given.
+    """Activate exactly these injections, in the order in which they were applied; without names, the bare base model
+    runs. Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) combine injections in other ways; names given
+    together with compositions stack in the given order.
 
     Applies at once. The result is also a context manager that restores the earlier choice:
 
         with activate(model, "summarize"):
             model.generate(...)
 
-    As a statement in the thread that adapted the host, it holds for all threads and tasks that did not choose for
-    themselves; in any other thread for that thread alone. As a block it has the same scope, except in an asyncio task,
-    where it holds for that task and the tasks that it starts. Blocks are left in the order in which they were entered:
-    in generators that take turns, and wherever this cannot be seen, take the choice for one call (`using`). Frozen and
-    trainable parameters stay as they are.
+    As a statement in the thread that adapted the host, the choice holds for all threads and tasks without a choice of
+    their own; in any other thread it holds for that thread alone. As a block it has the same scope, except in an
+    asyncio task, where it holds for that task and the tasks that it starts. Blocks must be exited in reverse order of
+    entry. In generators that run alternately, and wherever the order is not certain, choose for one call (`using`).
+    Frozen and trainable parameters stay as they are.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
@@ -62,7 +63,7 @@ def route(
     since: Sequence[int] | None = None,
     seeds: Mapping[str, int] | None = None,
 ) -> Chosen:
-    """Let a different injection act on each row of the batch.
+    """Use a different injection for each row of the batch.
 
     Best as a context manager, round forward or generate:
 
@@ -94,7 +95,7 @@ def route(
 
 
 def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | None = None, **context: Any) -> Chosen:
-    """Give methods values for which forward has no argument: a task, a timestep, a picture.
+    """Pass values to methods for which forward has no argument: a task, a timestep, a picture.
 
     Best as a context manager, round forward or generate; values given before stay unless they are given anew:
 
@@ -111,10 +112,10 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
 
     Args:
         model: the host.
-        guidance: whether the batch has all rows twice, one time behind the other, for classifier-free guidance; or how
-            many times.
-        copies: how many adjacent rows each entry has (``num_images_per_prompt``, ``num_beams``); within each time where
-            `guidance` says that there are several.
+        guidance: whether the batch contains all rows twice, one copy after the other, for classifier-free guidance; or
+            the number of copies.
+        copies: the number of adjacent rows of each entry (``num_images_per_prompt``, ``num_beams``), within each copy
+            of the rows that `guidance` declares.
         context: values for methods.
 
     Raises:
@@ -148,13 +149,13 @@ def using(
         context: values for methods, as `call` gives them.
 
     Returns:
-        A function ``(function, *args, **kwargs)`` that runs ``function(*args, **kwargs)`` and returns its result, as
-        often as it is called. Of a generator it runs one step: ``using(model, "summarize")(next, generator)``.
+        A function ``(function, *args, **kwargs)`` that runs ``function(*args, **kwargs)`` and returns its result; it
+        can be called many times. To run one step of a generator: ``using(model, "summarize")(next, generator)``.
 
     Raises:
         ConfigError: neither adapters nor `context` are given, or a list is given together with another argument.
         UnknownInjection, CompositionError, MergeError, RouteError: as `activate` and `route`, here and in the call.
-        BlockOrderError: when it is called, with a function that returns before it has run: a coroutine or generator.
+        BlockOrderError: (in the call) the function returns before it has run, as a coroutine or generator does.
     """
     names = [each for each in adapters if isinstance(each, str | Composition)]
     rows = [tuple(each) for each in adapters if isinstance(each, Sequence) and not isinstance(each, str)]
@@ -167,8 +168,8 @@ def using(
     if len(adapters) == len(rows) == 1:
         return Using(model, lambda: _routing(model, rows[0], copies, since), told)
     raise ConfigError(
-        f"{adapters} says not what acts: name adapters and compositions, or give one list with a name for each row, or "
-        "None for the bare base model"
+        f"{adapters} does not say which adapters act: pass names and compositions, one list with a name for each row, "
+        "or None for the bare base model"
     )
 
 
@@ -195,9 +196,10 @@ class Using:
             result = function(*args, **kwargs)
         if _is_yet_to_run(result):
             raise BlockOrderError(
-                f"the function returned a {type(result).__name__}, which runs when the call is over: call each step of "
-                "a generator, using(model, name)(next, generator); in a coroutine, call what it calls, or use a block, "
-                "with peftcore.activate(model, name); give executors using(model, name) as the function"
+                f"the function returned a {type(result).__name__}, which runs after the call has ended: call each step "
+                "of a generator, using(model, name)(next, generator); in a coroutine, wrap the functions that it "
+                "calls, or use a block, with peftcore.activate(model, name); pass using(model, name) to executors as "
+                "the function"
             )
         return result
 
@@ -264,12 +266,14 @@ def _routing(
     wanted = [name for name in names if name is not None]
     state = known(model, [*wanted, *seeds])
     if not names:
-        raise RouteError("a route names one injection (or None) for each row; it got no rows")
+        raise RouteError(
+            "a route names one injection (or None) for each row, but the list is empty: pass one name for each row"
+        )
     starts = None if since is None else tuple(operator.index(start) for start in since)
     if starts is not None and (len(starts) != len(names) or min(starts) < 0):
         raise RouteError(
-            f"since={since!r} is to have one column for each of the {len(names)} rows: 0, or how many tokens of it run "
-            "the bare base model"
+            f"since={since!r} needs one column for each of the {len(names)} rows: 0, or the number of first tokens "
+            "that run the bare base model"
         )
     used = state.ordered(wanted)
     positions = [-1 if name is None else used.index(name) for name in names]

@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
-from peftcore.contract.peft_names import METHODS
 from peftcore.contract.presets import Preset
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.registry.evidence import parts, sources
@@ -231,9 +230,7 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
     presets = [info.name for info in methods(presets=True) if info.preset is not None]
     plain = _plain(short)
     close = difflib.get_close_matches(plain, sorted(set(known)), n=3) or difflib.get_close_matches(plain, presets, n=3)
-    if instead := METHODS.get(short.lower()):
-        lines.append(instead)
-    elif close:
+    if close:
         lines.append(f"did you mean {' or '.join(repr(each) for each in close)}?")
     lines += [str(failure) for failure in registry().failures]
     if not close:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.presets import Preset
 from peftcore.errors import ConfigError
+from peftcore.registry.peft_names import peft_advice
 
 _presets: dict[type[Method], tuple[type[Method], Preset]] = {}
 """The method and the preset, by the preset's class."""
@@ -75,10 +77,11 @@ def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, Me
     Raises:
         ConfigError: an option is unknown, or its value breaks a rule; or the preset is a workflow.
     """
+    advice = functools.partial(peft_advice, cls.name, options=cls.Config.model_fields)
     if cls not in _presets:
-        return cls(), validate(cls.Config, dict(options))
+        return cls(), validate(cls.Config, dict(options), advice)
     own, preset = _presets[cls]
     if preset.workflow:
         raise ConfigError(f"{cls.name} is no method that one call applies: {preset.workflow}")
-    checked = validate(cls.Config, dict(options))
+    checked = validate(cls.Config, dict(options), advice)
     return own(), validate(own.Config, checked.model_dump(exclude={"method"}))

@@ -17,7 +17,10 @@ from peftcore.forward.state.slot import slot_of
 if TYPE_CHECKING:
     from peftcore.contract.surgeon_protocol import Surgeon
 
-ADVICE = "adapt one model that holds all of it, with a name for each adapter, or remove() the other adapters first"
+ADVICE = (
+    "apply all adapters, with different names, to one model that contains these modules, or remove() the other "
+    "adapters first"
+)
 
 
 def check_apart(surgeon: Surgeon) -> None:
@@ -34,11 +37,11 @@ def check_apart(surgeon: Surgeon) -> None:
         if slot is not None and slot.state is not own and all(slot.state is not state for state in inside.values()):
             adapters = ", ".join(map(repr, slot.mounts)) or "another model"
             raise UnsupportedHost(
-                f"{path or 'this module'} belongs to another adapted model as well ({adapters} acts in it), and runs "
-                f"by the choice of one; {ADVICE}"
+                f"{path or 'this module'} also belongs to another adapted model ({adapters}), and a module follows the "
+                f"active adapters of one model; {ADVICE}"
             )
     for graft in surgeon.grafts:
         for site in graft.holders:
             for root in inside:
                 if f"{site.module_path}.".startswith(f"{root}."):
-                    raise UnsupportedHost(f"{site.path} lies in {root}, which is an adapted model of its own; {ADVICE}")
+                    raise UnsupportedHost(f"{site.path} is inside {root}, which is itself an adapted model; {ADVICE}")

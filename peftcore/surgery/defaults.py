@@ -15,7 +15,7 @@ from peftcore.targets.sites import Site
 
 
 class Defaults(NamedTuple):
-    """The default target that was taken."""
+    """The chosen default target of a method, with its sites."""
 
     sites: list[Site]
     target: Target
@@ -53,9 +53,10 @@ def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str
     paths, listed = [site.module_path for site in taken.sites], _listed(taken.target)
     if taken.target != method.target:
         reason = f"this {name} has none of {_listed(method.target)}" if taken.unknown is None else str(taken.unknown)
-        yield f"{method.name}: {reason}; so it acts at {listed} ({len(paths)} layers), unless target= says where"
+        acts = f"it acts at {listed} ({len(paths)} layers). Pass target= to choose other layers"
+        yield f"{method.name}: {reason}; so {acts}"
     if left := list(_left_out(host, paths)):
-        hint = "" if taken.target == ALL_LAYERS else f"; target={ALL_LAYERS!r} takes all matrices and convolutions"
+        hint = "" if taken.target == ALL_LAYERS else f"; target={ALL_LAYERS!r} covers all matrices and convolutions"
         yield f"{method.name}: its default target {listed} leaves out {', '.join(left)} of this {name}{hint}"
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peftcore.contract.surgeon_protocol import Surgeon
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""Modules whose children are iterated by others: operators do not live in them."""
+"""Container modules: other code iterates over their children, so operators are not registered in them."""
 
 
 def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -57,13 +57,17 @@ def _put(journal: Journal, holder: nn.Module, key: str, name: str, operator: nn.
     for child in (ADAPTER_MODULES, key):
         if child not in holder._modules:
             if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
-                raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
+                raise UnsupportedHost(
+                    f"{type(holder).__name__} already has an attribute {child!r}, which adapters need: rename it"
+                )
             made = AdapterModules()
             made.training = holder.training
             journal.put(holder, "_modules", child, made)
         inner = holder._modules[child]
         if not isinstance(inner, AdapterModules):
-            raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
+            raise UnsupportedHost(
+                f"{type(holder).__name__} already has a module {child!r}, which adapters need: rename it"
+            )
         holder = inner
     if name in holder._modules:
         raise UnsupportedHost(f"two sites would keep their operators under {key!r}; rename one of the modules")
@@ -127,7 +131,7 @@ def _check_trains(surgeon: Surgeon) -> None:
 def _check_reachable(site: Site) -> None:
     if not is_reached(site.module):
         raise UnsupportedSite(
-            f"{site.path}: its forward was set on the instance and would go around the adapter; apply peftcore first, "
+            f"{site.path}: its forward was set on the instance and would bypass the adapter; apply peftcore first, "
             "then patch the model"
         )
     if "forward" in site.module.__dict__ and any(p.is_meta for p in site.module.parameters()):

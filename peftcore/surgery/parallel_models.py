@@ -49,8 +49,8 @@ def _is_tensor_parallel(model: nn.Module) -> bool:
     if isinstance(model, FSDPModule):
         if any(isinstance(each, DTensor) and _cuts(each) > 1 for each in model.parameters()):
             raise UnsupportedHost(
-                "the model is tensor-parallel and sharded (FSDP2), and what an adapter would meet in its forward are "
-                "pieces: take one of them, or adapt the whole model, merge, then cut"
+                "the model is both tensor-parallel and sharded (FSDP2), so its forward computes with pieces of "
+                "weights: use only one of the two, or adapt the whole model, merge, then parallelize"
             )
         return False
     own = any(isinstance(parameter, DTensor) for parameter in model._parameters.values())
@@ -65,8 +65,8 @@ def _cuts(tensor: Any) -> int:
 
 @contextmanager
 def explaining(method: str) -> Iterator[None]:
-    """Context manager that replaces torch's error about distributed tensors, raised while a method is recorded, by one
-    that says what can be done.
+    """Context manager for recording a method: replaces torch's error about distributed tensors by an error that says
+    what to do.
 
     Raises:
         UnsupportedHost: in place of torch's error.
@@ -76,7 +76,7 @@ def explaining(method: str) -> Iterator[None]:
     except RuntimeError as error:
         if "DTensor" not in str(error):
             raise
-        raise UnsupportedHost(f"{ADVICE}. {method} asked for more ({error})") from error
+        raise UnsupportedHost(f"{ADVICE}. Recording {method} failed: {error}") from error
 
 
 def check_operators(surgeon: Surgeon) -> None:
@@ -90,27 +90,30 @@ def check_operators(surgeon: Surgeon) -> None:
         for site in graft.holders:
             if site.form != "weight" or not isinstance(site.layer, ParallelLinear):
                 where = site.path or "the model"
-                raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} would meet pieces at {where}")
+                raise UnsupportedHost(
+                    f"{ADVICE}. {surgeon.method.name} would receive only pieces of tensors at {where}"
+                )
             if (site.tensor == "bias" or changes_bias(graft.operator)) and site.layer.adds_bias_late(site.module):
                 raise UnsupportedHost(
-                    f"the bias of {site.module_path} is added to the sum of what all processes compute, where "
+                    f"the bias of {site.module_path} is added after the outputs of all processes are summed, where "
                     f"{surgeon.method.name} cannot act on it: exclude it, or adapt the whole model, merge, then "
                     "parallelize"
                 )
 
 
 def check_looks_at_no_data(surgeon: Surgeon) -> None:
-    """Check that no recorded operator is at a layer that gets pieces of tensors; for methods that look at data first.
+    """Check that no recorded operator is at a layer that receives pieces of tensors; for methods that look at data
+    before training.
 
     Raises:
         UnsupportedHost: an operator is at such a layer.
     """
     if any(graft.site.layer.in_pieces for graft in surgeon.grafts):
-        raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} looks at what layers are given, which are pieces")
+        raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} reads layer inputs, which are only pieces here")
 
 
 def start_alike(surgeon: Surgeon) -> None:
-    """Give all processes the tensors with which the first one's operators start."""
+    """Copy the initial tensors of the first process's operators to all processes."""
     layers = [graft.site.layer for graft in surgeon.grafts if isinstance(graft.site.layer, ParallelLinear)]
     modules = [*(shared.module for shared in surgeon.owned.values()), *(graft.operator for graft in surgeon.grafts)]
     for module in modules if layers else ():

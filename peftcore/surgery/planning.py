@@ -58,10 +58,10 @@ class Plan:
     parameters: int = 0
     """Number of values in the adapter's parameters, those that would stay frozen included."""
     resident: int = 0
-    """Bytes that one adapter takes on the model: its parameters and buffers, those too that no file has. As many more
-    as there are adapters."""
+    """Bytes that one adapter takes on the model: all its parameters and buffers, including those that are not saved in
+    files. Each further adapter takes the same again."""
     shards: tuple[Shard, ...] = ()
-    """The bytes that each process holds, where a number of processes was given; else empty."""
+    """The bytes that each process holds, if a number of processes was given; otherwise empty."""
 
     @classmethod
     def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:

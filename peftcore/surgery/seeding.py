@@ -20,7 +20,7 @@ OF_DEFAULT_DTYPE = frozenset(
 )  # fmt: skip
 """Functions whose result has torch's default dtype unless one is named."""
 OF_NUMBERS = frozenset({torch.full, torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.arange})
-"""Functions whose result has it where they are given floating-point numbers."""
+"""Functions whose result has torch's default dtype if their input is floating-point numbers."""
 
 
 @contextmanager
@@ -40,9 +40,9 @@ def seed_by_path(seed: int, path: str) -> None:
 
 
 def one_dtype() -> AbstractContextManager[Any]:
-    """Context manager in which tensors are made in float32 where no dtype is named, whatever torch's default dtype is:
-    with another one a seed gives other numbers. It holds for this thread; the default itself stays, which is that of
-    all threads."""
+    """Context manager in which tensors without a named dtype are float32, whatever torch's default dtype is, since a
+    seed gives other numbers in another dtype. It holds for this thread alone; torch's default dtype, which all threads
+    share, does not change."""
     return contextlib.nullcontext() if torch.get_default_dtype() is DTYPE else _InOneDtype()
 
 

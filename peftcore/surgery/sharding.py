@@ -1,5 +1,5 @@
-"""The bytes of a planned model that each of several processes holds: FSDP2 with each block as a unit and all else as
-another, and AdamW."""
+"""The bytes of a planned model that each of several processes holds: under FSDP2, with each block as one unit and all
+other modules as another unit, and AdamW."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from peftcore.contract.surgeon_protocol import Surgeon
 
 STATES = 2
-"""Numbers that AdamW keeps for each that trains."""
+"""The number of values that AdamW keeps for each trainable value."""
 
 Units = Mapping[Tensor, str]
-"""The path of the block that a parameter is in; empty where it is in none."""
+"""For each parameter the path of its block; empty for a parameter outside all blocks."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Shard:
     optimizer: int
     """AdamW's states for these pieces."""
     gathered: int
-    """The parameters that are whole while the largest block runs: its own, and those in no block. The next block may be
-    on its way meanwhile."""
+    """The parameters that are gathered while the largest block runs: the parameters of this block, and those outside
+    all blocks. Prefetching the next block may take more."""
 
     def __str__(self) -> str:
         return (
@@ -56,7 +56,7 @@ def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
         UnsupportedHost: FSDP2 cannot cut some parameter.
     """
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
-        raise ConfigError(f"shards is a number of processes, 1 or more, not {shown(processes)}")
+        raise ConfigError(f"shards= must be a number of processes, 1 or more, not {shown(processes)}")
     model = surgeon.model
     owners = _owners(model, surgeon.resolver.host)
     base = units_of(model, surgeon.resolver.host)
@@ -92,8 +92,8 @@ def cut(
         if not each.ndim or not is_dense(each):
             what = "a scalar" if not each.ndim else f"packed ({each.dtype})"
             raise UnsupportedHost(
-                f"a parameter of shape {tuple(each.shape)} is {what}, and what FSDP2 makes of it is not known: plan "
-                "without shards"
+                f"a parameter of shape {tuple(each.shape)} is {what}, which the plan for FSDP2 does not support: call "
+                "plan without shards="
             )
     units = Counter[str]()
     for each, unit in {**base, **added}.items():

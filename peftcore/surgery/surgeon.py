@@ -51,8 +51,8 @@ class RecordingSurgeon(Surgeon):
     """Records the operators that a method puts into a host. Nothing is changed until `inject` has returned.
 
     Attributes:
-        ties: the other parameters on which an operator acts because they are its site's own tensor, by key of the
-            operator; only those of tensors that several modules hold.
+        ties: the other parameters that share the tensor of an operator's site, by key of the operator; only for tensors
+            that several modules hold.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class RecordingSurgeon(Surgeon):
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress("building operators"))
-    """Advances with each operator: decompositions of many weights take their time."""
+    """The progress bar, which advances with each operator: decomposing many weights takes time."""
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
     _replaced: dict[tuple[str | int, Slices | None, str], Replacement] = field(default_factory=dict)
@@ -102,8 +102,8 @@ class RecordingSurgeon(Surgeon):
                 parallel_models.start_alike(self)
         if not self.grafts:
             raise TargetError(
-                f"{method.name} found nothing to act on in this {type(self.model).__name__}; "
-                f"its target is {self.wishes.target or method.target!r}"
+                f"{method.name} found nothing to act on in this {type(self.model).__name__}; its target is "
+                f"{self.wishes.target or method.target!r}. Pass another target="
             )
 
     def idle_overrides(self) -> list[str]:
@@ -121,9 +121,13 @@ class RecordingSurgeon(Surgeon):
             if saved is not None and key in saved:
                 found = [self.resolver.recorded(**record) for record in saved[key]]
                 if len({site.path for site in found}) < len(found):
-                    raise CheckpointError(f"the file says twice that {self.method.name} stands at one place")
+                    raise CheckpointError(
+                        f"the file lists a site of {self.method.name} twice, so it is damaged: load another copy"
+                    )
             elif saved is not None and target is None and self.wishes.target is not None:
-                raise CheckpointError(f"the file does not say where {self.method.name} stands")
+                raise CheckpointError(
+                    f"the file lists no sites of {self.method.name}, so it is incomplete: load another copy"
+                )
             elif target is None and self.wishes.target is not None:
                 found = self.resolver.sites(self.wishes.target, exclude=self.wishes.exclude)
             else:
@@ -159,19 +163,19 @@ class RecordingSurgeon(Surgeon):
         **own: Any,
     ) -> O:
         if (path := site.path) in self._paths:
-            raise PluginError(f"{self.method.name} grafts {path} twice")
+            raise PluginError(f"{self.method.name} grafts {path} twice: graft one operator at each site")
         options = (config.at(path),) if config else ()
         built: O = self._build(path, lambda: operator(site, *options, **own), site)
         if isinstance(built, Operator) and site.form == "weight" and not is_mergeable(built):
             if site.layer.in_pieces:
                 raise UnsupportedSite(
-                    f"{self.method.name} acts on what a module computes, but {site.path} is tensor-parallel and "
-                    "computes pieces; take a method that acts on weights, such as lora or dora, or adapt the whole "
+                    f"{self.method.name} acts on a module's activations, but {site.path} is tensor-parallel and "
+                    "computes pieces; use a method that acts on weights, such as lora or dora, or adapt the whole "
                     "model, merge, then parallelize"
                 )
             raise UnsupportedSite(
-                f"{self.method.name} acts on what a module computes, but {site.path} is a tensor that is read, "
-                "not called; target what uses it, such as the role attn.output"
+                f"{self.method.name} acts on a module's activations, but {site.path} is a tensor that is read, not "
+                "called; target the module that uses it, such as the role attn.output"
             )
         if isinstance(built, WeightOperator):
             site = replace(site, form="weight")
@@ -205,7 +209,9 @@ class RecordingSurgeon(Surgeon):
     ) -> O:
         built = self.graft(site, operator, config, site.places, **own)
         if not isinstance(built, InnerRows):
-            raise PluginError(f"{type(built).__name__} is no InnerRows, so it makes no rows at blocks")
+            raise PluginError(
+                f"{type(built).__name__} is not a subclass of InnerRows, so it cannot make rows at blocks"
+            )
         for attention, depth in site.hiding:
             self.graft(attention, Unseen, depth=depth, standing=built.standing)
         return built
@@ -286,7 +292,7 @@ class RecordingSurgeon(Surgeon):
             yield from part.with_parts()
 
     def stored_anew(self, module: nn.Module) -> None:
-        """Read again how a module stores the tensors of the recorded sites, after it was quantized or made dense."""
+        """Update how the tensors of the recorded sites are stored, after their module was quantized or made dense."""
 
         def anew(site: Site) -> Site:
             return replace(site, layer=site.layer_of(module, site.tensor)) if site.module is module else site
@@ -309,11 +315,14 @@ class RecordingSurgeon(Surgeon):
             module = self.resolver.modules.get(path)
             weight = None if module is None else module._parameters.get("weight")
             if weight is None or weight.dim() != 2:
-                raise HostMismatch(f"the adapter brings rows of {path!r}, which is no table here")
+                raise HostMismatch(
+                    f"the adapter contains rows of the token table {path!r}, which this model lacks: load it onto the "
+                    "base model it was trained on"
+                )
             if len(weight) != stop or start >= stop:
                 raise HostMismatch(
-                    f"{path} has {len(weight)} rows here and had {stop} where the adapter was made, of which it brings "
-                    f"{stop - start}: model.resize_token_embeddings({stop}) first"
+                    f"{path} has {len(weight)} rows here but had {stop} when the adapter was trained, which stores "
+                    f"{stop - start} of them: call model.resize_token_embeddings({stop}) first"
                 )
             site = replace(self.resolver.site(path, "weight"), meta=self.dry)
             rows = RowsSite.of(site)
@@ -331,16 +340,19 @@ class RecordingSurgeon(Surgeon):
         for name in self.wishes.train:
             exact = name in self.resolver.modules or self.resolver.has_parameter(name)
             if not exact and self.wishes.saved is not None:
-                raise HostMismatch(f"{name!r} was trained along, and is not here")
+                raise HostMismatch(
+                    f"the adapter contains trained values of {name!r}, which this model lacks: load it onto the base "
+                    "model it was trained on"
+                )
             paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)]
             if not [each for path in paths for each in self.train(path)]:
-                raise TargetError(f"train: {name!r} has no parameters")
+                raise TargetError(f"train: {name!r} has no parameters; name a module or tensor that has some")
         self._by_method = True
 
     def _record(self, graft: Graft) -> None:
         if (path := graft.site.path) in self._paths:
             raise UnsupportedSite(
-                f"{path} would be adapted and replaced at once; exclude it from the target, or leave it out of train="
+                f"{path} would be both adapted and trained itself; exclude it from the target, or remove it from train="
             )
         self.progress.step()
         self.grafts.append(graft)
@@ -358,9 +370,9 @@ class RecordingSurgeon(Surgeon):
                     if overlap(site.slices, other.slices):
                         first, second = self._name_of(graft), self._name_of(new)
                         raise CompositionError(
-                            f"{first} and {second} both act on {site.path}, and {second}, which comes later, has a "
-                            f"value of its own for it: what {first} does there would be lost. Give one of them a "
-                            "target= without it, or change their order"
+                            f"{first} and {second} both act on {site.path}, and {second}, which is applied later, "
+                            f"replaces its value, so the effect of {first} would be lost. Give one of them a target= "
+                            "without this site, or change their order"
                         )
 
     def _name_of(self, graft: Graft) -> str:
@@ -438,8 +450,8 @@ def _check_shapes(parameters: Collection[nn.Parameter]) -> None:
         raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
     if any(each.shape == (0,) for each in parameters):
         raise UnsupportedHost(
-            "some weights are empty: somebody has cut them apart, or keeps them elsewhere. Make the model whole, "
-            "apply, and cut it then"
+            "some weights have shape [0], because they are sharded or stored elsewhere. Restore the whole model, apply "
+            "the adapter, then shard it"
         )
 
 

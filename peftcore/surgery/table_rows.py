@@ -1,6 +1,4 @@
-"""Rows of a token table that are saved with an adapter although they did not train: the rows that were added to its
-base.
-"""
+"""Rows of a token table that were added to the base model: saved with an adapter although they did not train."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ class RowsSite(Site):
 
     @classmethod
     def of(cls, site: Site) -> RowsSite:
-        """Returns the place of the rows of a table."""
+        """Returns the site for the rows of a table, given the table's site."""
         return cls(**{**vars(site), "layer": site.layer.as_stored})
 
 
 class TableRows(Operator):
-    """The last rows of a table, frozen: they are looked up, or multiplied, in place of the table's own."""
+    """The last rows of a table, frozen: they replace the table's own rows in lookups and products."""
 
     value: Tensor
     bias: Tensor | None

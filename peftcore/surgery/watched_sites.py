@@ -1,14 +1,15 @@
-"""Watches adapted sites: one that was taken out of the model or resized, or that does not run, is an error in a forward
-of the host.
+"""Watches adapted sites: a forward of the host raises an error if a site was removed from the model or resized, or does
+not run.
 
-`resize_token_embeddings`, a new head, a layer that is exchanged: the new module runs without the adapter. Modules that
-were wrapped (compiled, checkpointed) or moved to another place are there still, and act.
+After `resize_token_embeddings`, with a new head or an exchanged layer, the new module would run without the adapter.
+Modules that were wrapped (compiled, checkpointed) or moved to another path are still in the model, and their adapters
+act.
 
 Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
-models' qkv, dead layers) would otherwise carry adapters that train nothing. Training and evaluation are looked at each
-for itself: a head may be called in one and read in the other, by a fused loss. A site that has to run once
-(`Site.once`), of which the host's code does not say that it does, is an error where the first forward runs it more
-often.
+models' qkv, dead layers) would otherwise carry adapters that train nothing. Training and evaluation are checked
+separately: a head may be called in one mode, while a fused loss reads its weight in the other. For some sites that have
+to run once per forward (`Site.once`), the host's code does not show whether they do; if the first forward runs such a
+site more often, it raises an error.
 """
 
 from __future__ import annotations
@@ -44,46 +45,50 @@ NUMBER = re.compile(r"\d+")
 
 @dataclass(slots=True, eq=False)
 class Expected:
-    """One site that should run."""
+    """A site that is expected to run in forwards of the host."""
 
     path: str
     modules: tuple[tuple[Slot, nn.Module], ...]
-    """The modules at which its operator acts, with their slots: one that runs is enough."""
+    """The modules at which its operator acts, with their slots (`Slot`); it is enough if one of them runs."""
     tower: str
     name: str
     holder: nn.Module
-    """The module whose child it is."""
+    """The parent module of the site's module."""
     siblings: frozenset[str]
-    """The names of the children of `holder` since which it is expected to run."""
+    """The names of the children of `holder` when the site was last expected to run; a new child makes it expected
+    again."""
 
     def runs(self) -> bool:
-        """Whether it ran in the mode in which the model is now; a module that is kept in the other one runs in that."""
+        """Whether the site ran in the current mode of its modules, training or evaluation."""
         return any(slot.ran[module.training] for slot, module in self.modules)
 
     def ran(self, training: bool) -> bool:
-        """Whether it ran in a mode."""
+        """Whether the site ran in training, or in evaluation."""
         return any(slot.ran[training] for slot, _ in self.modules)
 
 
 class WatchedSites:
-    """Checks the sites of a host: before each forward that they are in the model, and after it that they ran, until all
-    have run, in training and in evaluation. A site is expected to run again when a module was added next to it: a
-    projection fused from several, for one, that reads their weights and replaces them.
+    """Checks the sites of a host: before each forward that they are in the model, and after the forward that they ran.
+    The second check ends when all sites have run, separately in training and in evaluation. When a module is added next
+    to a site, the site is expected to run again, since the new module may replace it (a fused projection that reads the
+    weights of several).
 
-    Sites are checked in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
-    may be dropped and experts may get no tokens. A tower of a multimodal host from which nothing ran has not been used
-    yet, so it waits; so does an injection that was not active.
+    Sites are checked in groups that differ only in numbers (layers, experts): if one site of a group ran, all of them
+    count as run, since layers may be dropped and experts may get no tokens. If no site of a tower of a multimodal host
+    ran, the tower was not used yet, so its sites are checked later; so are the sites of an injection that was not
+    active.
     """
 
     def __init__(self) -> None:
         self.ways: dict[str, list[tuple[nn.Module, dict[str, nn.Module | None]]]] = {}
-        """For each injection that has acted: all modules on the ways to its modules, with the children that they had
-        last."""
+        """For each injection that has acted: all modules on the paths to its modules, with their children at the last
+        check."""
         self.tables: dict[str, list[tuple[Site, torch.Size]]] = {}
-        """The token tables of each injection, with the shapes that they had when it came: resizing changes these in
+        """The token tables of each injection, with their shapes when it was applied: resizing changes a table in
         place."""
         self.new: dict[str, Surgeon] = {}
-        """Injections whose sites are not listed yet: applying many does not wait for it."""
+        """Injections whose sites are not listed yet; they are listed after the first forward, so that applying many
+        adapters stays fast."""
         self.sites: dict[str, list[Expected]] = {}
         self.waiting: dict[bool, dict[str, dict[str, list[Expected]]]] = {False: {}, True: {}}
         """Sites that have not run yet in evaluation, and in training, by group and injection."""
@@ -164,8 +169,9 @@ class WatchedSites:
             for table, shape in self.tables.get(name, ()):
                 if (now := table.layer.shape(table.module, table.tensor)) != shape:
                     raise InactiveSite(
-                        f"{table.path}: resized from {list(shape)} to {list(now)} since {name!r} was applied, which "
-                        "does not fit any more. Save and remove() it before the model is resized; then load it again"
+                        f"{table.path}: resized from {list(shape)} to {list(now)} after {name!r} was applied, so the "
+                        "adapter does not fit any more. Save and remove() it before the model is resized; then load it "
+                        "again"
                     )
 
     def _look_again(self, site: Expected) -> None:
@@ -218,13 +224,17 @@ class WatchedSites:
         if not training and all(member.ran(True) for member in silent):
             for group in {NUMBER.sub("*", path) for path in paths}:
                 waiting.pop(group, None)
-            logger.warning(f"{len(paths)} adapted sites ran in training and do not in evaluation: {shown}")
+            logger.warning(f"{len(paths)} adapted sites ran in training but not in evaluation: {shown}")
             return
-        once = "; they did in evaluation: a loss that reads their weights?" if silent[0].ran(False) else ""
+        once = (
+            ("; they ran in evaluation, so the training loss may read their weights directly")
+            if silent[0].ran(False)
+            else ""
+        )
         ran = "the host ran in training" if once else "the host ran"
         raise InactiveSite(
-            f"{ran}, but {len(paths)} adapted sites did not: {shown}{once}. Usually their weights are read by the "
-            "module around them instead of being called: hand apply the map that peftcore.roles.probe makes from "
+            f"{ran}, but {len(paths)} adapted sites did not: {shown}{once}. Usually the module around them reads their "
+            "weights instead of calling them: pass apply(..., host=...) the map that peftcore.roles.probe makes from "
             "example inputs, or target the module around them. If they ran before, their weights were fused into new "
             "modules (fuse_qkv_projections): undo that, or merge before it"
         )
@@ -234,7 +244,7 @@ class WatchedSites:
 
 
 def watched_sites(state: HostState) -> WatchedSites:
-    """Returns the watched sites of a host, which are made where it has none."""
+    """Returns the `WatchedSites` of a host, which is created if missing."""
     if not isinstance(state.watched, WatchedSites):
         state.watched = WatchedSites()
     return state.watched
@@ -263,8 +273,8 @@ def _check_whole(name: str, injection: AppliedMethod) -> None:
             held = site.module._parameters.get(site.tensor)
             if held is not None and is_cut(held) and not site.layer.in_pieces and MANAGED not in vars(site.module):
                 raise InactiveSite(
-                    f"{site.path}: cut over processes since {name!r} was applied. Save and remove() it before the "
-                    "model is made tensor-parallel; then load it again, or apply it to that model"
+                    f"{site.path}: sharded over processes after {name!r} was applied. Save and remove() the adapter "
+                    "before the model is made tensor-parallel; then load it again, or apply it to that model"
                 )
 
 

@@ -32,7 +32,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `quantizers`: the same frame for schemes that quantize weights.
 - `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
   `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_routers`, `checks_merge`, `checks_files`,
-  `checks_refused_files`, `checks_packed`, `checks_learning`, `checks_quantizers`,
+  `checks_refused_files`, `checks_faults`, `checks_packed`, `checks_learning`, `checks_quantizers`,
   `checks_adapted_quantizers`: one subject of checks a module.
 """
 
@@ -63,6 +63,7 @@ for _name in (
     "merge",
     "files",
     "refused_files",
+    "faults",
     "packed",
     "learning",
     "quantizers",

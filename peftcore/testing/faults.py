@@ -24,6 +24,7 @@ import random
 import sys
 import tempfile
 import time
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,10 +95,12 @@ def inject_faults(
     name: str = "",
     kinds: Sequence[Kind] = KINDS,
     every: int = 1,
+    most: int | None = None,
     often: int = 2,
     seed: int = 0,
     packages: Sequence[str] = (),
     leave: Sequence[str] = (),
+    ends: Sequence[Operation] = (),
     seconds: float | None = None,
 ) -> FaultReport:
     """Run an operation with a fault at each of its points, and return what was wrong afterwards.
@@ -108,10 +111,12 @@ def inject_faults(
         name: the name of the operation in the report.
         kinds: the kinds of points.
         every: of all faults a share of one in `every`, chosen by `seed`.
+        most: no more faults of each kind than this many, chosen by `seed`.
         often: how many of the first passes through a place are points; its last pass is one too.
         seed: see `every`.
         packages: folders of further packages, whose lines are points too.
         leave: beginnings of places (see `Snapshot.differences`) that may differ.
+        ends: operations that lead to further states in which a fault may leave a scene, if a note of the error says so.
         seconds: no further fault is tried after this time.
 
     Raises:
@@ -119,14 +124,15 @@ def inject_faults(
     """
     end = None if seconds is None else time.monotonic() + seconds
     report = FaultReport(name or getattr(operation, "__name__", "operation"))
-    trial = _Trial(operation, make, [Path(peftcore.__file__).parent, *map(Path, packages)], leave)
+    trial = _Trial(operation, make, [Path(peftcore.__file__).parent, *map(Path, packages)], leave, ends)
     for kind in kinds:
         points, wanted = trial.points(kind, often), []
         for point in points:
             wanted += [(point, error) for error in FAULTS[kind].errors if FAULTS[kind]([]).allows(point.place, error)]
         report.points[kind], report.tried[kind] = len(points), 0
-        if every > 1:
-            wanted = random.Random(seed).sample(wanted, max(1, len(wanted) // every) if wanted else 0)
+        share = min(max(1, len(wanted) // every), len(wanted), len(wanted) if most is None else most)
+        if share < len(wanted):
+            wanted = random.Random(seed).sample(wanted, share)
         for point, error in wanted:
             if end is not None and time.monotonic() > end:
                 break
@@ -141,7 +147,14 @@ def inject_faults(
 class _Trial:
     """Runs one operation many times."""
 
-    def __init__(self, operation: Operation, make: Make, packages: Sequence[Path], leave: Sequence[str]) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        make: Make,
+        packages: Sequence[Path],
+        leave: Sequence[str],
+        other_ends: Sequence[Operation],
+    ) -> None:
         self.operation, self.make, self.packages, self.leave = operation, make, packages, leave
         self.root, ends = "", []
         for _ in range(2):  # the first run imports what it needs
@@ -153,15 +166,30 @@ class _Trial:
         if different := before.differences(again, leave=leave) or after.differences(other, leave=leave):
             raise ValueError(f"two runs of the operation differ at {_few(different)}; `make` must build the same again")
         self.before, self.after = again, other
+        self.others: list[Snapshot] = []
+        for other_end in other_ends:
+            with self.scene() as scene:
+                other_end(scene)
+                self.others.append(snapshot(scene))
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:
-        """Context manager with a fresh scene, and a folder of temporary files of its own."""
-        with tempfile.TemporaryDirectory(prefix="faults-") as root, patch.object(tempfile, "tempdir", f"{root}/tmp"):
+        """Context manager with a fresh scene, and a folder of temporary files of its own. Uuids are counted, so two
+        scenes have the same ones."""
+        self.drawn = 0
+        with (
+            tempfile.TemporaryDirectory(prefix="faults-") as root,
+            patch.object(tempfile, "tempdir", f"{root}/tmp"),
+            patch.object(uuid, "uuid4", self._uuid),
+        ):
             os.mkdir(f"{root}/tmp")
             os.mkdir(f"{root}/scene")
             self.root = root
             yield self.make(Path(root, "scene"))
+
+    def _uuid(self) -> uuid.UUID:
+        self.drawn += 1
+        return uuid.UUID(int=self.drawn)
 
     def points(self, kind: Kind, often: int) -> list[Point]:
         """Return the points of the operation."""
@@ -192,7 +220,7 @@ class _Trial:
         reached."""
         faults = FAULTS[kind](self.packages, point, error)
         with self.scene() as scene, _quiet():
-            before, around = snapshot(scene), process()
+            before, around, drawn = snapshot(scene), process(), self.drawn
             raised = self._run(faults, scene)
             if not faults.hit:
                 return None
@@ -202,13 +230,17 @@ class _Trial:
             loose = (*self.leave, FILE) if raised is not None else self.leave
             undone = raised is not None and not before.differences(now, same_scene=True, leave=loose)
             done = not self.after.differences(now, leave=loose)
-            if not done and not undone:
+            told = bool(getattr(raised, "__notes__", ())) and any(
+                not each.differences(now, leave=loose) for each in self.others
+            )
+            if not (done or undone or told):
                 end = self.after if raised is None else before
                 parts = end.differences(now, same_scene=raised is not None, leave=loose)
                 wrong.append(f"not as {'after' if raised is None else 'before'}: {_few(parts)}")
             if raised is not None and not any(each.startswith(FILE) for each in self.leave):
                 wrong += self._half_written(before, now)
             if undone and not wrong:
+                self.drawn = drawn
                 wrong += self._again(scene)
         return "; ".join(wrong)
 

@@ -199,14 +199,19 @@ class Case(Expecting):
         return model.to(dtype).eval(), cast
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
-        """Apply the method with its default targets, or with the host's fallback if the host lacks these roles."""
+        """Apply the method with its default targets, or with the host's fallback if the host lacks these roles; set the
+        context that it needs."""
+        injection = self.apply_alone(model, **changes)
+        self.tell(model)
+        return injection
+
+    def apply_alone(self, model: nn.Module, **changes: Any) -> Injection:
+        """Apply as `apply` does, and set no context."""
         curious = self.method.asks_for_data({**self.options, **changes})  # changes may make it one that does not
         _, inputs = self.fresh(next(model.parameters()).dtype) if curious else (None, {})
         data = self.batches(lambda host: self.run(host, inputs), inputs) if curious else {}
         arguments = {**data, **self.options, **changes}
-        injection = self._applied(model, arguments)
-        self.tell(model)
-        return injection
+        return self._applied(model, arguments)
 
     def _applied(self, model: nn.Module, arguments: Mapping[str, Any]) -> Injection:
         if "target" in arguments or self.host.fallback is None:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_tr
 
 from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.context.context import HERE, drop_interrupted
+from peftcore.forward.context.taps import Tap
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot
 from peftcore.forward.tensors.view import TORCHS
@@ -186,6 +187,8 @@ def described(value: Any, depth: int = DEPTH) -> Any:
         return _state(value)
     if isinstance(value, Slot):
         return _slot(value)
+    if isinstance(value, Tap):  # its key is a number of the process
+        return type(value).__name__, value.until_backward, value.learns
     if isinstance(value, nn.Module | Injection | threading.Thread) or depth == 0:
         return type(value).__name__
     if isinstance(value, partial):

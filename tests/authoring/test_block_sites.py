@@ -194,13 +194,16 @@ def test_what_acts_on_each_token_goes_on_with_tokens_first(method: str) -> None:
 def test_rows_and_tasks_cannot_be_told_apart_where_tokens_are_first() -> None:
     model, ids = xlnet(), torch.randint(1, 64, (2, 4))
     peftcore.apply(model, "lora", name="a", target="mlp.up")
-    with pytest.raises(RouteError, match="rows of the batch cannot be told apart"), peftcore.route(model, ["a", None]):
+    with (
+        pytest.raises(RouteError, match="rows of the batch cannot be distinguished"),
+        peftcore.route(model, ["a", None]),
+    ):
         model(ids)
     model = xlnet()
     peftcore.apply(model, "mtl_lora", tasks=2, target="mlp.up")
     with peftcore.call(model, task=0):
         model(ids)
-    with pytest.raises(RouteError, match="cannot be told apart by 2 tasks"), peftcore.call(model, task=[0, 1]):
+    with pytest.raises(RouteError, match="cannot be assigned to 2 tasks"), peftcore.call(model, task=[0, 1]):
         model(ids)
     refused(xlnet(), "is given tokens in front of rows", "unipelt", target="mlp.output", gate="sequence")
 

@@ -73,7 +73,7 @@ def test_a_cache_that_no_pass_has_seen_is_refused() -> None:
     cache, _ = kept(other)
     with pytest.raises(SequenceError, match="3 tokens"):
         own.beside(cache)
-    with pytest.raises(SequenceError, match="no cache"):
+    with pytest.raises(SequenceError, match="not a cache"):
         own.beside(object())
 
 

@@ -70,7 +70,7 @@ def test_without_a_word_the_whole_input_is_the_prompt(inside: Inside) -> None:
 def test_a_call_says_where_it_ends_for_each_row(inside: Inside) -> None:
     inside(prompt_length=[2, 4])
     assert ends(1, 1, 6, 2) == [[[0], [0]], [[1], [3]]]
-    with pytest.raises(RouteError, match="prompt_length has 2 entries, and the batch 4 rows"):
+    with pytest.raises(RouteError, match="prompt_length has 2 entries, but the batch has 4 rows"):
         ends(1, 1, 6, 4)
     inside(prompt_length=[2, 4], copies=2)
     assert ends(1, 1, 6, 4) == [[[0]] * 4, [[1], [1], [3], [3]]], "beams are repeated"

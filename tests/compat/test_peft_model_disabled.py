@@ -2,6 +2,7 @@
 within and afterwards, the same adapter acts, and the same ones train."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from training_hosts import host
 
+import peftcore
 from peftcore.errors import MergeError, UnknownInjection
 
 peft = pytest.importorskip("peft")
@@ -170,3 +172,30 @@ def test_what_is_merged_within_is_refused(pair: tuple[Any, Any]) -> None:
     with ours.disable_adapter(), pytest.raises(MergeError):
         ours.merge_adapter()
     assert torch.equal(logits(ours), before)
+
+
+def test_a_merged_adapter_is_deleted_within(pair: tuple[Any, Any]) -> None:
+    found = []
+    for model in pair:
+        model.merge_adapter(adapter_names=["default"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with model.disable_adapter():
+                logits(model)  # peft unmerges in the forward
+                model.delete_adapter("default")
+                torch.testing.assert_close(logits(model), logits(base()))
+        model.set_adapter("second")
+        found.append(logits(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_all_that_is_merged_is_unmerged_within_and_merged_again(pair: tuple[Any, Any]) -> None:
+    """Two of one place, of which the later one has to be unmerged first."""
+    _, ours = pair
+    peftcore.activate(ours.get_base_model(), *NAMES)
+    ours.merge_adapter()
+    before = logits(ours)
+    with ours.disable_adapter():
+        torch.testing.assert_close(logits(ours), logits(base()), rtol=0, atol=0)
+    assert torch.equal(logits(ours), before)
+    assert all(each.merged for each in ours.adapters.values())

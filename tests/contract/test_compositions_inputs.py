@@ -163,11 +163,11 @@ def test_what_stands_around_and_inside(host: Any, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("composition", "message"),
     [
-        (Fuse("a", "behind", by="by"), "'behind' does more there"),
-        (Fuse("a", "gains", by="by"), "'gains' does more there"),
-        (Stack(Fuse("a", "b", by="by"), "gains"), "'gains' does more there"),
-        (Stack(Fuse("a", "b", by="by"), Sum("c")), r"Sum\('c', .*\) inside it puts outputs together"),
-        (Fuse("a", Average("b", "c"), by="by"), r"Average\('b', 'c', .*\) inside it puts outputs together"),
+        (Fuse("a", "behind", by="by"), "'behind' changes more than the input there"),
+        (Fuse("a", "gains", by="by"), "'gains' changes more than the input there"),
+        (Stack(Fuse("a", "b", by="by"), "gains"), "'gains' changes more than the input there"),
+        (Stack(Fuse("a", "b", by="by"), Sum("c")), r"Sum\('c', .*\) inside it combines outputs"),
+        (Fuse("a", Average("b", "c"), by="by"), r"Average\('b', 'c', .*\) inside it combines outputs"),
     ],
 )
 def test_what_cannot_be_mixed_so_is_refused_before_anything_runs(
@@ -185,7 +185,7 @@ def test_what_cannot_be_mixed_so_is_refused_before_anything_runs(
 def test_what_is_added_later_is_refused_in_the_forward(host: Any, x: Tensor) -> None:
     peftcore.activate(host, Fuse("a", "b", by="by"))
     before = host(x)
-    with peftcore.injections(host)["gains"].enabled(), pytest.raises(CompositionError, match="'gains' does more"):
+    with peftcore.injections(host)["gains"].enabled(), pytest.raises(CompositionError, match="'gains' changes more"):
         host(x)
     assert torch.equal(host(x), before)
 

@@ -63,7 +63,7 @@ def test_what_is_nothing_without_values_is_refused(tmp_path: Path) -> None:
     injection.save(tmp_path / "adapter")
     model = without_values()
     before = [(name, id(each), type(each)) for name, each in (*model.named_modules(), *model.named_parameters())]
-    with pytest.raises(NoWeights, match="svdiff starts from its weights"):
+    with pytest.raises(NoWeights, match="svdiff computes start values from its weights"):
         peftcore.load(model, tmp_path / "adapter")
     assert not peftcore.injections(model)
     after = [(name, id(each), type(each)) for name, each in (*model.named_modules(), *model.named_parameters())]

@@ -53,16 +53,16 @@ def test_a_folder_is_one_trainings(tmp_path: Path) -> None:
     injection = applied(llama(), "lora", "a")
     place = adapter_checkpoints.write(injection, {"x": 1}, tmp_path, 10, "one")
     for step in (10, 20):
-        with pytest.raises(TrainingError, match=r"earlier training.*name another folder"):
+        with pytest.raises(TrainingError, match=r"earlier training.*pass another folder"):
             adapter_checkpoints.write(injection, {"x": 2}, tmp_path, step, "two")
     assert [*tmp_path.glob("step-*")] == [place] and adapter_checkpoints.read(place)["x"] == 1
     adapter_checkpoints.claim(tmp_path, "two", takes_over=True)
     later = adapter_checkpoints.write(injection, {"x": 3}, tmp_path, 20, "two")
-    with pytest.raises(TrainingError, match="of another one that goes on"):
+    with pytest.raises(TrainingError, match="or one that still runs"):
         adapter_checkpoints.write(injection, {"x": 4}, tmp_path, 30, "one")
     assert [*tmp_path.glob("step-*")] == [later]
     adapter_checkpoints.claim(tmp_path / "begun", "one")
-    with pytest.raises(TrainingError, match="was begun by"):
+    with pytest.raises(TrainingError, match="belongs to"):
         adapter_checkpoints.claim(tmp_path / "begun", "two")
 
 
@@ -80,7 +80,7 @@ def test_the_adapter_in_it_is_one_like_any_other(tmp_path: Path) -> None:
 
 def test_only_data_is_written(tmp_path: Path) -> None:
     injection = applied(llama(), "lora", "a")
-    with pytest.raises(TrainingError, match="no plain data"):
+    with pytest.raises(TrainingError, match="saved as plain data"):
         adapter_checkpoints.write(injection, {"x": Path()}, tmp_path, 1, "one")
     assert not [*tmp_path.iterdir()]
 

@@ -484,7 +484,7 @@ def test_what_cannot_train_in_a_fleet_is_refused_and_nothing_changes() -> None:
         fleet.join("nobody", texts(1), optimizer=torch.optim.SGD(lora.parameters(), lr=0.1))
     assert not fleet.members
     join()
-    with pytest.raises(TrainingError, match="is in the fleet"):
+    with pytest.raises(TrainingError, match="is already in the fleet"):
         join()
 
 
@@ -505,7 +505,7 @@ def test_statistics_and_losses_over_all_rows_are_refused() -> None:
     injection = peftcore.apply(model, "lora", target=["up", "down"], rank=1)
     optimizer = torch.optim.SGD(injection.parameters(), lr=0.1)
     data = [{"x": torch.randn(3, 4), "labels": torch.tensor([0, 1, 0])}]
-    with pytest.raises(TrainingError, match="nothing says what the loss"):
+    with pytest.raises(TrainingError, match=r"the loss of a .* is not known"):
         Fleet(model).join(injection, data, optimizer=optimizer)
 
     def loss(output: Any, batch: Any) -> Tensor:
@@ -513,7 +513,7 @@ def test_statistics_and_losses_over_all_rows_are_refused() -> None:
 
     fleet = Fleet(model)
     fleet.join(injection, data, optimizer=optimizer, loss=loss)
-    with pytest.raises(TrainingError, match="norm makes statistics"):
+    with pytest.raises(TrainingError, match="norm computes statistics"):
         fleet.step()
     model.norm.eval()
     assert fleet.step() and not fleet.step()
@@ -530,7 +530,7 @@ def test_methods_that_act_on_the_whole_batch_are_refused() -> None:
             injection = peftcore.apply(model, name)
         except peftcore.errors.PeftcoreError:
             continue
-        with pytest.raises(RouteError, match=r"cannot train in a fleet\. Train it by itself"):
+        with pytest.raises(RouteError, match=r"cannot train in a fleet .*Train it alone"):
             Fleet(model).join(injection, texts(1), optimizer=torch.optim.SGD(injection.parameters(), lr=0.1))
         return
     pytest.fail("no method was refused")

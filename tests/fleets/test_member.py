@@ -62,7 +62,9 @@ def test_data_that_ends_too_early_is_told(caplog: pytest.LogCaptureFixture) -> N
     member = fleet.join(injection, iter(texts(1)), loss=next_token, optimizer=optimizer, steps=9)
     fleet.run()
     assert (
-        member.step == 3 and member.ended == "its data ended after 3 of 9 steps" and "gone through again" in caplog.text
+        member.step == 3
+        and member.ended == "its data ended after 3 of 9 steps"
+        and "can be iterated again" in caplog.text
     )
 
 

@@ -65,19 +65,19 @@ def test_two_members_have_two_folders(tmp_path: Path, other: str) -> None:
 def test_two_fleets_have_two_folders(tmp_path: Path) -> None:
     """Also where neither has written a checkpoint; and the one that goes on has the folder."""
     one = begun(tmp_path, save_every=2)
-    with pytest.raises(TrainingError, match="was begun by an earlier training"):
+    with pytest.raises(TrainingError, match="belongs to an earlier training"):
         begun(tmp_path)
     two = begun(tmp_path, resume=True)
     one.step()
-    with pytest.raises(TrainingError, match="another one that goes on"):
+    with pytest.raises(TrainingError, match="one that still runs"):
         one.step()
     assert one.members["a"].step == 2 and adapter_checkpoints.newest(tmp_path) is None  # nothing of it is lost
     assert one.members["a"].save(tmp_path / "elsewhere").exists()
     two.run()
     held = adapter_checkpoints.newest(tmp_path)
-    with pytest.raises(TrainingError, match="name another folder"):
+    with pytest.raises(TrainingError, match="pass another folder"):
         one.members["a"].save()
-    with pytest.raises(TrainingError, match="name another folder"):
+    with pytest.raises(TrainingError, match="pass another folder"):
         begun(tmp_path / "free").members["a"].save(tmp_path)
     assert adapter_checkpoints.newest(tmp_path) == held
 
@@ -168,7 +168,7 @@ def test_options_of_the_optimizer_and_the_schedule_are_those_of_now(
 def test_a_schedule_that_is_too_short_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     begun(tmp_path).run()
     fleet = Fleet(llama())
-    with pytest.raises(CheckpointError, match="cannot take the 4 steps"):
+    with pytest.raises(CheckpointError, match="cannot be advanced through the 4 steps"):
         begun(tmp_path, "a", fleet, schedule=lambda it: OneCycleLR(it, 0.1, total_steps=3), resume=True)
     injection = peftcore.injections(fleet.model)["a"]
     assert all(map(torch.equal, injection.parameters(), begun(None).members["a"].injection.parameters()))

@@ -78,8 +78,8 @@ def test_what_goes_with_the_number_of_rows_is_cut_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("flat", r"is \(8, 3\) for 2 rows and \(12, 3\) for 3"),
-        ("mean", "is one value of the rows of all members"),
+        ("flat", r"has entries for several rows or dimensions: \(8, 3\) for 2, \(12, 3\) for 3"),
+        ("mean", "is one value computed from the rows of all members"),
         ("cache", "is a object"),
     ],
 )

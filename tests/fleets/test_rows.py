@@ -34,7 +34,7 @@ def test_a_collate_function_puts_them_together_instead() -> None:
         return {"ids": torch.cat([each["ids"].flip(1) for each in batches])}
 
     assert together({"a": ONE, "b": TWO}, {}, collate)["ids"][0].tolist() == [3, 2, 1]
-    with pytest.raises(TrainingError, match="made 1 rows of 3"):
+    with pytest.raises(TrainingError, match="returned 1 rows for 3"):
         together({"a": ONE, "b": TWO}, {}, lambda batches: batches[0])
 
 
@@ -42,7 +42,7 @@ def test_a_collate_function_puts_them_together_instead() -> None:
     ("other", "text"),
     [
         ({"ids": torch.ones(2, 4, dtype=torch.int64), "names": ["y", "z"], "flag": True}, r"pad=\{'ids': \.\.\.\}"),
-        ({"ids": torch.ones(2, 3), "names": ["y", "z"], "flag": True}, "another dtype"),
+        ({"ids": torch.ones(2, 3), "names": ["y", "z"], "flag": True}, "different dtypes"),
         ({"ids": torch.ones(2, 3, 1, dtype=torch.int64), "names": ["y", "z"], "flag": True}, "dimensions"),
         ({"ids": TWO["ids"], "names": ["y", "z"]}, "same names"),
         ({**TWO, "flag": False}, "differs between a, b"),

@@ -5,6 +5,7 @@ import time
 from typing import NamedTuple
 
 import pytest
+from history_faults import FaultyHistory
 from history_fleets import FleetHistory
 from history_guidance import GuidedHistory
 from history_machine import History
@@ -34,6 +35,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "models": Kind(History, 10),
+    "faults": Kind(FaultyHistory, 5),
     "fleets": Kind(FleetHistory, 4),
     "peft": Kind(PeftHistory, 5),
     "rows": Kind(RowHistory, 3),
@@ -72,3 +74,22 @@ def test_more_histories(kind: str) -> None:
         run(KINDS[kind], seed)
         seed += 1
     print(f"{KINDS[kind].each * (seed - 1000 * SEED - 100)} histories of {kind}")
+
+
+def test_a_failing_history_prints_a_script() -> None:
+    history = FaultyHistory()
+    history.begin("mlp", ["lora"])
+    history.merge("a", "cpu", "float")
+    history.fail_in("unmerge", "a", 1, "KeyboardInterrupt")
+    history.fail_in("unmerge", "b", 1, "KeyboardInterrupt")
+    history.outputs_are_right()
+    assert history.script is not None
+    lines = history.script.end().splitlines()
+    assert lines[:2] == ["model, inputs = HOSTS['mlp'].build()  # of peftcore.testing", "model.double().eval()"]
+    assert lines[2].startswith("peftcore.apply(model, 'lora', ") and "name='a'" in lines[2]
+    assert lines[3:] == [
+        "fill(peftcore.injections(model)['a'], 1)  # of peftcore.testing.kit",
+        "peftcore.injections(model)['a'].merge('cpu', into='float')",
+        "with fails(1, 'KeyboardInterrupt'):",
+        "    peftcore.injections(model)['a'].unmerge()  # raises KeyboardInterrupt",
+    ]

@@ -24,8 +24,10 @@ from torch import nn
 import peftcore
 from peftcore.errors import (
     InactiveSite,
+    MergeError,
     UnknownInjection,
 )
+from peftcore.injection import merging
 
 
 @pytest.mark.parametrize("what", ["replaced", "patched", "ungrafted"])
@@ -162,3 +164,54 @@ def test_a_method_that_fails_to_choose_what_trains_changes_nothing(
         injection.trainable()
     assert [parameter.requires_grad for parameter in injection.parameters()] == before
     assert not injection.summary().irregular
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("within", [None, KeyError])
+def test_what_cannot_be_merged_again_stays_unmerged_and_says_so(
+    within: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a block of `disabled`, whatever ended it: weights are those of the base, and it acts by its operators."""
+    model = perceptron()
+    bare = {name: value.clone() for name, value in model.state_dict().items()}
+    injection = peftcore.apply(model, "dora", name="mine", target=["first", "second"])
+    stir(injection)
+    expected = model(torch.ones(2, 4))
+    injection.merge()
+    with pytest.raises(torch.OutOfMemoryError) as caught, injection.disabled():
+        monkeypatch.setattr(merging, "merge", full)
+        if within is not None:
+            raise within
+    monkeypatch.undo()
+    (note,) = caught.value.__notes__
+    assert "'mine'" in note and "stays unmerged" in note and "merge()" in note
+    assert not injection.merged and injection.active
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in bare.items())
+    assert torch.equal(model(torch.ones(2, 4)), expected)
+    injection.merge()
+    assert injection.merged
+
+
+def test_an_injection_that_is_removed_within_disabled_is_not_merged_again() -> None:
+    model = perceptron()
+    bare = {name: value.clone() for name, value in model.state_dict().items()}
+    injection = peftcore.apply(model, "lora", target=["first", "second"])
+    stir(injection)
+    injection.merge()
+    with injection.disabled():
+        injection.remove()
+    assert not peftcore.injections(model)
+    assert all(torch.equal(value, bare[name]) for name, value in model.state_dict().items())
+
+
+def test_a_merge_of_another_kind_within_disabled_is_kept_and_the_end_says_so() -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, "lora", target=["first", "second"])
+    injection.merge()
+    with pytest.raises(MergeError, match="merged already") as caught, injection.disabled():
+        injection.enabled()
+        injection.merge("device")
+    assert injection.merged and not hasattr(caught.value, "__notes__")

@@ -47,7 +47,7 @@ def test_a_record_that_fits_no_more_is_an_error() -> None:
     stir(injection)
     injection.merge(keep="record")
     stir(injection, seed=1)
-    with pytest.raises(MergeError, match="record does not fit"):
+    with pytest.raises(MergeError, match="record of the merge does not fit"):
         injection.unmerge()
 
 
@@ -56,9 +56,9 @@ def test_an_argument_that_no_merge_has_is_an_error() -> None:
     injection = peftcore.apply(model, "lora", target="first")
     before = snapshot(model)
     for wrong, words in (
-        ({"into": "bananas"}, "into='bananas': it is one of 'float', 'same'"),
-        ({"keep": "disk"}, "keep='disk': it is one of 'cpu', 'device', 'record', None"),
-        ({"weight": float("nan")}, "weight=nan: it is a finite number"),
+        ({"into": "bananas"}, "into='bananas' is not valid: use one of 'float', 'same'"),
+        ({"keep": "disk"}, "keep='disk' is not valid: use one of 'cpu', 'device', 'record', None"),
+        ({"weight": float("nan")}, "weight=nan is not valid: use a finite number"),
     ):
         with pytest.raises(ConfigError, match=re.escape(words)):
             injection.merge(**wrong)
@@ -121,7 +121,7 @@ def below_another(model: nn.Module) -> peftcore.Injection:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda model: peftcore.apply(model, Doubling, target="first"), NotMergeable, "no function of the weight"),
+        (lambda model: peftcore.apply(model, Doubling, target="first"), NotMergeable, "not a function of the weight"),
         (not_finite, MergeError, "would not be finite"),
         (below_another, MergeError, "merge 'below' first"),
     ],

@@ -71,11 +71,11 @@ def test_what_is_refused() -> None:
     with pytest.raises(UnsupportedHost, match="0 lists of layers"):
         peftcore.replicate_layers(nn.Linear(2, 2), [[0, 1]])
     two = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(2, 2)]), "b": nn.ModuleList([nn.Linear(2, 2)])})
-    with pytest.raises(UnsupportedHost, match=r"2 lists of layers: say path=, one of \['a', 'b'\]"):
+    with pytest.raises(UnsupportedHost, match=r"2 lists of layers: pass path=, one of \['a', 'b'\]"):
         peftcore.replicate_layers(two, [[0, 1], [0, 1]])
     peftcore.replicate_layers(two, [[0, 1], [0, 1]], path="b")
     assert len(two["b"]) == 2
     model = llama()
     peftcore.apply(model, "lora")
-    with pytest.raises(UnsupportedHost, match="before adapters"):
+    with pytest.raises(UnsupportedHost, match="without adapters"):
         peftcore.replicate_layers(model, [[0, 2], [0, 2]])

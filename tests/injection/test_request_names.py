@@ -17,7 +17,7 @@ from peftcore.errors import (
 def test_names_that_cannot_be_used(name: str) -> None:
     model = perceptron()
     before = snapshot(model)
-    with pytest.raises(DuplicateInjection, match="no dots"):
+    with pytest.raises(DuplicateInjection, match="without dots"):
         peftcore.apply(model, "lora", target="first", name=name)
     assert snapshot(model) == before
 

@@ -169,7 +169,7 @@ def test_values_that_a_method_finds_wrong_are_refused_in_a_state_dict(tmp_path: 
     state = {key: each.clone() for key, each in slot.state_dict().items()}
     name = next(key for key, each in state.items() if not each.is_floating_point())
     state[name] += 10**6
-    with pytest.raises(SwapError, match=r"beyond|places"):
+    with pytest.raises(SwapError, match="outside of the 64 entries"):
         slot.swap(state)
 
 
@@ -243,7 +243,7 @@ def test_what_no_file_has_goes_with_the_options_or_is_refused() -> None:
     model, other, third = transformer(), transformer(), transformer()
     slot = peftcore.apply(model, Masked, dropout=0.5)
     source = peftcore.apply(other, Masked, first=3, dropout=0.5)
-    with pytest.raises(SwapError, match="made of other options"):
+    with pytest.raises(SwapError, match="computed with other options"):
         slot.swap(peftcore.apply(third, Masked, first=3))
     assert not torch.equal(outputs(model), outputs(other))
     slot.swap(source)
@@ -366,7 +366,7 @@ def test_a_backward_through_the_old_values_says_so(tmp_path: Path) -> None:
     slot = peftcore.load(model, saved(tmp_path / "a", "lora"), name="slot", trainable=True)
     loss = model(IDS).square().mean()
     slot.swap(saved(tmp_path / "b", "lora", 1))
-    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|written to"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|overwritten"):
         loss.backward()
 
 
@@ -380,9 +380,9 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path) ->
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "adapter.json").write_text("{")
     for wrong, error, what in (
-        (saved(tmp_path / "b", "dora", rank=4), SwapError, "adapter of lora, and the other one of dora"),
+        (saved(tmp_path / "b", "dora", rank=4), SwapError, "adapter of lora, but the other adapter is one of dora"),
         (saved(tmp_path / "c", "lora", rank=5), SwapError, "room for .4, 8.*room="),
-        (saved(tmp_path / "d", "lora", target="mlp.down"), SwapError, "does not stand where"),
+        (saved(tmp_path / "d", "lora", target="mlp.down"), SwapError, "has other operators than"),
         (saved(tmp_path / "e", "lora", rank=4, dtype="bfloat16"), SwapError, "bfloat16, expected torch.float32"),
         (tmp_path / "text", CheckpointError, "text"),
     ):
@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path) ->
 
 def test_options_that_no_tensor_holds_are_compared(tmp_path: Path) -> None:
     slot = peftcore.load(transformer(), saved(tmp_path / "a", "houlsby_adapter", activation="gelu"), name="slot")
-    with pytest.raises(SwapError, match="made of other modules"):
+    with pytest.raises(SwapError, match="contains other modules"):
         slot.swap(saved(tmp_path / "b", "houlsby_adapter", 1, activation="relu"))
     vera = peftcore.load(transformer(), saved(tmp_path / "c", "vera"), name="slot")
     with pytest.raises(SwapError, match="basis_1"):

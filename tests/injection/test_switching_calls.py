@@ -73,7 +73,7 @@ def test_values_for_methods_come_to_what_is_active_or_named() -> None:
 def test_what_is_no_choice_is_refused_before_the_call(served: Any) -> None:
     model, (one, two) = served
     for wrong in ((), (None, one.name), ([one.name], two.name), (None, None), (3,)):
-        with pytest.raises(ConfigError, match="what acts"):
+        with pytest.raises(ConfigError, match="which adapters act"):
             using(model, *wrong)
     with pytest.raises(UnknownInjection):
         using(model, "nowhere")

@@ -212,6 +212,29 @@ def test_a_thread_that_ran_before_may_end_meanwhile() -> None:
     assert not report.found and report.tried["tensor"] > 10, report
 
 
+def ends_elsewhere(scene: Scene, note: bool) -> None:
+    first(scene).one = 1
+    try:
+        torch.zeros(1).add(1)
+    except BaseException as error:
+        if note:
+            error.add_note("one stays")
+        raise
+    first(scene).two = 2
+
+
+@pytest.mark.parametrize("note", [True, False])
+def test_a_further_end_is_right_where_a_note_says_so(note: bool) -> None:
+    def operation(scene: Scene) -> None:
+        ends_elsewhere(scene, note)
+
+    def only_the_first(scene: Scene) -> None:
+        first(scene).one = 1
+
+    found = [broken(operation, "tensor", ends=ends).found for ends in ([only_the_first], [two_attributes])]
+    assert bool(found[0]) is not note and found[1]
+
+
 def test_a_share_is_drawn_by_the_seed_and_ends_in_time() -> None:
     all_of_it = inject_faults(whole, make)
     shares = [inject_faults(whole, make, every=4, seed=seed) for seed in (1, 1, 2)]
@@ -250,16 +273,19 @@ def test_copies_are_compared_by_their_values_and_one_scene_by_its_objects(tmp_pa
     assert before.differences(snapshot(other)) == ["second.bias", "optimizer 0, parameter 3", "outputs"]
 
 
-LEFT = {"disabled in a block, merged": "merging again at the end of the block may fail; it stays unmerged then"}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_share_of_the_core(name: str) -> None:
     """All of them: ``make faults``."""
-    if name in LEFT:
-        pytest.skip(LEFT[name])
     case = CASES[name]
     report = inject_faults(
-        case.operation, case.make, name=name, seed=SEED, every=100, leave=case.leave, often=1, seconds=2.0
+        case.operation,
+        case.make,
+        name=name,
+        seed=SEED,
+        every=100,
+        leave=case.leave,
+        ends=case.ends,
+        often=1,
+        seconds=2.0,
     )
     assert not report.found, report

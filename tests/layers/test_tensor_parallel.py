@@ -40,8 +40,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeftcoreError], str]] = {
     "prefix_tuning": ({}, UnsupportedHost, "tensor-parallel"),
     "houlsby_adapter": ({}, UnsupportedSite, "tensor-parallel"),
     "ln_tuning": ({}, UnsupportedHost, "tensor-parallel"),
-    "bitfit": ({"target": ["o_proj"]}, UnsupportedHost, "bias of .*o_proj is added to the sum"),
-    "ia3": ({"target": ["o_proj"]}, UnsupportedHost, "bias of .*o_proj is added to the sum"),
+    "bitfit": ({"target": ["o_proj"]}, UnsupportedHost, "bias of .*o_proj is added after the outputs"),
+    "ia3": ({"target": ["o_proj"]}, UnsupportedHost, "bias of .*o_proj is added after the outputs"),
     "lora": ({"target": ["embed_tokens"]}, UnsupportedHost, "tensor-parallel"),
     "lora that drops": ({"target": ["q_proj"], "dropout": 0.1}, UnsupportedSite, "use dropout=0"),
     "lora and a norm": ({"train": ["model.norm"]}, UnsupportedHost, "tensor-parallel"),
@@ -175,7 +175,7 @@ def check_refused() -> None:
     peftcore.apply(model, "lora", name="one", target=["q_proj"])
     with pytest.raises(RouteError, match="tensor-parallel"):
         peftcore.route(model, ["one", None])
-    with pytest.raises(UnsupportedSite, match="no linear layer that is called"):
+    with pytest.raises(UnsupportedSite, match="not a linear layer that is called"):
         peftcore.apply(model, "corda", target=["q_proj"], data=[{"input_ids": IDS}])
 
 

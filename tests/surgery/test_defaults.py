@@ -77,7 +77,7 @@ def test_the_first_that_the_host_has_is_taken_and_said(caplog: pytest.LogCapture
     assert found == [
         f"1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)
     ]  # a kernel of each channel by itself is no matrix
-    said = "lora: this Sequential has none of attn.q, attn.v, cross.q, cross.v; so it acts at all-layers (4 layers), "
+    said = "lora: this Sequential has none of attn.q, attn.v, cross.q, cross.v; so it acts at all-layers (4 layers). "
     assert len(notes) == 1 and notes[0].startswith(said)
     for _ in range(2):
         peftcore.apply(residual(), "lora")

@@ -59,7 +59,7 @@ def test_one_process_holds_all_of_it(method: str) -> None:
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "two"])
 def test_what_is_no_number_of_processes(number: Any) -> None:
-    with pytest.raises(ConfigError, match="shards is a number of processes"):
+    with pytest.raises(ConfigError, match="shards= must be a number of processes"):
         peftcore.plan(transformer(), "lora", shards=number)
 
 

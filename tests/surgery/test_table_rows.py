@@ -85,11 +85,11 @@ def test_rows_of_a_batch_have_their_own() -> None:
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ({"nowhere": (7, 9)}, "brings rows of 'nowhere', which is no table here"),
-        ({"": (7, 9)}, "which is no table here"),
+        ({"nowhere": (7, 9)}, "rows of the token table 'nowhere'"),
+        ({"": (7, 9)}, "which this model lacks"),
         (
             {"table": (7, 11)},
-            r"table has 9 rows here and had 11 .* brings 4: model.resize_token_embeddings\(11\) first",
+            r"table has 9 rows here but had 11 .* stores 4 of them: call model.resize_token_embeddings\(11\) first",
         ),
         ({"table": (9, 9)}, "table has 9 rows here"),
     ],

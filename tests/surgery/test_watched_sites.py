@@ -96,7 +96,7 @@ def test_a_head_that_runs_in_training_alone_is_named_once(caplog: pytest.LogCapt
     for _ in range(2):
         model.eval()(torch.randn(2, 4))
     assert [each.getMessage() for each in caplog.records] == [
-        "1 adapted sites ran in training and do not in evaluation: auxiliary"
+        "1 adapted sites ran in training but not in evaluation: auxiliary"
     ]
 
 

@@ -155,5 +155,5 @@ def test_what_was_cut_over_processes_is_missed(method: str, model: nn.Module) ->
         for name, value in dict(model[2].named_parameters(recurse=False)).items():
             cut = tensors.distribute_tensor(value.detach(), mesh, [tensors.Shard(0)])
             model[2].register_parameter(name, nn.Parameter(cut))
-        with torch.no_grad(), pytest.raises(InactiveSite, match=r"^2.*: cut over processes since .* load it again"):
+        with torch.no_grad(), pytest.raises(InactiveSite, match=r"^2.*: sharded over processes after .* load it again"):
             model(X)

@@ -187,7 +187,7 @@ def test_the_module_inside_is_found() -> None:
 
 
 def test_a_module_with_several_attentions_is_ambiguous() -> None:
-    with pytest.raises(UnsupportedSite, match="several attentions"):
+    with pytest.raises(UnsupportedSite, match="several attention modules"):
         peftcore.apply(host("t5"), METHODS["in_front"], target="decoder.block.0")
     with pytest.raises(UnsupportedSite, match="attention interface"):
         peftcore.apply(host("llama"), METHODS["in_front"], target="model.layers.0.mlp")
@@ -206,7 +206,7 @@ def test_sizes_that_turn_out_otherwise_are_an_error() -> None:
     injection = peftcore.apply(model, METHODS["in_front"])
     operator = next(iter(injection.operators.values()))
     operator.geometry = peftcore.forward.attention.attention.Geometry(4, 4, 8, 8)
-    with pytest.raises(UnsupportedSite, match="turned out"):
+    with pytest.raises(UnsupportedSite, match="this attention computes with"):
         model(torch.ones(1, 3).long())
 
 

@@ -33,11 +33,13 @@ class Case(NamedTuple):
         make: builds the scene.
         operation: runs on it.
         leave: places that may differ, by how they begin.
+        ends: operations that lead to further states in which a fault may leave the scene, if a note says so.
     """
 
     make: Make
     operation: Operation
     leave: tuple[str, ...] = ()
+    ends: tuple[Operation, ...] = ()
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -185,6 +187,7 @@ def _merging() -> dict[str, Case]:
         if keep is not None:
             then = partial(merged, **how)
             found[f"unmerge, keep={keep!r}"] = Case(scene("a", "b", then=then), on_a(lambda i: i.unmerge()))
+    found["merge half of it"] = Case(scene("a", "b"), on_a(partial(_merge, weight=0.5)))
     for way in WAYS:
         left = () if way in BY_PARAMETRIZATION else ("layers.0.self_attn.q_proj.weight",)  # of the last forward
         found[f"merge where {way} computes the weight"] = Case(scene("a", way=way), on_a(lambda i: i.merge()), left)
@@ -208,7 +211,7 @@ def _merge(injection: peftcore.Injection, **how: Any) -> None:
 
 def _packing() -> dict[str, Case]:
     found = {}
-    for scheme in ("int8", "nf4", "fp4"):
+    for scheme in ("int8", "nf4", "hqq-8", "nf4-icq", "torchao-int8"):
         if scheme in peftcore.schemes():
             found[f"quantize to {scheme}"] = Case(scene("a"), on_model(partial(packed, scheme)))
             found[f"dequantize from {scheme}"] = Case(
@@ -233,7 +236,9 @@ def _choosing() -> dict[str, Case]:
         "call in a block": Case(two(), entered(lambda m: peftcore.call(m, some=1))),
         "enabled in a block": Case(two(), entered(lambda m: a(m).enabled())),
         "disabled in a block": Case(two(), entered(lambda m: a(m).disabled())),
-        "disabled in a block, merged": Case(scene("a", "b", then=merged), entered(lambda m: a(m).disabled())),
+        "disabled in a block, merged": Case(
+            scene("a", "b", then=merged), entered(lambda m: a(m).disabled()), ends=(on_a(lambda i: i.unmerge()),)
+        ),
         "cache_weights": Case(two(), entered(peftcore.cache_weights)),
         "a forward": Case(two(), on_model(outputs)),
     }

@@ -15,7 +15,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
+from history_script import Script
 from history_world import AT_FIRST, CLOSE, HOSTS_HERE, Adapter, World, Wrong, base_of, case_of, snapshot
+from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -69,10 +71,18 @@ class History(RuleBasedStateMachine):
     """One random history."""
 
     world: World
+    script: Script | None = None
+
+    def teardown(self) -> None:
+        """Print what a failing history did, as a script."""
+        if self.script is not None:
+            note(f"As a script:\n\n{self.script.end()}\n")
 
     @initialize(host=st.sampled_from(HOSTS_HERE), methods=st.lists(st.sampled_from(METHODS), min_size=1, max_size=3))
     def begin(self, host: str, methods: list[str]) -> None:
         self.world = World(host)
+        begin = f"model, inputs = HOSTS[{host!r}].build()  # of peftcore.testing"
+        self.script = Script(lambda: self.world.model, begin, "model.double().eval()")
         for name, method in zip(NAMES, methods, strict=False):
             self.apply(name, method, 1)
 
@@ -83,6 +93,8 @@ class History(RuleBasedStateMachine):
         world = self.world
         with world.allowed():
             world.filled(name, case_of(method, world.host.name), seed)
+            assert self.script is not None
+            self.script.lines.append(f"fill(peftcore.injections(model)[{name!r}], {seed})  # of peftcore.testing.kit")
 
     @rule(name=names)
     def remove(self, name: str) -> None:
@@ -295,7 +307,7 @@ class History(RuleBasedStateMachine):
 
         def weigh(injection: peftcore.Injection) -> None:
             for _, module in injection.modules():
-                if "balance" in vars(module):
+                if "balance" in vars(module) and vars(module).get("top_k", 1):  # without top_k nothing is balanced
                     module.balance = 0.5  # many have no weight by default
 
         def told(acting: tuple[str, ...], asked: tuple[str, ...]) -> dict[str, Tensor]:

@@ -90,6 +90,8 @@ class RowWorld(World):
             case = case_of(method, self.host.name)
             with peftcore.activate(self.model):
                 injection = self.apply(self.model, name, case)
+                context = injection.state.now().context  # the case's, such as a timestep, which ends with the block
+            peftcore.call(self.model, **context)
         except (PeftcoreError, NotApplicable):
             return
         fill(injection, seed)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 import peftcore
 from peftcore import Average, Stack, Sum
-from peftcore.errors import CompositionError, MergeError, PeftcoreError, RouteError
+from peftcore.errors import CompositionError, MergeError, PeftcoreError, RouteError, SequenceError
 from peftcore.forward.state.host_state import state_of
 from peftcore.testing import HOSTS, Case, NotApplicable
 from peftcore.testing.kit import fill
@@ -230,8 +230,8 @@ class World:
             self.choice = (*self.choice, name)
             try:
                 self.output(self.model)
-            except CompositionError:
-                with pytest.raises(CompositionError):
+            except (CompositionError, SequenceError) as error:
+                with pytest.raises(type(error)):
                     self.output(self.fresh(self.choice))
                 try:
                     peftcore.activate(self.model, name)

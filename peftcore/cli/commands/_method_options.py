@@ -83,12 +83,12 @@ def _options_of(method: str) -> set[str]:
 
 def _refuse(name: str, value: Any, methods: Sequence[str], own: Sequence[str]) -> None:
     import peftcore
-    from peftcore.contract.config import validate
+    from peftcore.registry.preset_methods import method_of
 
     flag = name.replace("_", "-")
     if close := difflib.get_close_matches(flag, own, n=1, cutoff=0.75):
         raise BadInput(f"there is no option --{flag}; did you mean --{close[0]}?")
     known = [method for method in methods if _options_of(method)]
     if len(known) == 1:
-        validate(peftcore.method(known[0]).Config, {name: value})
+        method_of(peftcore.method(known[0]), {name: value})
     raise BadInput(f"there is no option --{flag}, neither of the command nor of {', '.join(known) or 'a --method'}")

@@ -28,9 +28,9 @@ from peftcore.registry.plugins import imported, named_places
 class PeftMethod(ABC):
     """Base class of translations between one of our methods and one type of peft."""
 
-    methods: ClassVar[tuple[str, ...]]
+    methods: tuple[str, ...]
     """Our methods that it can hold; the first is the one that is read."""
-    below: ClassVar[tuple[str, ...]] = ()
+    below: tuple[str, ...] = ()
     """Names of its tensors below a module: ``"lora_A.weight"``."""
     root: ClassVar[tuple[str, ...]] = ()
     """Names of its tensors that belong to the adapter as a whole; a name that ends with a dot is a beginning."""
@@ -56,6 +56,9 @@ class PeftMethod(ABC):
     """The types of peft that they can be."""
     patterns: ClassVar[Mapping[str, str]] = {}
     """Options that hold values by pattern of path, and the option that each of them changes."""
+    advice: ClassVar[Mapping[str, str]] = {}
+    """What to write in peftcore for options of this type, ``{"init_r": "use rank="}``, shown to users who write peft's
+    name; options that many types share have advice in the core."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:

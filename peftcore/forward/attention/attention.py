@@ -1,5 +1,4 @@
-"""Edits inside attention: keys and values in the same softmax, a second softmax, other queries.
-
+"""Edits: operators inside attention that add keys and values to the softmax, add a second softmax, or change queries.
 An edit wraps the function with which an attention module computes ``softmax(q k^T) v``. The module
 `peftcore.forward.attention.attention_calls` makes attention modules call the edits.
 """
@@ -55,16 +54,18 @@ class AttentionOperator(_Base):
         self.calls.prepare()  # a pickle may be loaded in a fresh process
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Act around `attend`; returns the output of the attention, ``[batch, heads, queries, value_dim]``."""
+        """Returns the output of the attention, computed with calls of `attend`: ``[batch, heads, queries,
+        value_dim]``."""
         raise NotImplementedError
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns `tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        """Returns `tensors` in the dtype of `like`, also under autocast, in which elementwise products would have a
+        higher precision."""
         return tuple(tensor.to(like.dtype) for tensor in tensors)
 
 
 class Attend:
-    """The next attention inside an edit, which the edit calls."""
+    """The next inner attention, which an edit calls: the attention of another edit, or the host's."""
 
     def __init__(self, host: HostAttention, inner: Compute, operator: AttentionOperator) -> None:
         self._host, self._inner, self._operator = host, inner, operator
@@ -138,7 +139,7 @@ class HostAttention:
         return unsaid, self._options
 
     def of(self, rows: OwnRows) -> HostAttention:
-        """Returns the attention of some rows of the batch."""
+        """Returns the host's attention function for some rows of the batch."""
         own = copy.copy(self)
         own._mask, own._options = rows.of(self._mask), rows.of(dict(self._options))
         return own
@@ -282,4 +283,7 @@ def _check_shapes(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor)
     ranks = {each.dim() for each in (query, key, value)}
     found = Geometry(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
     if ranks != {4} or found != geometry:
-        raise UnsupportedSite(f"an attention turned out to have {found}, where its modules say {geometry}")
+        raise UnsupportedSite(
+            f"this attention computes with {found}, but its modules have {geometry}: exclude it from the adapter's "
+            "target modules"
+        )

@@ -39,7 +39,7 @@ class AttentionCalls(Protocol):
         """The class of the module's view, where it differs from the module's class."""
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite where the module's configuration bypasses the edits."""
+        """Raise UnsupportedSite if the module's configuration bypasses edits."""
 
     def prepare(self) -> None:
         """Prepare this process for a forward; never called while a compiler traces."""
@@ -79,8 +79,8 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 @dataclass
 class TorchCalls:
-    """A module calls `F.scaled_dot_product_attention`, itself (timm) or by a processor (diffusers): its forward runs
-    under a mode that sees this call."""
+    """For modules that call `F.scaled_dot_product_attention`, directly (timm) or through a processor (diffusers): the
+    forward runs under a torch function mode that intercepts this call."""
 
     plain: type[nn.Module]
     """The module's own class."""
@@ -90,11 +90,11 @@ class TorchCalls:
         return {"plain": self.plain, "view_class": None}
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Does nothing here: `run` checks in each forward how the module calls attention."""
+        """Does nothing: `run` checks in each forward how the module calls attention."""
 
     def prepare(self) -> None:
-        """Make the class of views: diffusers lets torch.compile treat instances of its classes as single operations,
-        which edits cannot enter."""
+        """Create the class of the module's views. It is a new class because torch.compile treats modules of diffusers'
+        own classes as single operations, in which edits cannot act."""
         plain: Any = self.plain
         self.view_class = _traced(plain)
 
@@ -106,16 +106,15 @@ class TorchCalls:
         """Returns the output of the forward under the mode.
 
         Raises:
-            UnsupportedSite: the forward did not compute exactly one attention in this way.
+            UnsupportedSite: the forward did not call `F.scaled_dot_product_attention` exactly once.
         """
         mode = _SeesAttention(stand_in, edits)
         with mode:
             output = type(stand_in).forward(stand_in, *args, **kwargs)
         if mode.calls != 1:
-            times = f"{mode.calls} times" if mode.calls else "in another way"
             raise UnsupportedSite(
-                f"{edits.slot.path or 'the host'} computed attention {times} in this forward, where edits stand around "
-                "one call of torch's scaled_dot_product_attention; take other targets"
+                f"{edits.slot.path or 'the host'} called torch's scaled_dot_product_attention {mode.calls} times in "
+                "this forward, but operators inside attention need exactly one call: target other modules"
             )
         return output
 
@@ -180,7 +179,7 @@ def _attention(
 
 
 def locate_attention(site: Site, resolver: Resolver) -> AttentionSite:
-    """Returns the attention at a site: its module, or the one inside it that computes attention (BERT's
+    """Returns the attention at a site: the site's module, or the module inside it that computes attention (BERT's
     ``attention.self``).
 
     Raises:
@@ -190,7 +189,7 @@ def locate_attention(site: Site, resolver: Resolver) -> AttentionSite:
     known_calls = {path: calls_of(resolver.modules[path]) for path in _paths(site, resolver)}
     inside = {path: calls for path, calls in known_calls.items() if calls is not None}
     if len(inside) != 1:
-        found = f"has several attentions inside, {', '.join(inside)}: target one" if inside else _REASON
+        found = f"contains several attention modules ({', '.join(inside)}): target one of them" if inside else _REASON
         raise UnsupportedSite(f"{site.path or 'the host'} {found}")
     ((path, calls),) = inside.items()
     module = resolver.modules[path]
@@ -218,8 +217,8 @@ _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_d
 _VALUE_DIM = ("v_head_dim",)
 _GROUPS = ("num_key_value_groups",)
 _REASON = (
-    "does not compute attention through transformers' attention interface nor by torch's scaled_dot_product_attention, "
-    "so nothing can act between its projections and its softmax"
+    "does not compute attention through transformers' attention interface or torch's scaled_dot_product_attention, so "
+    "no operator can act between its projections and its softmax: target another module"
 )
 
 
@@ -259,7 +258,7 @@ def _geometry(path: str, module: Any, projections: Mapping[str, Projection]) -> 
     value_dim = _size(module, _VALUE_DIM) or head_dim
     if made.get("v", kv_heads * value_dim) != kv_heads * value_dim or not head_dim:
         raise UnsupportedSite(
-            f"{path}: the sizes of its heads are not known: {heads} heads, {kv_heads} of them for keys, {head_dim} "
-            f"wide, and projections of {made}"
+            f"{path}: cannot determine the sizes of its heads ({heads} heads, {kv_heads} of them for keys, head size "
+            f"{head_dim}, projections of {made}): exclude it from the adapter's target modules"
         )
     return Geometry(heads, kv_heads, head_dim, value_dim)

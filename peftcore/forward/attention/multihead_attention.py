@@ -20,15 +20,16 @@ from peftcore.forward.state.slot import Edits
 
 @dataclass(frozen=True)
 class MultiheadCalls:
-    """A module is an `nn.MultiheadAttention`, with that class's forward."""
+    """For modules of the class `nn.MultiheadAttention` whose forward is the forward of that class."""
 
     view_class: ClassVar[None] = None
 
     def check(self, path: str, module: Any) -> None:
-        """Raise UnsupportedSite where the module adds keys to the softmax."""
+        """Raise UnsupportedSite if the module adds keys to the softmax."""
         if module.bias_k is not None or module.add_zero_attn:
             raise UnsupportedSite(
-                f"{path} adds keys of its own (add_bias_kv or add_zero_attn), which edits do not know"
+                f"{path} adds keys of its own (add_bias_kv or add_zero_attn), which operators inside attention do not "
+                "support: exclude it from the adapter's target modules"
             )
 
     def prepare(self) -> None:
@@ -39,7 +40,7 @@ class MultiheadCalls:
         return {}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns output and weights (None where they are not asked for), as the class's forward does."""
+        """Returns output and attention weights (None if they were not requested), as the class's forward does."""
         return _forward(stand_in, edits, *args, **kwargs)
 
 

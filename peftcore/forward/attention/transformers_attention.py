@@ -30,7 +30,7 @@ _DETOURS = ("reorder_and_upcast_attn",)
 
 @dataclass(frozen=True)
 class TransformersCalls:
-    """A module asks transformers' attention interface for its function."""
+    """For modules that get their attention function from transformers' attention interface."""
 
     view_class: ClassVar[None] = None
     eager: Callable[..., Any]
@@ -38,7 +38,8 @@ class TransformersCalls:
 
     @classmethod
     def of(cls, module: nn.Module) -> TransformersCalls:
-        """Returns the way of a module whose forward passes the eager function of its file to the interface."""
+        """Returns the `TransformersCalls` of a module whose forward passes the eager function of its file to the
+        interface."""
         forward = inspect.unwrap(plain_class(module).forward)
         name = next(name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
         return cls(forward.__globals__[name])
@@ -50,11 +51,14 @@ class TransformersCalls:
         named = {name for each in constants for name in (each if isinstance(each, tuple) else (each,))}
         if chosen := named & _PER_KEY_INDICES:
             raise UnsupportedSite(
-                f"{path} picks its keys by position ({', '.join(chosen)}), which keys in front would shift"
+                f"{path} selects keys by position ({', '.join(chosen)}), and keys that an adapter adds in front would "
+                "shift these positions: exclude it from the adapter's target modules"
             )
         for option in _DETOURS:
             if getattr(module.config, option, False):
-                raise UnsupportedSite(f"{path} goes around its attention interface with {option}=True; turn it off")
+                raise UnsupportedSite(
+                    f"{path} bypasses its attention interface with {option}=True: set config.{option} = False"
+                )
 
     def prepare(self) -> None:
         """Register peftcore's attention functions with transformers, once per process."""
@@ -100,7 +104,8 @@ def _named(implementation: str) -> str:
 
 
 class ConfigStandIn:
-    """A config that differs only in the name of its attention implementation, which is read each time."""
+    """A config that differs from the real one only in the name of its attention implementation. The real name is read
+    at each access."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -124,7 +129,7 @@ def implementation_of(config: Any) -> str:
     name: str = config._attn_implementation or "eager"
     if name not in SUPPORTED:
         raise UnsupportedSite(
-            f"attention is edited around {' and '.join(SUPPORTED)}, not around {name!r}: "
-            'model.set_attn_implementation("sdpa")'
+            f"operators inside attention work with {' and '.join(SUPPORTED)}, not with {name!r}: call "
+            "model.set_attn_implementation('sdpa')"
         )
     return name

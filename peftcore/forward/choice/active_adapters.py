@@ -52,7 +52,7 @@ class Route:
         return batch in (len(self.index), len(self.index) * self.copies)
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """Returns the index for `count` rows, each entry repeated where a module sees several rows for each row of the
+        """Returns `index` for `count` rows; each entry is repeated if a module sees several rows for each row of the
         batch (windows, flat tokens).
 
         Raises:
@@ -82,7 +82,8 @@ class Route:
         return Route(left, index, self.copies, positions, self.since, seeds=seeds, drew=self.drew)
 
     def only(self, positions: Positions) -> Route:
-        """Returns the route in which the rows of all other positions run the bare base model; computed once."""
+        """Returns the route in which only the rows of one position use their injection, and all others run the bare
+        base model; computed once."""
         return self._with(("only", positions), tuple(each if each in positions else -1 for each in self.positions))
 
     def part(self, positions: Positions) -> Route:
@@ -134,7 +135,10 @@ class Route:
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))
         if rest:
-            raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
+            raise RouteError(
+                f"a module received {count} rows, which is not a multiple of the route's {len(self.index)} rows: "
+                "exclude it from the adapter's target modules"
+            )
         return times
 
     @cached_property
@@ -144,7 +148,7 @@ class Route:
 
     @cached_property
     def sizes(self) -> Mapping[int, int]:
-        """How many rows of the batch each position has."""
+        """The number of rows of the batch for each position."""
         return Counter(self.positions)
 
     def own(self, positions: Positions, count: int, device: torch.device) -> Tensor | None:
@@ -212,7 +216,7 @@ class Choice:
 
     @property
     def acting(self) -> Active:
-        """The names that act on any row."""
+        """The names of the injections that act on at least one row."""
         return self.active if self.route is None else self.route.names
 
     @property

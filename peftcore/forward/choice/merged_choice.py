@@ -33,8 +33,8 @@ def check_choice(injections: Injections, merged: Active, choice: Choice) -> None
 
 
 def check_merge(injections: Injections, merged: Active, name: str, choice: Choice, where: str = "") -> None:
-    """Verify that an injection may be merged while a choice is in force; `where` names the owner of the choice, for the
-    message.
+    """Verify that an injection may be merged while a choice is in force; `where` describes the owner of the choice in
+    the error message.
 
     Raises:
         MergeError: forwards under the choice would no longer compute the right result.
@@ -52,13 +52,13 @@ def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterat
         if choice.route is not None:
             yield name, "rows of the batch go to different injections", "leave the route first"
         elif choice.composition is not None:
-            yield name, "a composition puts branches together", "leave the composition first"
+            yield name, "a composition combines branches", "leave the composition first"
         elif name not in choice.active:
-            yield name, f"it is not among what is chosen ({', '.join(choice.active)})", "activate it first"
+            yield name, f"the chosen adapters ({', '.join(choice.active)}) do not include it", "activate it first"
         else:
             waiting = [each for each in choice.active if each not in merged]
             for other in _before(injections, name, waiting) if waiting else ():
-                yield name, f"{other!r} came before it and acts on the same weights", f"merge {other!r} first"
+                yield name, f"{other!r} was applied before it and acts on the same weights", f"merge {other!r} first"
 
 
 def _before(injections: Injections, name: str, others: list[str]) -> Iterator[str]:

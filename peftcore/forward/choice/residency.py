@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class ResidentAdapter(Protocol):
-    """An adapter as its residency sees it: values that can be offloaded from the model and restored."""
+    """An adapter as `Residency` uses it: its values can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
         """Returns the bytes that the adapter's values take on the model, or would take there."""
 
     def trains(self) -> bool:
-        """Whether an optimizer may change the adapter."""
+        """Whether the adapter trains, so that an optimizer may change its values."""
 
     def fetch(self) -> Any:
         """Returns the offloaded values, checked; the model does not change.
@@ -263,12 +263,12 @@ class Residency:
             staying = [(name, record) for name, record in here if name not in victims]
             stay, names = sum(record.adapter.bytes() for _, record in staying), [repr(name) for name, _ in staying]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            taken = f"{stay:,} are taken by adapters that cannot leave now: {', '.join(names[:8])}{more}"
+            taken = f"{stay:,} are taken by adapters that cannot be offloaded now: {', '.join(names[:8])}{more}"
             raise MemoryLimit(
-                f"{f'{what} wants {wanted:,} bytes: ' if what else ''}of the {self.limit:,} bytes for adapters "
-                f"{taken if names else 'all are free, and they are too few'}. An adapter stays while it is chosen, "
-                "trains or is merged: leave blocks that name it, freeze it (injection.trainable(False)), or give more "
-                "memory (pool.limit)"
+                f"{f'{what} needs {wanted:,} bytes: ' if what else ''}of the {self.limit:,} bytes for adapters "
+                f"{taken if names else 'all are free, but they are too few'}. An adapter cannot be offloaded while it "
+                "is chosen, trains or is merged: exit the blocks that name it, freeze it (injection.trainable(False)), "
+                "or raise pool.limit"
             )
         return victims
 

@@ -24,7 +24,7 @@ from peftcore.forward.context.context import HERE
 if TYPE_CHECKING:
     from peftcore.forward.choice.residency import Residency
 
-_ADVICE = "take the choice for one call instead: peftcore.using(model, name)(function, ...)"
+_ADVICE = "choose the adapters for one call instead: peftcore.using(model, name)(function, ...)"
 _LOCK = threading.RLock()
 """Held while the shared choices change: garbage collection in another thread may end a block."""
 
@@ -52,7 +52,7 @@ class ChoiceBlock:
     Attributes:
         choice: the current choice in the block.
         place: the thread and task in which the block began; None where other threads and tasks cannot see the block.
-        open: True until the block is left.
+        open: True until the block is exited.
         before: the threads that already ran when the block began, since threads started later may work for the block;
             None where threads do not matter.
         of_owner: whether the block is in a task of the thread that adapted the model: then threads that already ran may
@@ -84,8 +84,8 @@ class Scope:
     choice: Choice
     block: ChoiceBlock
     pin: ChoiceBlock | None = None
-    """Shows other threads the injections that a task's statement names, if the task made it in a block that another
-    task entered."""
+    """Makes the injections that a task's statement names visible to other threads; for a statement in a block that
+    another task entered."""
 
 
 Scopes = tuple[Scope, ...]
@@ -192,8 +192,8 @@ class Choices:
             if scopes := self._live_scopes():
                 if not scopes[-1].block.open:
                     raise BlockOrderError(
-                        "the block or call in which this task (or thread) was started has been left meanwhile, so "
-                        f"nothing says which injections act in it; wait for it inside of the block, or {_ADVICE}"
+                        "this task (or thread) was started in a block or call that has ended, so its active adapters "
+                        f"are not known; wait for it inside the block, or {_ADVICE}"
                     )
                 return scopes[-1].choice
             if HERE.token is not self.owner and _THREAD.get() is not self.owner:
@@ -214,10 +214,10 @@ class Choices:
         ):
             return employers[-1].choice
         raise AmbiguousChoice(
-            f"the thread {thread.name!r} has not chosen which injections act, and a block or call that is open in "
-            "another thread or task has: nothing says whether this thread works for it. Say it here, "
-            "peftcore.using(model, name)(function, ...), or hand the choice on: asyncio.to_thread takes that of a task "
-            "along, and Thread(target=peftcore.using(model, name), args=(function, ...)) has its own"
+            f"the thread {thread.name!r} has not chosen active adapters, but a block or call that is open in another "
+            "thread or task has, and this thread may work for it. Choose here, peftcore.using(model, name)(function, "
+            "...), or start the thread with the choice: asyncio.to_thread (keeps the task's choice), or "
+            "Thread(target=peftcore.using(model, name), args=(function, ...))"
         )
 
     def in_force(self) -> Iterator[tuple[str, Choice]]:
@@ -415,13 +415,13 @@ class Choices:
             self._publish()
         if later is None:
             raise BlockOrderError(
-                "a block was left in another task or thread than the one that entered it (a generator or fixture was "
-                f"closed elsewhere): what ran in between may have had another choice; {_ADVICE}"
+                "a block ended in another task or thread than it began in (a generator or fixture was closed "
+                f"elsewhere), so forwards in between may have used another choice; {_ADVICE}"
             )
         if any(each.block.open for each in later):
             raise BlockOrderError(
-                "a block was left while one that was entered later is still open: their choices overlapped, and steps "
-                f"in between may have run the other one's; {_ADVICE}"
+                "a block ended while a block entered later is still open, so forwards in between may have used the "
+                f"wrong choice; {_ADVICE}"
             )
 
     def _enlisted(self, block: ChoiceBlock) -> ChoiceBlock:
@@ -488,7 +488,9 @@ class Choices:
             for name in wanted.intersection(each.choice.bound):
                 kind = CompositionError if each.choice.route is None else RouteError
                 what = "composition" if each.choice.route is None else "route"
-                raise kind(f"{name!r} is in a {what} that is in force, which cannot do without it; leave that first")
+                raise kind(
+                    f"{name!r} is part of a {what} that is in force and cannot be removed: exit the {what} first"
+                )
 
     def forget(self, name: str) -> None:
         """Remove a deleted injection from the stacks of this thread or task, and from the shared stack. In other

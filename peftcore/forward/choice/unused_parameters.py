@@ -21,7 +21,7 @@ def check_all_act(model: nn.Module, injections: Mapping[str, Installed], acting:
     Args:
         model: the adapted model.
         injections: its injections by name.
-        acting: the names of those that act through their operators: not those that are merged.
+        acting: the names of the injections that act through their operators, without merged ones.
 
     Raises:
         TrainingError: an adapter with trainable parameters is inactive.
@@ -37,7 +37,7 @@ def check_all_act(model: nn.Module, injections: Mapping[str, Installed], acting:
         unused = (each for each in injection.parameters() if each.requires_grad and id(each) not in used)
         if name not in acting and any(True for _ in unused) and any(each is model for each in runner.modules()):
             raise TrainingError(
-                f"{name!r} trains but does not act, and DistributedDataParallel waits for the gradients of all that "
-                f"trains: call trainable(False) on it before the model is wrapped, let it act, or wrap the model with "
-                "find_unused_parameters=True"
+                f"{name!r} trains but is not active, and DistributedDataParallel waits for gradients of all trainable "
+                f"parameters: call injection.trainable(False) before you wrap the model, activate {name!r}, or wrap "
+                "the model with find_unused_parameters=True"
             )

@@ -1,10 +1,10 @@
-"""Finds the forward that a checkpoint repeats: the object that torch keeps for a checkpoint from its forward to its
-backward also stores the forward context in which its modules ran.
+"""Finds the forward that an activation checkpoint repeats. Torch keeps an object for each checkpoint from its forward
+to its backward; this object also stores the forward context in which the modules of the checkpoint ran.
 
 Torch has no public way to identify a checkpoint, so this module searches the call stack for torch's objects: for a
 non-reentrant checkpoint the frame that its saved-tensor hooks hold, for a reentrant one the context of its autograd
-function. A checkpoint of another library has neither; its forward is found by the outputs' autograd nodes
-(`peftcore.forward.context.context`).
+function. A checkpoint of another library has neither object; its forward is found through the autograd nodes of the
+outputs (`peftcore.forward.context.context`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda i
 
 
 def remember(kept: Any, state: object, choice: object, context: Any) -> None:
-    """Store in a checkpoint the choice and the forward context under which modules of a host run."""
+    """Store the current choice and forward context of a host in a checkpoint."""
     record: dict[int, Any] = vars(kept).setdefault(RECORD, {})
     before = record.setdefault(id(state), (choice, context))
     if before is not None and before[0] is not choice:
@@ -51,8 +51,8 @@ def remembered(state: object | None) -> tuple[Any, Any] | None:
         if key in record:
             if record[key] is None:
                 raise AmbiguousBackward(
-                    "the choice of adapters changed inside of a checkpoint, which runs again in backward: choose "
-                    "before the checkpoint, and outside of it"
+                    "the active adapters changed inside a checkpointed block, which backward runs again: choose them "
+                    "outside the checkpoint, before it begins"
                 )
             found: tuple[Any, Any] = record[key]
             return found

@@ -2,7 +2,7 @@
 
 Two hooks on the root open and close the context; operators get it from `forward_context`. Modules that run again inside
 backward (gradient checkpointing) find the context of the forward that they repeat: the autograd nodes of its outputs
-announce it before its modules run again. So leaving `activate` or `route` before `backward()` has no effect on the
+announce it before its modules run again. So exiting `activate` or `route` before `backward()` has no effect on the
 gradients.
 """
 
@@ -80,7 +80,7 @@ A private function of torch: no public function distinguishes a repeated forward
 
 
 def repeating() -> bool:
-    """Whether this thread is inside a backward pass, where a forward repeats an earlier one."""
+    """Whether this thread is inside a backward pass, in which a forward repeats an earlier forward."""
     return graph_task() != -1
 
 
@@ -114,8 +114,8 @@ class ForwardContext:
             after the host has returned. A list, since torch.compile does not trace grafts after a change of a dict that
             existed before.
         losses: scalars that operators add to the loss of the output, each with its operator; see `add_loss`.
-        visits: for a part of the host that runs by itself: how many target modules ran in training since the losses
-            were last taken.
+        visits: for a part of the host that was called directly: the number of target modules that ran in training since
+            the losses were last taken.
     """
 
     def __init__(
@@ -169,13 +169,13 @@ class ForwardContext:
     @property
     def prompt(self) -> Prompt | None:
         """The prompt of the ``generate`` in which this forward runs, if the forward receives tokens of the prompt or
-        generated tokens after it; None elsewhere."""
+        tokens generated after it; otherwise None."""
         return None if self._tokens is None else self._tokens.prompt
 
     @property
     def tokens(self) -> Tokens:
-        """The tokens of the host's forward, of all rows of the batch; for methods with `Method.reads_tokens`, and in a
-        route with `since`.
+        """The tokens of the host's forward, for all rows of the batch. Available for methods with
+        `Method.reads_tokens`, and in a route with `since`.
 
         Raises:
             MissingContext: a part of the host was called by itself, the host has an encoder and a decoder, or is
@@ -183,14 +183,15 @@ class ForwardContext:
         """
         if self._tokens is None or not self._tokens.counted:
             raise MissingContext(
-                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, where it has one "
-                "stack of them and runs uncompiled, and of a cache that counts tokens: call that model"
+                "the tokens of this forward are not known: call the whole adapted model, uncompiled, with input_ids or "
+                "inputs_embeds, and with a cache that counts tokens; models with an encoder and a decoder are not "
+                "supported"
             )
         return self._tokens
 
     def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
-        """Returns a mask of the tokens of a module's input from the last occurrence of a sequence of ids in their row
-        on, or from the columns of ``peftcore.call(model, since=...)`` on.
+        """Returns a mask of a module's input tokens. It is True from the last occurrence of a sequence of ids in the
+        row, or from the column given by ``peftcore.call(model, since=...)``.
 
         Args:
             sequence: the ids; empty to use only the columns of `since`.
@@ -218,8 +219,8 @@ class ForwardContext:
             return own
         if own.numel() != len(like):
             raise SequenceError(
-                f"a module is given {tuple(like.shape)}, and the model {tuple(own.shape)} tokens: exclude it from the "
-                "adapter's target modules"
+                f"a module received an input of shape {tuple(like.shape)}, but the model's tokens have shape "
+                f"{tuple(own.shape)}: exclude it from the adapter's target modules"
             )
         return own.flatten()
 
@@ -266,17 +267,19 @@ class ForwardContext:
         return self.context[name]
 
     def told(self, name: str, otherwise: Any = None) -> Any:
-        """Returns one value given to `peftcore.call(model, ...)`, also in a route for all rows."""
+        """Returns one value given to `peftcore.call(model, ...)`; in a route, the value for all rows of the batch."""
         return otherwise if self.choice is None else self.choice.context.get(name, otherwise)
 
     def _check_told(self, name: str) -> None:
         if self.choice is None or name not in self.choice.context:
-            raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
+            raise MissingContext(
+                f"this method needs a value for {name!r}: pass it with peftcore.call(model, {name}=...): ..."
+            )
 
     def for_rows(self, name: str, rows: int, value: Tensor | None = None) -> Tensor:
-        """Returns the entries of a call's value for the rows that a module receives, in a route for the operator's
-        rows. It has one entry for all rows, or one for each row of the batch; the latter applies to all adjacent rows
-        that the module makes of that row (windows, frames, flat tokens).
+        """Returns the entries of a call's value for the rows that a module receives; in a route, for the operator's
+        rows. The value has one entry for all rows, or one for each row of the batch. An entry of a batch row applies to
+        all adjacent rows into which the module's input splits that row (windows, frames, flat tokens).
 
         Args:
             name: the name of the value in `peftcore.call`.
@@ -296,13 +299,13 @@ class ForwardContext:
         if len(value) == 1:
             return value
         if not len(value):
-            raise RouteError(f"{name} has no entries: give one for each row, or one for all")
+            raise RouteError(f"{name} has no entries: pass one for each row, or one for all rows")
         own = of_batch(name, value, *self._repeated(len(value), rows))
         own = own if self.rows is None else self.rows.of(own)
         if rows % len(own):
             raise RouteError(
-                f"a module is given {rows} rows, which cannot be told apart by the {len(own)} entries of {name}: "
-                "exclude it from the adapter's target modules, or give one entry for all rows"
+                f"a module received {rows} rows, which is not a multiple of the {len(own)} entries of {name}: exclude "
+                "it from the adapter's target modules, or pass one entry for all rows"
             )
         return own
 
@@ -373,9 +376,9 @@ class ForwardContext:
         route = None if self.choice is None else self.choice.route
         if route is not None and self.rows is None and (torch.compiler.is_compiling() or len(route.present) > 1):
             raise RouteError(
-                f"the loss that a {type(operator).__name__} adds would be one of the rows of all adapters: it runs on "
-                "all when compiled, and where a module is not given a row for each of the batch. Train uncompiled, "
-                "exclude that module from its targets, or train this adapter in batches of its own"
+                f"the loss that {type(operator).__name__} adds would include rows of other adapters: compiled code "
+                "runs it on all rows, as do modules that do not receive one row for each row of the batch. Train "
+                "uncompiled, exclude that module from its targets, or train this adapter in separate batches"
             )
         if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append((operator, loss))
@@ -391,7 +394,7 @@ class ForwardContext:
             self.taps[:], self.losses[:] = taps, losses
 
     def check_loss_learns(self) -> None:
-        """Verify that a loss which an operator computes now has a gradient.
+        """Verify that a loss that an operator computes now would get a gradient.
 
         Raises:
             TrainingError: the loss is computed inside a reentrant checkpoint, which keeps no graph.
@@ -453,7 +456,7 @@ class ForwardContext:
         dropped at its end.
 
         Args:
-            left: the values of taps at the beginning of the pass, by which operators recognize the pass.
+            left: the values that taps have at the beginning of the pass; operators recognize the pass by them.
 
         Returns:
             The host's output, with its graph, before hooks of the host change it; in a route only the adapter's rows.
@@ -464,10 +467,14 @@ class ForwardContext:
         """
         model = self._model
         if model is None:
-            raise MissingContext("a part of the model was called by itself: only the whole model runs once more")
+            raise MissingContext(
+                "a part of the model was called directly, but only the whole model can run once more: call the adapted "
+                "model itself"
+            )
         if given := caches_in(self.inputs):
             raise TrainingError(
-                f"the model is to run twice, and {next(iter(given))}= has the tokens already: train without it"
+                f"this method runs the model twice, but {next(iter(given))}= already contains the tokens: train "
+                "without it"
             )
         inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
         self.passes += 1
@@ -564,12 +571,12 @@ def _runs(wanted: FrameType | None) -> bool:
 
 
 def outside() -> ForwardContext | None:
-    """Returns the context for a part of the host that runs by itself in this thread, if there is one."""
+    """Returns the context of a part of the host that was called directly in this thread; None without one."""
     return None if HERE.outside is None else HERE.outside()
 
 
 LOST = (
-    "a block adds a loss of the adapter's own, which a reentrant checkpoint gives no gradient: take the others, "
+    "a checkpointed block adds a loss of the adapter, and reentrant checkpoints give it no gradient: call "
     "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 

@@ -1,5 +1,4 @@
-"""The repetition of entries in a batch, for a value given to `peftcore.call`: images of a UNet, tasks, lengths of
-prompts.
+"""How a batch repeats the entries of a value given to `peftcore.call` (images of a UNet, tasks, lengths of prompts).
 
 A value has one entry for each row of the batch, or one for all. A batch with more rows than entries repeats them in one
 of two ways, which cannot be read from the batch: pipelines with classifier-free guidance concatenate all rows without
@@ -45,7 +44,7 @@ def told_repeats(context: Mapping[str, Any]) -> Repeats | None:
     copies = 1 if copies is None else copies
     for name, times in ((GUIDANCE, guidance), (COPIES, copies)):
         if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-            raise ConfigError(f"{name}={times!r} says not how often the batch repeats entries: give 1 or more")
+            raise ConfigError(f"{name}={times!r} is not a number of repetitions: pass an integer of 1 or more")
     return Repeats(guidance, copies)
 
 
@@ -66,8 +65,8 @@ def of_batch(name: str, value: Tensor, batch: int, repeats: Repeats) -> Tensor:
     if len(value) * repeats.guidance * repeats.copies == batch:
         return repeats.of(value)
     raise RouteError(
-        f"{name} has {len(value)} entries, and the batch {batch} rows: give one for each row, or one for all; or say "
-        f"how the batch repeats them: peftcore.call(model, {name}=..., guidance=True) where a pipeline puts rows "
-        "without and with text into one batch, copies=N where each has N adjacent rows (num_images_per_prompt, "
-        "num_beams)"
+        f"{name} has {len(value)} entries, but the batch has {batch} rows: pass one for each row, or one for all. If "
+        f"the batch repeats the entries, use peftcore.call(model, {name}=..., guidance=True) where a pipeline puts "
+        "rows without and with text into one batch, or copies=N where each entry has N adjacent rows "
+        "(num_images_per_prompt, num_beams)"
     )

@@ -40,7 +40,7 @@ class Router(Operator):
     """An operator that gives shares of experts. Its forward calls `noted` with its gates."""
 
     routes: ClassVar[Routes] = "token"
-    """The unit that has separate gates; "token" by default."""
+    """The unit that has separate gates: "token" by default, or "sequence" or "task"."""
     ledger: Ledger | None = None
     """The sums of the gates, while `Injection.reporting` is active."""
 
@@ -48,7 +48,7 @@ class Router(Operator):
         """Add the gates of this forward to the ledger, if there is one; not in forwards that backward repeats.
 
         Args:
-            gates: for tokens as `by_row` takes them, for whole rows ``[rows, ..., experts]``.
+            gates: for tokens in the shapes that `by_row` accepts; for whole rows ``[rows, ..., experts]``.
             dim: the dimension of the experts, such as the channels of a convolution.
             inner: as in `by_row`.
         """
@@ -58,12 +58,12 @@ class Router(Operator):
 
 
 def of_rows(gates: Tensor) -> Gates:
-    """Returns gates of whole rows ``[rows, ..., experts]``, for which padding does not exist."""
+    """Returns the `Gates` of whole rows ``[rows, ..., experts]``, which have no padding."""
     return Gates(gates.reshape(len(gates), -1, gates.shape[-1]), None, True)
 
 
 def by_row(gates: Tensor, inner: int = 0) -> Gates:
-    """Returns gates of tokens by row, with padding according to the model's attention mask.
+    """Returns the `Gates` of tokens by row, with padding according to the model's attention mask.
 
     With a cache the mask also covers earlier tokens: its last columns belong to this forward. Beams count as rows.
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from peftcore.forward.rows.routing import OwnRows
 
 REENTRANT = (
-    "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take the "
-    "others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+    "a checkpointed block reads a tensor from another part of the adapter, and reentrant checkpoints give it no "
+    "gradient: call model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
 
@@ -74,7 +74,7 @@ class Tap:
 @contextmanager
 def branches(context: ForwardContext) -> Iterator[Callable[[], None]]:
     """Context manager for a module that runs in several branches; yields a function to call before each branch. Each
-    branch reads the values stored before the module ran, also those that an earlier branch took."""
+    branch reads the values stored before the module ran, even if an earlier branch has taken them."""
     taps, before = context.taps, [*context.taps]
     left: list[Any] = []
     taken: list[Any] = []

@@ -1,7 +1,6 @@
-"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and decisions about these.
-
-Decisions about the tokens of a prompt are stored with the cache that the forward fills, and in copies of it: the next
-forward sees one token and relies on the decisions about the prompt.
+"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and the positions at which adapters
+begin to act. Positions found in a prompt are stored with the cache that the forward fills, and in copies of the cache,
+since the next forward sees only one token.
 """
 
 from __future__ import annotations
@@ -25,7 +24,10 @@ _KEPT = "_peftcore_kept"
 """The attribute of a cache in which decisions about its tokens are kept."""
 _FILLED = "_peftcore_filled"
 """The attribute of a cache that stores a prompt, and whether the cache's first tokens belong to it."""
-REMEDY = "say from which column of tokens on it acts, one for each row: with peftcore.call(model, since=[...]): ..."
+REMEDY = (
+    "pass the first column of tokens on which the adapter acts, one for each row: with peftcore.call(model, "
+    "since=[...]): ..."
+)
 
 
 class _Kept(NamedTuple):
@@ -46,7 +48,7 @@ class _Kept(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The prompt of a ``generate`` that runs: it is known as a whole before the model receives pieces of it."""
+    """The prompt of a running ``generate``. The whole prompt is known before the model receives it in pieces."""
 
     ids: Tensor
     """``[batch, tokens]``"""
@@ -118,7 +120,10 @@ class Tokens:
 
     def _find(self, key: tuple[int, ...]) -> Tensor:
         if self.ids is None or not self.counted:
-            raise MissingContext(f"no ids of tokens are given to the model in which {[*key]} could be found: {REMEDY}")
+            raise MissingContext(
+                f"cannot search for the token ids {[*key]}, because the token ids of this forward are not known: "
+                f"{REMEDY}"
+            )
         kept: dict[tuple[int, ...], _Kept] = getattr(self._cache, _KEPT, {})
         before = kept.get(key) if self.held else None
         earlier = self.ids.new_full((self.batch,), NEVER)
@@ -165,8 +170,8 @@ class Tokens:
             self._check_known(key, before, since)
         if bool(((since < self.held) & (since != earlier)).any()):
             raise SequenceError(
-                f"{[*key]} begins among the {self.held} tokens that the cache holds, and not all of these ran as if it "
-                f"did: {REMEDY}"
+                f"{[*key]} begins among the {self.held} tokens in the cache, and some of them ran as if it did not: "
+                f"{REMEDY}"
             )
         return since
 
@@ -181,9 +186,9 @@ class Tokens:
             cut = acts & (earlier + len(key) > self.held) & (first != earlier)  # the cache was cropped inside it
             if bool((is_new & (acts | (first < self.held)) | cut).any()):
                 raise SequenceError(
-                    f"where {[*key]} last begins decides for all tokens from there on, and {self.held} are in the "
-                    "cache already, which ran without this forward's part of it: give the model the prompt in one "
-                    f"forward, or in pieces that end elsewhere; or {REMEDY}"
+                    f"the adapter acts from the last occurrence of {[*key]} on, but the {self.held} tokens in the "
+                    "cache ran without the part of it in this forward: pass the prompt in one forward, split it at "
+                    f"another place, or {REMEDY}"
                 )
         since = torch.where(is_new, first, torch.where(acts, earlier, NEVER))
         self._check_known(key, before, since)
@@ -194,8 +199,8 @@ class Tokens:
         known = before is not None and before.end >= self.held
         if self.held and not known and bool((since == NEVER).any()):
             raise MissingContext(
-                f"{[*key]} is not among the {self.new} tokens of this forward, and nobody looked for it among the "
-                f"{self.held} in the cache, which it goes on from: {REMEDY}"
+                f"{[*key]} is not among the {self.new} tokens of this forward, and the {self.held} tokens in the cache "
+                f"were not searched for it: {REMEDY}"
             )
 
     def _of_rows(self, value: Tensor) -> Tensor:
@@ -203,7 +208,8 @@ class Tokens:
         times, rest = divmod(self.batch, max(len(value), 1)) if value.dim() else (0, 1)
         if rest or not times:
             raise MissingContext(
-                f"{tuple(value.shape)} says not from which column on each of {self.batch} rows is meant: {REMEDY}"
+                f"a value of shape {tuple(value.shape)} does not have one column for each of {self.batch} rows: "
+                f"{REMEDY}"
             )
         return value if times == 1 else value.repeat_interleave(times, 0)
 

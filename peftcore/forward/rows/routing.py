@@ -1,8 +1,8 @@
 """Per-sample adapters: rows of a batch use different injections, over one base forward where possible.
 
-There are two strategies. Each injection runs on its own rows (`OwnRows`), and the outputs are put together
-(`put_together`); or each runs on all rows, and its rows are selected (`select_rows`), where rows cannot be told apart
-and in compiled code, whose graph must not depend on the assignment of rows.
+There are two strategies. Usually each injection runs on its own rows (`OwnRows`), and the outputs are joined
+(`put_together`). If rows cannot be distinguished, each injection runs on all rows, and its rows are selected from the
+output (`select_rows`); so it is in compiled code too, whose graph must not depend on the assignment of rows.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class OneForward:
         """
         if self._module._modules:
             raise RouteError(
-                f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
-                "once for each injection of the route or composition (and fill caches more than once); remove it"
+                f"an adapter changes the inputs of {type(self._module).__name__}, a module with submodules, which "
+                "would run once for each adapter of the route or composition (and fill caches more than once): remove "
+                "that adapter"
             )
 
 
@@ -140,8 +141,8 @@ class OwnRows:
 
 
 class OfSomeRows:
-    """A forward of some rows of a batch: it selects them from one shared forward of all rows, as long as no operator
-    changes the inputs.
+    """A forward of some rows of a batch. As long as no operator changes the inputs, it selects the rows from one shared
+    forward of all rows.
 
     Args:
         whole: the shared forward, of the bare base model.
@@ -217,11 +218,11 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
-    """Whether it is certain that a module's other arguments with the length of the batch have its rows. It is certain
-    for tensors of four dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), and for tensors of
-    three dimensions with the same last dimension as a three-dimensional first argument. Other tensors might be a mask
-    ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each head, so for them it is certain only if no
-    dimension after the first of any argument has that length."""
+    """Whether a module's other arguments whose length is that of the batch certainly have one entry for each row. It is
+    certain for tensors of four dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), and for tensors
+    of three dimensions with the same last dimension as a three-dimensional first argument. Other tensors might be a
+    mask ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each head, so for them it is certain only if
+    no dimension after the first of any argument has that length."""
     every = [each for each in tensors_in(others) if each.dim() and each is not first]
     lengths = {count, len(route.index), len(route.index) * route.copies}
     long = {len(each) for each in every if not _has_rows(each, first)} & lengths
@@ -235,9 +236,9 @@ def _has_rows(tensor: Tensor, first: Tensor) -> bool:
 def by_tokens(
     route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Route, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
-    """Returns the call of a module that acts on each token by itself, under a route whose injections begin at some
-    token of each row. The result has the route of the tokens, the positional and keyword arguments with each token as a
-    row, and the function that restores the usual shape of the output.
+    """Returns the arguments with which a module that acts on each token independently is called under a route with
+    `since`: the route of single tokens, the positional and keyword arguments with each token as a row, and a function
+    that restores the usual shape of the output.
 
     Args:
         route: the route, which has `since`.
@@ -251,13 +252,17 @@ def by_tokens(
     counted = forward_context().tokens
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if first is None or torch.compiler.is_compiling():
-        raise RouteError("a route with `since` runs uncompiled, at modules that are given tokens: route whole rows")
+        raise RouteError(
+            "a route with `since` needs an uncompiled model and modules that receive tokens: omit since= to route "
+            "whole rows"
+        )
     held, new = counted.held, counted.new
     batch = len(first) if first.shape[1:2] == (new,) and route.fits(len(first)) else len(first) // new
     if not route.fits(batch) or len(first) not in (batch, batch * new):
         raise RouteError(
-            f"a module is given {tuple(first.shape)}, among which the {new} tokens of {len(route.index)} rows cannot "
-            "be told apart: exclude it from the adapter's target modules, or route whole rows"
+            f"a module received a tensor of shape {tuple(first.shape)}, in which the {new} tokens of "
+            f"{len(route.index)} rows cannot be identified: exclude it from the adapter's target modules, or omit "
+            "since= to route whole rows"
         )
     tokens = route.by_tokens(held, new, batch)
     if not tokens.tokens or len(first) == batch * new:
@@ -318,8 +323,8 @@ def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
 
 
 def of_tensors(function: Callable[..., Tensor], *values: Any) -> Any:
-    """Returns the output of a function of tensors; of containers with the same contents, such a container with the
-    output for the tensors at each place. Anything else is taken from the first value."""
+    """Returns the output of a function of tensors. For nested containers of the same structure, the function is applied
+    to the tensors at each place; other values are taken from the first container."""
     first = values[0]
     if isinstance(first, Tensor):
         return function(*values)

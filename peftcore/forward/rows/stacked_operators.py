@@ -248,8 +248,8 @@ def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns tensors of one shape as one of ``[tensors, ...]``; as `torch.stack`, but backward splits the gradient in
-    one operation instead of two for each tensor."""
+    """Returns tensors of one shape stacked to ``[tensors, ...]``, as `torch.stack` does. Backward splits the gradient
+    in one operation instead of two for each tensor."""
     if torch.compiler.is_compiling():  # compilers know torch's own; of ours, dynamo of torch 2.13 takes wrong rows
         return torch.stack([*tensors])
     return _Stack.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]

@@ -33,8 +33,8 @@ from peftcore.targets.sequence_sites import BODY, ENTRY, FORM, READER, SequenceS
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
 MARKS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
-"""Arguments with an entry for each token, and the entry for the rows. In windowed attention with global tokens, the
-rows are global too: inside a window they would only act on the beginning of a text."""
+"""Arguments with an entry for each token, and the entry that the rows in front get. In windowed attention with global
+tokens, the rows are global too: inside a window they would only act on the beginning of a text."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
@@ -92,8 +92,8 @@ class Nest:
         raise KeyError(stamp)
 
     def split(self, stamp: str) -> tuple[list[Order], Order, list[Order]]:
-        """Returns the orders of the edits outside of one edit, from it outwards; the order of the edit; and the orders
-        of the edits inside of it, from the blocks outwards."""
+        """Returns three items for one edit: the orders of the edits outside of it, from the inside out; its own order;
+        and the orders of the edits inside of it, from the blocks outwards."""
         stamps, orders = list(self.edits), list(self.edits.values())
         at = stamps.index(stamp)
         return orders[:at][::-1], orders[at], orders[at + 1 :][::-1]
@@ -119,8 +119,8 @@ class SequenceOperator(Operator):
         self.entering = Tap()  # where the rows stand that enter with this forward; None where a cache has them
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
-        for each sequence of the batch."""
+        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or ``[batch,
+        length, width]`` with rows for each sequence."""
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -230,7 +230,10 @@ class SequenceOperator(Operator):
         rows = self.rows(embeds)
         self.check_here(rows, embeds)
         if rows.shape[-2:] != (self.length, embeds.shape[-1]):
-            raise PluginError(f"{type(self).__name__}.rows gives {tuple(rows.shape)}, not {self.length} rows")
+            raise PluginError(
+                f"{type(self).__name__}.rows returned a tensor of shape {tuple(rows.shape)}: return {self.length} rows "
+                f"as wide as the embeddings, {embeds.shape[-1]}"
+            )
         (rows,) = self.cast(embeds, rows)
         return torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
 
@@ -269,8 +272,9 @@ class SequenceOperator(Operator):
         if mask is not None and memory is not None:
             if mask.dim() != 2 or memory.shape[1] < mask.shape[1] + self.length:
                 raise SequenceError(
-                    f"the encoder's output has {memory.shape[1]} rows and its mask is {tuple(mask.shape)}: the soft "
-                    "prompt is not in it; pass ids, or what the encoder gives with the same injections active"
+                    f"the encoder's output has {memory.shape[1]} rows and its mask has shape {tuple(mask.shape)}, so "
+                    "the soft prompt is not in the output: pass input_ids, or an encoder output computed with the same "
+                    "adapters active"
                 )
             given[MEMORY_MASK] = torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
         return call(**given)
@@ -295,16 +299,19 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
         along = isinstance(value, Tensor) and name not in KNOWN and value.dim() > 1 and value.shape[1] == tokens
         if along or (name in PACKING and value is not None):
             raise SequenceError(
-                f"rows cannot stand in front of a sequence with {name}=: nobody knows its entries there"
+                f"soft-prompt rows cannot be put in front of a sequence with {name}=, whose entries for these rows are "
+                f"not known: call the model without {name}="
             )
 
 
 def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse packed sequences: without a mask, positions that restart mean that several sequences are packed into
-    one."""
+    """Raise SequenceError for packed sequences: without a mask, positions that restart mean that several sequences are
+    packed into one."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
     if alone and places.dim() == 2 and not torch.compiler.is_compiling() and bool((places.diff() != 1).any()):
-        raise SequenceError("packed sequences would each need the soft prompt in front; pass them as rows of a batch")
+        raise SequenceError(
+            "each packed sequence would need the soft prompt in front: pass the sequences as rows of a batch"
+        )
 
 
 def _check(output: Any, whole: int | None, tokens: int) -> None:
@@ -312,7 +319,10 @@ def _check(output: Any, whole: int | None, tokens: int) -> None:
     inner module)."""
     rows = _rows_of(output)
     if rows > tokens if whole is None else rows != whole:
-        raise SequenceError(f"{tokens} tokens gave {rows} rows: the stack pools or regroups them, rows in front too")
+        raise SequenceError(
+            f"the model returned {rows} rows for {tokens} tokens: it pools or regroups them, and would do so with "
+            "soft-prompt rows too. Use a method that adds no rows to the sequence"
+        )
 
 
 def states_of(output: Any) -> Tensor:

@@ -68,8 +68,8 @@ class Marked:
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise SequenceError(
-            f"this cache begins with {self._front} rows of soft prompts that do not act now; activate the injections "
-            "that it was filled with, or start with an empty cache"
+            f"this cache begins with {self._front} rows of soft prompts that are not active now: activate the adapters "
+            "that filled it, or pass an empty cache"
         )
 
     def reset(self) -> None:
@@ -125,7 +125,9 @@ def self_attention_cache(cache: Any) -> Any:
     if isinstance(cache, EncoderDecoderCache):
         return cache.self_attention_cache
     if not isinstance(cache, Cache):
-        raise SequenceError(f"a {type(cache).__name__} is no cache of transformers, so nobody can tell what it holds")
+        raise SequenceError(
+            f"{type(cache).__name__} is not a cache of transformers: pass one, such as transformers.DynamicCache()"
+        )
     return cache
 
 
@@ -170,7 +172,7 @@ class SequenceCacheView:
     inner: Any
     """The cache for the stack: it counts this edit's rows too."""
     held: bool
-    """Whether the rows are in it already; otherwise they go in with this forward."""
+    """Whether the rows are in the cache already; otherwise this forward adds them."""
 
     @property
     def order(self) -> Order:
@@ -196,7 +198,7 @@ class SequenceCacheView:
         return length, offset
 
     def mark(self, mark: tuple[str, Order]) -> None:
-        """Mark the user's cache after the forward: it holds the rows now."""
+        """Mark the user's cache after the forward has added the rows."""
         if self.given is None or self.held or not is_filled(self.inner):
             return
         own, inner = self_attention_cache(self.given), self_attention_cache(self.inner)
@@ -204,13 +206,14 @@ class SequenceCacheView:
         own.__class__ = _marked_class(type(own))
 
     def abandon(self, count: int) -> None:
-        """Take back the capacity added for the rows, after a forward that failed before it filled anything."""
+        """Remove the capacity added for the rows, after a forward that failed before it filled the cache."""
         grew = self.given is not None and not self.held and "grown" in self_attention_cache(self.inner).__dict__
         if grew and not is_filled(self.given):
             _grow(self_attention_cache(self.given), -count)
 
     def outward(self, found: Any, mark: tuple[str, Order]) -> Any:
-        """Returns the user's cache for one that the stack returns: the given one, or the new one, marked."""
+        """Returns the cache to give to the user for a cache that the stack returns: the user's own, or a new one,
+        marked."""
         if found is self.inner:
             return self.given
         own = self_attention_cache(found)
@@ -220,10 +223,11 @@ class SequenceCacheView:
 
 
 def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
-    """Returns the cache as the stack is to see it, with the rows of the edit with the given stamp.
+    """Returns the view of a cache for the stack, which includes the rows of the edit with the given stamp (the
+    operator's identity).
 
     Raises:
-        SequenceError: the cache is filled without the rows of the edit that acts now, or with other rows.
+        SequenceError: the cache was filled without the rows of the active edit, or with other rows.
     """
     if cache is None:
         return SequenceCacheView(None, None, held=False)
@@ -232,14 +236,14 @@ def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
         filler, order = own.rows[-1]
         if (filler, order.count) != (stamp, count):
             raise SequenceError(
-                f"this cache was filled behind {order.count} rows of another soft prompt than the one that acts "
-                "now; activate the one it was filled with, or start with an empty cache"
+                f"this cache was filled with {order.count} rows of another soft prompt than the active one: activate "
+                "the adapter that filled it, or pass an empty cache"
             )
         return SequenceCacheView(cache, _with_own(cache, _view(own, own.rows[:-1])), held=True)
     if is_filled(cache):
         raise SequenceError(
-            "this cache was filled without the soft prompt that acts now, which cannot get in front any more; start "
-            "with an empty cache, or disable the injection"
+            "this cache was filled without the active soft prompt, which has to come first: pass an empty cache, or "
+            "disable the adapter"
         )
     inner = _view(own, ())
     if any(map(_grows, own.layers)):

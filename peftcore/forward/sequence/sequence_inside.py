@@ -47,9 +47,9 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
-"""Roles of the matrices that add to the stream of a block; their number of outputs is the width of the stream."""
+"""Roles of the matrices whose outputs are added to a block's residual stream; their number of outputs is its width."""
 BLOCK = f"{FORM}.block."
-"""The form of a block at which rows are made; the number of the block follows."""
+"""The prefix of the form of a block at which rows are made; the number of the block follows it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,8 @@ def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
 
 
 def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counted: bool = False) -> InnerSite:
-    """Returns the stack as a site of rows that are made at the blocks with the given numbers; with `counted` the
-    positions of the tokens continue after the rows.
+    """Returns the site for a stack in which the blocks with the given numbers make rows. With `counted`, the positions
+    of the tokens continue after the rows.
 
     Raises:
         UnsupportedSite: a block does not exist, receives tokens as the first dimension, or runs several times in a
@@ -82,13 +82,19 @@ def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counte
     name, stack, blocks = site.module_path or "the host", site.stack, _blocks(site, resolver)
     chosen = tuple(sorted(set(depths)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(blocks):
-        raise UnsupportedSite(f"{name} has blocks 0 to {len(blocks) - 1}; rows were to be made at {list(depths)}")
+        raise UnsupportedSite(
+            f"{name} has blocks 0 to {len(blocks) - 1}, but rows should be made at blocks {list(depths)}: use numbers "
+            "of existing blocks"
+        )
     if counted and chosen[0]:
-        raise PluginError(f"rows that come in at block {chosen[0]} cannot be counted: below it no token knows of them")
+        raise PluginError(
+            f"rows made at block {chosen[0]} cannot count as positions, because earlier blocks run without them: pass "
+            "counted=False, or make the rows at block 0"
+        )
     if stack.entry != stack.path:
         raise UnsupportedSite(
-            f"{name} takes embeddings in {stack.entry} alone, so nobody keeps masks and positions in step with rows "
-            "that come in behind it; use rows in front of the whole stack"
+            f"{name} takes embeddings only in {stack.entry}, so its masks and positions cannot follow rows that are "
+            "added after it: use rows in front of the whole stack"
         )
     _check_width(site, resolver, blocks)
     for path in (blocks[depth] for depth in chosen):
@@ -122,8 +128,8 @@ def _check_width(site: SequenceSite, resolver: Resolver, blocks: Sequence[str]) 
     wide = resolver.site(last.module, last.tensor or "weight", last.role).out_features
     if wide != site.out_features:
         raise UnsupportedSite(
-            f"{site.module_path or 'the host'} has embeddings that are {site.out_features} wide, and blocks that are "
-            f"{wide} wide: rows that are made at blocks have no table of their width"
+            f"{site.module_path or 'the host'} has embeddings of width {site.out_features} but blocks of width {wide}, "
+            "so rows made at blocks would need another width: use rows in front of the whole stack"
         )
 
 
@@ -137,7 +143,8 @@ def _attentions(site: SequenceSite, resolver: Resolver, below: Mapping[str, int]
     for entry in resolver.host.entries:
         if entry.block in below and (entry.role.partition(".")[0] == "ssm" or resolver.host.on_grid(entry.module)):
             raise UnsupportedSite(
-                f"{entry.path} takes in all tokens before, rows that no token may see too: make the rows at block 0"
+                f"{entry.path} reads all earlier positions, and cannot skip rows that tokens must not see yet: make "
+                "the rows at block 0"
             )
     for core in resolver.sites("attn.core") if below else ():
         path = next((block for block in below if f"{core.module_path}.".startswith(f"{block}.")), None)
@@ -145,8 +152,8 @@ def _attentions(site: SequenceSite, resolver: Resolver, below: Mapping[str, int]
             found.append((core, below[path]))
     if missing := set(below.values()) - {depth for _, depth in found}:
         raise UnsupportedSite(
-            f"{site.module_path or 'the host'}: nothing is known that could hide rows in block {min(missing)}; make "
-            "them at block 0"
+            f"{site.module_path or 'the host'}: block {min(missing)} has no known attention that could hide the rows "
+            "from the tokens: make them at block 0"
         )
     return found
 
@@ -158,8 +165,8 @@ def _check_kinds(site: SequenceSite, first: int) -> None:
     other = [kind for kind in (kinds or ())[:first] if kind not in KINDS]
     if other:
         raise UnsupportedSite(
-            f"{site.module_path or 'the host'} has {other[0]} below block {first}, where tokens would see others than "
-            "without rows; make the rows at block 0"
+            f"{site.module_path or 'the host'} has {other[0]} below block {first}, where added rows would change which "
+            "tokens see each other: make the rows at block 0"
         )
 
 
@@ -172,16 +179,19 @@ def _adds_positions(site: SequenceSite, resolver: Resolver, blocks: Sequence[str
     takes = POSITIONS in arguments(plain_class(site.module))
     if any(not _is_table(resolver, entry) for entry in outside) or (outside and not takes):
         raise UnsupportedSite(
-            f"{outside[0].path} makes positions by itself, so those of tokens behind rows would be others; use rows in "
-            "front of the whole stack"
+            f"{outside[0].path} computes positions itself, so added rows would shift the positions of the tokens after "
+            "them: use rows in front of the whole stack"
         )
     known = {entry.path for entry in tables}
     for path, module in resolver.modules.items():
         outer = path != site.module_path and _within(path, site) and not path.startswith(tops) and path not in known
         if outer and V.words(path.rpartition(".")[2]) & V.POSITION and not any(True for _ in module.parameters()):
-            raise UnsupportedSite(f"{path} makes positions in a way that is not known; use rows in front of {name}")
+            raise UnsupportedSite(f"{path} computes positions in an unknown way: use rows in front of {name}")
     if not tables and not takes and blocks:
-        raise UnsupportedSite(f"{name} takes no positions, and has no table of them: nobody knows where tokens stand")
+        raise UnsupportedSite(
+            f"{name} has neither a position_ids argument nor a position table, so the positions of its tokens are not "
+            "known: use rows in front of the whole stack"
+        )
     return bool(outside)
 
 
@@ -197,7 +207,7 @@ class Standing:
     nest: Nest
     stamp: str
     enter: bool
-    """Whether they enter with this forward; otherwise they are in the cache."""
+    """Whether the rows enter with this forward; otherwise they are in the cache."""
 
     def hidden(self, depth: int) -> Tensor:
         """Returns the mask ``[batch or 1, 1, queries, keys]`` of hidden keys in the attention of a block: the rows are
@@ -236,7 +246,10 @@ class InnerRows(SequenceOperator):
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         if not isinstance(site, InnerSite):
-            raise PluginError(f"{type(self).__name__}: Surgeon.sequence takes the blocks at which its rows are made")
+            raise PluginError(
+                f"{type(self).__name__} needs the blocks at which its rows are made: surgeon.sequence(..., "
+                "blocks=[...])"
+            )
         super().__init__(site, length)
         self.depths, self.absolute = site.depths, site.absolute
         self.hides = tuple(depth for _, depth in site.hiding)
@@ -328,7 +341,10 @@ class InnerRows(SequenceOperator):
             self.going_on(depth, standing.tokens(states), standing.nest.given)
             return call(*args, **kwargs)
         if (self.stamp, depth) in standing.nest.made and not forward_context().repeating:
-            raise SequenceError(f"block {depth} runs several times in one forward: nobody knows at which to make rows")
+            raise SequenceError(
+                f"block {depth} runs several times in one forward, so it is unclear in which run to make rows: use "
+                "rows in front of the whole stack"
+            )
         standing.nest.made.add((self.stamp, depth))
         states = standing.remade(states, lambda tokens, rows: self._made(depth, tokens, rows, standing.nest.given))
         return call(states, *args[1:], **kwargs) if args else call(**{**kwargs, name: states})
@@ -337,7 +353,10 @@ class InnerRows(SequenceOperator):
         made = self.rows_at(depth, tokens, rows, given)
         self.check_here(made, tokens)
         if made.shape[-2:] != rows.shape[-2:]:
-            raise PluginError(f"{type(self).__name__}.rows_at gives {tuple(made.shape)}, not {self.length} rows")
+            raise PluginError(
+                f"{type(self).__name__}.rows_at returned a tensor of shape {tuple(made.shape)}: return {self.length} "
+                f"rows as wide as the block's input, {rows.shape[-1]}"
+            )
         (made,) = self.cast(tokens, made)
         return made.expand(len(tokens), -1, -1)
 

@@ -21,7 +21,7 @@ from peftcore.forward.sequence.sequence_order import Order
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
-"""The kinds of attention for which transformers keeps masks apart, as far as the masks do not depend on absolute
+"""The kinds of attention for which transformers makes separate masks, without kinds whose masks depend on absolute
 positions."""
 RECURRENT = ("linear_attention", "conv")
 """The kinds whose masks, [batch, queries], only cover the tokens of this forward."""
@@ -31,7 +31,7 @@ def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
     """Returns the number of hidden places at the beginning of each sequence, [batch], given the mask and the size of
     the forward with which the rows enter; None if the mask does not show it.
 
-    In a sequence of only padding, the last place follows the rows.
+    If a sequence is only padding, its last place counts as a token, after the rows.
     """
     if isinstance(mask, Mapping):
         told = (padding_before(each, batch, tokens) for each in mask.values())
@@ -78,8 +78,9 @@ class Front:
         return self.order.count
 
     def refuse_late_padding(self, mask: Any, queries: int) -> None:
-        """Refuse padding after the rows if its places count: in a chunked prefill, the first chunk of a short sequence
-        may be only padding, and more padding then follows in the next chunk. That forward detects it.
+        """Raise an error if padding follows the rows and its places count. In a chunked prefill, the first chunk of a
+        short sequence may be only padding, so that the next chunk begins with more padding; the forward of that chunk
+        detects this.
 
         Raises:
             SequenceError: a sequence has padding after the rows.
@@ -95,8 +96,9 @@ class Front:
                 continue
             if first < self.order.tokens and bool((hidden_before(each) + first > self.order.tokens).any()):
                 raise SequenceError(
-                    f"a sequence begins with more padding than the {self.order.tokens} tokens that came with the soft "
-                    "prompt, and would have padding behind it: prefill in chunks that are longer than the padding"
+                    f"a sequence begins with more padding than the {self.order.tokens} tokens of the forward that "
+                    "added the soft prompt, so padding would follow the prompt: prefill in chunks that are longer than "
+                    "the padding"
                 )
 
     def _padding(self, mask: Tensor) -> Tensor:
@@ -110,7 +112,9 @@ class Front:
         if kind in RECURRENT:
             return self._padding(mask) if mask is not None and self.enter else mask
         if kind not in KINDS:
-            raise SequenceError(f"masks for {kind} depend on absolute positions; pass the mask of [batch, length]")
+            raise SequenceError(
+                f"attention masks for {kind} depend on absolute positions: pass a mask of shape [batch, length]"
+            )
         if mask is None:
             return self._built(queries + self.count) if kind == SLIDING and self.enter else None
         return self._padding(mask) if mask.dim() == 2 else self._final(mask, kind == SLIDING)
@@ -128,14 +132,17 @@ class Front:
         if not isinstance(mask, Tensor) or mask.dim() != 4 or not self.causal:
             shape = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"that is a {type(mask).__name__}"
             raise SequenceError(
-                f"a mask {shape} does not say here what rows in front are to see; pass one of [batch, length]"
+                f"a mask {shape} does not say what the rows in front may see: pass a mask of shape [batch, length]"
             )
         queries, keys = mask.shape[-2] + (self.count if self.enter else 0), mask.shape[-1]
         length, offset = keys + self.count, 0
         if self.cache.inner is not None:
             length, offset = self.cache.sizes(queries, sliding)
         if keys < length - max(self.count - offset, 0):
-            raise SequenceError(f"the mask is for {keys} keys, and with {self.count} rows in front there are {length}")
+            raise SequenceError(
+                f"the mask has {keys} keys, but with {self.count} rows in front there are {length}: pass a mask of "
+                "shape [batch, length] for all tokens, including those in the cache"
+            )
         at, to = (torch.arange(size, device=mask.device) for size in (queries, length))
         at, to = at + self.cache.past, to + offset
         asking, asked = self.order.origin(at), self.order.origin(to)

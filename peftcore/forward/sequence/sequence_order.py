@@ -30,8 +30,8 @@ class Order:
     """The number of tokens in the forward with which the rows entered, padding included."""
 
     def origin(self, at: Tensor) -> Tensor:
-        """Returns the places in joined sequences of the entries at the given places ([places] or [batch, places]) of
-        ordered sequences: [batch, places], or [1, places] where all have the same order."""
+        """Returns, for the given places ([places] or [batch, places]) of ordered sequences, the places of the same
+        entries in joined sequences: [batch, places], or [1, places] where all have the same order."""
         at = at if at.dim() > 1 else at[None]
         if self.before is None:
             return at

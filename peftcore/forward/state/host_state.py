@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 _KEY = "_peftcore_state"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-"""The tables of a module in which the hooks of a state are."""
+"""The hook tables of a module in which a `HostState` registers its hooks."""
 OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-"""The tables in which torch keeps how hooks are called."""
+"""The tables in which torch stores the options of hooks, such as `with_kwargs`."""
 
 
 class SiteWatcher(Protocol):
@@ -60,7 +60,7 @@ class SiteWatcher(Protocol):
         """Check that the modules of the named injections are still in the model.
 
         Raises:
-            InactiveSite: one is not.
+            InactiveSite: a module is not in the model any more.
         """
 
     def judge(self, state: HostState, training: bool) -> None:
@@ -91,7 +91,7 @@ class HostState:
     """Checks that adapted modules stay in the model and run."""
 
     watches_runs: bool = True
-    """Whether it checks that they run; not from the time on when the host is compiled."""
+    """Whether `watched` checks that adapted modules run; False once the host has been compiled."""
 
     removals: int = 0
     """The number of removed injections: while it does not change, names refer to the same injections in the same
@@ -171,7 +171,7 @@ class HostState:
 
     @property
     def left_out(self) -> list[str]:
-        """The names of injections that train, and are not merged."""
+        """The names of injections that train and are not merged."""
         found = [name for name in self.injections if name not in self.merged]
         return [name for name in found if any(p.requires_grad for p in self.injections[name].parameters())]
 
@@ -257,7 +257,10 @@ class HostState:
         for name, injection in self.injections.items():
             if any(graft.operator is operator for graft in injection.grafts):
                 return name
-        raise UnknownInjection(f"this {type(operator).__name__} belongs to no injection of the host")
+        raise UnknownInjection(
+            f"this {type(operator).__name__} does not belong to an adapter of the model: pass an operator of an "
+            "installed adapter"
+        )
 
     def ordered(self, names: Iterable[str]) -> Active:
         """Returns names of injections in the order in which they were applied."""
@@ -275,7 +278,7 @@ class HostState:
         return stack
 
     def replan(self) -> None:
-        """Make every slot plan for the shared choice."""
+        """Make every slot plan its operators for the shared choice."""
         choice = self.choice
         if not all(name in self.injections for name in (*choice.active, *choice.bound)):
             return  # its forward is refused

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from peftcore.forward.context.context import ForwardContext
 
 IGNORED = -100
-"""Labels that transformers leaves out."""
+"""The label that transformers ignores in losses."""
 PASSES = 16
-"""The number of times that each target module may run, in parts of the model that run by themselves, before their
-losses count as left out: the end of a forward of such parts is not known."""
+"""The number of runs of each target module, in parts of the model that were called directly, after which their losses
+count as left out of training, since the end of such a forward is not known."""
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
@@ -175,9 +175,9 @@ def operator_losses(state: ModelWithLosses, call: ForwardContext) -> list[Entry]
     for operator, _ in added:
         if id(operator) not in owners:
             raise TrainingError(
-                f"a loss was added as one of a {type(operator).__name__}, which is no operator that the surgeon put at "
-                "a site: give add_loss the operator whose forward runs, add_loss(loss, self). Where equal operators of "
-                "several adapters run as one, it is none of theirs: set stackable = False where it adds losses"
+                f"add_loss received a {type(operator).__name__} that is not an operator at a site of an active "
+                "adapter: pass the operator whose forward runs, add_loss(loss, self). If equal operators of several "
+                "adapters run as one, set stackable = False on their class"
             )
     return [(owners[id(operator)], loss) for operator, loss in added]
 
@@ -200,8 +200,8 @@ def output_losses(state: ModelWithLosses, call: ForwardContext, output: Any) -> 
         else:
             if torch.compiler.is_compiling():
                 raise RouteError(
-                    f"{name!r} has a loss of what the model returns for its own rows, and compiled code does not tell "
-                    "rows apart: train it uncompiled, or in batches of its own"
+                    f"{name!r} computes a loss from the model's output for its own rows, and compiled code cannot "
+                    "separate rows: train it uncompiled, or in separate batches"
                 )
             rows = OwnRows(route, (route.names.index(name),), len(route.index) * route.copies)
             with own_rows(rows, "output"):
@@ -254,7 +254,9 @@ def acting_injections(state: ModelWithLosses, acting: Active) -> Iterator[tuple[
     for name in acting:
         injection = state.injections.get(name)
         if injection is None:
-            raise UnknownInjection(f"{name!r} was removed while a forward ran in which it acted")
+            raise UnknownInjection(
+                f"{name!r} was removed during a forward in which it is active: remove it after the forward"
+            )
         yield name, injection
 
 
@@ -302,8 +304,8 @@ def _tell(method: str) -> None:
     if method not in told:
         told.add(method)
         logger.warning(
-            "a loss of %r's own was left out of training: what the model returns has no loss to add it to. Add "
-            "injection.losses() to yours after each forward: loss = criterion(model(x), y) + injection.losses()",
+            "a loss of %r was left out of training, because the model's output has no loss to add it to. Add "
+            "injection.losses() after each forward: loss = criterion(model(x), y) + injection.losses()",
             method,
         )
 

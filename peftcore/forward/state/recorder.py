@@ -1,5 +1,5 @@
-"""The record of a host's forwards: two hooks on the root open and close a context for each, and a layer that runs again
-inside backward finds the forward that it repeats."""
+"""Records a host's forwards: two hooks on the root module open and close a context for each forward, so that a layer
+that runs again inside backward finds the forward that it repeats."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def _check_rows(call: ForwardContext, route: Route) -> None:
     sizes = batch_sizes(tensors)
     if sizes and not route.fits(sizes[0]):
         raise RouteError(
-            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {sizes[0]}; "
-            "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
+            f"the route has {len(route.index)} rows (times {route.copies} copies), but the batch has {sizes[0]}: name "
+            "one adapter (or None) for each row, and pass copies=num_beams if generate repeats rows"
         )
 
 
@@ -176,8 +176,8 @@ def replayed(state: HostState) -> Choice:
     recent, state.recorder.drained = state.recorder.recent, True
     if len(recent) > 1:
         raise AmbiguousBackward(
-            "several forwards with different active injections, routes or contexts came before this backward, and a "
-            "recomputed layer cannot tell which one it belongs to; run backward after each forward, or use "
-            "non-reentrant checkpointing on the host's own outputs"
+            "several forwards with different active adapters, routes or contexts ran before this backward, and it is "
+            "unclear which one a recomputed layer belongs to: run backward after each forward, or use non-reentrant "
+            "checkpointing and compute the loss from the model's output"
         )
     return recent[0] if recent else state.choices.here()

@@ -182,18 +182,18 @@ class Slot:
         """Check that the parts of a combiner that mixes the inputs of this module change only inputs here.
 
         Raises:
-            CompositionError: a part does more than that.
+            CompositionError: a part changes more than the input.
         """
         for by, inside in mixed(composition, self._combiners(active)):
-            what = f"{by!r} mixes what its parts give {self.path or 'the model'}, and "
-            rest = ". Let it mix outputs, or keep these out of it"
+            what = f"{by!r} mixes the inputs that its parts give to {self.path or 'the model'}, but "
+            rest = ". Let it mix outputs, or leave these parts out of it"
             if isinstance(inside, Composition):
                 if any(name in self.mounts and name in active for name in inside.combined()):
-                    raise CompositionError(f"{what}{inside!r} inside it puts outputs together{rest}")
+                    raise CompositionError(f"{what}{inside!r} inside it combines outputs{rest}")
                 continue
             for name in inside if not self._only_gives(inside, active) else ():
                 if not self._only_gives((name,), active):
-                    raise CompositionError(f"{what}{name!r} does more there than to give it another input{rest}")
+                    raise CompositionError(f"{what}{name!r} changes more than the input there{rest}")
 
     def _only_gives(self, names: Active, active: Active) -> bool:
         acting = self._acting(tuple(name for name in names if name in self.mounts and name in active))
@@ -210,8 +210,8 @@ class Slot:
         for lost, by in overridden(self.mounts, active) if len(active) > 1 else ():
             path = next(g.site.path for g in self.state.injections[by.name].grafts if g.operator is by.operator)
             raise CompositionError(
-                f"{lost.name!r} and {by.name!r} both act on {path}, and {by.name!r}, which comes later, has a value of "
-                f"its own for it: what {lost.name!r} does there would be lost. Activate one of them, or compose them: "
+                f"{lost.name!r} and {by.name!r} both act on {path}, and {by.name!r}, which was applied later, replaces "
+                f"its value, so the effect of {lost.name!r} would be lost. Activate one of them, or compose them: "
                 f"peftcore.activate(model, peftcore.Sum({lost.name!r}, {by.name!r}))"
             )
 

@@ -26,7 +26,7 @@ from peftcore.layers.layer import Layer, put
 from peftcore.utils.autocast import full_precision
 
 ALIGNED = 16
-"""Rows of the matrices of a grouped product begin at multiples of so many bytes."""
+"""The alignment in bytes of the rows of matrices in a grouped product."""
 
 
 class _Whole:

@@ -33,8 +33,9 @@ class Mount:
         operator = self.operator
         if runs and isinstance(operator, Operator) and operator.training and operator.input_dropout:
             raise TrainingError(
-                f"{self.name!r} drops inputs of a module on whose weight another adapter acts, too, so the effective "
-                "weight is computed, in which there are no inputs. Train them one after the other, or with dropout=0"
+                f"{self.name!r} uses dropout on the inputs of a module whose weight another adapter changes too, so "
+                "the module runs with one effective weight and has no separate inputs for dropout. Train the adapters "
+                "one after the other, or with dropout=0"
             )
         operate = operator if runs and isinstance(operator, WeightOperator) else operator.merged
         if stored is None:
@@ -118,7 +119,7 @@ class Effect:
 
     mount: Mount
     before: tuple[Mount, ...] | None = None
-    """If the tensor is a bias: the mounts that act earlier on its weight. None for a weight."""
+    """For a bias, the mounts that act earlier on its weight; for a weight, None."""
     runs: bool = True
     """False for the values that a merge writes."""
 

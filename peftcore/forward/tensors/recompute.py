@@ -40,10 +40,10 @@ class Unwritten:
         """
         written = [tensor for tensor, version in self._seen if tensor._version != version]
         if written or self._edition() is not self._before:
-            what = f"a tensor {list(written[0].shape)}" if written else "a weight, by a merge,"
+            what = f"a tensor of shape {list(written[0].shape)}" if written else "a weight (by a merge)"
             raise StaleBackward(
-                f"{what} was written to between its forward and backward, which computes the layer again from it: run "
-                "backward first, or write to a copy (`x = torch.relu(x)` in place of `x.relu_()`)"
+                f"{what} was overwritten between its forward and backward, and backward computes the layer again from "
+                "it: run backward first, or write to a copy (`x = torch.relu(x)` instead of `x.relu_()`)"
             )
 
 

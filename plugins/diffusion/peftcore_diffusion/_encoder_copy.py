@@ -4,6 +4,7 @@ through which its features control the decoder."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -133,7 +134,7 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
         first = unet not in copies
         if first:
             module, lender = surgeon.resolver.modules[unet], Tap(until_backward=True)
-            network = surgeon.own(f"control_{unet}", lambda module=module, lender=lender: make(module, lender))
+            network = surgeon.own(f"control_{unet}", functools.partial(make, module, lender))
             inputs = Tap(until_backward=True) if unet or borrows else None
             copies[unet] = Copy(network, inputs, lender if borrows else None)
             if inputs is not None:

@@ -28,6 +28,7 @@ a style, for which it is too small. Its nearest kin, t2i_adapter, adds features 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -80,7 +81,8 @@ class LLLiteOperator(Operator):
         strides = STRIDES[site.halved]
         widths = [config.channels, *[config.condition_dim // 2] * (len(strides) - 1), config.condition_dim]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(*widths[n : n + 2], stride, stride) for n, stride in enumerate(strides)
+            nn.Conv2d(narrow, wide, stride, stride)
+            for (narrow, wide), stride in zip(itertools.pairwise(widths), strides, strict=True)
         )
         self.down = nn.Linear(site.in_features, config.hidden)
         self.mid = nn.Linear(config.condition_dim + config.hidden, config.hidden)

@@ -31,6 +31,7 @@ without the timestep.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -105,7 +106,7 @@ class ControlNeXtOperator(Operator):
         """Return the stream [batch, width, rows, columns] with the feature."""
         rows = len(stream)
         feature = self.features(told(self.name, rows), timesteps(rows, stream.device))
-        feature = nn.functional.adaptive_avg_pool2d(feature, stream.shape[-2:])
+        feature = nn.functional.adaptive_avg_pool2d(feature, (stream.shape[-2], stream.shape[-1]))
         scale = forward_context().context.get(f"{self.name}_scale", self.scale)
         return stream + (scale * cross_normalized(feature, stream)).to(stream.dtype)
 
@@ -210,10 +211,10 @@ class ControlFeatures(nn.Module):
         first, middle, last = widths
         self.time = nn.Sequential(nn.Linear(TIME, last), nn.SiLU(), nn.Linear(last, last))
         ends, stem = (channels, first, first, middle), []
-        for number in range(3):
+        for number, (narrow, wide) in enumerate(itertools.pairwise(ends)):
             stem += [
-                nn.Conv2d(*ends[number : number + 2], 3, stride=1 if number else 2, padding=1),
-                nn.GroupNorm(GROUPS[0], ends[number + 1]),
+                nn.Conv2d(narrow, wide, 3, stride=1 if number else 2, padding=1),
+                nn.GroupNorm(GROUPS[0], wide),
                 nn.ReLU(),
             ]
         self.stem = nn.Sequential(*stem)

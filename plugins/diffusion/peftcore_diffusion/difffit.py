@@ -64,9 +64,9 @@ class ScaleOperator(Operator):
         self.gamma = nn.Parameter(torch.ones(site.out_features))
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return on_first(call(*args, **kwargs), self.scaled)
+        return on_first(call(*args, **kwargs), self.times_gamma)
 
-    def scaled(self, y: Tensor) -> Tensor:
+    def times_gamma(self, y: Tensor) -> Tensor:
         """Return y with each channel times its factor."""
         (gamma,) = self.cast(y, self.gamma)
         return y * self.layer.along_channels(gamma, y)

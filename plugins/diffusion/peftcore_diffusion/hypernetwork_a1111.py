@@ -29,6 +29,7 @@ and values. It is not merged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -119,7 +120,7 @@ class HypernetworkA1111(Method):
                 raise ConfigError(
                     f"structure={config.structure} leaves nothing of the {width} values that {site.path} reads"
                 )
-            network = surgeon.own(f"{part}{width}", lambda widths=widths: ContextNetwork(widths, **parts))
+            network = surgeon.own(f"{part}{width}", functools.partial(ContextNetwork, widths, **parts))
             surgeon.graft(site, HypernetworkOperator, scale=config.scale, network=network)
 
     @staticmethod

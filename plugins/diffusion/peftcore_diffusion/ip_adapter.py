@@ -24,6 +24,7 @@ Use it: `peftcore.apply(model, "ip_adapter")`, to steer by a picture: attention 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -135,7 +136,8 @@ class IPAdapterOperator(Operator):
             tokens = self.projection.module(told("image_embeds", len(h)))
         tokens, key, value = self.cast(query, tokens, self.key, self.value)
         parts = (query, nn.functional.linear(tokens, key), nn.functional.linear(tokens, value))
-        attended = nn.functional.scaled_dot_product_attention(*(self._by_head(part) for part in parts))
+        q, k, v = (self._by_head(part) for part in parts)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
         scale = forward_context().context.get("image_scale", self.scale)
         return call(h + scale * attended.transpose(1, 2).flatten(2).to(h.dtype))
 
@@ -171,11 +173,12 @@ class IPAdapter(Method):
                 raise UnsupportedSite(f"{out.path} is in no attention of diffusers with a key for each query's head")
             width, projection = config.image_dim or key.in_features, None
             if config.embed_dim is not None:
-                sizes = config.embed_dim, config.tokens, width
-                projection = surgeon.own(f"projection{width}", lambda sizes=sizes: Projection(*sizes))
-            known = {"heads": heads, "key": key, "value": value, "query": Tap(), "projection": projection}
-            surgeon.graft(query, QueryOperator, query=known["query"])
-            surgeon.graft(ImageSite(**vars(out), **known), IPAdapterOperator, config)
+                make = functools.partial(Projection, config.embed_dim, config.tokens, width)
+                projection = surgeon.own(f"projection{width}", make)
+            queries = Tap()
+            site = ImageSite(**vars(out), heads=heads, key=key, value=value, query=queries, projection=projection)
+            surgeon.graft(query, QueryOperator, query=queries)
+            surgeon.graft(site, IPAdapterOperator, config)
 
     @staticmethod
     def parameter_count(site: Site, config: IPAdapterConfig) -> int:

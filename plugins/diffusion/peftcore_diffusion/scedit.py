@@ -28,6 +28,7 @@ an image it is smaller than controlnet, its nearest kin, and sees no features of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -223,8 +224,8 @@ class SCEdit(Method):
             hints, shared = Tap(until_backward=True), None
             if config.channels is not None:
                 seen = sites[0].skips[: sites[0].number + 1]  # none of what is left out
-                sizes = config.channels, config.widths, config.kernel
-                shared = surgeon.own(f"hints_{root}", lambda seen=seen, sizes=sizes: Hints(seen, *sizes))
+                make = functools.partial(Hints, seen, config.channels, config.widths, config.kernel)
+                shared = surgeon.own(f"hints_{root}", make)
             for site in sites:
                 operator = surgeon.graft(site, SCTuner, config, shared=shared, hints=hints)
                 operator.first = site is sites[0]
@@ -262,7 +263,7 @@ class Hints(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the hints of an image, in the order of the skips."""
-        hints: list[Tensor] = [self.first(image.to(self.first[0].weight.dtype))]
+        hints: list[Tensor] = [self.first(image.to(next(self.first.parameters()).dtype))]
         for layer in self.cascade:
             hints.append(layer(torch.nn.functional.silu(hints[-1])))
         return hints[1:]

@@ -27,6 +27,7 @@ Use it: `peftcore.apply(model, "t2i_adapter")`, for sketches, depth, poses: smal
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -125,12 +126,19 @@ class T2IAdapter(Method):
         for stack, sites in stacks.items():
             numbers = [_number(site) for site in sites]
             places = [_place(surgeon, stack, number) for number in range(max(numbers) + 1)]  # also of what is left out
-            pyramid = surgeon.own(f"pyramid_{stack}", lambda at=places: Pyramid(at, *sizes))
+            pyramid = surgeon.own(f"pyramid_{stack}", functools.partial(Pyramid, places, *sizes))
             features = Tap(until_backward=True)
             for number in sorted(numbers):
                 site = dataclasses.replace(surgeon.resolver.site(places[number].path, "weight"), meta=sites[0].meta)
-                parts = {"place": places[number], "number": number, "shared": pyramid, "features": features}
-                operator = surgeon.graft(site, T2IAdapterOperator, config, **parts)
+                operator = surgeon.graft(
+                    site,
+                    T2IAdapterOperator,
+                    config,
+                    place=places[number],
+                    number=number,
+                    shared=pyramid,
+                    features=features,
+                )
                 operator.first = number == min(numbers)
 
     @staticmethod
@@ -198,7 +206,7 @@ class Pyramid(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the features of an image, first to last."""
-        features = [self.first(image.to(self.first[1].weight.dtype))]
+        features = [self.first(image.to(next(self.first.parameters()).dtype))]
         for stage in self.stages:
             features.append(stage(features[-1]))
         return features[1:]

@@ -75,6 +75,12 @@ class TLoRAConfig(MethodConfig):
 class TLoRAOperator(Operator):
     """The update of one site."""
 
+    values: nn.Parameter | None
+    """l; None with start="zero", as are A0, B0 and l0."""
+    A0: Tensor | None
+    B0: Tensor | None
+    values0: Tensor | None
+
     def __init__(self, site: Site, config: TLoRAConfig) -> None:
         """Make the factors.
 
@@ -106,7 +112,7 @@ class TLoRAOperator(Operator):
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of factors [rank, in, *kernel] and [out, rank] whose products add up to the update. Of a start
         that is taken off, as ``B (l A - l0 A0) + (B - B0) l0 A0``: nothing at first, to the bit."""
-        if self.A0 is None:
+        if self.values is None or self.A0 is None or self.B0 is None or self.values0 is None:  # start="zero"
             return [(self.A, self.B)]
         ones = [1] * (self.A.dim() - 1)
         A, A0 = self.values.view(-1, *ones) * self.A, self.values0.view(-1, *ones) * self.A0

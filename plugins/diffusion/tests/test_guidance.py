@@ -63,7 +63,7 @@ def test_each_prompt_has_its_own_picture(method: str) -> None:
             alone.append(paint(made, PROMPTS[row // 2 : row // 2 + 1], noise[row : row + 1]))
     expected = torch.cat(alone)
     with peftcore.call(made.unet, **{name: given}):
-        with pytest.raises(RouteError, match=f"{name} has 2 entries, and the batch 4 rows.*guidance=True"):
+        with pytest.raises(RouteError, match=f"{name} has 2 entries, but the batch has 4 rows.*guidance=True"):
             paint(made, PROMPTS, noise[::2])
         with peftcore.call(made.unet, guidance=True):
             torch.testing.assert_close(paint(made, PROMPTS, noise[::2]), expected[::2], atol=1e-4, rtol=1e-4)

@@ -3,9 +3,9 @@
 
 A plugin of peftcore: its entry point is this module, which registers commands and tasks and imports nothing else.
 
-It may import all of the core but `peftcore.testing`; of the core, `peftcore.compare` alone imports it. Only the
-commands print: the library is handed a display of progress. Each package imports those above it alone. In the order of
-reading:
+It may import all of the core except `peftcore.testing`. In the core only `peftcore.compare` imports this package. Only
+the commands print; library functions get a display object for progress. Each package imports only packages that are
+listed above it. In the order of reading:
 
 - `digests`: digests of the content of files.
 - `data`: examples from files, folders and datasets.

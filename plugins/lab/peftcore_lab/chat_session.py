@@ -18,7 +18,7 @@ from peftcore.models.loading import from_pretrained, load_tokenizer
 from peftcore_lab.data.templates import rendered, with_template
 
 Say = Callable[[str], None]
-"""Gets an answer piece by piece."""
+"""A function that receives an answer piece by piece."""
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, asked: str, say: Say, longest: int, temperature: float) -> None:
-        """Answer, and remember both; an answer that is interrupted is remembered as far as it came.
+        """Answer a message, and append both to the conversation; of an interrupted answer the generated part is kept.
 
         Args:
             asked: the user's message.
             say: gets the answer as it is generated.
             longest: tokens of an answer at most.
-            temperature: 0 takes the likeliest token each time.
+            temperature: temperature of sampling; 0 is greedy decoding.
 
         Raises:
             BadInput: the chat template refuses the conversation.
@@ -47,13 +47,13 @@ class Conversation:
         self._answered(say, longest, temperature)
 
     def answer_of_the_base(self, say: Say, longest: int, temperature: float) -> None:
-        """Answer the last question once more, without the adapter, in place of the answer that was given.
+        """Answer the last question again without the adapter; this answer replaces the former one.
 
         Raises:
             BadInput: nothing was asked yet.
         """
         if not self.messages:
-            raise BadInput("nothing was asked yet")
+            raise BadInput("no question was asked yet: ask one first")
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         with self.injection.disabled():
@@ -103,7 +103,7 @@ def conversation(adapter: str, model: str | None, template: str | None, system: 
 
     Args:
         adapter: the folder of a run of ``peftcore train``, whose model and chat template are known, or an adapter.
-        model: in place of the one that the run or the adapter names.
+        model: a model to use instead of the one that the run or the adapter names.
         template: a chat template, as of the task chat.
         system: the system's message.
         dtype: of the model's weights.
@@ -118,7 +118,7 @@ def conversation(adapter: str, model: str | None, template: str | None, system: 
         adapter = str(place / "adapter")
     named = model or run.get("model") or describe(adapter).base
     if not named:
-        raise BadInput(f"{adapter} names no model: say which with --model")
+        raise BadInput(f"{adapter} does not name its base model: set --model")
     told = run.get("data", {}).get("chat_template") if template is None else template
     tokenizer = with_template(load_tokenizer(named), told, named)
     base = from_pretrained(transformers.AutoModelForCausalLM, named, dtype).eval()

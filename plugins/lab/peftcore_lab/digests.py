@@ -11,7 +11,7 @@ PIECE = 2**20
 SAMPLE = 2**16
 """Bytes that are read at the beginning, in the middle and at the end of each file of a model."""
 NOT_CONTENT = ("state.json", "cache-")
-"""Beginnings of names of files in a saved dataset that differ where its rows are the same."""
+"""Prefixes of file names in a saved dataset that are ignored, because they differ for the same rows."""
 
 
 def of_content(source: str) -> str | None:

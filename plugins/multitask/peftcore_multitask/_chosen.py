@@ -19,20 +19,26 @@ def first_of(members: Members, title: str) -> Graft:
     """Return the first of the parts at one module, which are LoRAs of a linear layer.
 
     Raises:
-        UnsupportedSite: a part is another method, or the layer another one; `title` is who needs them.
+        UnsupportedSite: a part is not a LoRA, or the layer is not linear. `title` is the method's name in the error.
     """
     first = next(iter(members.values()))
     site = first.site
     if any(graft.operator.factors() is None for graft in members.values()):
-        raise UnsupportedSite(f"{site.path}: a part is no product of two factors; {title} chooses among LoRAs")
+        raise UnsupportedSite(
+            f"{site.path}: a part is not a product of two factors, and {title} chooses among LoRAs; use LoRA parts, or "
+            "exclude it"
+        )
     if not (site.layer.called and site.layer.of_vectors) or site.batch or site.slices or first.holders[1:]:
-        raise UnsupportedSite(f"{site.path} is no linear layer of its own, whose inputs could choose")
+        raise UnsupportedSite(
+            f"{site.path} is not a linear layer that is called by itself, which the choice among parts needs; exclude "
+            "it"
+        )
     return first
 
 
 def add_shares(operator: Operator, y: Tensor, x: Tensor, every: Sequence[Factors], shares: Tensor) -> Tensor:
     """Return y + sum_e c_e s_e B_e A_e x for shares c ``[..., parts]``, inputs x ``[..., in]`` and outputs y
-    ``[..., out]``: all factors side by side, in two products."""
+    ``[..., out]``: all factors are concatenated, for two products."""
     scales = torch.tensor([scale for *_, scale in every], dtype=shares.dtype, device=shares.device)
     ranks = torch.tensor([len(A) for A, *_ in every], device=shares.device)
     shares = (shares * scales).repeat_interleave(ranks, -1, output_size=sum(len(A) for A, *_ in every))

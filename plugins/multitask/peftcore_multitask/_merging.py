@@ -34,11 +34,12 @@ from peftcore.errors import ConfigError, UnsupportedSite
 Key = tuple[str, str, Slices | None]
 """Module, tensor and slices."""
 Members = dict[int, Graft]
-"""Grafts at one tensor, by number of the part; parts without a site there are left out."""
+"""Installed operators (grafts) at one tensor, by number of the part; parts that do not change the tensor are left
+out."""
 
 
 MOST = 100
-"""How many parts there may be."""
+"""The largest number of parts."""
 
 
 class PartsConfig(MethodConfig):
@@ -52,7 +53,7 @@ class PartsConfig(MethodConfig):
     )
     """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
     weights: list[float] | None = None
-    """One for each part, negative ones too; all the same without."""
+    """A weight for each part, which may be negative; equal weights by default."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -61,11 +62,11 @@ class PartsConfig(MethodConfig):
             tags = cls.tags
             if cls.looks_at_data(options) or tags.scheduled or (self.changes_weights and not tags.mergeable):
                 raise ConfigError(
-                    f"{part['method']!r} cannot be a part of {self.method}: parts are changes of weights, without a "
-                    "schedule and without a look at data"
+                    f"{part['method']!r} cannot be a part of {self.method}: parts are changes of weights that need "
+                    "neither a schedule nor data"
                 )
         if self.weights is not None and len(self.weights) != len(self.parts):
-            raise ConfigError(f"{len(self.weights)} weights for {len(self.parts)} parts")
+            raise ConfigError(f"{len(self.weights)} weights for {len(self.parts)} parts; pass one weight for each part")
         return self
 
 
@@ -141,7 +142,9 @@ def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
             site = graft.site
             members = groups.setdefault((site.module_path, site.tensor, site.slices), {})
             if index in members:
-                raise UnsupportedSite(f"{site.path}: {method.name} acts there twice, so it has no one delta")
+                raise UnsupportedSite(
+                    f"{site.path}: {method.name} acts on it twice, so it has no single delta; exclude it"
+                )
             members[index] = graft
     _check_apart(groups)
     return groups
@@ -151,12 +154,15 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
     """Graft one operator for each tensor that any part changes.
 
     Raises:
-        UnsupportedSite: a part does something else there than change a weight, or parts meet in different ways.
+        UnsupportedSite: a part does more than change the weight, or parts change a tensor in different ways.
     """
     for number, members in enumerate(collected(surgeon, config).values()):
         for graft in members.values():
             if not is_mergeable(graft.operator):
-                raise UnsupportedSite(f"{graft.site.path}: {type(graft.operator).__name__} is no change of a weight")
+                raise UnsupportedSite(
+                    f"{graft.site.path}: {type(graft.operator).__name__} does not change a weight, so it cannot be "
+                    "merged; exclude it"
+                )
         first = next(iter(members.values()))
         surgeon.graft(first.site, operator, config, first.holders[1:], members=members, number=number)
 
@@ -171,8 +177,8 @@ def _check_apart(groups: Mapping[Key, Members]) -> None:
             crossed = any(other != key and _meet(rows, key[2]) for other, rows in held.get(name, ()))
             if crossed or any(place != places[0] for place in places):
                 raise UnsupportedSite(
-                    f"parts meet at {name} in different ways (as a whole and in rows, tied and alone, with the weight "
-                    "and without it, or from another module); give them targets that name the same, or exclude it"
+                    f"parts change {name} in different ways (whole or in rows, tied or alone, with or without the "
+                    "weight, or from another module); set the same targets for all parts, or exclude it"
                 )
             held.setdefault(name, []).append((key, key[2]))
 

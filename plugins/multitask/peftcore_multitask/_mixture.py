@@ -59,10 +59,10 @@ def softmax_of(operator: Router, logits: Tensor) -> Tensor:
 
 
 def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> None:
-    """Store the statistics for a balancing loss, which is computed behind the forward: `imbalance` reads it.
+    """Store statistics for a balancing loss, which `imbalance` computes after the forward.
 
     Args:
-        tap: stores the statistics of all routers: for each a group, and in one tensor the sums of picks and of
+        tap: stores the statistics of all routers: for each router a group, and in one tensor the sums of picks and of
             probabilities over tokens without padding, and the number of tokens.
         group: routers that are balanced together.
         picks: 1 for each expert that a token has, else 0 ``[rows, tokens, experts]``.
@@ -77,8 +77,8 @@ def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> 
 
 
 def imbalance(tap: Tap) -> Tensor | None:
-    """Take what routers left and return its groups' ``experts * sum_e F_e P_e``, added up: F_e is how many picks of e
-    there are a token and P_e the mean of its probability. None where nothing was left."""
+    """Return the sum over groups of ``experts * sum_e F_e P_e``, from the statistics of `leave_counts`: F_e is the
+    number of picks of e per token and P_e the mean of its probability. None without statistics."""
     groups: dict[str, list[Tensor]] = {}
     for group, sums in tap.take() or ():
         groups.setdefault(group, []).append(sums)
@@ -91,12 +91,14 @@ def imbalance(tap: Tap) -> Tensor | None:
 
 
 def with_one_input(site: Site) -> Site:
-    """Return the site of a module that is given the stream alone.
+    """Return the site, after a check that its module takes one input, the residual stream.
 
     Raises:
-        UnsupportedSite: its forward asks for more, such as a residual, and nothing says how to mix that.
+        UnsupportedSite: the module's forward takes more inputs, such as a residual.
     """
     asked = inspect.signature(site.module.forward).parameters.values()
     if sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked) > 1:
-        raise UnsupportedSite(f"{site.path} is given more than the stream, which nothing says how to mix")
+        raise UnsupportedSite(
+            f"{site.path} is called with more inputs than the stream, and the mixture cannot mix the others; exclude it"
+        )
     return site

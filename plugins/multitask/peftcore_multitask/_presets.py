@@ -4,7 +4,7 @@ from peftcore.author import Preset
 
 STACK = (
     'apply "pfeiffer_adapter" twice under two names, and peftcore.activate(model, peftcore.Stack(first, second)); '
-    "peftcore.load(model, folder) brings the first one from its file"
+    "peftcore.load(model, folder) loads the first one from its file"
 )
 FROM_ANOTHER_TASK = (
     "train prompt_tuning on the nearest of other tasks and save it; here peftcore.load(model, folder, trainable=True) "

@@ -20,7 +20,7 @@ class TaskConfig(MethodConfig):
     tasks: PositiveInt | list[str] = 1
     """How many tasks there are, or their names."""
     task: NonNegativeInt | str | None = None
-    """The task where no call says one. Without it, a call has to, unless there is one task only."""
+    """The task of calls that pass none. Without this default each call must pass a task, unless there is only one."""
 
     @classmethod
     def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -29,7 +29,8 @@ class TaskConfig(MethodConfig):
             return {**options, "tasks": [*names]}
         if isinstance(known, int):
             raise ConfigError(
-                f"tasks={known} has no names, but the data has: {', '.join(names)}; name them, or leave out the option"
+                f"tasks={known} has no names, but the data has: {', '.join(names)}; set tasks to these names, or "
+                "remove the option"
             )
         for name in names:
             position(name, known)
@@ -38,7 +39,7 @@ class TaskConfig(MethodConfig):
     @model_validator(mode="after")
     def _known(self) -> Self:
         if isinstance(self.tasks, list) and (not self.tasks or len(set(self.tasks)) < len(self.tasks)):
-            raise ValueError("tasks is a number, or a list of different names")
+            raise ValueError("tasks must be a number, or a list of different names")
         if self.task is not None:
             position(self.task, self.tasks)
         return self
@@ -67,7 +68,7 @@ def position(task: Any, tasks: int | list[str]) -> int:
 
 
 class Tasks:
-    """Looks up what belongs to the task of each row.
+    """Looks up the entry of a table for the task of each row.
 
     A call passes one task, a number or a name, for all rows; or a list or an integer tensor with one for each row, or
     with a single one for all. Rows are the first dimension of a module's inputs.
@@ -91,8 +92,8 @@ class Tasks:
         told = running.told("task", self.default)
         if told is None:
             raise MissingContext(
-                "this method needs to be told the task, one or a list of one for each row: with "
-                "peftcore.call(model, task=...): ... (or give it a default, the option task)"
+                "this method needs the task, one name or a list of one for each row: use `with peftcore.call(model, "
+                "task=...):`, or set the option task as a default"
             )
         if isinstance(told, Tensor) and told.dim():
             index = self._checked(told).to(table.device)
@@ -103,7 +104,8 @@ class Tasks:
             return table[one : one + 1]
         if not self.apart:
             raise RouteError(
-                f"{self.path} got {rows} rows, which cannot be told apart by {len(index)} tasks; name one for all"
+                f"{self.path} got {rows} rows, which cannot be assigned to {len(index)} tasks; pass one task for all "
+                "rows"
             )
         index = running.for_rows("task", rows, index)
         return table[index if len(index) in (1, rows) else index.repeat_interleave(rows // len(index))]
@@ -111,7 +113,7 @@ class Tasks:
     def _checked(self, told: Tensor) -> Tensor:
         if told.dim() != 1 or told.is_floating_point() or told.dtype == torch.bool:
             raise ConfigError(
-                f"task={told.dtype} {tuple(told.shape)}: tasks of rows are a list, or a vector of integers"
+                f"task={told.dtype} {tuple(told.shape)}: pass a list of tasks or a vector of integers, one for each row"
             )
         if told.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would cost a wait
             for each in told.tolist():

@@ -81,12 +81,13 @@ class AdapterFusionConfig(MethodConfig):
     """Adapters that the fusion owns: each as its options, with its name under "method" and its "target" if it has its
     own."""
     train_parts: bool = True
-    """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    """Train the parts together with the fusion; in the paper they are trained separately before, and frozen."""
     mixes: Literal["auto", "inputs", "outputs"] = "auto"
-    """The mixed values: the module's inputs with each adapter, on whose mix the module then runs, or its outputs with
-    each. "auto": inputs where all adapters only change the module's input, such as a norm at a block's end."""
+    """The values to mix: "inputs" mixes the module's inputs with each adapter and runs the module on the mix, "outputs"
+    mixes its outputs. "auto": inputs where all adapters only change the module's input, such as a norm at a block's
+    end."""
     value: bool = True
-    """Have the matrix V; the package calls a fusion without it static."""
+    """Use the matrix V; AdapterHub's package calls a fusion without it static."""
     regularizer: NonNegativeFloat = 0.01
     """Factor of |V - I|^2 in the loss."""
     dropout: Share = 0.0
@@ -99,11 +100,11 @@ Members = list[list[nn.Module]]
 
 def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
     """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
-    others at which the same operators act too. Operators that replace tensors are skipped.
+    the other modules at which the same operators act. Operators that replace tensors are skipped.
 
     Raises:
-        UnknownInjection: the host lacks one.
-        CompositionError: one does not act on outputs of modules alone.
+        UnknownInjection: the model has no adapter of that name.
+        CompositionError: an adapter acts on more than the outputs of modules.
     """
     there = injections(surgeon.model)
     if unknown := [name for name in names if name not in there]:
@@ -127,7 +128,7 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
 
 
 def only_inputs(model: nn.Module, names: Sequence[str], place: Sequence[Site]) -> bool:
-    """Return whether all that injections of the model do at some modules is to give them other inputs."""
+    """Return whether the adapters at some modules change only the modules' inputs."""
     there, paths = injections(model), {site.module_path for site in place}
     grafts = [graft for name in names for graft in there[name].grafts]
     here = [graft for graft in grafts if any(site.module_path in paths for site in graft.holders)]
@@ -156,15 +157,15 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
         tags = method.tags
         if method.looks_at_data(options) or tags.scheduled or not tags.per_row:
             raise ConfigError(
-                f"{method.name} cannot be a part: parts act on outputs of modules alone, without a schedule and "
-                "without a look at data"
+                f"{method.name} cannot be a part: parts act only on outputs of modules, and need neither a schedule "
+                "nor data"
             )
         for graft in surgeon.collect(str(index), method, options, part.get("target")):
             path = graft.site.path
             if graft.site.form != "activation":
                 raise UnsupportedSite(
-                    f"{path}: {method.name} acts on a tensor or inside an attention there, so it has no output of its "
-                    "own; fuse injections of it (adapters=), or exclude it"
+                    f"{path}: {method.name} acts on a tensor or inside an attention, so it has no module output to "
+                    "fuse; fuse installed adapters (adapters=), or exclude it"
                 )
             found.setdefault(path, {}).setdefault(index, []).append(graft)
     places = []
@@ -172,7 +173,10 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
         grafts = [graft for part in members.values() for graft in part]
         ways = {tuple(site.module_path for site in graft.holders) for graft in grafts}
         if len(ways) > 1:
-            raise UnsupportedSite(f"{path}: the parts that are named for it stand at different modules")
+            raise UnsupportedSite(
+                f"{path}: the parts with this path act on different modules; set the same target for all parts, or "
+                "exclude it"
+            )
         operators: list[list[nn.Module]] = [[graft.operator for graft in part] for part in members.values()]
         places.append((grafts[0].site, grafts[0].holders[1:], operators))
     return places
@@ -228,18 +232,18 @@ def mixes_inputs(site: Site, mixes: str, can: bool) -> bool:
     """Return whether the fusion at a site mixes inputs.
 
     Raises:
-        UnsupportedSite: it is to, and adapters do there more than to give a module another input.
+        UnsupportedSite: `mixes` is "inputs", but adapters at the site do more than change the module's input.
     """
     if mixes == "inputs" and not can:
         raise UnsupportedSite(
-            f"{site.path}: adapters do more here than to give a module another input, as they do in front of a norm "
-            'that ends a block; mixes="outputs" fuses what modules return'
+            f"{site.path}: adapters do more here than change a module's input, as they do before a norm that ends a "
+            'block; set mixes="outputs" to fuse what modules return'
         )
     return can and mixes != "outputs"
 
 
 class FusionOperator(Combiner):
-    """The attention of one module over adapters, and those that are its own."""
+    """The attention of one module over adapters, and the adapters that the fusion owns."""
 
     def __init__(
         self, site: Site, config: AdapterFusionConfig, mixes_inputs: bool, parts: Members | None = None
@@ -266,7 +270,7 @@ class FusionOperator(Combiner):
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
         h, u = self.layer.channels_last(base), self.layer.channels_last(output)
         if h.shape[-1] != self.width:
-            raise CompositionError(f"a fusion of {self.width} features met an output of {list(base.shape)}")
+            raise CompositionError(f"a fusion of {self.width} features got an output of shape {list(base.shape)}")
         query, bias, key = self.cast(h, self.query, self.bias, self.key)
         looked = nn.functional.linear(nn.functional.linear(u, query, bias), key.T)  # K' (Q u + q), for all adapters
         z = torch.stack([self.layer.channels_last(each) - h for each in inputs], -2)  # [..., adapters, d]

@@ -54,7 +54,10 @@ class AdapterSoupConfig(PartsConfig):
     def _alike(self) -> Self:
         kinds = [(options_of(part), part.get("target")) for part in self.parts]
         if any(kind != kinds[0] for kind in kinds):
-            raise ConfigError("the parts of a soup differ in method, options or target; there is no mean of them")
+            raise ConfigError(
+                "the parts of a soup differ in method, options or target, so they have no mean; pass parts with the "
+                "same ones"
+            )
         return self
 
 
@@ -74,7 +77,7 @@ class _Soup(nn.Module):
 
 
 class SoupOperator(WeightOperator):
-    """The mean adapter, where it is a change of a weight."""
+    """The mean adapter of methods that change a weight."""
 
     def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)
@@ -94,7 +97,7 @@ class SoupOperator(WeightOperator):
 
 
 class SoupAround(Operator):
-    """The mean adapter, where it acts on a module's inputs or outputs."""
+    """The mean adapter of methods that act on a module's inputs or outputs."""
 
     def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)
@@ -124,10 +127,13 @@ class AdapterSoup(OfMergedParts, Method):
             tensors = [*first.operator.parameters(), *first.operator.buffers()]
             if len(members) < len(config.parts) or surgeon.owned or not all(t.is_floating_point() for t in tensors):
                 raise UnsupportedSite(
-                    f"{site.path}: {config.parts[0]['method']} shares numbers between sites or holds choices, which "
-                    "have no mean"
+                    f"{site.path}: {config.parts[0]['method']} shares values between sites or holds integers such as "
+                    "indices, which have no mean"
                 )
             if not whole and (site.form != "activation" or first.holders[1:]):
-                raise UnsupportedSite(f"{site.path}: a soup stands at weights and around modules, not in an attention")
+                raise UnsupportedSite(
+                    f"{site.path}: a soup averages parts that change weights or wrap modules, not parts inside an "
+                    "attention; exclude it"
+                )
             operator = SoupOperator if whole else SoupAround
             surgeon.graft(site, operator, config, first.holders[1:], members=members)

@@ -40,7 +40,7 @@ from peftcore_multitask._chosen import Factors, add_shares, first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 SQUARINGS = 12
-"""Squarings of a matrix whose largest eigenvector is wanted: as many as 4096 steps of power iteration."""
+"""Number of matrix squarings that approximate the largest eigenvector, equal to 4096 steps of power iteration."""
 
 
 class ArrowConfig(PartsConfig):
@@ -51,14 +51,14 @@ class ArrowConfig(PartsConfig):
     top_k: PositiveInt = 3
     """How many parts act on a token, at most."""
     temperature: PositiveFloat = 1.0
-    """Divides the likenesses before the softmax: small, and the most alike part acts alone."""
+    """Divides the similarities before the softmax: when it is small, only the most similar part acts."""
     general: NonNegativeInt = 0
-    """How many of the parts, the last ones, are general knowledge that is taken away from the others."""
+    """How many of the last parts are general knowledge, which is subtracted from the other parts."""
 
     @model_validator(mode="after")
     def _some_left(self) -> Self:
         if self.general >= len(self.parts):
-            raise ConfigError(f"general={self.general} leaves none of {len(self.parts)} parts to choose from")
+            raise ConfigError(f"general={self.general} leaves none of {len(self.parts)} parts to choose from; lower it")
         return self
 
 
@@ -80,7 +80,7 @@ def prototype(A: Tensor, B: Tensor) -> Tensor:
 
 
 class ArrowOperator(Router):
-    """The parts of one module, of which each token chooses."""
+    """The parts of one module, among which each token chooses."""
 
     def __init__(self, site: Site, config: ArrowConfig, members: Members) -> None:
         super().__init__(site)
@@ -92,7 +92,7 @@ class ArrowOperator(Router):
         self.top_k, self.temperature = min(config.top_k, len(self.tasks)), config.temperature
 
     def factors_of(self) -> list[Factors]:
-        """Return A, B and the scale of each part, without what is general."""
+        """Return A, B and the scale of each part, with the general parts subtracted."""
         every = {index: self.parts[str(index)].factors() for index in (*self.tasks, *self.general)}  # type: ignore[operator]
         found = [every[index] for index in self.tasks]
         if self.general:
@@ -126,11 +126,15 @@ class Arrow(OfMergedParts, Method):
             general = [index for index in members if index >= len(config.parts) - config.general]
             if len(general) == len(members) or len(general) < config.general:
                 raise UnsupportedSite(
-                    f"{site.path}: parts of general knowledge stand where all others do, and no others"
+                    f"{site.path}: the {config.general} general parts must act at every site of the other parts, and "
+                    "only there; set the same target for all parts"
                 )
             shapes = {
                 tuple(tensor.shape) for graft in members.values() for tensor in (graft.operator.factors() or ())[:2]
             }
             if general and len(shapes) > 2:
-                raise UnsupportedSite(f"{site.path}: parts have several ranks, between which nothing can be taken away")
+                raise UnsupportedSite(
+                    f"{site.path}: parts have different ranks, so the general ones cannot be subtracted; use parts of "
+                    "one rank"
+                )
             surgeon.graft(site, ArrowOperator, config, members=members)

@@ -25,8 +25,8 @@ Differs from the authors' code: The authors' max sees padding, this does not; th
 not train, and is left out, as are their other kinds of attention. LN has neither gain nor bias: the authors' code
 leaves its own frozen at one and zero, while the 232,000 that the paper prints for T5-base count them (`train_norm`).
 
-Use it: `peftcore.apply(model, "attempt", tasks=["sums", "letters"])`, where prompts of large tasks are there and a new
-one has few examples; not to train many tasks at once from nothing (multitask_prompt_tuning), nor where a prompt need
+Use it: `peftcore.apply(model, "attempt", tasks=["sums", "letters"])`, where prompts of large tasks exist and a new
+task has few examples; not to train many tasks at once from nothing (multitask_prompt_tuning), nor where a prompt need
 not depend on the text (spot starts from one source).
 """
 
@@ -70,21 +70,21 @@ class AttemptConfig(TaskConfig, PartsConfig):
     )
     """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
     train_parts: bool = False
-    """Train the sources along."""
+    """Train the sources too."""
     train_norm: bool = False
-    """Give the norm behind the network a gain and a bias that train."""
+    """Give the norm after the network a trained gain and bias."""
     hidden: PositiveInt = 100
-    """Width of the network that looks for sources."""
+    """Hidden width of the network that computes the attention to the sources."""
     temperature: PositiveFloat | None = None
-    """Divides what the softmax is taken of; None is e times the width."""
+    """Divides the logits of the softmax; None is e times the width."""
 
     @model_validator(mode="after")
     def _prompts(self) -> Self:
         for part in self.parts:
             if not isinstance(options_of(part), prompt_tuning.PromptTuningConfig):
-                raise ConfigError(f"{part['method']!r} cannot be a part of attempt: sources are prompt_tuning")
+                raise ConfigError(f"{part['method']!r} cannot be a part of attempt: use prompt_tuning parts")
         if len(lengths := {length_of(part) for part in self.parts}) > 1:
-            raise ConfigError(f"sources of lengths {sorted(lengths)} have no sum; give them one length")
+            raise ConfigError(f"sources of lengths {sorted(lengths)} cannot be added; use sources of one length")
         return self
 
 
@@ -162,7 +162,9 @@ class Attempt(OfMergedParts, Method):
             site = first.site
             lengths: set[Any] = {graft.operator.length for graft in members.values()}
             if lengths != {length_of(config.parts[0])}:
-                raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
+                raise UnsupportedSite(
+                    f"{site.path}: sources have lengths {sorted(lengths)}; remove length from the parts' overrides"
+                )
             surgeon.graft(site, AttemptOperator, config, first.holders[1:], members=members)
 
     def parts_gathered(self, injection: AppliedMethod) -> None:

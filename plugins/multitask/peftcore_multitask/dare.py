@@ -16,7 +16,7 @@ Differs from the authors' code: The authors' code (yule-BUAA/MergeLM) draws anew
 afterwards; peft trims no more, like the default here, and calls 1 - p the density.
 
 Use it: `peftcore.apply(model, "dare")`, with `peftcore_multitask.gather`, at p = 0.9 for changes that are small, as
-fine-tuning makes them; large ones bear less.
+fine-tuning makes them; large changes need a smaller p.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DAREConfig(PartsConfig):
     merge: Literal["linear", "ties"] = "linear"
     """The merge of the sparse changes: their sum, or TIES."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """For TIES: the share of each part's values that is kept, of all."""
+    """For TIES: the share of all values of a part that is kept."""
     sign: merge_math.Sign = "total"
     """For TIES: the sign that is elected, that of the sum ("total") or that of more parts ("frequency")."""
     scale: float = 1.0
@@ -53,7 +53,7 @@ class DAREConfig(PartsConfig):
 
 
 class DAREOperator(MergingOperator):
-    """Merges the deltas that are left under masks, which stay the same."""
+    """Merges the masked deltas of the parts; the masks are fixed."""
 
     def __init__(self, site: Site, config: DAREConfig, members: Members, number: int = 0) -> None:
         super().__init__(site, config, members, number)

@@ -10,7 +10,7 @@ Equation:
 h is the output of the last matrix of self-attention or of the feed-forward; cross-attention gets no adapter, unless it
 is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
 stack have several widths, each width has a network. e_place is the embedding of the adapter's place in its block. All
-norms of the host train along.
+norms of the host train too.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Weights are made
 for the tasks of the batch, or for all tasks if these are fewer than its rows.
@@ -84,7 +84,7 @@ class HyperFormerConfig(TaskConfig):
     gain_std: NonNegativeFloat = 0.01
     """Standard deviation of the matrices that make gain and shift; 0 makes a fresh adapter an exact identity."""
     train_layer_norm: bool = True
-    """Train the norms of the host along, as the authors do."""
+    """Train the norms of the host too, as the authors do."""
 
 
 def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
@@ -103,13 +103,13 @@ class Reader(nn.Module):
         self.second = _linear(config.hidden, config.code, config.init_std)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Return z ``[..., p]`` of embeddings one behind the other."""
+        """Return z ``[..., p]`` of concatenated embeddings."""
         z: Tensor = self.second(self.first(embedding).relu())
         return z
 
 
 class TaskTable(nn.Module):
-    """The embeddings of tasks, and the network that reads them where it reads nothing else."""
+    """The embeddings of tasks, and with `shared=False` the network that makes z from them."""
 
     def __init__(self, config: HyperFormerConfig) -> None:
         super().__init__()
@@ -169,9 +169,8 @@ class HyperFormerParts:
 
 
 def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> HyperFormerParts:
-    """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
-    blocks whose paths are alike but for numbers; these numbers are the layer, and the common part of the sites' paths
-    is the place."""
+    """Return the parts that a site shares with others, named by its path and not by other sites. A stack is all blocks
+    whose paths differ only in numbers; these numbers are the layer, and the rest of the site's path is the place."""
     path, width = site.module_path, site.out_features
     block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)

@@ -55,12 +55,16 @@ class LoRAMoEConfig(TaskConfig):
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     delta: Share = 0.0
-    """How much more the experts of a row's task are to do than the others; calls in training then pass the task."""
+    """Extra weight of the experts of a row's task in the balancing loss; above 0, calls in training must pass the
+    task."""
 
     @model_validator(mode="after")
     def _groups(self) -> Self:
         if self.delta and self.experts % task_count(self):
-            raise ValueError(f"{self.experts} experts are no equal groups for {task_count(self)} tasks")
+            raise ValueError(
+                f"{self.experts} experts cannot be split equally among {task_count(self)} tasks; set experts to a "
+                "multiple"
+            )
         return self
 
 
@@ -107,7 +111,7 @@ class LoRAMoE(Method):
 
     Example:
         injection = peftcore.apply(model, "loramoe", tasks=["skill", "knowledge"], balance=0.01, delta=0.1)
-        peftcore.call(model, task="skill")  # or a list, one for each row; in evaluation nobody has to say
+        peftcore.call(model, task="skill")  # or a list, one for each row; in evaluation no task is needed
     """
 
     name = "loramoe"

@@ -75,7 +75,7 @@ class MixLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _enough(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k={self.top_k} of {self.experts} experts")
+            raise ValueError(f"top_k={self.top_k} is more than the {self.experts} experts")
         return self
 
 
@@ -84,11 +84,11 @@ class MatrixSite(Site):
     """A matrix that gets updates."""
 
     experts: int = 1
-    """How many: those of its feed-forward, or one."""
+    """Number of updates: the experts of its feed-forward, or one."""
 
 
 class RouterOperator(Router):
-    """Runs a feed-forward once for each of the largest gates of a token."""
+    """Runs a feed-forward on `top_k` copies of each token, one for each chosen expert."""
 
     changes_inputs = True
 
@@ -116,12 +116,13 @@ class RouterOperator(Router):
 
 
 class UpdateOperator(Operator):
-    """The updates of one matrix: of a feed-forward, of which each token has the one that its router chose; or one."""
+    """The updates of one matrix: one for each expert of a feed-forward, of which a token gets the routed one; else
+    one."""
 
     def __init__(self, site: MatrixSite, config: MixLoRAConfig, chosen: Tap | None) -> None:
         super().__init__(site)
         if not (self.layer.called and self.layer.of_vectors) or site.batch:
-            raise UnsupportedSite(f"{site.path} is no linear layer; exclude it")
+            raise UnsupportedSite(f"{site.path} is not a linear layer; exclude it")
         experts = site.experts
         self.chosen, self.scale, self.dropout = chosen, config.alpha / config.rank, nn.Dropout(config.dropout)
         inputs, outputs = site.in_features, site.out_features
@@ -134,7 +135,10 @@ class UpdateOperator(Operator):
         if self.chosen is not None:
             picks = self.chosen.get()
             if picks is None:
-                raise MissingContext("a matrix of a feed-forward was called by itself, where no router has chosen")
+                raise MissingContext(
+                    "a matrix of a feed-forward was called by itself, so no router chose its experts; call the whole "
+                    "feed-forward"
+                )
             low = low * self.kept(picks, low)
         return self.layer.add(y, low, B.transpose(0, 1).flatten(1), self.scale)
 
@@ -144,7 +148,9 @@ class UpdateOperator(Operator):
         ranks = picks.to(low.dtype).flatten(0, -2).repeat_interleave(self.A.shape[1], -1)
         times, rest = divmod(low.numel(), ranks.numel())
         if rest:
-            raise SequenceError(f"a matrix got {tuple(low.shape)}, other tokens than its feed-forward; exclude it")
+            raise SequenceError(
+                f"a matrix got {tuple(low.shape)}, which are other tokens than those of its feed-forward; exclude it"
+            )
         return ranks.repeat(times, 1).view(low.shape)  # another router inside this one makes copies of the copies
 
 
@@ -169,7 +175,9 @@ class MixLoRA(Method):
             chosen = None if whole is None else taps[whole.path]
             surgeon.graft(matrix, UpdateOperator, config, chosen=chosen)
         if not taps:
-            raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; use lora")
+            raise UnsupportedSite(
+                "no target is a matrix of a feed-forward, so there is nothing to route; set other targets, or use lora"
+            )
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         loss = imbalance(self.balances)

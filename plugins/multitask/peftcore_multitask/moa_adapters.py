@@ -1,4 +1,4 @@
-"""Mixture of adapters: bottlenecks behind a sub-block, which each token shares by a gate of its own.
+"""Mixture of adapters: bottlenecks after a sub-block, which a gate mixes for each token.
 
 Equation:
     y = h + sum_e g_e (W_up_e f(W_down_e h + b_down_e) + b_up_e),   g = softmax(W_g h)
@@ -64,7 +64,7 @@ class MoAAdaptersConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f."""
     top_k: PositiveInt | None = None
-    """How many of them act on a token; all, where it is not given."""
+    """How many bottlenecks act on a token; None: all."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     joins: Joins = "stream"
@@ -74,9 +74,11 @@ class MoAAdaptersConfig(MethodConfig):
     @model_validator(mode="after")
     def _enough(self) -> Self:
         if self.top_k is not None and self.top_k > self.experts:
-            raise ValueError(f"top_k={self.top_k} of {self.experts} experts")
+            raise ValueError(f"top_k={self.top_k} is more than the {self.experts} experts")
         if self.balance and self.top_k is None:
-            raise ValueError("all experts act on all tokens, so there is nothing to balance: give top_k")
+            raise ValueError(
+                "without top_k all experts act on all tokens, so there is nothing to balance: set top_k, or balance=0"
+            )
         return self
 
 

@@ -16,8 +16,8 @@ Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_widt
 Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
 
 Differs from the authors' code: The authors' table of tasks has one row more, which no task reads; their script does not
-run the layer with a gate of its own, MMOELoraLinear, which ``gate="each"`` is. Their script has rank 16 and 8 experts,
-alpha is the default of their arguments.
+run the layer with a gate per site, MMOELoraLinear, which is ``gate="each"`` here. Their script has rank 16 and 8
+experts, alpha is the default of their arguments.
 
 Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for tasks that are known, of which some
 have little data: one adapter costs as much as a LoRA of its rank; `polytropon` lets tasks share skills without a vector
@@ -40,7 +40,7 @@ from peftcore_multitask._mixture import ExpertsOperator
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 OF_THE_GATE = {"experts", "gate", "task_width", "tasks"}
-"""Options that say how large the gate is, and whose."""
+"""Options of the gate, which all sites share."""
 
 
 class MOELoRAConfig(TaskConfig):
@@ -63,7 +63,9 @@ class MOELoRAConfig(TaskConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.rank % self.experts:
-            raise ValueError(f"a rank of {self.rank} is no equal parts for {self.experts} experts")
+            raise ValueError(
+                f"rank={self.rank} cannot be split equally among {self.experts} experts; set rank to a multiple"
+            )
         return self
 
 
@@ -126,7 +128,7 @@ class MOELoRA(Method):
         fixed, remedy = (OF_THE_GATE, ', or set gate="each"') if config.gate == "shared" else ({"gate"}, "")
         if any(fixed & changes.keys() for changes in config.overrides.values()):
             names = ", ".join(sorted(fixed))
-            raise ConfigError(f"moelora: overrides do not change {names}: give one value for all sites{remedy}")
+            raise ConfigError(f"moelora: overrides cannot change {names}: set one value for all sites{remedy}")
         shared = surgeon.own("tasks", lambda: TaskGate(config)) if config.gate == "shared" else None
         for site in surgeon.sites():
             surgeon.graft(site, MOELoRAOperator, config, shared=shared)

@@ -77,7 +77,7 @@ class MoLAConfig(MethodConfig):
     def _enough(self) -> Self:
         fewest = self.experts if isinstance(self.experts, int) else min(self.experts)
         if self.top_k > fewest:
-            raise ValueError(f"top_k={self.top_k} of {fewest} experts")
+            raise ValueError(f"top_k={self.top_k} is more than the fewest experts of a layer, {fewest}")
         return self
 
 
@@ -87,7 +87,7 @@ class LayerSite(Site):
 
     experts: int = 1
     block: str = ""
-    """The path of the layer; none where it is in none."""
+    """The path of the layer; empty if the site is in no layer."""
 
 
 class MoLAOperator(ExpertsOperator):
@@ -157,6 +157,9 @@ def _in_layer(surgeon: Surgeon, site: Site, experts: int | list[int]) -> LayerSi
     if isinstance(experts, int):
         return LayerSite(**vars(site), experts=experts, block=block or "")
     if block is None:
-        raise UnsupportedSite(f"{site.path} is in no layer, so none of {experts} is its experts; give one number")
+        raise UnsupportedSite(
+            f"{site.path} belongs to no layer, so experts={experts} has no number for it; set experts to one number, "
+            "or exclude it"
+        )
     count = sum(stack_path(each) == stack_path(block) for each in depths if each is not None)
     return LayerSite(**vars(site), experts=experts[depths[block] * len(experts) // count], block=block)

@@ -8,8 +8,8 @@ Each target module has separate gates. They read the outputs that its LoRAs woul
 scaled to length one; V [N, N out] is without bias. tau is trained. w_e are `weights`, 1 by default. The mean in the
 loss is over the tokens, without padding, and then over the modules; the loss is least where all experts get the same.
 
-LoRAs of one's own train along. Those of the paper were trained before, each for itself, and are frozen. To take them
-out of files, and to train the gates alone:
+The LoRAs in `parts` train together with the gates. In the paper the LoRAs are trained separately before, and frozen. To
+load LoRAs from files, and to train only the gates:
 
     peftcore.gather(model, "mole", {"dog": 1.0, "cat": 1.0}, train_parts=False).trainable()
 
@@ -17,8 +17,8 @@ LoRAs act as in evaluation: their dropout, for example, is off.
 
 The gates depend on the token, so nothing merges. Parameters: N^2 out + 1 a module with N LoRAs, and those of the parts.
 
-Start: The rows of V in normal directions with length 0.01, so that all experts act alike; tau at 1. LoRAs of one's own
-start without effect: then it is the identity.
+Start: The rows of V in normal directions with length 0.01, so that all experts act alike; tau at 1. New LoRAs in
+`parts` start without effect: then it is the identity.
 
 Differs from the authors' code: The paper flattens the tokens of a sequence too, into one choice: then all inputs have
 one length; here each token chooses. The authors' code (yushuiwx/Mixture-of-LoRA-Experts) reads something else: one gate
@@ -63,7 +63,7 @@ class MoLEConfig(PartsConfig):
     method: Literal["mole"] = "mole"
     changes_weights: ClassVar[bool] = True
     train_parts: bool = True
-    """Train the LoRAs along; in the paper they were trained before, each for itself, and are frozen."""
+    """Train the LoRAs too; in the paper they are trained separately before, and frozen."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
 
@@ -84,7 +84,7 @@ class MoLEOperator(Router):
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         temperature = values.get("temperature")
         if temperature is not None and not (values.get("gate", temperature).float() / temperature).isfinite().all():
-            yield "temperature holds no number that gates can be divided by"
+            yield "temperature is zero, or not finite when gates are divided by it"
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
         y = call(x)
@@ -97,7 +97,7 @@ class MoLEOperator(Router):
         return y + (shares.unsqueeze(-2) @ experts).squeeze(-2)
 
     def experts(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what each LoRA would add, ``[..., N, out]``."""
+        """Return the update of each LoRA, ``[..., N, out]``."""
         found = []
         parts: Any = self.parts.values()
         for weight, part in zip(self.weights, parts, strict=True):

@@ -71,9 +71,11 @@ class MoVOperator(Router):
     def __init__(self, site: RoutedSite, config: MoVConfig) -> None:
         super().__init__(site)
         if site.inputs and self.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} has no input to scale; leave it out of scale_inputs")
+            raise UnsupportedSite(f"{site.path} has no input to scale; remove it from scale_inputs")
         if site.width % site.head:
-            raise UnsupportedSite(f"{site.path} makes {site.width} features, which are not heads of {site.head}")
+            raise UnsupportedSite(
+                f"{site.path} has {site.width} output features, which do not divide into heads of {site.head}"
+            )
         self.inputs = self.changes_inputs = site.inputs
         self.gain = nn.Parameter(torch.ones(site.width // site.head, config.experts, site.head))
         self.router = nn.Parameter(torch.randn(config.experts, site.head) * 0.02)
@@ -112,7 +114,7 @@ def _head(surgeon: Surgeon, site: Site) -> int:
         above = surgeon.resolver.module_site(site.module_path.rpartition(".")[0])
         sizes = surgeon.attention_site(above).geometry
     except UnsupportedSite as error:
-        raise UnsupportedSite(f"{site.path}: how wide are its heads? Say it: head=... ({error})") from None
+        raise UnsupportedSite(f"{site.path}: the width of its heads is unknown ({error}); set head=") from None
     return sizes.value_dim if site.role in ("attn.v", "cross.v") else sizes.head_dim
 
 

@@ -46,7 +46,7 @@ class MTLLoRAConfig(TaskConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     ups: PositiveInt = 3
-    """How many B there are, which each task mixes by different weights."""
+    """Number of matrices B, which each task mixes by its own weights."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     temperature: PositiveFloat = 0.1

@@ -80,7 +80,7 @@ def _ids(vocabulary: int, config: MultitaskPromptTuningConfig) -> Tensor:
     if not config.init_ids:
         return torch.randint(vocabulary, (config.length,))
     if max(config.init_ids) >= vocabulary:
-        raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {vocabulary}")
+        raise ConfigError(f"init_ids: {max(config.init_ids)} is not a token of a vocabulary of {vocabulary}")
     return torch.tensor(config.init_ids).repeat(-(-config.length // len(config.init_ids)))[: config.length]
 
 

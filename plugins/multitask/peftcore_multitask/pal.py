@@ -80,7 +80,7 @@ class PALConfig(TaskConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is no multiple of heads={self.heads}")
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         return self
 
 
@@ -89,7 +89,7 @@ ENDING = "ending"
 
 
 def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
-    """Return the norm that is given the sum at the end of a block, or none where none is.
+    """Return the site of the norm that reads the sum at the end of a block; empty if no norm does.
 
     Raises:
         UnsupportedSite: the block's code cannot be traced.
@@ -99,7 +99,9 @@ def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
     inside.sort(key=lambda entry: entry.role.startswith("mlp"))  # the feed-forward comes last
     ends = [end for entry in inside if (end := resolver.end_of(entry.module)) is not None]
     if not ends or ends[-1].rest == "unknown":
-        raise UnsupportedSite(f"{block.path}: its code does not say whether a norm ends it; exclude this block")
+        raise UnsupportedSite(
+            f"{block.path}: its forward cannot be traced to see if a norm ends it; exclude this block"
+        )
     norm = ends[-1].entered
     return () if norm is None else (replace(resolver.site(norm, "weight", "norm"), form=ENDING),)
 
@@ -147,11 +149,14 @@ class PALOperator(Operator):
     def _at_norm(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         found = None if self.found is None else self.found.take()
         if found is None:
-            raise MissingContext(f"the norm of {self.path} was called by itself: call the block, which is given masks")
+            raise MissingContext(
+                f"the norm of {self.path} was called by itself, without the attention mask: call the whole block"
+            )
         return call(x + self.added(*found))
 
     def added(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return what joins the stream ``[batch, ..., d]``, for a block whose cache holds so many tokens."""
+        """Return the term that is added to the stream ``[batch, ..., d]``, for a block whose cache has `held`
+        tokens."""
         tokens, caches = h.flatten(1, -2), self.room.layers(given)
         held = held_by(caches, held)
         visible = self.visible.mask(held, tokens.shape[1], given, h.device)

@@ -24,8 +24,8 @@ Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1
 Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
 Xavier's rule times 1e-4: near the identity.
 
-Differs from the authors' code: The paper looks for the nearest prototype of a new task to start from; the code does
-not, and nor does this.
+Differs from the authors' code: The paper starts a new task from the nearest prototype; neither the authors' code nor
+this method does.
 
 Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, which their
 texts identify; not for tasks that share inputs, where `hyperformer_pp`, its nearest kin, is without these losses, nor
@@ -102,7 +102,7 @@ class Hypernetwork(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Makes the vector of a text, of its mean state."""
+    """Computes the vector of a text from its mean hidden state."""
 
     def __init__(self, width: int, config: PHAConfig) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Contrast:
 
 
 class ReadingOperator(Operator):
-    """Gives the retriever what a stack of tokens returns, or the norm behind the last block, in training."""
+    """Passes the output of the stack, or of the norm after its last block, to the retriever in training."""
 
     def __init__(self, site: Site, config: PHAConfig, stack: TokenStack | None, contrast: Contrast) -> None:
         super().__init__(site)
@@ -193,7 +193,7 @@ class PHAConfig(TaskConfig):
     temperature: PositiveFloat = 0.1
     """Divides cosines in the losses."""
     init_scale: NonNegativeFloat = 1e-3
-    """How large made weights are at the start; 1 gives outputs the variance of inputs."""
+    """Scale of the generated weights at the start; with 1 outputs have the variance of inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ class AdapterSite(BranchSite):
     """The place of an adapter."""
 
     own: bool = False
-    """Whether it is made of nothing."""
+    """Whether the adapter has its own matrices instead of generated ones."""
 
 
 class AdapterOperator(Bypass):

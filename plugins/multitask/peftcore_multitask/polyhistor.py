@@ -67,7 +67,8 @@ class PolyhistorConfig(TaskConfig):
     reduction: PositiveInt = 32
     """Divisor of the templates' width, which gives the adapter's inner width."""
     width: PositiveInt | None = None
-    """Width d0 of the templates, of which the width of each site is a multiple; without it, that of the narrowest."""
+    """Width d0 of the templates, which must divide the width of each site; by default the width of the narrowest
+    site."""
     task_width: PositiveInt = 64
     """Width k of the embeddings of tasks."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
@@ -101,7 +102,7 @@ class ScaledSite(BranchSite):
     """The place of an adapter."""
 
     times: int = 1
-    """How many times as wide as the templates it is, m."""
+    """The factor m: the site's width divided by the templates' width."""
 
 
 class PolyhistorOperator(AtBranchEnd):
@@ -151,8 +152,8 @@ class Polyhistor(Method):
         for site in sites:
             if site.out_features % width:
                 raise UnsupportedSite(
-                    f"{site.path} is {site.out_features} wide, which is no multiple of {width}, the width of the "
-                    f"templates; set width={math.gcd(*widths)}, which all widths are multiples of, or exclude it"
+                    f"{site.path} is {site.out_features} wide, which is not a multiple of width={width} of the "
+                    f"templates; set width={math.gcd(*widths)}, which divides all widths, or exclude it"
                 )
         templates = surgeon.own("templates", lambda: Templates(width, config))
         for site in sites:

@@ -62,7 +62,7 @@ class PolytroponConfig(TaskConfig):
     rank: PositiveInt = 8
     """Rank of each skill."""
     sampled: bool = True
-    """Draw the weights of skills in training; False takes what evaluation takes."""
+    """Sample the weights of skills in training; False uses the weights of evaluation."""
     routing_ratio: PositiveFloat = 100.0
     """The learning rate of the logits, relative to that of the skills."""
 
@@ -77,8 +77,8 @@ class PolytroponOperator(Router):
         splits = config.splits
         if site.in_features % splits or site.out_features % splits:
             raise UnsupportedSite(
-                f"{site.path} has {site.in_features} inputs and {site.out_features} outputs, which {splits} groups do "
-                "not divide; choose other splits"
+                f"{site.path} has {site.in_features} inputs and {site.out_features} outputs, which splits={splits} "
+                "does not divide; set another splits, or exclude it"
             )
         inputs, outputs, spread = site.in_features // splits, site.out_features // splits, 3 * site.in_features
         self.scale, self.tasks = 1 / config.rank, Tasks(site, config)
@@ -104,8 +104,8 @@ class PolytroponOperator(Router):
         return chosen / (chosen.sum(-1, keepdim=True) + 1e-12)
 
     def spread(self, weights: Tensor, rows: int) -> Tensor:
-        """Return the weights of the skills of all tasks, ``[rows or 1, splits, skills + tasks * own_skills]``: a row
-        has its own task's."""
+        """Return weights over the skills of all tasks, ``[rows or 1, splits, skills + tasks * own_skills]``: zero for
+        the own skills of other tasks."""
         if not self.own:
             return weights
         common, own = weights.split([self.skills, self.own], -1)

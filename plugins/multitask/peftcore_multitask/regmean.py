@@ -6,9 +6,9 @@ Equation:
 
 X_t [n, in] are the inputs that a linear layer gets in the model of part t, on data of task t, padding left out. With a
 = 1, W' minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data but the
-matrices G_t. Whoever has an adapter and its data makes them, whoever merges takes them:
+matrices G_t. The owner of an adapter and its data computes them with `grams`, and a merge uses them with `take_grams`:
 
-    first = grams(peftcore.load(model, "first"), batches)      # numbers by path, to be handed on beside the adapter
+    first = grams(peftcore.load(model, "first"), batches)      # tensors by path, to pass on with the adapter
     merged = gather(model, "regmean", {"first": 1.0, "second": 1.0})
     take_grams(merged, [first, second])
 
@@ -57,7 +57,7 @@ class RegMeanConfig(PartsConfig):
 
     method: Literal["regmean"] = "regmean"
     off_diagonal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
-    """The factor a of products of two different inputs in the matrices: the share of them that is left."""
+    """The factor a of the off-diagonal entries of the matrices, which are products of two different inputs."""
     unseen: Literal["mean", "base"] = "mean"
     """The weight in directions that no task's inputs have: the parts' mean, where only single inputs may be unseen and
     all else is an error; or the base's."""
@@ -65,12 +65,12 @@ class RegMeanConfig(PartsConfig):
     @model_validator(mode="after")
     def _positive(self) -> Self:
         if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError("weights of a mean are above 0; task_arithmetic takes away")
+            raise ValueError("weights of a mean must be above 0; use task_arithmetic to subtract a part")
         return self
 
 
 LEAST = 1e-6
-"""The share of the largest eigenvalue of the inputs' correlations below which others are rounding in float32."""
+"""Eigenvalues of the inputs' correlations below this share of the largest one count as rounding errors of float32."""
 LARGEST_ERROR = 1e-3
 """The largest error of an inverse, as the largest distance of the sum of all shares from the identity."""
 
@@ -91,19 +91,22 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
         also: paths of more linear layers.
 
     Raises:
-        ConfigError: there is nothing to look at, or the adapter is merged.
+        ConfigError: the adapter changes no called linear layer, a path is unknown, or the adapter is merged.
         CalibrationError: data is missing, a layer was not called, or inputs are not finite.
     """
     model = injection.model
     if injection.merged:
-        raise ConfigError(f"{injection.name!r} is merged, and acts with others then; unmerge() it first")
+        raise ConfigError(f"{injection.name!r} is merged into the weights; call unmerge() first")
     modules = {site.module: site.module_path for site in gram_sites(injection.sites)}
     named = dict(model.named_modules())
     if missing := [path for path in also if path not in named]:
         raise ConfigError(f"the model has no module {missing[0]!r}")
     modules |= {named[path]: path for path in also}
     if not modules:
-        raise ConfigError(f"{injection.name!r} changes no weight of a linear layer that is called: it has a plain mean")
+        raise ConfigError(
+            f"{injection.name!r} changes no weight of a linear layer that is called, so it has no matrices: its parts "
+            "are averaged as they are"
+        )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -123,7 +126,7 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
             module.training = mode
     for path in modules.values():
         if not counts.get(path) or not sums[path].isfinite().all():
-            raise CalibrationError(f"{path} got no inputs, or some that are not finite; give other data")
+            raise CalibrationError(f"{path} got no inputs, or some that are not finite; pass other data")
     return {path: total / counts[path] for path, total in sums.items()}
 
 
@@ -137,8 +140,8 @@ def matrices_of(path: str, every: Sequence[Mapping[str, Tensor]], like: Tensor) 
         G = given.get(path)
         if G is None or G.shape != like.shape[1:] or not (G.isfinite().all() and (G.diagonal() >= 0).all()):
             raise ConfigError(
-                f"part {index} has no matrix of the inputs of {path}, or one that does not fit: where it does not act "
-                f"itself, grams(injection, data, also=[{path!r}]) makes one"
+                f"part {index} has no matrix of the inputs of {path}, or one that does not fit: if it does not act at "
+                f"{path}, compute one with grams(injection, data, also=[{path!r}])"
             )
     return torch.stack([given[path].to(like.device, torch.float64) for given in every])
 
@@ -165,8 +168,8 @@ def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: floa
     error = shares.sum(0) * root[:, None] / root - torch.eye(len(root)).to(G)
     if error.abs().max() > LARGEST_ERROR:
         raise CalibrationError(
-            f"the inputs of {path} were too few, or too much alike, for a regression: give more data, an off_diagonal "
-            "below 1, or unseen='base'"
+            f"the inputs of {path} were too few or too similar for a regression: pass more data, set off_diagonal "
+            "below 1, or set unseen='base'"
         )
     return shares
 
@@ -224,7 +227,7 @@ class RegMean(OfMergedParts, Method):
 
 @torch.no_grad()
 def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> None:
-    """Merge by the matrices of the parts, in their order, as `grams` gave them.
+    """Merge by the matrices of the parts, which `grams` returned, in the order of the parts.
 
     Raises:
         ConfigError: the injection is not a regmean, it is merged into the model, or matrices are missing or do not fit.
@@ -233,11 +236,11 @@ def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> 
     found = [graft for graft in merged.grafts if isinstance(graft.operator, RegMeanOperator)]
     if not found or len(every) != len(merged.config.parts):
         raise ConfigError(
-            f"take_grams is for a regmean, with the matrices of each of its parts; {merged.name!r} is a "
-            f"{merged.method.name}, and they are {len(every)}"
+            f"take_grams needs a regmean adapter and one dictionary of matrices for each part; {merged.name!r} is a "
+            f"{merged.method.name}, and {len(every)} were passed"
         )
     if merged.whole.merged:
-        raise ConfigError(f"{merged.name!r} is merged, so matrices would change nothing; unmerge() it first")
+        raise ConfigError(f"{merged.name!r} is merged, so new matrices would have no effect; call unmerge() first")
     made: list[tuple[Tensor, Tensor]] = []
     for graft in found:
         operator: Any = graft.operator

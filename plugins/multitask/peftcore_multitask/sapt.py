@@ -84,7 +84,7 @@ class SAPTConfig(MethodConfig):
 
     method: Literal["sapt"] = "sapt"
     tasks: PositiveInt = Field(default=1, le=1000)
-    """How many tasks there were so far; the last of them is learned."""
+    """Number of tasks so far; the last one is being learned."""
     rank: PositiveInt = 4
     """Rank of each LoRA."""
     alpha: PositiveFloat = 32.0
@@ -96,10 +96,12 @@ class SAPTConfig(MethodConfig):
 
 
 def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
-    """Give an adapter the values of one of the same method that was trained on fewer tasks: each tensor that both have.
+    """Copy the values of an adapter that was trained on fewer tasks into one of the same method: each tensor that both
+    have.
 
     Raises:
-        ConfigError: they are not such adapters, at the same modules and with the same sizes; nothing has changed.
+        ConfigError: the adapters differ in method, modules or sizes, or the first has no more tasks; nothing has
+            changed.
     """
     mine, theirs = (
         {f"{path}:{name}": value for path, op in each.operators.items() for name, value in op.named_parameters()}
@@ -108,8 +110,8 @@ def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
     kinds = {(type(each.config), frozenset(each.operators)) for each in (injection, trained)}
     if len(kinds) > 1 or any(name not in mine or mine[name].shape != value.shape for name, value in theirs.items()):
         raise ConfigError(
-            "take_tasks(more, fewer) is for two adapters of one method, at the same modules and with the same sizes, "
-            "of which the first knows the tasks of the other, and more"
+            "take_tasks(more, fewer) needs two adapters of one method with the same modules and sizes, and the first "
+            "must have all tasks of the second, and more"
         )
     with torch.no_grad():
         for name, value in theirs.items():
@@ -128,7 +130,9 @@ def divergence(told: Any, logs: Tensor) -> Tensor:
     """
     told = torch.as_tensor(told).to(logs)
     if told.shape != logs.shape:
-        raise ConfigError(f"attention={tuple(told.shape)}: shares of rows and tasks are {tuple(logs.shape)} here")
+        raise ConfigError(
+            f"attention={tuple(told.shape)}: pass target shares of shape {tuple(logs.shape)}, for rows and tasks"
+        )
     return (torch.special.xlogy(told, told) - told * logs).sum() / told.any(1).sum().clamp(min=1)
 
 
@@ -144,12 +148,12 @@ class Decisions:
         self.stamp = uuid.uuid4().hex
 
     def of(self, cache: Any) -> Tensor | None:
-        """Return what was decided when the text in a cache was new."""
+        """Return the decision that was made when the text in a cache was new."""
         kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
         return kept
 
     def keep(self, cache: Any, decided: Tensor) -> None:
-        """Keep a decision with a cache; one that takes no attributes keeps nothing."""
+        """Keep a decision with a cache; a cache that takes no attributes keeps none."""
         with suppress(AttributeError):
             setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
 
@@ -236,8 +240,8 @@ class SharedAttention(Router):
             )
         if embeds.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
             raise MissingContext(
-                "this input goes on from a cache, and may be more of the text or not: say where the text ends, with "
-                "peftcore.call(model, prompt_length=...): ..."
+                "this input continues a cache and may belong to the prompt or to the answer: pass the prompt's length "
+                "with peftcore.call(model, prompt_length=...)"
             )
         return kept.repeat_interleave(len(embeds) // len(kept), 0)
 
@@ -260,7 +264,7 @@ class SAPTOperator(Operator):
     def __init__(self, site: Site, config: SAPTConfig, decided: Tap) -> None:
         super().__init__(site)
         if not (self.layer.called and self.layer.of_vectors) or site.batch:
-            raise UnsupportedSite(f"{site.path} is no linear layer; exclude it")
+            raise UnsupportedSite(f"{site.path} is not a linear layer; exclude it")
         self.decided, self.scale = decided, config.alpha / config.rank
         shapes = (config.rank, site.in_features), (site.out_features, config.rank)
         every = [factors(site, *shapes, site.in_features) for _ in range(config.tasks)]
@@ -269,9 +273,13 @@ class SAPTOperator(Operator):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
         shares = self.decided.get()
         if shares is None:
-            raise MissingContext("a part of the model was called by itself, whose text nobody has read")
+            raise MissingContext(
+                "a part of the model was called by itself, so the adapter has not read its text; call the whole model"
+            )
         if len(x) % len(shares):
-            raise SequenceError(f"a module is given {tuple(x.shape)}, other rows than the stack: exclude it")
+            raise SequenceError(
+                f"a module got {tuple(x.shape)}, with another number of rows than the stack of blocks; exclude it"
+            )
         shares = shares.repeat_interleave(len(x) // len(shares), 0).view(len(x), *[1] * (x.dim() - 2), -1)
         return self.update(call(x), x, shares)
 

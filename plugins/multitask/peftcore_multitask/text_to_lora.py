@@ -85,7 +85,7 @@ class TextToLoRAConfig(MethodConfig):
     head_width: PositiveInt = 512
     """Width w of z, which the heads read."""
     network_dropout: Share = 0.05
-    """Probability with which numbers in the network are dropped in training."""
+    """Probability with which values in the network are dropped in training."""
     decay: NonNegativeFloat = 1e-3
     """Factor of the penalty on the LoRAs' values."""
 
@@ -165,8 +165,8 @@ class Told:
         self.path, self.width, self.apart = site.path, width, not site.mixes_rows
 
     def of_rows(self, rows: int) -> Tensor:
-        """Return a vector for all of so many rows ``[1, width]``, or one for each, or for each few that follow each
-        other (beams, windows).
+        """Return one vector for all rows ``[1, width]``, or one for each row; each is repeated if a module sees several
+        rows of one (beams, windows).
 
         Raises:
             MissingContext: the call does not pass a vector.
@@ -177,9 +177,14 @@ class Told:
         running.need("task_vector")
         told = running.told("task_vector")
         if not isinstance(told, Tensor) or told.dim() != 2 or told.shape[1] != self.width:
-            raise ConfigError(f"task_vector is a tensor [1 or rows, {self.width}]: embeddings of descriptions of tasks")
+            raise ConfigError(
+                f"task_vector must be a tensor [1 or rows, {self.width}]: embeddings of task descriptions"
+            )
         if len(told) != 1 and not self.apart:
-            raise RouteError(f"{self.path} got {rows} rows, which cannot be told apart by {len(told)} vectors of tasks")
+            raise RouteError(
+                f"{self.path} got {rows} rows, which cannot be assigned to {len(told)} task vectors; pass one for all "
+                "rows"
+            )
         return running.for_rows("task_vector", rows, told)
 
 
@@ -213,7 +218,7 @@ def kind_name(site: Site) -> str:
 
 
 def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int) -> HypernetworkParts:
-    """Return what a site shares, each named by where it is, so that it does not depend on other sites."""
+    """Return the parts that a site shares with others, named by its path and not by other sites."""
     block = next((each.block for each in surgeon.resolver.host.at(site.module_path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)
     layer = ".".join(re.findall(r"\d+", site.module_path if block is None else block))
@@ -276,7 +281,9 @@ class TextToLoRA(Method):
         sites = surgeon.sites()
         for site in sites:
             if not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is no linear layer that is called, as LoRAs of rows need")
+                raise UnsupportedSite(
+                    f"{site.path} is not a linear layer that is called, which a LoRA for each row needs; exclude it"
+                )
         alike = Counter(map(kind_name, sites))
         for site in sites:
             known = known_of(surgeon, site, config, alike[kind_name(site)])
@@ -289,7 +296,7 @@ class TextToLoRA(Method):
 
 @torch.no_grad()
 def make_lora(injection: AppliedMethod, vector: Tensor, name: str = "lora") -> Injection:
-    """Return the LoRA of one vector ``[vector_width]``: frozen, and active in place of the network, which stays.
+    """Return the LoRA of one vector ``[vector_width]``: frozen, and active instead of the network, which is kept.
 
     Raises:
         ConfigError: the injection is not a text_to_lora, or the vector has another width.
@@ -297,7 +304,7 @@ def make_lora(injection: AppliedMethod, vector: Tensor, name: str = "lora") -> I
     """
     found = [graft for graft in injection.grafts if isinstance(graft.operator, TextToLoRAOperator)]
     if not found or vector.shape != (injection.config.vector_width,):
-        raise ConfigError("make_lora(injection, vector) is for a text_to_lora, and a vector of its vector_width")
+        raise ConfigError("make_lora(injection, vector) needs a text_to_lora adapter and a vector of its vector_width")
     made = {}
     with evaluating(injection.shared.values()):
         for graft in found:

@@ -7,8 +7,8 @@ Equation:
 h is the output of the last matrix of an attention (self and cross) or of the feed-forward, in front of the host's
 dropout. `shared` says what all tasks have in common: everything (the paper's single adapter, its best), D with b or U
 with c (half-shared), or nothing (an adapter each). Paper and code adapt the language model alone, BART or T5, which
-reads pictures as tokens: so do default targets in a model of two towers. All norms train along; so does the map from
-visual features to tokens, where you name it: ``train=["multi_modal_projector"]``.
+reads pictures as tokens: so do default targets in a model of two towers. All norms train too, and so does the map from
+visual features to tokens if you name it: ``train=["multi_modal_projector"]``.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. With
 ``shared="all"`` calls need not pass the task, and names of tasks are ignored.

@@ -56,7 +56,7 @@ class XLoRAConfig(PartsConfig):
 
     method: Literal["xlora"] = "xlora"
     train_parts: bool = True
-    """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    """Train the parts too; in the paper they are trained separately before, and frozen."""
     layerwise: bool = False
     """Make separate shares for each target module."""
     softmax: bool = True
@@ -133,12 +133,16 @@ class XLoRAOperator(Router):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
         every = self.shares.get()
         if every is None:
-            raise MissingContext("a part of the model was called by itself, whose tokens nobody has classified")
+            raise MissingContext(
+                "a part of the model was called by itself, so its tokens were not classified; call the whole model"
+            )
         shares = every[..., self.number, self.members]
         parts: Any = self.parts.values()
         factors = [(A, B, own * s) for own, (A, B, s) in zip(self.scales, [p.factors() for p in parts], strict=True)]
         if shares.shape[:-1].numel() != x.shape[:-1].numel():
-            raise SequenceError(f"a module is given {tuple(x.shape)}, other tokens than the stack: exclude it")
+            raise SequenceError(
+                f"a module got {tuple(x.shape)}, which are other tokens than those of the stack of blocks; exclude it"
+            )
         shares = shares.view(*x.shape[:-1], -1)
         self.noted(shares)
         return add_shares(self, call(x), x, factors, shares)

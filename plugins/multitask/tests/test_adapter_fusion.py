@@ -305,7 +305,7 @@ def test_inputs_are_mixed_only_where_adapters_give_a_module_nothing_else() -> No
     _, fusion = bert(branch, branch)
     assert not any(each.mixes_inputs for each in fusion.operators.values())
     host = package_host("bert")
-    with pytest.raises(UnsupportedSite, match='mixes="outputs" fuses what modules return'):
+    with pytest.raises(UnsupportedSite, match='mixes="outputs" to fuse what modules return'):
         peftcore.apply(host, "adapter_fusion", parts=[branch] * 2, mixes="inputs")
     assert not peftcore.injections(host)
     last = "encoder.layer.1.output.LayerNorm"
@@ -315,7 +315,7 @@ def test_inputs_are_mixed_only_where_adapters_give_a_module_nothing_else() -> No
     assert [each.mixes_inputs for each in fusion.operators.values()] == [True, False]
     peftcore.activate(host, Fuse("a", "b", by="by"))
     peftcore.apply(host, **PART, name="c", train=["encoder.layer.0.output.LayerNorm"])
-    with pytest.raises(CompositionError, match="'c' does more there"):
+    with pytest.raises(CompositionError, match="'c' changes more than the input there"):
         peftcore.activate(host, Fuse("a", "c", by="by"))
 
 

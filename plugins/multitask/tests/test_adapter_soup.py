@@ -122,11 +122,11 @@ def test_bottlenecks_out_of_files(tmp_path: Path) -> None:
         ([{"method": "lora"}, {"method": "lora", "rank": 2}], ConfigError, "differ in method, options or target"),
         ([{"method": "lora"}, {"method": "lora", "target": "first"}], ConfigError, "differ"),
         ([{"method": "adalora"}] * 2, ConfigError, "schedule"),
-        ([{"method": "vera", **TARGET}] * 2, UnsupportedSite, "vera shares numbers"),
+        ([{"method": "vera", **TARGET}] * 2, UnsupportedSite, "vera shares values"),
         (
             [{"method": "shira", "rank": 1, **TARGET}] * 2,
             UnsupportedSite,
-            "shira shares numbers between sites or holds choices",
+            "shira shares values between sites or holds integers",
         ),
     ],
 )

@@ -157,9 +157,13 @@ def test_loras_out_of_files(tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"general": 2}, ConfigError, "general=2 leaves none of 2 parts"),
-        ({"parts": [LORA, {"method": "ia3", **TARGET}]}, UnsupportedSite, "no product of two factors"),
-        ({"parts": [LORA, {**LORA, "target": ["first"]}], "general": 1}, UnsupportedSite, "stand where all others do"),
-        ({"parts": [LORA, {**LORA, "rank": 2}], "general": 1}, UnsupportedSite, "parts have several ranks"),
+        ({"parts": [LORA, {"method": "ia3", **TARGET}]}, UnsupportedSite, "not a product of two factors"),
+        (
+            {"parts": [LORA, {**LORA, "target": ["first"]}], "general": 1},
+            UnsupportedSite,
+            "must act at every site of the other parts",
+        ),
+        ({"parts": [LORA, {**LORA, "rank": 2}], "general": 1}, UnsupportedSite, "parts have different ranks"),
         ({"top_k": 0}, ConfigError, "top_k"),
     ],
 )
@@ -173,5 +177,5 @@ def test_refused(options: dict[str, Any], error: type[Exception], message: str) 
 def test_layers_without_tokens_are_refused() -> None:
     model = nn.Sequential(nn.Embedding(9, 5), nn.Conv1d(4, 4, 3))
     for target in ("0", "1"):
-        with pytest.raises(UnsupportedSite, match="no linear layer of its own"):
+        with pytest.raises(UnsupportedSite, match="not a linear layer that is called by itself"):
             peftcore.apply(model, "arrow", parts=[{"method": "lora", "target": [target]}] * 2)

@@ -246,15 +246,15 @@ def test_what_it_refuses() -> None:
     model, inputs = host("llama")
     for parts, words in (
         ([{"method": "lora"}], "'lora' cannot be a part of attempt"),
-        ([SOURCE, {**SOURCE, "length": 4}], r"lengths \[3, 4\] have no sum"),
+        ([SOURCE, {**SOURCE, "length": 4}], r"lengths \[3, 4\] cannot be added"),
     ):
         with pytest.raises(ConfigError, match=words):
             peftcore.apply(model, "attempt", parts=parts)
-    with pytest.raises(UnsupportedSite, match="overrides change none"):
+    with pytest.raises(UnsupportedSite, match="remove length from the parts' overrides"):
         peftcore.apply(model, "attempt", parts=[SOURCE, {**SOURCE, "overrides": {"*": {"length": 2}}}])
     with pytest.raises(UnsupportedSite, match="target the encoder"):
         peftcore.apply(host("t5")[0], "attempt", **OPTIONS, target="decoder")
     assert not peftcore.injections(model)
     peftcore.apply(model, "attempt", **OPTIONS, tasks=2)
-    with pytest.raises(MissingContext, match="told the task"):
+    with pytest.raises(MissingContext, match="needs the task"):
         model(**inputs)

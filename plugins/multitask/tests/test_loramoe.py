@@ -157,7 +157,7 @@ def test_what_is_refused() -> None:
         injection.merge()
     with pytest.raises(UnsupportedSite, match="dropout=0"):
         peftcore.apply(nn.Sequential(nn.Embedding(5, 3)), "loramoe", target="0")
-    with pytest.raises(ConfigError, match="no equal groups"):
+    with pytest.raises(ConfigError, match="cannot be split equally"):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "loramoe", tasks=3, delta=0.1)
 
 

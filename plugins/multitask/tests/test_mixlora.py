@@ -174,7 +174,7 @@ def test_other_matrices_have_one_update() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match="top_k=3 of 2"):
+    with pytest.raises(ConfigError, match="top_k=3 is more than the 2"):
         peftcore.apply(host(), "mixlora", experts=2, top_k=3)
     with pytest.raises(UnsupportedSite, match="use lora"):
         peftcore.apply(host(), "mixlora", target="attn.q")

@@ -106,7 +106,10 @@ def test_how_it_starts_and_what_it_reports() -> None:
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"experts": 2, "top_k": 3}, "top_k=3 of 2 experts"), ({"balance": 0.1}, "nothing to balance: give top_k")],
+    [
+        ({"experts": 2, "top_k": 3}, "top_k=3 is more than the 2 experts"),
+        ({"balance": 0.1}, "nothing to balance: set top_k"),
+    ],
 )
 def test_what_is_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):

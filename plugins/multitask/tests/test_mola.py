@@ -116,9 +116,9 @@ def test_what_it_refuses() -> None:
     injection = peftcore.apply(nn.Sequential(nn.Linear(300, 200)), "mola", target="0", experts=8)
     with pytest.raises(NotMergeable):
         injection.merge()
-    with pytest.raises(UnsupportedSite, match="0 is in no layer"):
+    with pytest.raises(UnsupportedSite, match="0 belongs to no layer"):
         peftcore.apply(nn.Sequential(nn.Linear(3, 2)), "mola", target="0")
-    with pytest.raises(ConfigError, match="top_k=3 of 2 experts"):
+    with pytest.raises(ConfigError, match="top_k=3 is more than the fewest experts"):
         peftcore.apply(nn.Sequential(nn.Linear(3, 2)), "mola", target="0", experts=[4, 2], top_k=3)
 
 

@@ -139,8 +139,8 @@ def test_how_it_starts_and_what_it_refuses() -> None:
     torch.testing.assert_close(op.gate.norm(dim=1), torch.full((3,), 0.01))
     assert not any(each.requires_grad for each in op.parts.parameters())
     for parts, words in (
-        ([LORA, {"method": "ia3", **TARGET}], "no product of two factors; MoLE"),
-        ([{"method": "lora", "target": ["0"]}] * 2, "no linear layer of its own"),
+        ([LORA, {"method": "ia3", **TARGET}], "not a product of two factors, and MoLE"),
+        ([{"method": "lora", "target": ["0"]}] * 2, "not a linear layer that is called by itself"),
     ):
         model = host() if "first" in parts[0]["target"] else nn.Sequential(nn.Conv1d(4, 4, 3))
         with pytest.raises(UnsupportedSite, match=words):

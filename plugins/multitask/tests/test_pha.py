@@ -306,5 +306,5 @@ def test_what_it_refuses() -> None:
         peftcore.apply(two, "pha", target=names, **SMALL)
     assert not peftcore.injections(model) and not peftcore.injections(two)
     peftcore.apply(model, "pha", **SMALL)
-    with pytest.raises(MissingContext, match="told the task"):
+    with pytest.raises(MissingContext, match="needs the task"):
         model(**inputs)

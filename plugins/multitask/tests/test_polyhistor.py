@@ -152,7 +152,7 @@ def test_what_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12))
     x = torch.randn(3, 8)
     before = model(x)
-    with pytest.raises(UnsupportedSite, match=r"1 is 12 wide.* multiple of 8.*set width=4.*or exclude it"):
+    with pytest.raises(UnsupportedSite, match=r"1 is 12 wide.* multiple of width=8.*set width=4.*or exclude it"):
         peftcore.apply(model, "polyhistor", target=["0", "1"])
     with pytest.raises(ConfigError, match="rank cannot change at single sites"):
         peftcore.apply(model, "polyhistor", target="0", overrides={"0": {"rank": 3}})

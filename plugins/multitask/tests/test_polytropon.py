@@ -293,7 +293,7 @@ def test_logits_learn_at_a_rate_of_their_own() -> None:
 
 def test_what_is_refused() -> None:
     for layer, options, reason in (
-        (nn.Linear(6, 4), {"splits": 4}, "groups"),
+        (nn.Linear(6, 4), {"splits": 4}, "splits=4 does not divide"),
         (nn.Conv2d(4, 4, 3, groups=2), {}, "read, not called"),
     ):
         with pytest.raises(UnsupportedSite, match=reason):

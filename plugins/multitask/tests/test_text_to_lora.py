@@ -219,7 +219,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="overrides"):
         peftcore.apply(model, "text_to_lora", overrides={"*.0.*": {"rank": 1}})
     assert peftcore.plan(model, "text_to_lora", overrides={"*.0.*": {"alpha": 1.0}})
-    with pytest.raises(UnsupportedSite, match="no linear layer"):
+    with pytest.raises(UnsupportedSite, match="not a linear layer"):
         peftcore.apply(model, "text_to_lora", target="embed")
     assert not peftcore.injections(model)
     peftcore.apply(model, "text_to_lora", **SMALL)
@@ -229,7 +229,7 @@ def test_what_is_refused() -> None:
         (torch.randn(5), ConfigError, r"\[1 or rows, 5\]"),
         (torch.randn(3, 4), ConfigError, r"\[1 or rows, 5\]"),
         ("sums", ConfigError, r"\[1 or rows, 5\]"),
-        (torch.randn(2, 5), RouteError, "task_vector has 2 entries, and the batch 3 rows"),
+        (torch.randn(2, 5), RouteError, "task_vector has 2 entries, but the batch has 3 rows"),
     ]
     for told, error, words in wrong:
         with pytest.raises(error, match=words), peftcore.call(model, task_vector=told):

@@ -177,7 +177,7 @@ def test_a_cache_of_the_base_is_refused() -> None:
 
 def test_what_cannot_be_classified_is_refused() -> None:
     model = host()
-    with pytest.raises(UnsupportedSite, match="no product"):
+    with pytest.raises(UnsupportedSite, match="not a product"):
         applied(model, parts=[{"method": "hra", "rank": 2}] * 2)
     with pytest.raises(UnsupportedSite, match="one stack"):
         applied(nn.Sequential(nn.Linear(4, 4)), parts=[{"method": "lora", "target": ["0"]}] * 2)

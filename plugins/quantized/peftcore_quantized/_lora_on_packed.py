@@ -1,4 +1,5 @@
-"""Base operator and options of LoRA's kin on a quantized model: alpha, and a dropout where the inputs are seen."""
+"""Base operator and options of LoRA's kin on a quantized model: alpha, and a dropout of inputs for layers that are
+called."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class LoRAConfig(PackedConfig):
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
-    """Probability with which inputs of the update are dropped in training; only where the base is packed already."""
+    """Probability with which inputs of the update are dropped in training; only if the base is quantized already."""
 
 
 class LoRAOnPacked(PackedBaseOperator):
@@ -27,14 +28,17 @@ class LoRAOnPacked(PackedBaseOperator):
     Args:
         site: the site.
         config: its options.
-        start: where A and B start; as LoRA's by default.
+        start: initial values of A and B; by default as in LoRA.
     """
 
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
     def __init__(self, site: Site, config: LoRAConfig, start: Factors | None = None) -> None:
         if config.dropout and not site.layer.packed:
-            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+            raise UnsupportedSite(
+                f"{site.path} is not quantized yet, and dropout needs its quantized weight; call peftcore.quantize "
+                "first"
+            )
         super().__init__(site, config, start or lora_start(site, config.rank), scale=config.alpha / config.rank)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 

@@ -27,7 +27,7 @@ def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[F
     """Yield iterates without end: ``B A`` as the best of the rank for W - Q, then Q = round(W - B A); Q is zero at
     first.
 
-    Gives B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
+    Yields B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
     gap = weight
     while True:
         found = principal(gap, rank)
@@ -37,12 +37,12 @@ def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[F
 
 
 class LowRankFirstConfig(PackedConfig):
-    """The options of methods that take the low-rank part out before they round."""
+    """The options of methods that subtract a low-rank part from the weight before rounding."""
 
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     iterations: Annotated[PositiveInt, Field(le=1000)] = 1
-    """How often decomposition and rounding take turns at most, on a base that is dense."""
+    """Maximum number of alternations of decomposition and rounding, on a dense base."""
 
 
 class LowRankFirstOperator(PackedBaseOperator):

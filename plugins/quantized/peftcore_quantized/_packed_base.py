@@ -30,7 +30,8 @@ class SchemeConfig(MethodConfig):
     """Options of all methods that quantize the model by a scheme."""
 
     scheme: str = "nf4"
-    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
+    unchanged."""
     scheme_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the scheme, such as ``{"double_quant": True}``."""
 
@@ -38,7 +39,7 @@ class SchemeConfig(MethodConfig):
         """Return the scheme as `round_trip` takes it.
 
         Raises:
-            QuantizationError: it is unknown, or lacks a package.
+            QuantizationError: the scheme is unknown, or its package is missing.
         """
         return scheme_key(self.scheme, self.scheme_options)
 
@@ -68,10 +69,10 @@ def matrices(weight: Tensor, batch_dims: int) -> Tensor:
 
 
 def round_weight(rounding: str, weight: Tensor, batch_dims: int) -> Tensor:
-    """Quantize a weight of any kind and make it dense again, as a matrix; experts one under the other.
+    """Quantize a weight of any kind and dequantize it, as a matrix; experts are stacked along the rows.
 
     Raises:
-        UnsupportedSite: it does not fit the format.
+        UnsupportedSite: the weight does not fit the format.
     """
     flat = matrices(weight, batch_dims).flatten(0, batch_dims)
     try:
@@ -102,7 +103,7 @@ class HeldOperator(Operator):
         self.simulates, self.packed_for_us = False, True
 
     def rest(self, weight: Tensor) -> Tensor:
-        """Return what is to be rounded: the weight, unless a method takes something out of it."""
+        """Return the tensor to round: the weight, minus the part that a method removes from it."""
         return weight
 
     def base_to_pack(self, weight: Tensor) -> Tensor:

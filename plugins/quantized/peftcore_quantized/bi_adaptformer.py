@@ -113,7 +113,8 @@ class BiAdaptFormer(Method):
 
 
 ROUNDS = 500
-"""Number of steps by which the authors' code improves codes. Up to four bits they rest by then, eight by far not."""
+"""Number of steps by which the authors' code improves codes. Up to four bits the codes have converged by then, with
+eight bits not nearly."""
 
 
 @functools.cache
@@ -129,8 +130,8 @@ def normal_codes(bits: int) -> Tensor:
 
 
 def in_bits(weight: Tensor, levels: Sequence[float]) -> Tensor:
-    """Round a matrix to its codes (of `normal_codes`), scaled by its mean and deviation; in float32 or better. Matrices
-    of a stack have their own."""
+    """Round a matrix to its codes (of `normal_codes`), scaled by its mean and deviation; in float32 or better. Each
+    matrix of a stack has its own mean and deviation."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     deviation, mean = torch.std_mean(weight, (-2, -1), keepdim=True)
     unit = (weight - mean) / (deviation + 1e-5)

@@ -16,10 +16,10 @@ Parameters: rank * (in * kernel + out) a site, times the number of experts, + 2.
 
 Start: B, b1 and b2 at zero, A as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
 
-Differs from the authors' code: No difference is known; the paper has a greatest common divisor in place of the rank
+Differs from the authors' code: No difference is known; the paper has a greatest common divisor instead of the rank
 that divides inputs and outputs, the authors' code does not.
 
-Use it: `peftcore.apply(model, "ir_qlora")`, in place of QLoRA where 4 bits cost too much.
+Use it: `peftcore.apply(model, "ir_qlora")`, instead of QLoRA where 4 bits cost too much.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class IRQLoRAConfig(PackedConfig):
     """Probability with which inputs of A are dropped in training, not those of the means; only where the base is packed
     already."""
     scheme: str = "nf4-icq"
-    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
+    unchanged."""
 
 
 class IRQLoRAOperator(PackedBaseOperator):
@@ -59,9 +60,12 @@ class IRQLoRAOperator(PackedBaseOperator):
         rank = config.rank
         if site.in_features % rank or site.out_features % rank:
             sizes = f"{site.in_features} inputs and {site.out_features} outputs"
-            raise UnsupportedSite(f"{site.path}: rank {rank} has to divide {sizes}")
+            raise UnsupportedSite(f"{site.path}: rank={rank} must divide {sizes}; set another rank, or exclude it")
         if config.dropout and not site.layer.packed:
-            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+            raise UnsupportedSite(
+                f"{site.path} is not quantized yet, and dropout needs its quantized weight; call peftcore.quantize "
+                "first"
+            )
         super().__init__(site, config, lora_start(site, rank), scale=config.alpha / rank)
         self.b1, self.b2 = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()

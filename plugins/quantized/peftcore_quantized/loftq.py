@@ -16,7 +16,7 @@ Differs from the authors' code: The distance may grow again from one iteration t
 take the last iteration, this method takes the best. The scale is 1: the authors and peft start with factors that leave
 alpha / rank out, which is right only where it is 1.
 
-Use it: `peftcore.apply(model, "loftq")`, in place of QLoRA at 4 bits and below, where the dense model can be loaded
+Use it: `peftcore.apply(model, "loftq")`, instead of QLoRA at 4 bits and below, where the dense model can be loaded
 once.
 """
 

@@ -39,7 +39,8 @@ class LoRAInt8Config(LoRAConfig):
 
     method: Literal["lora_int8"] = "lora_int8"
     scheme: str = "int8"
-    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
+    unchanged."""
 
 
 class LoRAInt8(Method):

@@ -24,7 +24,7 @@ it notes. The authors find singular vectors by a randomized algorithm. Left out:
 information, which needs data where the plain method needs none, and the integer programme that gives each matrix its
 own format under a budget of bits.
 
-Use it: `peftcore.apply(model, "lq_lora")`, in place of QLoRA at 4 bits and below, where the dense model can be loaded
+Use it: `peftcore.apply(model, "lq_lora")`, instead of QLoRA at 4 bits and below, where the dense model can be loaded
 once.
 """
 

@@ -53,7 +53,7 @@ from peftcore_quantized._packed_base import (
 )
 
 LEAST = 1e-4
-"""The least size that an input counts with; the factors of silent ones are divided by it."""
+"""Lower bound of the size of an input, which avoids a division by zero for inputs that are always zero."""
 
 
 class LQERConfig(PackedConfig):
@@ -63,7 +63,7 @@ class LQERConfig(PackedConfig):
     rank: PositiveInt = 32
     """Rank of the correction."""
     factor_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
-    """How many bits A and B are rounded to; None leaves them as they are."""
+    """Number of bits to which A and B are rounded; None leaves them unrounded."""
     train_factors: bool = False
     """Whether A and B train, starting from the computed correction."""
 
@@ -96,7 +96,7 @@ class LQEROperator(PackedBaseOperator):
             self.register_buffer(name, tensor)
 
     def correct(self, site: Site, config: LQERConfig, x: Tensor | None) -> None:
-        """Set A and B by the weight and the sizes of its inputs; without these, all count alike."""
+        """Compute A and B from the weight and the sizes of its inputs; without sizes, all inputs count equally."""
         weight = original(site)
         gap = weight - round_weight(self.rounding, weight, self.layer.batch_dims)
         columns = gap.new_ones(site.in_features) if x is None else x.to(gap).clamp_min(LEAST)

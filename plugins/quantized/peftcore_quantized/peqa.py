@@ -64,7 +64,7 @@ class PEQAOperator(HeldOperator):
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         s0 = values.get("s0")
         if s0 is not None and not (s0.gt(0).all() and (values.get("ds", s0) / s0).isfinite().all()):
-            yield "s0 holds scales that are not positive, or none at all beside ds"
+            yield "s0 holds scales that are not positive, or ds is present without s0"
 
     def grouped(self, weight: Tensor) -> Tensor:
         """Group inputs: ``[*batch, out, in, *kernel] -> [*batch, out, groups, group_size]``."""

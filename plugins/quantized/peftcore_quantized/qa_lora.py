@@ -45,7 +45,8 @@ class QALoRAConfig(LoRAConfig):
     rank: PositiveInt = 64
     """Rank of the update."""
     scheme: str = "int4"
-    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
+    unchanged."""
     group_size: PositiveInt = 32
     """How many inputs share an update; divides their number. A multiple of the scheme's group size, which it does not
     set, or the merge is not exact."""

@@ -41,7 +41,7 @@ class QLoRAConfig(LoRAConfig):
     """Rank of the update."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training (the paper: 0.1, or 0.05 for large models);
-    only where the base is packed already."""
+    only if the base is quantized already."""
     scheme_options: dict[str, Any] = Field(default_factory=lambda: {"double_quant": True})
     """Options of the scheme; the scales in 8 bits too."""
 

@@ -22,7 +22,7 @@ outputs are unchanged.
 Differs from the authors' code: The authors and peft write the residual into the base; here it is computed in every
 forward until the model is quantized. The authors have alpha = rank. peft refuses a model that is quantized before.
 
-Use it: `peftcore.apply(model, "qpissa")`, in place of QLoRA where the dense model can be loaded once, and training is
+Use it: `peftcore.apply(model, "qpissa")`, instead of QLoRA where the dense model can be loaded once, and training is
 short.
 """
 

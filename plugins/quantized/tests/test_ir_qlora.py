@@ -233,7 +233,7 @@ def test_dropout_leaves_the_means_alone() -> None:
 
 @pytest.mark.parametrize("act", [peftcore.apply, peftcore.plan])
 def test_the_rank_has_to_divide(act: Callable[..., Any]) -> None:
-    with pytest.raises(UnsupportedSite, match="has to divide 64 inputs and 128 outputs"):
+    with pytest.raises(UnsupportedSite, match="must divide 64 inputs and 128 outputs"):
         act(dense(), "ir_qlora", target="first", rank=6)
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.author import Site, Surgeon
+from peftcore.author import Operator, Site, Surgeon
 
 Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
-"""Draws a matrix of a shape."""
+"""A function that draws a random matrix of a shape."""
 
 
 class Basis(nn.Module):
-    """A pair of frozen matrices A and B, of which each site reads the corner of its size.
+    """A pair of frozen matrices A and B, of which each site uses the top-left corner of its own size.
 
     No file holds them unless they are to be `stored`: loading an adapter draws them again, on the CPU, where a seed
     gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which files
@@ -43,7 +43,7 @@ class Basis(nn.Module):
 
 
 def graft_between(
-    surgeon: Surgeon, config: Any, operator: Callable[..., nn.Module], draw: Draw, rows_of_A: int = 1
+    surgeon: Surgeon, config: Any, operator: Callable[..., Operator], draw: Draw, rows_of_A: int = 1
 ) -> None:
     """Graft ``operator(site, config, basis)`` at all sites, with one shared pair of matrices as large as the largest
     site needs; sites with a different rank or seed share another pair. A has `rows_of_A` rows for each rank."""
@@ -58,7 +58,7 @@ def graft_between(
 
 
 def own_name(name: str, stored: bool) -> str:
-    """Return the name of shared matrices: those that files hold have another name than those that they do not."""
+    """Return the name of shared matrices, which differs between matrices that are saved in files and others."""
     return f"{name}_stored" if stored else name
 
 
@@ -68,7 +68,7 @@ def columns(site: Site) -> int:
 
 
 def largest(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the smallest shape in whose corner all of `shapes` find place."""
+    """Return the smallest shape that contains all of `shapes`: the maximum of each dimension."""
     first, second = zip(*shapes, strict=True)
     return max(first), max(second)
 

@@ -20,8 +20,8 @@ def rank_within(site: Site, rank: int) -> int:
 
 
 def as_matrix(site: Site) -> Tensor:
-    """Return the weight as ``[*batch, out, in * kernel]``, in float32 at least: no decomposition knows half
-    precision."""
+    """Return the weight as ``[*batch, out, in * kernel]``, in float32 at least, since torch decomposes no
+    matrices in half precision."""
     columns = site.in_features * math.prod(site.kernel)
     weight = site.weight().detach().reshape(*site.batch, site.out_features, columns)
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -36,8 +36,8 @@ def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple
     """Return U ``[*batch, out, rank]``, S ``[*batch, rank]`` and V' ``[*batch, rank, in]`` of the largest singular
     values.
 
-    With `iterations` the result is an approximation: random directions, turned that many times towards the principal
-    ones. They are drawn on the CPU, so that they depend on the seed alone. The sign of a pair of singular vectors is
+    With `iterations` the result is an approximation by that many steps of subspace iteration from random directions.
+    These are drawn on the CPU, so that they depend only on the seed. The sign of a pair of singular vectors is
     arbitrary and depends on the machine; here the largest entry of each column of U is made positive.
     """
     if iterations is None:
@@ -77,9 +77,9 @@ def positive(values: Tensor) -> Tensor:
 class PairOperator(LowRankOperator):
     """An update ``s (B A - B0 A0)``: A and B train, A0 and B0 are their frozen start.
 
-    A method that takes BA out of the base and trains it back in computes the same, but here the base stays as it is:
-    so the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are in its file: a
-    second decomposition, on another machine, would give different ones, by rounding at least.
+    Methods that subtract B0 A0 from the base weight and train B A compute the same. Here the base stays unchanged, so
+    the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are saved in its file,
+    because a decomposition on another machine would differ by rounding.
     """
 
     padded, scaled = frozenset({"A", "B", "A0", "B0"}), frozenset({"B", "B0"})
@@ -96,7 +96,7 @@ class PairOperator(LowRankOperator):
         self.register_buffer("B0", B)
 
     def start(self, A: Tensor, B: Tensor) -> None:
-        """Set both pairs, for methods that compute them from data."""
+        """Set A, B, A0 and B0, for methods that compute them from data."""
         for own, new in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
             own.data.copy_(new)
 

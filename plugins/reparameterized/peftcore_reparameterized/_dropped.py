@@ -25,7 +25,7 @@ class ChangeDropout:
     whole: float = 0.0
     """Probability that the change is dropped for all outputs together."""
     rescales: bool = False
-    """Whether the kept outputs are divided by their share, so that the mean over outputs stays."""
+    """Whether the kept outputs are divided by their share, which preserves the mean over outputs."""
 
     def __bool__(self) -> bool:
         return self.outputs > 0 or self.whole > 0

@@ -17,10 +17,10 @@ from peftcore.errors import CalibrationError
 
 
 def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return the mean gradient of each site's weight over the calls of it, ``[*batch, out, in * kernel]``.
+    """Return the mean gradient of each site's weight over the calls of its layer, ``[*batch, out, in * kernel]``.
 
-    Those of linear layers are products of inputs and gradients of outputs, so that a quantized weight has one too, and
-    a dense one keeps none in between.
+    Gradients of linear layers are products of inputs and gradients of outputs: so quantized weights have one too, and
+    dense weights store no `grad`.
     """
     sums: dict[nn.Module, Tensor] = {}
     counts: defaultdict[nn.Module, int] = defaultdict(int)
@@ -82,6 +82,6 @@ def gradients_of(
         if gradient is None:
             continue
         if not gradient.isfinite().all():
-            raise CalibrationError(f"the gradient of {graft.site.path} is not finite; give other data")
+            raise CalibrationError(f"the gradient of {graft.site.path} is not finite; pass other data")
         if gradient.any():
             yield graft, gradient

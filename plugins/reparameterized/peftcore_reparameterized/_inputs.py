@@ -9,13 +9,13 @@ from peftcore.errors import UnsupportedSite
 
 
 def check_seen(sites: Sequence[Site], instead: str) -> None:
-    """Check that there is anything to look at.
+    """Check that at least one site is a linear layer that is called, so that its inputs can be collected.
 
     Raises:
         UnsupportedSite: no site is a linear layer that is called.
     """
     if sites and not any(map(sees_vectors, sites)):
         raise UnsupportedSite(
-            f"{sites[0].path} is no linear layer that is called, nor is another target module, so there are no inputs "
-            f"to look at; take others, or {instead}"
+            f"{sites[0].path} is not a linear layer that is called, nor is another target module, so there are no "
+            f"inputs to look at; set other targets, or {instead}"
         )

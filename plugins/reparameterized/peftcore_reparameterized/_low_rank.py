@@ -62,11 +62,11 @@ def input_dropout(site: Site, probability: float) -> float:
     """Return the probability with which inputs of the update are dropped.
 
     Raises:
-        UnsupportedSite: the site is a tensor that is read, so the update lacks an input; or an embedding, whose inputs
-            are tokens.
+        UnsupportedSite: the site is a tensor that is read and not called, so the update has no input; or an embedding,
+            whose inputs are token ids.
     """
     if probability and site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 there")
+        raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 for it")
     if probability and site.form == "weight":
         raise UnsupportedSite(
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
@@ -75,15 +75,15 @@ def input_dropout(site: Site, probability: float) -> float:
 
 
 def check_in_weight_form(operator: nn.Module, probability: float) -> None:
-    """Check that an operator that drops inputs acts on them.
+    """Check that an operator with dropout acts on inputs.
 
     Raises:
-        TrainingError: in training, it acts on the weight instead.
+        TrainingError: the operator acts on the weight in training, which has no inputs to drop.
     """
     if probability and operator.training:
         raise TrainingError(
-            "dropout acts on inputs of a module, but here the effective weight is computed, in which there are none: "
-            "for low_memory, or because several adapters act on one weight. Train them one after the other, without "
+            "dropout acts on inputs of a module, but here only the effective weight is computed, because of "
+            "low_memory or because several adapters change one weight. Train them one after the other, without "
             "low_memory, or with dropout=0"
         )
 

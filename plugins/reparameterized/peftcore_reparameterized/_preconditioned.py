@@ -51,8 +51,8 @@ class Preconditioned(GradientRule):
 
 
 def riemannian(operator: Operator, damping: float) -> dict[nn.Parameter, Preconditioner]:
-    """Return the preconditioners of both factors of an operator. They hold the parameters, of which the optimizer has
-    whole ones where they are sharded."""
+    """Return the preconditioners of both factors of an operator. They refer to the parameters themselves, since sharded
+    parameters are whole only in the optimizer."""
     A, B = operator.get_parameter("A"), operator.get_parameter("B")
     return {A: Preconditioner(lambda: B, True, damping), B: Preconditioner(lambda: A, False, damping)}
 

@@ -12,8 +12,8 @@ from peftcore.errors import UnsupportedSite
 
 
 def width(site: Site, outputs: bool = False) -> int:
-    """Count the coordinates of the turned side: the inputs of one output (with the kernel), the outputs, or what an
-    embedding returns.
+    """Count the coordinates of the rotated side: the inputs of one output (with the kernel), the outputs, or the
+    features of an embedding.
 
     The inputs of an embedding are tokens, which no rotation should mix.
     """
@@ -40,15 +40,15 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
             vector.
     """
     if len(site.weight_shape) == site.layer.batch_dims + 1:
-        raise UnsupportedSite(f"{site.path} is a vector, and what turns are sides of a matrix; exclude it")
+        raise UnsupportedSite(f"{site.path} is a vector, and only a matrix can be rotated; exclude it")
     turned = width(site, outputs)
     halves = 2 ** min(factors - 1, turned.bit_length())  # a factor joins halves of blocks across a doubled distance
     even = 1 if factors == 1 else 2
     fitting = [n for n in range(2, min(2 * wanted, turned) + 1) if n % even == 0 and turned % (n * halves) == 0]
     if not fitting:
         raise UnsupportedSite(
-            f"{site.path} turns {turned} coordinates, which no block width from 2 to {2 * wanted} divides; "
-            "exclude it, or set other options for it in overrides"
+            f"{site.path} rotates {turned} coordinates, which no block width from 2 to {2 * wanted} divides; exclude "
+            "it, or set other options for it with overrides="
         )
     return min(fitting, key=lambda n: (abs(n - wanted), n))
 
@@ -68,7 +68,7 @@ def each_within(entries: Tensor, radius: float) -> Tensor:
 
 
 def precise(values: Tensor) -> Tensor:
-    """Cast values of which rotations are made to float32 at least."""
+    """Cast the parameters of rotations to float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -61,13 +61,16 @@ class AdaLoRAConfig(MethodConfig):
 class AdaLoRAOperator(LowRankOperator):
     """The update of one site in triples, and the moving averages of their importance."""
 
+    chosen: Tensor
+    """Whether a triple acts, ``[*batch, rank]``."""
+
     def __init__(self, site: Site, config: AdaLoRAConfig) -> None:
         super().__init__(site, config.dropout)
         self.scale = config.alpha / (config.rank + 1e-5)
         self.A = nn.Parameter(torch.randn(*site.batch, config.rank, site.in_features, *site.kernel) * 0.02)
         self.B = nn.Parameter(torch.randn(*site.batch, site.out_features, config.rank) * 0.02)
         self.E = nn.Parameter(torch.zeros(*site.batch, config.rank))
-        for name, factor in list(self._parameters.items()):
+        for name, factor in list(self.named_parameters(recurse=False)):
             for statistic in ("importance", "fluctuation"):
                 self.register_buffer(f"{statistic}_{name}", torch.zeros_like(factor), persistent=False)
         self.register_buffer("chosen", torch.ones_like(self.E, dtype=torch.bool), persistent=False)
@@ -118,8 +121,8 @@ class AdaLoRA(Method):
     def check_steps(self, config: AdaLoRAConfig, total: int) -> None:
         if total - config.final <= config.warmup:
             raise TrainingError(
-                f"adalora: warmup={config.warmup} and final={config.final} leave none of the {total} steps in which "
-                "ranks could fall, so set them lower"
+                f"adalora: warmup={config.warmup} and final={config.final} leave none of the {total} steps for "
+                "reducing ranks; lower them"
             )
 
     @torch.no_grad()

@@ -19,8 +19,8 @@ Parameters: rank * (in + out) a site.
 
 Start: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: In peft, by its authors, the mask moves with the end of the generated tokens where there
-is no cache; here it does not.
+Differs from the authors' code: In peft, by the method's authors, the mask shifts with each generated token
+if no cache is used; here it does not.
 
 Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters: checks,
 rewritings, judgements that share a long prompt.
@@ -65,7 +65,7 @@ class ALoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     invocation: list[NonNegativeInt] = Field(default_factory=list)
-    """The ids of the tokens from which on the adapter acts; none: it acts on all tokens (peft's
+    """The token ids of the invocation, from which the adapter acts; empty: it acts on all tokens (peft's
     `alora_invocation_tokens`)."""
 
 
@@ -75,7 +75,7 @@ class ALoRAOperator(Operator):
     def __init__(self, site: Site, config: ALoRAConfig) -> None:
         super().__init__(site)
         if not (site.layer.called and site.layer.of_vectors and site.separable):
-            raise UnsupportedSite(f"{site.path} does not act on each token by itself; target linear layers")
+            raise UnsupportedSite(f"{site.path} does not act on each token independently; target linear layers")
         self.invocation = tuple(config.invocation)
         self.dropout = config.dropout
         self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))

@@ -20,7 +20,7 @@ Start: B at zero; a whole A as LoRA's, the blocks of A as peft starts them, unif
 Differs from the authors' code: That code was not compared, peft's was, which supports linear layers only, and selects
 the cut factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
 
-Use it: `peftcore.apply(model, "bd_lora")`, in place of LoRA where many adapters are served on several devices; n is the
+Use it: `peftcore.apply(model, "bd_lora")`, instead of LoRA where many adapters are served on several devices; n is the
 number of devices.
 """
 
@@ -62,7 +62,7 @@ class BDLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _check_blocks(self) -> BDLoRAConfig:
         if self.rank % self.blocks:
-            raise ValueError(f"rank={self.rank} is no multiple of blocks={self.blocks}")
+            raise ValueError(f"rank={self.rank} is not a multiple of blocks={self.blocks}; set one that is")
         return self
 
 
@@ -79,11 +79,13 @@ class BDLoRAOperator(LowRankOperator):
         n, self.cut_A = config.blocks, cuts_input(site, config)
         width, what = (site.in_features, "inputs") if self.cut_A else (site.out_features, "outputs")
         if self.cut_A and n > 1 and site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} is an embedding, whose tokens are not cut; leave it out of cut_inputs")
+            raise UnsupportedSite(
+                f"{site.path} is an embedding, whose tokens cannot be split into blocks; remove it from cut_inputs"
+            )
         if width % n:
             raise UnsupportedSite(
-                f"{site.path} has {width} {what}, which blocks={n} does not divide; set another number there with "
-                "overrides, or exclude the site"
+                f"{site.path} has {width} {what}, which blocks={n} does not divide; set another number for it with "
+                "overrides=, or exclude the site"
             )
         self.blocks = n
         self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))

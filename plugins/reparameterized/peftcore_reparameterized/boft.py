@@ -66,7 +66,7 @@ class BOFTConfig(MethodConfig):
 
 
 WIDEST = 64
-"""Inputs that may meet for their rotation to be made as one block: it acts in the activation form then."""
+"""Largest width of the merged blocks of all factors up to which the rotation runs on activations."""
 
 
 class BOFTOperator(WeightOperator):
@@ -90,7 +90,7 @@ class BOFTOperator(WeightOperator):
         return cayley(precise(self.K), self.size)
 
     def dropped(self) -> Tensor:
-        """Return them; in training, some blocks of one factor are the identity."""
+        """Return the blocks of all factors; in training, some blocks of one factor are the identity."""
         R = self.rotations()
         if not (self.training and self.dropout):
             return R

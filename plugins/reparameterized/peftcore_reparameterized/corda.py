@@ -22,7 +22,7 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
 the same. They include padding in C.
 
-Use it: `peftcore.apply(model, "corda", data=batches)`, in place of LoRA where the base's knowledge must be kept (kpm),
+Use it: `peftcore.apply(model, "corda", data=batches)`, instead of LoRA where the base's knowledge must be kept (kpm),
 or training is short (ipm).
 """
 
@@ -80,7 +80,7 @@ def damped(C: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     mean, damp = C.diagonal().mean(), 0.01
     if not mean > 0:
-        raise CalibrationError("all inputs of a target module were zero, so they say nothing; give other data")
+        raise CalibrationError("all inputs of a target module were zero; pass other data")
     while True:
         fixed = C + damp * mean * identity
         inverse = torch.linalg.inv(fixed)
@@ -101,7 +101,7 @@ class CorDAOperator(PairOperator):
 
     @torch.no_grad()
     def decompose(self, site: Site, C: Tensor | None) -> None:
-        """Set A and B by the weight and the products of its inputs; without these, by the weight."""
+        """Compute A and B from the weight and the products of its inputs; without products, from the weight only."""
         weight = as_matrix(site)  # [*batch, out, in * kernel]
         fixed, inverse = (None, None) if C is None else damped(C.to(weight))
         U, S, V = torch.linalg.svd(weight if fixed is None else weight @ fixed, full_matrices=False)
@@ -139,7 +139,7 @@ class CorDA(Method):
 
         def look(module: nn.Module, given: Tensor, x: Tensor) -> None:
             if not (len(x) and x.isfinite().all() and x.max() != 0):
-                raise CalibrationError("inputs of a target module are not finite, or none is larger than zero")
+                raise CalibrationError("inputs of a target module are not finite, or all zero; pass other data")
             x = x / x.max().abs()
             sums[module] = sums.get(module, 0) + x.T @ x
             calls[module] = calls.get(module, 0) + 1

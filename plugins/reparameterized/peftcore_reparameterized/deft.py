@@ -63,7 +63,7 @@ class DEFTConfig(MethodConfig):
     projection: Literal["relu", "qr"] = "relu"
     """The removed component of the weight: on the positive part of P, or on the space that its columns span."""
     injects: bool = True
-    """Put something in; otherwise only take away (PaRa)."""
+    """Inject a trained component; otherwise only remove one (PaRa)."""
     dropout: Share = 0.0
     """Probability with which inputs of the injected component are dropped in training."""
 

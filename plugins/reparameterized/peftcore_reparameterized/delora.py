@@ -55,7 +55,7 @@ class DeLoRAConfig(MethodConfig):
 
 
 def lengths(values: Tensor, dim: int) -> Tensor:
-    """Return lengths along a dimension, which stays with one entry."""
+    """Return vector norms along a dimension, which is kept with size one."""
     return torch.linalg.vector_norm(values, dim=dim, keepdim=True)
 
 

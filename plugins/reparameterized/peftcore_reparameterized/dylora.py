@@ -73,7 +73,7 @@ class DyLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _blocks(self) -> Self:
         if self.rank % self.block_size:
-            raise ValueError(f"rank={self.rank} is no multiple of block_size={self.block_size}: take one that is")
+            raise ValueError(f"rank={self.rank} is not a multiple of block_size={self.block_size}; set one that is")
         return self
 
 
@@ -93,7 +93,8 @@ class DyLoRAOperator(LowRankOperator):
     def draw(self, running: ForwardContext) -> Tensor:
         """Return the rank that was drawn for the forward that runs, [].
 
-        Every operator draws, so that a block that runs again draws as often, and the first one's share counts.
+        Every operator draws, so that a recomputed block makes the same number of draws; the first operator's draw
+        counts.
         """
         share = torch.rand((), device="cpu")
         if running.inputs:
@@ -122,7 +123,7 @@ class DyLoRAOperator(LowRankOperator):
             ConfigError: the rank is not a multiple of the block size up to the full rank.
         """
         if rank not in range(self.block_size, self.rank + 1, self.block_size):
-            raise ConfigError(f"rank {rank} is none of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
+            raise ConfigError(f"rank {rank} is not one of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
         dim, below = self.layer.batch_dims, rank - self.block_size if frozen else 0
         A, B = self.A.narrow(dim, 0, rank), self.B.narrow(-1, 0, rank)
         parts = [each.split([below, rank - below], at) for each, at in ((A, dim), (B, -1))]
@@ -130,7 +131,7 @@ class DyLoRAOperator(LowRankOperator):
         return A, B, self.alpha / rank
 
     def masked(self, rank: Tensor, frozen: bool) -> tuple[Tensor, Tensor, float]:
-        """Return the same for a rank given as a tensor [], with zeros in the rows above it."""
+        """Return the factors and the scale for a rank given as a tensor [], with zeros in the rows above it."""
         rank = rank.to(self.B.device)
         row = torch.arange(self.rank, device=self.B.device)
         trains = row >= rank - (self.block_size if frozen else self.rank)
@@ -175,14 +176,14 @@ class DyLoRA(Method):
 
 @torch.no_grad()
 def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Injection:
-    """Return the LoRA of the first ranks of a dylora: frozen, and active in place of the adapter, which stays.
+    """Return the LoRA of the first ranks of a dylora: frozen, and active instead of the adapter, which is kept.
 
     Raises:
         ConfigError: the injection is not a dylora, or lacks an adapter of that rank.
         PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
     """
-    found = [graft for graft in injection.grafts if isinstance(graft.operator, DyLoRAOperator)]
+    found = [(each.site, each.operator) for each in injection.grafts if isinstance(each.operator, DyLoRAOperator)]
     if not found:
-        raise ConfigError("make_lora(injection, rank) is for a dylora")
-    made = {graft.site.path: (graft.site, graft.operator.factors_of(rank)) for graft in found}
+        raise ConfigError("make_lora(injection, rank) needs a dylora adapter")
+    made = {site.path: (site, operator.factors_of(rank)) for site, operator in found}
     return lora_of(injection.model, made, name, [injection.whole.name])

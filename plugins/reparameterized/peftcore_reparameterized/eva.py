@@ -26,7 +26,7 @@ start as in LoRA, with the configured rank.
 Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft never stops if
 directions do not converge, and skips a batch with fewer positions than components.
 
-Use it: `peftcore.apply(model, "eva", data=batches)`, in place of LoRA where you have the data at hand: it starts
+Use it: `peftcore.apply(model, "eva", data=batches)`, instead of LoRA where you have the data at hand: it starts
 faster, and the base stays as it is.
 """
 
@@ -63,7 +63,7 @@ from peftcore_reparameterized.lora import LoRAOperator
 
 
 class EVAConfig(MethodConfig):
-    """Options of EVA: LoRA's, and those of the look at data."""
+    """Options of EVA: LoRA's, and the options of the analysis of data."""
 
     method: Literal["eva"] = "eva"
     rank: PositiveInt = 16
@@ -133,7 +133,7 @@ def components(model: nn.Module, data: Batches, config: EVAConfig, sites: Sequen
                 break
     for path, found in first.items():
         if not own[found].seen:
-            raise CalibrationError(f"the data has not the {counts[path]} tokens that {path} needs: give more")
+            raise CalibrationError(f"{path} needs {counts[path]} tokens, and the data has fewer; pass more data")
     return {path: own[found] for path, found in first.items()}
 
 
@@ -186,15 +186,23 @@ class EVA(Method):
 class Components:
     """The largest principal components of vectors that are added batch by batch (an incremental PCA)."""
 
+    mean: Tensor
+    """The mean of all vectors, ``[in]``; with S and V, from the first batch on."""
+    S: Tensor
+    """The singular values, ``[count]``."""
+    V: Tensor
+    """The directions, ``[count, in]``."""
+
     def __init__(self, count: int, tau: float, iterations: int | None) -> None:
-        """Look for `count`; settled are those whose directions in two batches have a cosine of at least `tau`."""
+        """Find `count` components; a component has settled when its directions in two batches have a cosine of `tau` or
+        more."""
         self.count, self.tau, self.iterations, self.seen, self.variation = count, tau, iterations, 0, torch.zeros(())
         self.settled = torch.zeros(count, dtype=torch.bool)
         self.waiting: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:  # x [tokens, in]
-        """Go on with a batch; fewer vectors than components wait for the next one."""
+        """Update the components with a batch; a batch with fewer vectors than components is added to the next one."""
         x = torch.cat([self.waiting, x]) if self.waiting is not None else x
         self.waiting = x if len(x) < self.count else None
         if self.waiting is not None:

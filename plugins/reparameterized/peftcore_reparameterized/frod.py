@@ -68,7 +68,7 @@ class FRoDConfig(MethodConfig):
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """The share of entries of S that train; one at least, unless it is 0."""
     ridge: PositiveFloat = 1e-3
-    """The number that is added to the diagonals before an inverse is taken, where V is found."""
+    """The number that is added to the diagonals before matrices are inverted to compute V."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
@@ -147,9 +147,9 @@ class Joint(Checked):
         if "index" in values:
             places, _ = values["index"].sort()
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.size**2:
-                yield f"index holds places outside of the {self.size**2} entries of a matrix"
+                yield f"index has entries outside of the {self.size**2} entries of a matrix"
             elif places.diff().eq(0).any():
-                yield "index holds a place twice"
+                yield "index has an entry twice"
 
 
 def entries(inputs: int, config: FRoDConfig) -> int:

@@ -71,7 +71,7 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
 
 
 def completed(rows: Tensor, known: Tensor) -> Tensor:
-    """Return orthonormal rows [*experts, rank, n] with new random rows in place of those that `known` [*experts, rank]
+    """Return orthonormal rows [*experts, rank, n] with new random rows instead of those that `known` [*experts, rank]
     excludes."""
     if known.all():
         return rows
@@ -85,7 +85,7 @@ def completed(rows: Tensor, known: Tensor) -> Tensor:
 
 
 class Projection(GradientRule):
-    """Projects gradients into their leading directions, and steps back out of them."""
+    """Projects gradients onto their leading directions, and optimizer steps back to the full space."""
 
     def __init__(self, configs: dict[nn.Parameter, GaLoreConfig]) -> None:
         super().__init__()
@@ -124,7 +124,10 @@ class GaLore(Method):
     def inject(self, model: nn.Module, config: GaLoreConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if len(site.weight_shape) != 2 + len(site.batch):
-                raise UnsupportedSite(f"{site.path} has {len(site.weight_shape)} dimensions; GaLore projects matrices")
+                raise UnsupportedSite(
+                    f"{site.path} has {len(site.weight_shape)} dimensions, and GaLore projects only matrices; exclude "
+                    "it"
+                )
             surgeon.replace(site)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:

@@ -21,7 +21,7 @@ Start: A uniform in +-sqrt(k / in), B at zero; of embeddings A at zero and B ~ N
 Differs from the authors' code: The authors and peft apply dropout to the inputs of the two parts one after the other;
 here it is applied once for both. peft accepts inputs of two and three dimensions only.
 
-Use it: `peftcore.apply(model, "gralora")`, in place of LoRA at high ranks, where inputs of few channels are so large
+Use it: `peftcore.apply(model, "gralora")`, instead of LoRA at high ranks, where inputs of few channels are so large
 that they decide all of A's gradient.
 """
 
@@ -60,7 +60,7 @@ class GraLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _check_blocks(self) -> GraLoRAConfig:
         if self.rank % self.blocks:
-            raise ValueError(f"rank={self.rank} is no multiple of blocks={self.blocks}")
+            raise ValueError(f"rank={self.rank} is not a multiple of blocks={self.blocks}; set one that is")
         return self
 
 
@@ -72,8 +72,8 @@ class GraLoRAOperator(LowRankOperator):
         k, inputs, out = config.blocks, columns(site), site.out_features
         if inputs % k or out % k:
             raise UnsupportedSite(
-                f"{site.path} is {out} x {inputs}, which blocks={k} does not divide; set another number there with "
-                "overrides, or exclude the site"
+                f"{site.path} is {out} x {inputs}, which blocks={k} does not divide; set another number for it with "
+                "overrides=, or exclude the site"
             )
         self.inputs = (site.in_features, *site.kernel)
         self.scale = config.alpha / (config.rank + config.hybrid_rank)

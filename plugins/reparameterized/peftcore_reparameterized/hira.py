@@ -76,7 +76,7 @@ class HiRAOperator(WeightOperator):
         return self.training and self.dropout > 0
 
     def prepare(self, held: Held) -> Held:
-        """Return what reads the weight."""
+        """Return the tensors that a forward computes from the weight."""
         return held
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Held) -> Tensor:

@@ -74,7 +74,7 @@ class HRAOperator(WeightOperator):
         self.gram_schmidt = config.gram_schmidt
         if self.gram_schmidt and config.rank > width(site):
             raise UnsupportedSite(
-                f"{site.path} has {width(site)} inputs, so no {config.rank} directions are orthogonal; lower the rank"
+                f"{site.path} has {width(site)} inputs, too few for {config.rank} orthogonal directions; lower the rank"
             )
         drawn = config.rank if self.gram_schmidt else config.rank // 2
         bound = 1 / math.sqrt(config.rank / 2)

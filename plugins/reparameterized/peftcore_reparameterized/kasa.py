@@ -18,7 +18,7 @@ Start: B at zero, A as in LoRA, d ~ N(0, 1). The removed part changes outputs a 
 
 Differs from the authors' code: The authors' code and peft write W' into the base permanently. The losses are the
 paper's and peft's, which sums them over the modules, if one adds `_get_kasa_loss` to the loss; the mean is the
-authors': beta and gamma are for that. The authors' code has A'A - I [in, in] and B B' - I [out, out] in place of the
+authors': beta and gamma are for that. The authors' code has A'A - I [in, in] and B B' - I [out, out] instead of the
 small products; those can never be zero. It keeps the `in` - r largest components, which removes nothing from a weight
 with fewer outputs; here, as in the paper and in peft, the r smallest of the existing components are removed.
 

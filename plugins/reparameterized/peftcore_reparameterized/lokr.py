@@ -92,7 +92,7 @@ class LoKrOperator(DropsChange):
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
         y, w1 = call(x), self.factor("w1")
         parts = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]: one after the other, w2 acts in each and w1 across
-        last = self._parameters.get("w2")
+        last: Tensor | None = self._parameters.get("w2")
         if last is None:
             parts, last = F.linear(parts, *self.cast(y, self.get_tensor("w2b"))), self.get_tensor("w2a")
         w1, last = self.cast(y, w1, last)

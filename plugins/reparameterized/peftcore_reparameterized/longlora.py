@@ -82,7 +82,7 @@ class ShiftedOperator(AttentionOperator):
     """The groups of one attention, in training only: in half of the heads they begin half a group later.
 
     Raises:
-        SequenceError: tokens that train see others than themselves, such as cached ones.
+        SequenceError: in training, tokens attend to keys of another sequence or of a cache.
     """
 
     trains_only = True
@@ -97,8 +97,8 @@ class ShiftedOperator(AttentionOperator):
         tokens = query.shape[2]
         if attend.keys != tokens:
             raise SequenceError(
-                f"{tokens} tokens that train see {attend.keys}, cached or of another sequence: groups are of tokens "
-                "that see each other; give whole texts, or call eval() for generation"
+                f"{tokens} training tokens attend to {attend.keys} keys, of a cache or another sequence, but groups "
+                "need one sequence that attends to itself; pass whole texts, or call eval() for generation"
             )
         size = max(2, int(tokens * self.ratio)) if self.size is None else self.size
         starts = (range(0, tokens, size), (0, *range(size // 2, tokens, size)))
@@ -132,14 +132,16 @@ class LongLoRA(Method):
             inside = [site for site in sites if f"{site.module_path}.".startswith(f"{core.module}.")]
             if any(site.form == "weight" for site in inside):
                 raise UnsupportedSite(
-                    f"{core.module} reads its matrices without calling them, so that rows of a batch could not be told "
-                    "apart in it; take the matrices of other attentions for targets"
+                    f"{core.module} reads its matrices without calling them, so rows of a batch cannot be told apart "
+                    "in it; target the matrices of other attentions"
                 )
             if inside:
                 found = True
                 surgeon.attention(resolver.site(core.module, "weight", core.role), ShiftedOperator, config)
         if not found:
-            raise UnsupportedSite(f"{sites[0].path} and other targets are in no attention that has groups; use lora")
+            raise UnsupportedSite(
+                f"{sites[0].path} and other targets belong to no attention that can be grouped; use lora"
+            )
         trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
         for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
             surgeon.train(path)

@@ -82,7 +82,7 @@ class LoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     alpha: PositiveFloat = 8.0
-    """Numerator of the scale ``alpha / rank``: change the rank without touching the learning rate."""
+    """Numerator of the scale ``alpha / rank``, which allows another rank at the same learning rate."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     dropout: Share = 0.0
@@ -99,9 +99,11 @@ class LoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _halves(self) -> Self:
         if self.start == "orthogonal" and self.rank % 2:
-            raise ValueError(f"start='orthogonal' halves the rank, and {self.rank} is odd: take an even one")
+            raise ValueError(f"start='orthogonal' halves the rank, and rank={self.rank} is odd: use an even one")
         if self.trained == "B" and self.damping is not None:
-            raise ValueError("damping is for two factors that train, and trained='B' has a rule of its own: leave one")
+            raise ValueError(
+                "damping needs two trained factors, and trained='B' trains one with its own rule: remove one of the two"
+            )
         return self
 
 
@@ -165,12 +167,13 @@ class LoRA(Method):
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
         of: dict[nn.Parameter, Preconditioner] = {}
-        for graft in (each for each in injection.grafts if isinstance(each.operator, LoRAOperator)):
-            damping = cast(LoRAConfig, injection.config.at(graft.site.path)).damping
-            if not isinstance(graft.operator.A, nn.Parameter):
-                of |= fixed_projection(graft.operator)
+        adapted = [(each.site, each.operator) for each in injection.grafts if isinstance(each.operator, LoRAOperator)]
+        for site, operator in adapted:
+            damping = cast(LoRAConfig, injection.config.at(site.path)).damping
+            if not isinstance(operator.A, nn.Parameter):
+                of |= fixed_projection(operator)
             elif damping is not None:
-                of |= riemannian(graft.operator, damping)
+                of |= riemannian(operator, damping)
         return Preconditioned(of) if of else None
 
     @staticmethod
@@ -190,7 +193,10 @@ class AcrossGroups(Operator):
         super().__init__(site)
         self.groups, self.dropout, self.scale, rank = groups_of(site), config.dropout, scale_of(config), config.rank
         if rank % self.groups:
-            raise UnsupportedSite(f"{site.path} has {self.groups} groups, which a rank of {rank} does not fill")
+            raise UnsupportedSite(
+                f"{site.path} has {self.groups} groups, which rank={rank} is not a multiple of; set another rank for "
+                "it with overrides=, or exclude it"
+            )
         inputs = (site.in_features * self.groups, *site.kernel)
         bound = 1 / math.sqrt(math.prod(inputs))
         self.A = nn.Parameter(torch.empty(rank, *inputs).uniform_(-bound, bound))
@@ -207,8 +213,9 @@ class AcrossGroups(Operator):
 def groups_of(site: Site) -> int:
     """Return the number of groups of a convolution; 1 for other layers, transposed convolutions and padding modes other
     than zeros."""
-    plain = isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros"
-    return site.module.groups if plain else 1
+    if isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros":
+        return site.module.groups
+    return 1
 
 
 def around(site: Site) -> Site:
@@ -226,10 +233,12 @@ def fix_projection(operator: Operator, site: Site) -> None:
     """Make the factor A of an operator a buffer, which no optimizer sees.
 
     Raises:
-        UnsupportedSite: it is zero there, so that B alone would never train.
+        UnsupportedSite: A is zero at an embedding, so B alone would never train.
     """
     if site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} is an embedding, whose A is zero: B alone would never train it")
+        raise UnsupportedSite(
+            f"{site.path} is an embedding, whose A starts at zero, so B alone would never train; exclude it"
+        )
     A = operator.get_tensor("A").detach()
     del operator.A
     operator.register_buffer("A", A)

@@ -21,7 +21,7 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base, so that the changed base, or
 A0 and B0, must be saved with the adapter; outputs and gradients are the same. `direction` "random" of both is not here.
 
-Use it: `peftcore.apply(model, "lora_ga", data=batches)`, in place of LoRA where training is short; at the start it
+Use it: `peftcore.apply(model, "lora_ga", data=batches)`, instead of LoRA where training is short; at the start it
 takes the memory of a gradient of all target weights.
 """
 
@@ -91,7 +91,7 @@ class LoRAGAOperator(PairOperator):
 
     def __init__(self, site: Site, config: LoRAGAConfig) -> None:
         if site.layer.packed and not sees_vectors(site):
-            raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or use pissa")
+            raise UnsupportedSite(f"{site.path} is quantized, so its weight has no gradient; exclude it, or use pissa")
         rank = rank_of(site, config)
         A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
         super().__init__(

@@ -21,11 +21,11 @@ Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A = A0 and B = B0: the adapter changes outputs from the start.
 
-Differs from the authors' code: Their page and the paper have S in place of its root, and no S_1: the code has both, and
+Differs from the authors' code: Their page and the paper have S instead of its root, and no S_1. The code has both, and
 here it is the code's. Other starts of that script (`scale`) are not here. The preconditioners of the paper's algorithm
 were not released with it.
 
-Use it: `peftcore.apply(model, "lora_one", data=batches)`, in place of LoRA where you have the data at hand; at the
+Use it: `peftcore.apply(model, "lora_one", data=batches)`, instead of LoRA where you have the data at hand; at the
 start it takes the memory of a gradient of all target weights.
 """
 
@@ -59,7 +59,7 @@ from peftcore_reparameterized._preconditioned import Preconditioned, Preconditio
 from peftcore_reparameterized.lora import LoRAOperator
 
 WIDTH = 512
-"""How many directions the approximation turns."""
+"""Number of directions of the approximation of singular vectors."""
 
 
 class LoRAOneConfig(MethodConfig):
@@ -116,7 +116,9 @@ class LoRAOne(Method):
     def inject(self, model: nn.Module, config: LoRAOneConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if site.layer.packed and not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or use lora")
+                raise UnsupportedSite(
+                    f"{site.path} is quantized, so its weight has no gradient; exclude it, or use lora"
+                )
             surgeon.graft(site, LoRAOperator, config)
 
     def calibrate(self, model: nn.Module, data: Batches, config: LoRAOneConfig, injection: AppliedMethod) -> None:

@@ -17,7 +17,7 @@ Differs from the authors' code: The authors' code (and peft's) treats every vect
 learn `ratio` times as fast as its matrix; here what the user names in `train` has lr. They set the weight decay of all
 groups to zero by default; here it is the optimizer's weight decay.
 
-Use it: `peftcore.apply(model, "lora_plus")`, in place of LoRA when training is slow to start, with lr about half of
+Use it: `peftcore.apply(model, "lora_plus")`, instead of LoRA when training is slow to start, with lr about half of
 LoRA's.
 """
 
@@ -35,7 +35,7 @@ from peftcore_reparameterized.lora import LoRAOperator
 
 
 class LoRAPlusConfig(MethodConfig):
-    """Options of LoRA+: LoRA's, and the rates."""
+    """Options of LoRA+: LoRA's, and the learning rates."""
 
     method: Literal["lora_plus"] = "lora_plus"
     rank: PositiveInt = 8

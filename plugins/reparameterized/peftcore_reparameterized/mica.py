@@ -16,7 +16,7 @@ Start: A at zero: the identity.
 Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft has linear layers
 and embeddings, refuses a rank above that of the weight, and leaves the signs of B to the machine.
 
-Use it: `peftcore.apply(model, "mica")`, in place of LoRA where new knowledge must not overwrite what the base knows, or
+Use it: `peftcore.apply(model, "mica")`, instead of LoRA where new knowledge must not overwrite what the base knows, or
 at half of its parameters.
 """
 

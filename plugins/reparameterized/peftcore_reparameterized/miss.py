@@ -21,7 +21,7 @@ Start: D at zero: the identity.
 
 Differs from the authors' code: peft, by its authors, supports linear layers only.
 
-Use it: `peftcore.apply(model, "miss")`, in place of LoRA for half the parameters at the same rank, and with one factor
+Use it: `peftcore.apply(model, "miss")`, instead of LoRA for half the parameters at the same rank, and with one factor
 less to start and to tune.
 """
 
@@ -52,12 +52,12 @@ class MiSSConfig(MethodConfig):
     outputs: PositiveInt | None = None
     """Number of outputs with separate updates, which the other outputs repeat; None: all outputs."""
     bat: bool = False
-    """Let the weight take part, block by block."""
+    """Use Bat: the change of a block also depends on the block's weight."""
 
     @model_validator(mode="after")
     def _check_form(self) -> MiSSConfig:
         if self.bat and (self.dropout or self.outputs):
-            raise ValueError("bat has neither dropout nor outputs")
+            raise ValueError("bat does not work with dropout and outputs: remove them")
         return self
 
 
@@ -76,8 +76,8 @@ def own_outputs(site: Site, config: MiSSConfig) -> int:
         return site.out_features
     if site.out_features % config.outputs:
         raise UnsupportedSite(
-            f"{site.path} has {site.out_features} outputs, which are no multiple of outputs={config.outputs}; set "
-            "another number there with overrides, or exclude the site"
+            f"{site.path} has {site.out_features} outputs, which are not a multiple of outputs={config.outputs}; set "
+            "another number for it with overrides=, or exclude the site"
         )
     return config.outputs
 
@@ -110,7 +110,8 @@ class MiSSOperator(LowRankOperator):
         rank, y = self.D.shape[-2], call(x)
         kept = F.dropout(x, self.input_dropout, self.training) if self.input_dropout else x
         z = F.pad(kept, (0, -x.shape[-1] % rank)).unflatten(-1, (-1, rank)).sum(-2)
-        return self.layer.add(y, *self.cast(y, z, self.repeated()), 1.0)
+        z, D = self.cast(y, z, self.repeated())
+        return self.layer.add(y, z, D, 1.0)
 
 
 class BatOperator(WeightOperator):
@@ -122,7 +123,7 @@ class BatOperator(WeightOperator):
         if site.out_features % rank or columns % rank:
             raise UnsupportedSite(
                 f"{site.path} is {site.out_features} x {columns}, which blocks of rank={rank} do not divide; set "
-                "another rank there with overrides, or exclude the site"
+                "another rank for it with overrides=, or exclude the site"
             )
         self.D = nn.Parameter(torch.zeros(*site.batch, site.out_features // rank, rank, rank))
 

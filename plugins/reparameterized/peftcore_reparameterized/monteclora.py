@@ -73,9 +73,9 @@ class MonteCLoRAConfig(MethodConfig):
     sample_scale: NonNegativeFloat = 1e-4
     """Factor of the drawn noise."""
     prior: PositiveFloat = 0.1
-    """Concentration of the weights' prior: small, and few samples count."""
+    """Concentration of the prior of the samples' weights: when it is small, few samples have most of the weight."""
     kl: NonNegativeFloat = 1e-5
-    """Factor of the loss that holds the distributions near their priors."""
+    """Factor of the loss that keeps the distributions near their priors."""
     entropy: bool = False
     """Add sum(w^2) to the loss, which keeps the weights of samples apart from a single one."""
 
@@ -128,7 +128,8 @@ class MonteCLoRAOperator(Operator):
         return self.share * distances.mean()
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, A = call(x), self.A
+        y = call(x)
+        A: Tensor = self.A
         if self.training and self.noise:
             A, loss = self.sample()
             forward_context().add_loss(loss, self)

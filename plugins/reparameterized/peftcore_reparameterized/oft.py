@@ -72,7 +72,7 @@ class OFTConfig(MethodConfig):
     eps: PositiveFloat | None = None
     """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
-    """Terms of a Neumann series in place of the exact transform; None is exact."""
+    """Number of terms of a Neumann series that replaces the exact transform; None is exact."""
     block_dropout: Share = 0.0
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"
@@ -85,7 +85,7 @@ class OFTConfig(MethodConfig):
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         if self.eps is not None and self.constraint is not None:
-            raise ValueError("eps and constraint both limit the rotations: leave one of them None")
+            raise ValueError("eps and constraint both limit the rotations: set one of them to None")
         return self
 
 

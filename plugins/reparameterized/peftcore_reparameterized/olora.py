@@ -20,7 +20,7 @@ Differs from the authors' code: peft, by its author, writes W - s B0 A0 into the
 same. It decomposes transformers' Conv1D as it is stored, transposed, so that its factors do not fit the layer; ours are
 those of the [out, in] matrix.
 
-Use it: `peftcore.apply(model, "olora")`, in place of LoRA where training is short, and `pissa` is too slow to start.
+Use it: `peftcore.apply(model, "olora")`, instead of LoRA where training is short, and `pissa` is too slow to start.
 """
 
 from __future__ import annotations

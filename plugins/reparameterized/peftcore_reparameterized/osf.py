@@ -52,7 +52,7 @@ class OSFConfig(MethodConfig):
 
 
 def frozen_rank(site: Site, config: OSFConfig) -> int:
-    """Return k.
+    """Return k, the number of largest singular values that stay frozen.
 
     Raises:
         UnsupportedSite: none of the singular values would stay frozen, or all of them.
@@ -61,8 +61,8 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
     k = int(rank * k) if isinstance(k, float) else k
     if not 0 < k < rank:
         raise UnsupportedSite(
-            f"{site.path} has {rank} singular values, of which effective_rank={config.effective_rank} keeps {k}: one "
-            "at least has to stay, and one to train; exclude it, or set another in overrides"
+            f"{site.path} has {rank} singular values, of which effective_rank={config.effective_rank} keeps {k}: at "
+            "least one must stay, and at least one must train; exclude it, or set another value for it with overrides="
         )
     return k
 
@@ -70,6 +70,9 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
 class OSFOperator(LowRankOperator):
     """The smaller singular values of one site and their vectors, with the initial values of both."""
 
+    U: Tensor
+    S: Tensor
+    V: Tensor
     U0: Tensor
     S0: Tensor
     V0: Tensor

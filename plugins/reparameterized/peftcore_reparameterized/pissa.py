@@ -19,7 +19,7 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
 the same. The authors use no dropout. peft supports linear layers only, without float64.
 
-Use it: `peftcore.apply(model, "pissa")`, in place of LoRA where training is short, with the same learning rate and
+Use it: `peftcore.apply(model, "pissa")`, instead of LoRA where training is short, with the same learning rate and
 alpha = rank.
 """
 

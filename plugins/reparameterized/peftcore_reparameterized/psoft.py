@@ -48,17 +48,17 @@ class PSOFTConfig(MethodConfig):
     rank: PositiveInt = 32
     """Number of principal directions that turn; at most all of the weight's."""
     orthogonal: bool = True
-    """Turn them; otherwise R is any matrix."""
+    """Keep R a rotation; otherwise R is any matrix."""
     scale_outputs: bool = True
     """Train b, a factor of each direction behind R."""
     scale_inputs: bool = True
     """Train a, a factor of each direction in front of R."""
     singular_values: Literal["outputs", "both"] = "outputs"
-    """Whether B has the singular values, or A and B their roots."""
+    """The factor with the singular values: B, or both A and B with their square roots."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
-    """Terms of a Neumann series in place of the exact transform; None is exact."""
+    """Terms of a Neumann series instead of the exact transform; None is exact."""
     eps: PositiveFloat | None = None
-    """How long K is at most, in the series; None leaves it free."""
+    """Largest norm of K in the series; None sets no limit."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None

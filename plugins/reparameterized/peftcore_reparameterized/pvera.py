@@ -72,7 +72,8 @@ class PVeRAConfig(MethodConfig):
     projection_seed: NonNegativeInt = 0
     """Seed of A and B."""
     store_basis: bool = False
-    """Keep the random matrices in files, which grow by them. Those that came from elsewhere are kept."""
+    """Save the random matrices in files, which grow by their size. Matrices loaded from another library's file are
+    always saved."""
 
 
 class PVeRAOperator(Operator):

@@ -69,11 +69,12 @@ class RandLoRAConfig(MethodConfig):
     projection_seed: NonNegativeInt = 0
     """Seed of the random matrices."""
     store_basis: bool = False
-    """Keep the random matrices in files, which grow by them. Those that came from elsewhere are kept."""
+    """Save the random matrices in files, which grow by their size. Matrices loaded from another library's file are
+    always saved."""
 
 
 def bases(site: Site, rank: int) -> int:
-    """Return how many bases make a full rank."""
+    """Return the number of bases whose sum has full rank."""
     return -(-min(site.out_features, columns(site)) // rank)
 
 

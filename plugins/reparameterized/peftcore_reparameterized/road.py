@@ -54,10 +54,10 @@ class RoAdOperator(Operator):
         super().__init__(site)
         if site.out_features % config.group_size:
             raise UnsupportedSite(
-                f"{site.path} has {site.out_features} outputs, which are no whole groups of "
-                f"group_size={config.group_size}; set another one for it with overrides=, or exclude it"
+                f"{site.path} has {site.out_features} outputs, which group_size={config.group_size} does not divide; "
+                "set another one for it with overrides=, or exclude it"
             )
-        self.variant, self.half, self.batch_dims = config.variant, config.group_size // 2, len(site.batch)
+        self.variant, self.half_group, self.batch_dims = config.variant, config.group_size // 2, len(site.batch)
         count = config.variant * site.out_features // 2
         self.angle = nn.Parameter(torch.zeros(*site.batch, count))
         self.length = nn.Parameter(torch.ones(*site.batch, count))
@@ -65,15 +65,15 @@ class RoAdOperator(Operator):
     def columns(self) -> tuple[Tensor, Tensor]:
         """Return a cos(t) and a sin(t) of each output, [*batch, groups, 1 or 2, half]."""
         if self.variant == 4:  # first those of all cosines in a group, then those of its sines
-            angle, length = (each.unflatten(-1, (-1, 2, 2, self.half)) for each in (self.angle, self.length))
+            angle, length = (each.unflatten(-1, (-1, 2, 2, self.half_group)) for each in (self.angle, self.length))
             (cos, sin), (of_cos, of_sin) = angle.unbind(-3), length.unbind(-3)
             return of_cos * cos.cos(), of_sin * sin.sin()
-        angle, length = (each.unflatten(-1, (-1, self.variant, self.half)) for each in (self.angle, self.length))
+        angle, length = (each.unflatten(-1, (-1, self.variant, self.half_group)) for each in (self.angle, self.length))
         return length * angle.cos(), length * angle.sin()
 
     def turned(self, y: Tensor, dim: int) -> Tensor:
         """Return `y` with its channels, the dimension `dim`, turned in pairs."""
-        pairs = y.unflatten(dim, (-1, 2, self.half))  # [..., groups, 2, half, ...]
+        pairs = y.unflatten(dim, (-1, 2, self.half_group))  # [..., groups, 2, half, ...]
         first, second = pairs.unbind(dim + 1)
         across = torch.stack([-second, first], dim + 1)
         cos, sin = (each.view(*each.shape, *[1] * (y.dim() - dim - 1)) for each in self.cast(y, *self.columns()))

@@ -58,7 +58,7 @@ class TinyLoRAConfig(MethodConfig):
     projection_seed: NonNegativeInt = 42
     """Seed of the P of the first site; the next one has the next."""
     store_basis: bool = False
-    """Keep P in files. Those that came from elsewhere are kept."""
+    """Save P in files. A P loaded from another library's file is always saved."""
 
 
 class Vector(nn.Module):
@@ -93,7 +93,7 @@ class TinyLoRAOperator(LowRankOperator):
 
 
 def group_of(number: int, sites: int, tying: float) -> int:
-    """Return the group of a site, of so many sites."""
+    """Return the group of a site by its index among all sites."""
     groups = max(1, round(sites * (1 - tying)))
     return min(number // max(1, sites // groups), groups - 1)
 

@@ -61,8 +61,8 @@ class UniLoRAConfig(MethodConfig):
 
 @functools.lru_cache(maxsize=1)
 def drawn_indices(total: int, length: int, seed: int) -> Tensor:
-    """Return which entry of the vector each of `total` entries of factors is, every one about equally often; drawn once
-    for all sites, also while planning."""
+    """Return for each of `total` entries of factors the index of its entry in the vector. Each index is drawn about
+    equally often, once for all sites, also while planning."""
     generator = torch.Generator("cpu").manual_seed(seed)
     some_first = torch.randperm(length, generator=generator, device="cpu")
     return some_first.int()[torch.randperm(total, generator=generator, device="cpu") % length]
@@ -102,7 +102,7 @@ class UniLoRAOperator(LowRankOperator):
         for name in {"index_A", "index_B"} & values.keys():
             index = values[name]
             if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.length:
-                yield f"{name} holds places outside of the {self.length} entries of the vector"
+                yield f"{name} has entries outside of the {self.length} entries of the vector"
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         values = self.theta.module.theta * self.theta.module.norm

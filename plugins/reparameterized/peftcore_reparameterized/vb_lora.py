@@ -76,7 +76,7 @@ class VBLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _check_topk(self) -> VBLoRAConfig:
         if self.topk > self.num_vectors:
-            raise ValueError(f"topk={self.topk} of num_vectors={self.num_vectors} cannot be chosen")
+            raise ValueError(f"topk={self.topk} is more than num_vectors={self.num_vectors}")
         return self
 
 

@@ -4,7 +4,7 @@ Equation:
     y = W x + b + s B A dropout(x)   as in LoRA,   s = alpha / rank
     dL/dA = (dL/dz)' x~,   z = A x,   x~ = c [v v' x_1, ..., v v' x_g]   with x in g groups,   |v| = 1
 
-Training keeps a number for each group of inputs in place of the inputs, and puts x~ in their place where the gradient
+Training keeps a number for each group of inputs instead of the inputs, and puts x~ in their place where the gradient
 of A needs them; all other gradients, and outputs, are those of LoRA. v is the direction of the mean of all groups of
 all tokens without padding: of the first batch (projection="first", the authors', kept in the file), or of each
 (projection="each", peft's default, which keeps nothing); projection="random" draws it. c is `rebuilt_scale`. With
@@ -21,7 +21,7 @@ Differs from the authors' code: Padding counts for v in the authors' code and in
 to be a multiple of g, and also compresses the inputs of whole layers that train; here, as in peft, only the inputs of
 the update are compressed.
 
-Use it: `peftcore.apply(model, "velora")`, in place of LoRA where the inputs of its layers fill the memory, and nothing
+Use it: `peftcore.apply(model, "velora")`, instead of LoRA where the inputs of its layers fill the memory, and nothing
 else keeps them.
 """
 
@@ -155,7 +155,9 @@ class VeLoRA(Method):
     def inject(self, model: nn.Module, config: VeLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is no linear layer that is called, so no inputs are kept; use lora")
+                raise UnsupportedSite(
+                    f"{site.path} is not a linear layer that is called, so it keeps no inputs to compress; use lora"
+                )
             surgeon.graft(site, VeLoRAOperator, config)
 
     @staticmethod

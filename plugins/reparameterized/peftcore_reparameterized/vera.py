@@ -42,7 +42,7 @@ class VeRAConfig(MethodConfig):
 
     method: Literal["vera"] = "vera"
     rank: PositiveInt = 256
-    """Rows of A, columns of B; it costs parameters hardly at all."""
+    """Rows of A and columns of B; a higher rank adds one trained value per site and row."""
     d_initial: PositiveFloat = 0.1
     """The value of all entries of d at the start."""
     dropout: Share = 0.0
@@ -50,7 +50,8 @@ class VeRAConfig(MethodConfig):
     projection_seed: NonNegativeInt = 0
     """Seed of A and B."""
     store_basis: bool = False
-    """Keep the random matrices in files, which grow by them. Those that came from elsewhere are kept."""
+    """Save the random matrices in files, which grow by their size. Matrices loaded from another library's file are
+    always saved."""
 
 
 def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:

@@ -76,8 +76,8 @@ def low_pass(moments: int) -> Tensor:
 
 
 def waves(places: Tensor, size: int, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for places along a side of that size, the entries that they change [n, taps], whether these are inside,
-    and whether the places are in the second half."""
+    """Return, for coefficients at positions along a side, the entries that they change [n, taps], whether these entries
+    are inside the side, and whether the positions are in the second half."""
     taps = len(low)
     padded = size + taps - 2 + size % 2  # the taps are even
     moved = places + (padded - size) // 2
@@ -97,8 +97,8 @@ class WaveFTOperator(WeightOperator):
         self.alpha, out, inputs = config.alpha, site.out_features, columns(site)
         if config.n_frequency > out * inputs:
             raise UnsupportedSite(
-                f"{site.path} has {out * inputs} coefficients, fewer than n_frequency={config.n_frequency}; lower it, "
-                "there alone with overrides, or exclude the site"
+                f"{site.path} has {out * inputs} coefficients, fewer than n_frequency={config.n_frequency}; lower it "
+                "for this site with overrides=, or exclude the site"
             )
         self.c = nn.Parameter(torch.zeros(*site.batch, config.n_frequency))
         entries = drawn_entries(out * inputs, config.n_frequency, config.entry_seed)[:, None]

@@ -184,7 +184,7 @@ def test_a_target_at_the_start_drops_nothing() -> None:
 @pytest.mark.parametrize("options", [{"warmup": 5}, {"final": 5}, {"warmup": 3, "final": 2}])
 def test_a_schedule_needs_steps(options: dict[str, int]) -> None:
     model, injection, _ = adapted(**options)
-    with pytest.raises(TrainingError, match="leave none of the 5 steps in which ranks could fall"):
+    with pytest.raises(TrainingError, match="leave none of the 5 steps for reducing ranks"):
         train(model, injection, total=5)
 
 

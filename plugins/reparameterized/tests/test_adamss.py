@@ -245,7 +245,7 @@ def test_dropping_beside_peft(optimizer: type[torch.optim.Optimizer]) -> None:
 
 def test_schedules_that_do_not_fit() -> None:
     model = two()
-    with pytest.raises(ConfigError, match="leaves no step before until=50"):
+    with pytest.raises(ConfigError, match="must be below until=50"):
         peftcore.apply(model, "adamss", target=["first"], target_subspaces=2, until=50)
     injection = peftcore.apply(model, "adamss", target=["first"], target_subspaces=2, until=9, warmup=0)
     with pytest.raises(TrainingError, match="until=9 is not reached in 9 steps"):

@@ -131,7 +131,7 @@ def test_prompts_may_come_in_pieces(cut: int) -> None:
         cache = transformers.DynamicCache(config=model.config)
         first = model(ids[:, :cut], past_key_values=cache).logits
         if 5 < cut < 8:
-            with pytest.raises(SequenceError, match=f"{cut} are in the cache already, which ran without"):
+            with pytest.raises(SequenceError, match=f"{cut} tokens in the cache ran without"):
                 model(ids[:, cut:], past_key_values=copy.deepcopy(cache))
             with call(model, since=[cut, 9]):
                 second = model(ids[:, cut:], past_key_values=cache).logits
@@ -241,7 +241,7 @@ def test_a_cache_that_the_base_filled_is_gone_on_from_with_the_invocation_or_not
     with torch.no_grad():
         with activate(model):
             model(ids, past_key_values=cache)
-        with pytest.raises(MissingContext, match="nobody looked for it among the 12 in the cache"):
+        with pytest.raises(MissingContext, match="the 12 tokens in the cache were not searched for it"):
             model(ids[:, :1], past_key_values=copy.deepcopy(cache))
         with call(model, since=[4]):
             model(ids[:, :1], past_key_values=cache)
@@ -269,5 +269,5 @@ def test_checkpointing_and_right_padding(reentrant: bool) -> None:
 
 
 def test_what_is_no_layer_of_tokens_is_refused() -> None:
-    with pytest.raises(UnsupportedSite, match="does not act on each token by itself"):
+    with pytest.raises(UnsupportedSite, match="does not act on each token independently"):
         peftcore.apply(nn.Sequential(nn.Conv2d(3, 4, 3)), "alora", target="0")

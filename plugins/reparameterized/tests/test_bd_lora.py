@@ -52,7 +52,7 @@ def test_equation(kind: str, blocks: int, cut_inputs: bool) -> None:
     shape = WIDTHS[kind]
     width = shape[-1 if kind == "experts" else 1] if cut_inputs else shape[-2 if kind == "experts" else 0]
     if width % blocks or (kind == "embedding" and cut_inputs and blocks > 1):
-        with pytest.raises(UnsupportedSite, match=r"does not divide|tokens are not cut"):
+        with pytest.raises(UnsupportedSite, match=r"does not divide|tokens cannot be split"):
             adapted(kind, "bd_lora", **OPTIONS, blocks=blocks, cut_inputs=["*"] * cut_inputs)
     else:
         wanted = equation(blocks, cut_inputs)
@@ -83,7 +83,7 @@ def test_roles_decide() -> None:
 
 
 def test_blocks_divide_the_rank() -> None:
-    with pytest.raises(ConfigError, match="rank=6 is no multiple of blocks=4"):
+    with pytest.raises(ConfigError, match="rank=6 is not a multiple of blocks=4"):
         adapted("linear", "bd_lora", **OPTIONS, blocks=4)
 
 

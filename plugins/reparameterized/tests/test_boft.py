@@ -220,5 +220,5 @@ def test_blocks_have_the_nearest_width_that_fits(width: int, wanted: int, factor
 @pytest.mark.parametrize("act", [peftcore.plan, peftcore.apply])
 @pytest.mark.parametrize(("width", "factors"), [(27, 2), (16, 5), (127, 1)])
 def test_what_cannot_be_halved_so_often_is_refused(act: Callable[..., Any], width: int, factors: int) -> None:
-    with pytest.raises(UnsupportedSite, match=f"layer turns {width} coordinates"):
+    with pytest.raises(UnsupportedSite, match=f"layer rotates {width} coordinates"):
         act(One(nn.Linear(width, 3)), "boft", target="layer", factors=factors)

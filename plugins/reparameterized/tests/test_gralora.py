@@ -84,7 +84,7 @@ def test_the_update_has_a_higher_rank_than_lora() -> None:
 def test_what_does_not_cut_evenly_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="7 x 12, which blocks=2 does not divide"):
         adapted("linear", "gralora", **OPTIONS, blocks=2)
-    with pytest.raises(ConfigError, match="rank=6 is no multiple of blocks=4"):
+    with pytest.raises(ConfigError, match="rank=6 is not a multiple of blocks=4"):
         adapted("linear", "gralora", **OPTIONS, blocks=4)
 
 

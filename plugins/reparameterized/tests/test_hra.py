@@ -132,7 +132,7 @@ def test_orthonormal_directions_start_unpaired() -> None:
     (operator,) = peftcore.apply(One(nn.Linear(400, 30)), "hra", **options).operators.values()
     assert torch.linalg.svdvals(operator.directions()).min() > 0.5
     for act in (peftcore.plan, peftcore.apply):
-        with pytest.raises(UnsupportedSite, match="6 inputs, so no 8 directions are orthogonal"):
+        with pytest.raises(UnsupportedSite, match="6 inputs, too few for 8 orthogonal directions"):
             act(One(nn.Linear(6, 9)), "hra", **options)
 
 

@@ -197,5 +197,5 @@ def test_caches_are_for_evaluation() -> None:
     torch.testing.assert_close(model(IDS[:, 6:], past_key_values=past).logits, whole[:, 6:], rtol=1e-9, atol=1e-10)
     model.train()
     past = model(IDS[:, :6], use_cache=True).past_key_values
-    with pytest.raises(SequenceError, match="5 tokens that train see 11"):
+    with pytest.raises(SequenceError, match="5 training tokens attend to 11"):
         model(IDS[:, 6:], past_key_values=past)

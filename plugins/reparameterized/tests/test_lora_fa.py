@@ -149,5 +149,5 @@ def test_in_peft_it_is_a_lora(tmp_path: Path) -> None:
 
 def test_embeddings_are_refused() -> None:
     """Their A is zero, and so B's gradient: peft trains nothing there."""
-    with pytest.raises(UnsupportedSite, match="layer is an embedding, whose A is zero"):
+    with pytest.raises(UnsupportedSite, match="layer is an embedding, whose A starts at zero"):
         peftcore.apply(One(nn.Embedding(9, 5)), "lora_fa", target="layer")

@@ -64,11 +64,11 @@ def test_variants() -> None:
 
 
 def test_variants_need_even_sides() -> None:
-    with pytest.raises(UnsupportedSite, match="7 outputs, which are no multiple of outputs=2"):
+    with pytest.raises(UnsupportedSite, match="7 outputs, which are not a multiple of outputs=2"):
         adapted("linear", "miss", outputs=2)
     with pytest.raises(UnsupportedSite, match="7 x 12, which blocks of rank=3 do not divide"):
         adapted("linear", "miss", rank=3, bat=True)
-    with pytest.raises(ConfigError, match="bat has neither dropout nor outputs"):
+    with pytest.raises(ConfigError, match="bat does not work with dropout and outputs"):
         adapted("linear", "miss", rank=1, bat=True, dropout=0.1)
 
 

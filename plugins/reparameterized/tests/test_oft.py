@@ -156,5 +156,5 @@ def test_blocks_have_the_nearest_width_that_fits(width: int, wanted: int, size: 
 
 @pytest.mark.parametrize("act", [peftcore.plan, peftcore.apply])
 def test_a_prime_width_far_from_the_wanted_one_is_refused(act: Callable[..., Any]) -> None:
-    with pytest.raises(UnsupportedSite, match="layer turns 127 coordinates, which no block width from 2 to 64"):
+    with pytest.raises(UnsupportedSite, match="layer rotates 127 coordinates, which no block width from 2 to 64"):
         act(One(nn.Linear(127, 3)), "oft", target="layer")

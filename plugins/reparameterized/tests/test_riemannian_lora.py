@@ -148,7 +148,7 @@ def test_sites_may_differ() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="trained='B' has a rule of its own"):
+    with pytest.raises(ConfigError, match="trained='B' trains one with its own rule"):
         peftcore.apply(One(nn.Linear(12, 7)), "lora_fa", target="layer", damping=0.1)
     with pytest.raises(ConfigError, match="damping"):
         peftcore.apply(One(nn.Linear(12, 7)), "lora", target="layer", damping=-1.0)

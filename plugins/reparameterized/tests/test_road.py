@@ -110,7 +110,7 @@ def test_a_rotation_keeps_lengths() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedSite, match="7 outputs, which are no whole groups of group_size=2"):
+    with pytest.raises(UnsupportedSite, match="7 outputs, which group_size=2 does not divide"):
         peftcore.apply(One(nn.Linear(12, 7)), "road", target="layer")
     for options in ({"group_size": 3}, {"variant": 3}):
         with pytest.raises(ConfigError):
@@ -157,3 +157,15 @@ def test_beside_peft(variant: int, group_size: int, training: bool) -> None:
 def test_a_model_beside_peft() -> None:
     model, inputs = HOSTS["llama"].build()
     both(model.eval(), ["q_proj", "v_proj"], 2, 4).assert_same(lambda adapted: adapted(**inputs).logits)
+
+
+def test_the_operator_converts_as_modules_do() -> None:
+    """No attribute of the operator hides a method of `nn.Module`, such as `half`."""
+    (operator,) = peftcore.apply(One(nn.Linear(6, 4)), "road", target="layer").operators.values()
+    assert operator.half().get_parameter("angle").dtype is torch.float16
+
+
+def test_an_operator_is_cast_by_half() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(4, 8)), "road", target="0", group_size=4)
+    (operator,) = injection.operators.values()
+    assert {each.dtype for each in operator.half().parameters()} == {torch.float16}

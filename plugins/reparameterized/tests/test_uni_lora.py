@@ -141,5 +141,5 @@ def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(host, "uni_lora", target="layer", **OPTIONS, store_indices=True)
     injection.operators["layer"].get_buffer("index_A").fill_(7)
     injection.save(tmp_path)
-    with pytest.raises(CheckpointError, match="index_A holds places outside of the 7 entries"):
+    with pytest.raises(CheckpointError, match="index_A has entries outside of the 7 entries"):
         peftcore.load(One(nn.Linear(4, 4)), tmp_path)

@@ -111,7 +111,7 @@ def test_only_what_is_chosen_gets_gradients() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="topk=7 of num_vectors=6 cannot be chosen"):
+    with pytest.raises(ConfigError, match="topk=7 is more than num_vectors=6"):
         adapted("linear", "vb_lora", **{**OPTIONS, "topk": 7})
     with pytest.raises(ConfigError, match="vector_length cannot change at single sites"):
         peftcore.apply(two(), "vb_lora", target=TARGET, **OPTIONS, overrides={"first": {"vector_length": 2}})

@@ -96,7 +96,7 @@ def test_what_is_kept_is_small() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedSite, match="no inputs are kept"):
+    with pytest.raises(UnsupportedSite, match="keeps no inputs"):
         peftcore.apply(One(nn.Conv2d(3, 4, 2)), "velora", target="layer")
 
 

@@ -16,8 +16,8 @@ def squared_gradients(
     """Return for each parameter the sum over the batches of (dL/dp)^2; the gradient of each is first clipped to
     `max_norm`.
 
-    The mean over the batches, times a number that orders nothing. No gradient is left anywhere, also not in other
-    injections that act.
+    The sum ranks weights as the mean over the batches does. No `grad` is left on any parameter, including parameters
+    of other active adapters.
     """
     sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters}
     for batch in data:

@@ -2,7 +2,7 @@
 
 from peftcore.author import Preset
 
-NO_EMBEDDINGS = "Without the embeddings of a new language, which the paper trains along: train= adds them."
+NO_EMBEDDINGS = "Without the embeddings of a new language, which the paper also trains: train= adds them."
 
 PRESETS = {
     "beft": Preset("bitfit", "2509.15974", {"add_missing_bias": True, "head": False}, target=("attn.v", "cross.v")),

@@ -22,7 +22,7 @@ def one_each(sites: Iterable[Site]) -> list[Site]:
 
 
 def tied_to(site: Site, surgeon: Surgeon) -> list[Site]:
-    """Return the other places that hold the site's tensor, where the site is all of it."""
+    """Return the other modules that hold the site's tensor; empty if the site is a slice of it."""
     resolver, tensor = surgeon.resolver, site.layer.held(site.module, site.tensor)
     places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.slices is None else []
     here = site.module_path, site.tensor

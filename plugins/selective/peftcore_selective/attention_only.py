@@ -3,12 +3,12 @@
 Equation:
     W' for W in {W_q, W_k, W_v, W_o} of every block, and their biases,   trained, starting from the host's
 
-As in the authors' code, the head over classes and the tables of positions train along, which the paper does not say;
-where a target is named, that alone. Feed-forwards, norms and other embeddings stay. Cross-attention stays too, which
-the paper's image models do not have: target ("attn.*", "cross.*") to train it along. A matrix that makes queries, keys
-and values together trains whole; a target such as attn.q trains its slice of it. Where one matrix serves attention and
-feed-forward together, target the parts of the first (attn.q, attn.k, attn.v); a common output matrix cannot be split,
-since attention and feed-forward share it.
+As in the authors' code, the head over classes and the position embeddings train too, which the paper does not say;
+if `target` is set, only the target trains. Feed-forwards, norms and other embeddings stay. Cross-attention stays too,
+which the paper's image models do not have: target ("attn.*", "cross.*") to train it too. A matrix that makes queries,
+keys and values together trains whole; a target such as attn.q trains its slice of it. Where one matrix serves attention
+and feed-forward together, target the parts of the first (attn.q, attn.k, attn.v); a common output matrix cannot be
+split, since attention and feed-forward share it.
 
 Parameters: 4 d^2 + 4 d a block, about a third of a transformer's, those of the head, and of the tables of positions.
 
@@ -16,7 +16,7 @@ Start: The values of the model: the identity.
 
 Differs from the authors' code: No difference is known (facebookresearch/deit).
 
-Use it: `peftcore.apply(model, "attention_only")`, in place of full fine-tuning on images: a third of the memory for
+Use it: `peftcore.apply(model, "attention_only")`, instead of full fine-tuning on images: a third of the memory for
 gradients, at nearly the same accuracy.
 """
 
@@ -35,11 +35,11 @@ class AttentionOnlyConfig(MethodConfig):
 
     method: Literal["attention_only"] = "attention_only"
     include_bias: bool = True
-    """Train the biases along."""
+    """Train the biases too."""
     head: bool = True
-    """Train the head along, whole, unless it gives tokens."""
+    """Train the whole head too, unless it predicts tokens."""
     positions: bool = True
-    """Train the tables of positions along."""
+    """Train the position embeddings too."""
 
 
 class AttentionOnly(Method):

@@ -4,7 +4,7 @@ Equation:
     y = W x + b',   b' trained, starting from b
 
 All biases of the model, those of norms included. As in the authors' code, the head over classes trains whole, which the
-paper does not say; where a target is named, its biases alone. Models without any (Llama, T5) have nothing to train:
+paper does not say; if `target` is set, only its biases train. Models without biases (Llama, T5) have nothing to train:
 `add_missing_bias` gives the linear layers of the blocks new biases.
 
 Parameters: the length of each bias, and the weight of the head.
@@ -36,7 +36,7 @@ class BitFitConfig(MethodConfig):
     """Add a bias, starting at zero, to linear layers without one (those with the role `all-linear`, or the targets
     asked for)."""
     head: bool = True
-    """Train the head whole, unless it gives tokens."""
+    """Train the whole head, unless it predicts tokens."""
 
 
 class BitFit(Method):

@@ -63,7 +63,7 @@ class FishMaskConfig(MethodConfig):
 
 
 class FishMaskUpdate(Checked):
-    """The trained differences, and their places in all sites one after the other, ascending."""
+    """The trained differences, and their ascending positions in the concatenation of all sites."""
 
     index: Tensor
 
@@ -76,7 +76,7 @@ class FishMaskUpdate(Checked):
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         index = values.get("index")
         if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
-            yield f"index does not hold ascending places in {self.total} weights"
+            yield f"index must hold ascending positions in {self.total} weights"
 
 
 class FishOperator(WeightOperator):

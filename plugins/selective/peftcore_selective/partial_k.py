@@ -38,9 +38,9 @@ class PartialKConfig(MethodConfig):
     k: PositiveInt = 1
     """How many blocks train, from the top of each stack; of a shorter stack, all."""
     final_norm: bool = True
-    """Train the norm behind the last block along."""
+    """Train the norm after the last block too."""
     head: bool = True
-    """Train the head along, unless it is tied."""
+    """Train the head too, unless it is tied."""
 
 
 class PartialK(Method):

@@ -43,11 +43,11 @@ class SHiRAConfig(MethodConfig):
 
     method: Literal["shira"] = "shira"
     rank: PositiveInt = 32
-    """Sets how many entries train: as many as LoRA of this rank has. The update's own rank is not bounded by it."""
+    """Sets the number of entries that train, as many as LoRA of this rank has. It does not bound the update's rank."""
     mask: Literal["random", "magnitude", "smallest"] = "random"
     """How the entries are chosen: drawn evenly, or the largest weights, or the smallest."""
     sparsity: Share | None = None
-    """The share of entries that stay as they are; where it is given, `rank` does not count."""
+    """The share of entries that stay frozen; if set, `rank` has no effect."""
     low_rank: NonNegativeInt = 0
     """Rank of a low-rank update in addition to the entries; 0 leaves it out."""
     alpha: PositiveFloat = 16.0
@@ -55,7 +55,7 @@ class SHiRAConfig(MethodConfig):
 
 
 def ends(site: Site) -> int:
-    """Return how many numbers a rank takes: inputs and outputs."""
+    """Return the number of LoRA's parameters per rank: inputs plus outputs."""
     return site.in_features * math.prod(site.kernel) + site.out_features
 
 
@@ -72,7 +72,7 @@ def largest(weight: Tensor, batch_dims: int, count: int, smallest: bool = False)
 
 
 class SHiRAOperator(WeightOperator):
-    """Adds values to some entries of a weight, and holds which these are."""
+    """Adds trained values to some entries of a weight, and stores the entries' positions."""
 
     index: Tensor
 
@@ -81,13 +81,13 @@ class SHiRAOperator(WeightOperator):
         size, count = math.prod(site.weight_shape[len(site.batch) :]), entries(site, config)
         if count > size:
             raise UnsupportedSite(
-                f"{site.path} has {size} entries, but rank={config.rank} asks for {count}; lower the rank there "
-                "(overrides=) or exclude the site"
+                f"{site.path} has {size} entries, but rank={config.rank} needs {count}; lower the rank for it with "
+                "overrides=, or exclude the site"
             )
         if not count:
             raise UnsupportedSite(
                 f"{site.path} has {size} entries, of which sparsity={config.sparsity} leaves none to train; lower it "
-                "there (overrides=) or exclude the site"
+                "for this site with overrides=, or exclude the site"
             )
         # 32 bits halve the file, and no matrix of 2**31 entries is in sight
         index = self._choose(site, config, size, count).sort(-1).values.to(torch.int32)
@@ -112,9 +112,9 @@ class SHiRAOperator(WeightOperator):
         if "index" in values:
             places, _ = values["index"].sort(-1)
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.size:
-                yield f"index holds places outside of the {self.size} entries of a matrix"
+                yield f"index has entries outside of the {self.size} entries of a matrix"
             elif places.diff(dim=-1).eq(0).any():
-                yield "index holds a place twice"
+                yield "index has an entry twice"
 
     def forward(self, weight: Tensor) -> Tensor:
         flat, index = weight.flatten(self.layer.batch_dims), self.index.long()

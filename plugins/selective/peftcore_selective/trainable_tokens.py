@@ -36,7 +36,7 @@ from peftcore_selective._ties import one_each, tied_to
 
 def _different(indices: list[int]) -> list[int]:
     if len(set(indices)) != len(indices):
-        raise ValueError("an index stands there twice")
+        raise ValueError("token_indices has an index twice")
     return indices
 
 
@@ -56,7 +56,9 @@ class TokensOperator(Operator):
     def __init__(self, site: Site, config: TrainableTokensConfig) -> None:
         super().__init__(site)
         if site.slices is not None or len(site.weight_shape) != 2:
-            raise UnsupportedSite(f"{site.path} is no table: it has no rows that could belong to tokens")
+            raise UnsupportedSite(
+                f"{site.path} is not a table with a row for each token; target an embedding or an output layer"
+            )
         if max(config.token_indices) >= site.out_features:
             raise UnsupportedSite(
                 f"{site.path} has {site.out_features} rows, but token_indices has {max(config.token_indices)}; "

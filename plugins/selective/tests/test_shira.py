@@ -133,7 +133,7 @@ def test_the_entries_travel_with_the_file(tmp_path: Any) -> None:
 
 def test_more_entries_than_there_are() -> None:
     for do in (peftcore.plan, peftcore.apply):
-        with pytest.raises(UnsupportedSite, match="63 entries, but rank=4 asks for 64"):
+        with pytest.raises(UnsupportedSite, match="63 entries, but rank=4 needs 64"):
             do(nn.Sequential(nn.Linear(9, 7)), "shira", target="0", rank=4)
 
 

@@ -169,7 +169,7 @@ def test_indices_that_are_none(indices: list[int]) -> None:
 
 
 def test_rows_that_are_not_there() -> None:
-    for layer, why in ((nn.Embedding(9, 4), "9 rows, but token_indices has 9"), (nn.Conv1d(20, 20, 3), "no table")):
+    for layer, why in ((nn.Embedding(9, 4), "9 rows, but token_indices has 9"), (nn.Conv1d(20, 20, 3), "not a table")):
         for do in (peftcore.plan, peftcore.apply):
             with pytest.raises(UnsupportedSite, match=why):
                 do(nn.Sequential(layer), "trainable_tokens", target="0", token_indices=[2, 9])

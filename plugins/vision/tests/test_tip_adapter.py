@@ -193,7 +193,7 @@ def test_data_without_augmentations_is_gone_through_twice() -> None:
 def test_a_part_of_a_hybrid_is_told_its_sizes() -> None:
     cache = {"method": "tip_adapter", "features": "input", "target": "0", "passes": 3}
     with pytest.raises(
-        ConfigError, match=r"tell the part what it found, overrides=\{'0': \{'images': 5, 'classes': 3\}\}"
+        ConfigError, match=r"pass the decisions to the part: overrides=\{'0': \{'images': 5, 'classes': 3\}\}"
     ):
         peftcore.apply(classifier(), [cache, {"method": "ia3", "target": "0"}], data=Drawn())
     parts = [{**cache, "images": 5, "classes": 4}, {"method": "ia3", "target": "0"}]
@@ -227,7 +227,7 @@ def test_where_it_cannot_be() -> None:
         peftcore.apply(host("vit"), "tip_adapter", data=[{"pixel_values": pixels(), "labels": LABELS}])
     model = host("clip")
     few(model)
-    with pytest.raises(RouteError, match="cannot be told apart"):
+    with pytest.raises(RouteError, match="cannot be distinguished"):
         peftcore.route(model, ["tip_adapter", None])
     for wrong, message in (
         ({"return_dict": False}, "logits_per_image"),

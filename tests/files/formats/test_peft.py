@@ -440,7 +440,7 @@ def test_tables_that_are_tied_have_the_same_tokens(tmp_path: Path) -> None:
     base, _ = host("gpt2")
     tokens = {"wte": [9, 3], "lm_head": [9, 4]}
     saved_by_peft(base, lora(target_modules=["c_attn"], trainable_token_indices=tokens), tmp_path)
-    with pytest.raises(CheckpointError, match="tied to a table of which other tokens train"):
+    with pytest.raises(CheckpointError, match="tied to a table in which other tokens train"):
         peftcore.load(base, tmp_path)
 
 
@@ -455,7 +455,9 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     refused(r"classifier\.weight", "bert", "lora", train=["classifier.weight"])
     refused("one use_rslora for all", "llama", "lora", overrides={"*q_proj": {"scaling": "sqrt_rank"}})
     refused("no method that computes what houlsby_adapter does", "bert", "houlsby_adapter")
-    refused("peft computes something else with what is no bias of a linear layer", "bert", "bitfit", head=False)
+    refused(
+        "peft computes something else with tensors other than biases of linear layers", "bert", "bitfit", head=False
+    )
     tokens = {"method": "trainable_tokens", "token_indices": [3]}
     refused("at one module", "llama", "config_union", parts=[{"method": "lora", "target": "embed"}, tokens])
     ia3 = {"method": "ia3"}

@@ -124,7 +124,7 @@ def test_what_a_choice_in_force_names_stays(served: tuple[nn.Module, peftcore.Ad
     model, pool = served
     peftcore.activate(model, "a")
     with peftcore.activate(model, "b"):
-        with pytest.raises(MemoryLimit, match=rf"'c' wants {EACH:,} bytes.*{2 * EACH:,} are taken.*'b', 'a'"):
+        with pytest.raises(MemoryLimit, match=rf"'c' needs {EACH:,} bytes.*{2 * EACH:,} are taken.*'b', 'a'"):
             peftcore.using(model, "c")(outputs, model)
         assert peftcore.injections(model)["b"].active
         assert pool.rest("a", "b") == ["a", "b"]
@@ -181,7 +181,7 @@ def test_the_choice_before_stays_where_a_limit_refuses_one(served: tuple[nn.Modu
         lambda: peftcore.route(model, ["b", "c", "d"]),
         lambda: peftcore.using(model, ["b", "c"])(outputs, model),
     ):
-        with pytest.raises(MemoryLimit, match="wants"):
+        with pytest.raises(MemoryLimit, match="needs"):
             naming()
         assert torch.equal(outputs(model), before)
     assert pool.bytes <= 2 * EACH
@@ -208,7 +208,7 @@ def test_what_trains_is_passed_over_when_another_comes(served: tuple[nn.Module, 
     pool.wake("c")
     assert pool.resident == ["a", "c"]
     peftcore.injections(model)["c"].trainable()
-    with pytest.raises(MemoryLimit, match=f"{2 * EACH:,} are taken by adapters that cannot leave now: 'a', 'c'"):
+    with pytest.raises(MemoryLimit, match=f"{2 * EACH:,} are taken by adapters that cannot be offloaded now: 'a', 'c'"):
         pool.wake("d")
     assert pool.resident == ["a", "c"]
 
@@ -328,9 +328,9 @@ def test_a_new_adapter_needs_room_too(served: tuple[nn.Module, peftcore.AdapterP
     new = peftcore.apply(model, "lora", name="new")
     assert pool.resident == ["d", "new"]
     peftcore.activate(model, "a", "new")
-    with pytest.raises(MemoryLimit, match="'more' wants"):
+    with pytest.raises(MemoryLimit, match="'more' needs"):
         peftcore.load(model, folders / "b", name="more", active=False)
-    with pytest.raises(MemoryLimit, match="'more' wants"):
+    with pytest.raises(MemoryLimit, match="'more' needs"):
         peftcore.apply(model, "lora", name="more")
     assert list(peftcore.injections(model)) == [*NAMES, "new"]
     peftcore.activate(model)

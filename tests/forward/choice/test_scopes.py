@@ -250,11 +250,11 @@ def test_what_outlives_the_block_in_which_it_was_started_is_refused() -> None:
 
     async def late() -> list[Any]:
         await asyncio.sleep(0.01)
-        with pytest.raises(BlockOrderError, match="left meanwhile"):
+        with pytest.raises(BlockOrderError, match="that has ended"):
             model(X)
         with activate(model, "c"):
             found = [model(X)]
-        with pytest.raises(BlockOrderError, match="left meanwhile"):
+        with pytest.raises(BlockOrderError, match="that has ended"):
             model(X)
         found.append(using(model, "b")(model, X))
         activate(model, "a")  # a statement says it for everybody, this task too

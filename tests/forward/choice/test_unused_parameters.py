@@ -37,7 +37,7 @@ def test_what_trains_and_does_not_act_is_named_before_the_first_step() -> None:
     model, one, _ = adapted()
     peftcore.activate(model, "one")
     runner = DistributedDataParallel(model)
-    with pytest.raises(TrainingError, match=r"'two' trains but does not act.*trainable\(False\)"):
+    with pytest.raises(TrainingError, match=r"'two' trains but is not active.*trainable\(False\)"):
         runner(X)
     assert all(parameter.grad is None for parameter in one.parameters())
     with torch.no_grad():

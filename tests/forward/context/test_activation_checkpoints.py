@@ -151,7 +151,7 @@ def test_a_choice_that_changes_inside_of_a_checkpoint_is_refused(way: str) -> No
         return second
 
     output = checkpoint(run, inputs(), use_reentrant=way == "reentrant")
-    with pytest.raises(AmbiguousBackward, match="inside of a checkpoint"):
+    with pytest.raises(AmbiguousBackward, match="inside a checkpointed block"):
         output.square().sum().backward()
 
 

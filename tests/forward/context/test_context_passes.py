@@ -102,7 +102,7 @@ def test_an_operator_of_another_model_is_no_injection_of_this_one() -> None:
     model.layers[0].register_forward_hook(once)
     with torch.no_grad(), call(model, strength=1.0):
         model(IDS)
-    assert "belongs to no injection" in str(refused[0])
+    assert "does not belong to an adapter" in str(refused[0])
 
 
 class AgainMethod(Method):

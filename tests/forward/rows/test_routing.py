@@ -232,7 +232,7 @@ def test_rows_that_are_repeated_go_where_theirs_go() -> None:
         with route(model, [one.name, two.name], copies=3):
             routed = model(ids)["logits"]
         torch.testing.assert_close(routed, separately(model, ids, 3 * [one.name] + 3 * [two.name]))
-        with pytest.raises(RouteError, match="a module got 5 rows"), route(model, [one.name, two.name]):
+        with pytest.raises(RouteError, match="a module received 5 rows"), route(model, [one.name, two.name]):
             model.layers[0](torch.randn(5, 4, 8))
 
 

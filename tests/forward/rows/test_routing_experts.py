@@ -118,5 +118,5 @@ def test_experts_that_get_chosen_tokens_alone_are_refused() -> None:
     )
     model = transformers.SwitchTransformersForConditionalGeneration(config)
     name = peftcore.apply(model, "lora", target="mlp.up").name
-    with pytest.raises(RouteError, match="cannot be told apart"):
+    with pytest.raises(RouteError, match="cannot be distinguished"):
         route(model, [name, None])

@@ -170,7 +170,7 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         with pytest.raises(RouteError, match="one column for each of the 2 rows"):
             route(model, [one.name, None], since=since)
     with torch.no_grad(), route(model, [one.name, None], since=[1, 0]):
-        with pytest.raises(MissingContext, match="those of input_ids"):
+        with pytest.raises(MissingContext, match="with input_ids"):
             model.model(ids(2))
         model(ids(2))
 

@@ -139,7 +139,7 @@ def test_encoder_outputs_without_the_rows_are_refused() -> None:
     mask = torch.ones_like(ids)
     with injection.disabled():
         encoded = model.encoder(input_ids=ids)
-    with pytest.raises(SequenceError, match="not in it"):
+    with pytest.raises(SequenceError, match="not in the output"):
         model(encoder_outputs=encoded, attention_mask=mask, **inputs)
     again = model(encoder_outputs=model.encoder(input_ids=ids), attention_mask=mask, **inputs).logits
     close(again, model(input_ids=ids, attention_mask=mask, **inputs).logits)

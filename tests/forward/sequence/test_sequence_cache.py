@@ -128,7 +128,7 @@ def test_a_cache_filled_without_the_rows_is_refused() -> None:
     _, injection, _ = adapt(model)
     with injection.disabled():
         cache = filled(model)
-    with pytest.raises(SequenceError, match="filled without the soft prompt"):
+    with pytest.raises(SequenceError, match="filled without the active soft prompt"):
         goes_on(model, cache)
 
 
@@ -137,9 +137,9 @@ def test_a_cache_filled_with_the_rows_is_refused_without_them() -> None:
     base, injection, _ = adapt(model)
     cache = filled(model)
     before = cache.get_seq_length()
-    with injection.disabled(), pytest.raises(SequenceError, match="3 rows of soft prompts that do not act"):
+    with injection.disabled(), pytest.raises(SequenceError, match="3 rows of soft prompts that are not active"):
         goes_on(model, cache)
-    with pytest.raises(SequenceError, match="do not act now"):
+    with pytest.raises(SequenceError, match="are not active now"):
         goes_on(base, cache)
     assert cache.get_seq_length() == before
     torch.testing.assert_close(goes_on(model, cache), step(model), rtol=1e-10, atol=1e-10)
@@ -161,7 +161,7 @@ def test_a_cache_of_another_prompt_is_refused() -> None:
 def test_a_cache_that_nobody_knows_is_refused() -> None:
     model, _ = host("llama")
     adapt(model)
-    with pytest.raises(SequenceError, match="tuple is no cache"):
+    with pytest.raises(SequenceError, match="tuple is not a cache"):
         model(input_ids=tokens(), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 

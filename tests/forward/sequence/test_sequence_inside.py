@@ -175,7 +175,7 @@ def test_counted_rows_are_words_to_the_tokens(name: str) -> None:
 
 
 def test_rows_that_come_in_further_in_cannot_be_counted() -> None:
-    with pytest.raises(PluginError, match="cannot be counted"):
+    with pytest.raises(PluginError, match="cannot count as positions"):
         peftcore.apply(deep("gpt2"), Inner, blocks=[1, 2], counted=True)
 
 
@@ -403,16 +403,16 @@ def test_two_that_come_in_at_different_blocks(name: str) -> None:
 
 
 REFUSED = {
-    "opt": ([1], "24 wide"),
-    "bart": ([1], "makes positions by itself"),
-    "whisper": ([1], "makes positions by itself"),
+    "opt": ([1], "width 24"),
+    "bart": ([1], "computes positions itself"),
+    "whisper": ([1], "computes positions itself"),
     "mamba": ([1], "linear_attention"),
     "jamba": ([1], "linear_attention"),
     "bloom": ([1], "attention interface"),
     "clip": ([1], "embeddings"),
     "chunked": ([1], "chunked_attention"),
     "llama": ([2], "blocks 0 to 1"),
-    "albert": ([0], "24 wide"),
+    "albert": ([0], "width 24"),
     "deberta_v2": ([1], "attention interface"),
 }
 

@@ -198,7 +198,7 @@ def test_a_final_mask_of_another_size_is_refused() -> None:
     adapt(model)
     ids, mask = batch()
     cache = model(input_ids=ids[:, :6], attention_mask=mask[:, :6]).past_key_values
-    with pytest.raises(SequenceError, match="mask is for 9 keys"):
+    with pytest.raises(SequenceError, match="mask has 9 keys"):
         model(input_ids=ids[:, 6:], attention_mask=final(mask, torch.bool)[:, :, 6:, 1:], past_key_values=cache)
 
 

@@ -129,7 +129,7 @@ def test_dropped_inputs_below_an_effective_weight_are_refused_in_training(above:
     peftcore.apply(model, above, name="above", target="first", **({"block_size": 2} if above == "oft" else {}))
     stir(below)
     model.eval()(x)
-    with pytest.raises(TrainingError, match="'below' drops inputs"):
+    with pytest.raises(TrainingError, match="'below' uses dropout"):
         model.train()(x)
     with peftcore.activate(model, "below"):
         model(x)

@@ -8,7 +8,7 @@ module without a bias, and is refused otherwise (peft leaves the matrix out in G
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -24,6 +24,10 @@ class PeftAdaptionPrompt(PeftMethod):
 
     methods = ("llama_adapter",)
     below = ("adaption_prompt", "adaption_gate")
+    advice: ClassVar[Mapping[str, str]] = {
+        "adapter_len": "use length=",
+        "adapter_layers": "use layers=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         length, layers = keys.take("adapter_len", int), keys.take("adapter_layers", int)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -23,6 +23,10 @@ class PeftIA3(PeftMethod):
     methods = ("ia3",)
     below = ("ia3_l",)
     kinds = (nn.Linear, Transposed, nn.Conv2d, nn.Conv3d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "feedforward_modules": "use scale_inputs=",
+        "init_ia3_weights": "leave it out: a fresh adapter starts as in its paper",
+    }
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
         """Return the option by module that says whether its inputs are scaled."""

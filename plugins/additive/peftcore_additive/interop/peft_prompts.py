@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -26,6 +26,12 @@ class PeftPrompt(SoftPrompt):
     """Translates rows in front of the tokens."""
 
     methods = ("prompt_tuning",)
+    advice: ClassVar[Mapping[str, str]] = {
+        "prompt_tuning_init": "use init=",
+        "prompt_tuning_init_text": "use init_ids=",
+        "tokenizer_name_or_path": "leave it out: init_ids= has the ids",
+        "tokenizer_kwargs": "leave it out: init_ids= has the ids",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
@@ -53,6 +59,12 @@ class PeftPTuning(PeftPrompt):
     """Translates rows that a network made."""
 
     methods = ("p_tuning",)
+    advice: ClassVar[Mapping[str, str]] = {
+        "encoder_reparameterization_type": "use encoder=",
+        "encoder_hidden_size": "use hidden=",
+        "encoder_num_layers": 'use encoder="mlp" or "lstm", both of two layers',
+        "encoder_dropout": "use lstm_dropout=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("encoder_reparameterization_type", "encoder_hidden_size")
@@ -81,6 +93,17 @@ class PeftCPT(PeftPrompt):
     """Translates prompts of examples; a file stores the sum of the examples' embeddings and their change."""
 
     methods = ("cpt",)
+    advice: ClassVar[Mapping[str, str]] = {
+        "num_virtual_tokens": "leave it out: ids= has the number of tokens",
+        "cpt_token_ids": "use ids=",
+        "cpt_mask": "leave it out: it has no effect in peft either",
+        "cpt_tokens_type_mask": "use types=",
+        "opt_weighted_loss_type": "use decay=",
+        "opt_loss_decay_factor": "use decay=",
+        "opt_projection_epsilon": "use epsilon=",
+        "opt_projection_format_epsilon": "use format_epsilon=",
+        "tokenizer_name_or_path": "leave it out: init_ids= has the ids",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         length, ids = super().options(keys, shapes)["length"], keys.take("cpt_token_ids", list)
@@ -126,6 +149,10 @@ class PeftPrefix(SoftPrompt):
     """Translates keys and values in front of the keys and values of every attention."""
 
     methods = ("prefix_tuning",)
+    advice: ClassVar[Mapping[str, str]] = {
+        "encoder_hidden_size": "use projection=",
+        "prefix_projection": "use projection=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("prefix_projection", "encoder_hidden_size", "init_weights")
@@ -184,6 +211,9 @@ class PeftCartridge(PeftPrefix):
     """Translates trained caches of texts: their first rows are frozen."""
 
     methods = ("cartridge",)
+    advice: ClassVar[Mapping[str, str]] = {
+        "num_frozen_tokens": "use frozen=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         found = super().options(keys, shapes)

@@ -8,7 +8,7 @@ ignored, and not written. The shadow update of peft's last block is unused too: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -37,6 +37,17 @@ class PeftShadow(PeftMethod):
     methods = ("shadow",)
     below = tuple(NAMES.values())
     root = (BACKBONE, PROJECTION, HEAD)
+    advice: ClassVar[Mapping[str, str]] = {
+        "shadow_alpha": "use scale=",
+        "shadow_model": 'use sizes= of that network, then injection.shared["guest"].take(network)',
+        "shadow_num_hidden_layers": "use layers=",
+        "shadow_hidden_size": "use sizes=",
+        "shadow_num_attention_heads": "use sizes=",
+        "shadow_intermediate_size": "use sizes=",
+        "share_embeddings": "use own_table=, the opposite",
+        "update_hidden_size": "use update_width=",
+        "auxiliary_loss_weight": "use guest_weight=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         if (named := keys.take("shadow_model", str, "mirror")) != "mirror":

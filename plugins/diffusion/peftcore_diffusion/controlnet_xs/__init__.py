@@ -30,6 +30,7 @@ its nearest kin; not where a published ControlNet is there already.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -140,7 +141,7 @@ class ControlNetXS(Method):
         for site in surgeon.sites():
             root, unet = controlled(surgeon, site)
             sizes = config.ratio, config.heads, config.channels, config.widths
-            network = surgeon.own(f"control_{root}", lambda unet=unet, sizes=sizes: Controller(unet, *sizes))
+            network = surgeon.own(f"control_{root}", functools.partial(Controller, unet, *sizes))
             self._talk(surgeon, site, config, root, network)
 
     @staticmethod

@@ -146,9 +146,8 @@ def _down(block: Any, left: list[int], width: int, heads: int | None, most: int)
     the decoder."""
     from diffusers.models.resnet import Downsample2D, ResnetBlock2D
 
-    names = ("resnets", "base_to_ctrl", "ctrl_to_base")
-    parts = nn.ModuleDict({name: nn.ModuleList() for name in names})
-    resnets, reads, adds = (parts[name] for name in names)
+    resnets, reads, adds = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+    parts = nn.ModuleDict({"resnets": resnets, "base_to_ctrl": reads, "ctrl_to_base": adds})
     attentions = block.attentions if "attentions" in dict(block.named_children()) else ()
     for resnet in block.resnets:
         read, base = left[-1] + resnet.in_channels, resnet.out_channels
@@ -182,9 +181,10 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(
             ResnetBlock2D(in_channels=read, out_channels=width, temb_channels=time, groups=groups) for read in reads
         )
-        self.attentions = nn.ModuleList(
-            None if each is None else _attention(each, width, heads, groups) for each in block.attentions
-        )
+        self.attentions = nn.ModuleList()
+        for number, each in enumerate(block.attentions):
+            made = None if each is None else _attention(each, width, heads, groups)
+            self.attentions.add_module(str(number), made)  # `append` is not annotated for None
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output for an activation and the embedding of the timestep; the rest is for attentions."""

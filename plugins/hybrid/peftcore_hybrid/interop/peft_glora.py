@@ -8,7 +8,7 @@ bias.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -27,6 +27,11 @@ class PeftGLoRA(PeftMethod):
     kinds = (nn.Linear,)
     adds = True
     bias = "glora_only"
+    advice: ClassVar[Mapping[str, str]] = {
+        "config_A_B": "use A= and B=",
+        "config_C": "use C=",
+        "config_D_E": "use D= and E=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_weights")

@@ -12,43 +12,49 @@ from peftcore.models.model_names import MODEL
 
 Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
 Model = Annotated[str | None, typer.Option(help=MODEL)]
-Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
+Task = Annotated[str | None, typer.Option(help="The task: text-classification, causal-lm, chat ...")]
 Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a run.")]
-On = Annotated[str | None, typer.Option("--on", help="Where runs are carried out: ray. Without it, here, one by one.")]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: 10.0.0.1:6379. Without it, one of this machine.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
+On = Annotated[
+    str | None, typer.Option("--on", help="Where to run: ray. By default on this machine, one run after the other.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster: 10.0.0.1:6379. By default a new one on this machine.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch.")]
 
 
 def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the flags that were given, by the names that their values have in a file."""
+    """Return the flags that the user set, by their names in a configuration file."""
     return [(name, value) for name, value in flags.items() if value is not None]
 
 
 def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
-    """Check that examples and a model are given by the demonstration, from a file or from flags.
+    """Check that either the demonstration, a file or flags name the examples and the model.
 
     Raises:
-        BadInput: from none of them, or from the demonstration and another.
+        BadInput: none of the three does, or the demonstration is combined with another.
     """
     if demo and (config or model or data or task):
-        raise BadInput("--demo brings its own model, task and data; leave these out")
+        raise BadInput(
+            "--demo has its own model, task and data: remove --model, --task, --data and the configuration file"
+        )
     if not demo and config is None and (model is None or data is None):
-        raise BadInput("give --demo, a configuration file, or both --model and --data")
+        raise BadInput("set --demo, name a configuration file, or set both --model and --data")
 
 
 def place_of(on: str | None, address: str | None) -> Any:
-    """Return where runs are carried out.
+    """Return the object that carries out runs: a Ray cluster, or None for this process.
 
     Raises:
         BadInput: no such place is known.
     """
     if on is None:
         if address is not None:
-            raise BadInput("--address is that of a cluster: --on ray")
+            raise BadInput("--address is the address of a Ray cluster: add --on ray")
         return None
     if on != "ray":
-        raise BadInput(f"--on {on}: there is ray alone")
+        raise BadInput(f"--on {on} is unknown: use --on ray")
     from peftcore_lab.comparisons.comparison_on_ray import OnRay
 
     return OnRay(address)

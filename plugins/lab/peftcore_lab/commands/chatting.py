@@ -12,13 +12,13 @@ from peftcore.cli.app import answered, printable
 from peftcore.models.model_names import MODEL
 
 Adapter = Annotated[str, typer.Argument(help="Folder of a run of peftcore train, or an adapter.")]
-Model = Annotated[str | None, typer.Option(help=f"{MODEL} By default that which the run or the adapter names.")]
+Model = Annotated[str | None, typer.Option(help=f"{MODEL} By default the model that the run or the adapter names.")]
 Template = Annotated[str | None, typer.Option("--chat-template", help="chatml, or a Jinja file.")]
-System = Annotated[str, typer.Option(help="What the model is told at first.")]
-Longest = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+System = Annotated[str, typer.Option(help="The system message.")]
+Longest = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Temperature of sampling; 0 is greedy decoding.")]
 DType = Annotated[str, typer.Option(help="Data type of the weights: float32, bfloat16 or float16.")]
-HELP = "/base answers without the adapter, /new begins anew, /quit or Ctrl-D ends; Ctrl-C ends an answer"
+HELP = "/base answers without the adapter, /new starts a new conversation, /quit or Ctrl-D ends; Ctrl-C ends an answer"
 
 
 def chat(
@@ -38,7 +38,7 @@ def chat(
 
         no_bars()
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise BadInput(f"--dtype {dtype}: float32, bfloat16 or float16")
+            raise BadInput(f"--dtype {dtype} is unknown: use float32, bfloat16 or float16")
         talk = conversation(adapter, model, template, system, dtype)
         if sys.stdin.isatty():
             print(HELP, file=sys.stderr)

@@ -24,7 +24,7 @@ from peftcore_lab.commands._options import (
     place_of,
 )
 
-Config = Annotated[Path | None, typer.Argument(help="YAML file of the comparison; the options below go over it.")]
+Config = Annotated[Path | None, typer.Argument(help="YAML file of the comparison; the options below override it.")]
 Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; 'full' is full fine-tuning.")]
 LearningRate = Annotated[
     float | None, typer.Option("--lr", help="Learning rate of all methods (1e-3; in the demo, one that suits each).")
@@ -33,14 +33,16 @@ TuneRates = Annotated[
     str | None,
     typer.Option("--tune-lr", help="Try each method with these rates on a tuning set first: 3e-4,1e-3,3e-3."),
 ]
-Seeds = Annotated[str | None, typer.Option(help="One run of each method for each of these: 0,1,2 (0).")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds; each method is trained once with each: 0,1,2 (0).")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the report and the runs.")]
-Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the tuning split, which settings are chosen by.")]
+Tuning = Annotated[
+    bool, typer.Option("--tuning", help="Demo: score on the tuning split, which is for choosing settings.")
+]
 
 
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Take the finished runs in the folder as they are, and go on with those begun."),
+    typer.Option("--resume", help="Keep the finished runs in the folder, and resume the unfinished ones."),
 ]
 Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
 
@@ -89,9 +91,11 @@ def compare(
 
         values: dict[str, Any] = {} if config is None else reading.load(config)
         if lr is not None and tune_lr is not None:
-            raise BadInput("--lr is the rate of all methods, --tune-lr chooses one for each: give one of them")
+            raise BadInput(
+                "--lr sets one rate for all methods and --tune-lr chooses one for each: use only one of them"
+            )
         if tuning and not demo:
-            raise BadInput("--tuning belongs to --demo")
+            raise BadInput("--tuning works only with --demo: add --demo, or remove --tuning")
         check_source(demo, config, model, task, data)
         if demo:
             values = tweets.comparison(out or Path("peftcore-compare"), tuning)

@@ -23,17 +23,21 @@ from peftcore_lab.commands._options import (
     place_of,
 )
 
-Config = Annotated[Path | None, typer.Argument(help="YAML file of the search; the options below go over it.")]
-Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; a file says more of each.")]
-Budget = Annotated[str | None, typer.Option(help="Trainable parameters at most: 50k, 1.5M, or a share: 0.5%.")]
-Memory = Annotated[str | None, typer.Option(help="Memory of a training step at most: 2GB.")]
+Config = Annotated[Path | None, typer.Argument(help="YAML file of the search; the options below override it.")]
+Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; a file can set the options of each.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Maximum number of trainable parameters: 50k, 1.5M, or a share of the model: 0.5%.")
+]
+Memory = Annotated[str | None, typer.Option(help="Maximum memory of a training step: 2GB.")]
 Trials = Annotated[int | None, typer.Option(help="Runs on the tuning split, of all workers together (20).")]
-Seeds = Annotated[str | None, typer.Option(help="Seeds of the runs that decide, and of the final ones: 0,1,2.")]
+Seeds = Annotated[
+    str | None, typer.Option(help="Seeds of the runs among which the pick is chosen, and of the final runs: 0,1,2.")
+]
 Seed = Annotated[int | None, typer.Option(help="Random seed of the search and of its runs (0).")]
-Storage = Annotated[str | None, typer.Option(help="Where the study is: a journal file, or sqlite:///study.db.")]
+Storage = Annotated[str | None, typer.Option(help="Storage of the study: a journal file, or sqlite:///study.db.")]
 Study = Annotated[str | None, typer.Option(help="Name of the study in the storage.")]
 Worker = Annotated[bool, typer.Option("--worker", help="Only run trials, for a search that another process finishes.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for what is found, and for the runs.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results and the runs.")]
 
 
 Together = Annotated[int | None, typer.Option(help="How many trials train at once on one model (4).")]

@@ -12,16 +12,16 @@ from peftcore.cli.commands._method_options import for_methods
 from peftcore.errors import BadInput
 from peftcore_lab.commands._options import Address, BatchSize, Data, Model, On, Steps, Task, given, place_of
 
-Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
+Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below override it.")]
 Method = Annotated[str | None, typer.Option(help="Name of a method. Each of its options is a flag too: --rank 8.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint, also for more steps."),
+    typer.Option("--resume", help="Resume the run in the folder from its last checkpoint; more steps are allowed."),
 ]
-Adapter = Annotated[str | None, typer.Option(help="An adapter to go on from, in place of a fresh one of a method.")]
+Adapter = Annotated[str | None, typer.Option(help="An adapter to continue, instead of a new one of a method.")]
 Processes = Annotated[int, typer.Option(min=1, help="With --on ray: how many processes train together (1).")]
 
 
@@ -80,7 +80,9 @@ def train(
         no_bars()
         place = place_of(on, address)
         if processes != 1 and place is None:
-            raise BadInput("--processes are those of a cluster: --on ray; on one machine, torchrun starts several")
+            raise BadInput(
+                "--processes needs --on ray; without Ray, start several processes on one machine with torchrun"
+            )
         others = not first_process()  # of several processes, one speaks
         with BarDisplay(Console(stderr=True, quiet=others)) as line:
             if place is None:

@@ -1,4 +1,4 @@
-"""Carries a comparison out: trains each configuration with each seed, and reports on all of them."""
+"""Runs a comparison: trains each configuration with each seed, and reports on all of them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def compare(
         board: the display of the progress.
         resume: take the finished runs in ``comparison.out`` that have the same settings as they are, and resume
             unfinished runs from their last checkpoint, if they have one.
-        place: where runs are carried out; in this process, one after the other, unless given.
+        place: where runs are executed; by default in this process, one after the other.
 
     Raises:
-        BadInput: something that is named cannot be used; nothing was trained.
+        BadInput: a model, method or data cannot be used; nothing was trained.
     """
     no_bars()
     place = place or Here()
@@ -95,7 +95,7 @@ def _check(comparison: Comparison) -> None:
     labels = [candidate.called for candidate in comparison.methods]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
-        raise BadInput(f"two configurations are called {min(repeated)}: give one of them a label")
+        raise BadInput(f"two configurations are called {min(repeated)}: set another label for one of them")
     for candidate in comparison.methods:
         if candidate.name != FULL:
             peftcore.method(candidate.name)

@@ -17,7 +17,7 @@ class Candidate(MethodChoice):
     """One configuration of a method."""
 
     label: str | None = None
-    """Name of the configuration in the report; the method's name, unless set."""
+    """Name of the configuration in the report; by default the method's name."""
     learning_rate: PositiveFloat | None = None
     """Learning rate of this configuration, instead of that of `training`."""
 
@@ -54,7 +54,7 @@ class Comparison(Options):
     dtype: str = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None
-    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
+    """A scheme that quantizes the base's weights before training: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-compare")
     """Folder for the report, and for a folder of each run."""
 

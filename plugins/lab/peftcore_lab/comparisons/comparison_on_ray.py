@@ -72,6 +72,6 @@ def _check_shared(comparison: Comparison, results: list[Result]) -> None:
     for each in results:
         if not isinstance(each, TrainingError) and not (comparison.out / each.trial.folder).exists():
             raise BadInput(
-                f"{comparison.out / each.trial.folder} is not here: a worker wrote it on another machine. --out has to "
-                "name a folder that all machines of the cluster share"
+                f"{comparison.out / each.trial.folder} does not exist on this machine, because a worker wrote it on "
+                "another one: set --out to a folder that all machines of the cluster share"
             )

@@ -58,17 +58,17 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def listed(names: str) -> list[str]:
-    """Return names of methods, which commas separate.
+    """Return the names in a comma-separated list of methods.
 
     Raises:
         BadInput: the list is empty, or has a name twice.
     """
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
-        raise BadInput("--methods names no method")
+        raise BadInput("--methods is empty: name at least one method")
     repeated = [name for name in found if found.count(name) > 1]
     if repeated:
-        raise BadInput(f"--methods names {repeated[0]} twice")
+        raise BadInput(f"--methods names {repeated[0]} twice: remove one")
     return found
 
 
@@ -145,7 +145,7 @@ def _installed(package: str) -> Path:
 def clean(examples: Iterable[Example]) -> list[Example]:
     """Drop parts that are not language (links, broken emoji) and every tweet that repeats another, retweeted or not.
 
-    Of tweets that say the same under different labels, all go.
+    Tweets with the same text and different labels are all dropped.
     """
     by_content: dict[str, list[Example]] = {}
     for example in examples:

@@ -23,9 +23,9 @@ from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import FULL
 
 Train = Callable[[nn.Module, "peftcore.Injection | None"], object]
-"""Trains an adapted model; gets the injection too, None of full fine-tuning."""
+"""A function that trains an adapted model; its second argument is the adapter, or None in full fine-tuning."""
 Score = Callable[[nn.Module], float]
-"""Returns the score of a model on examples that it was not trained on."""
+"""A function that returns the score of a model on held-out examples."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def compare(
         model: the model, of which each run gets a copy; or a function that makes one, if memory is too small for two.
         methods: names, or names with options: ``{"name": "lora", "rank": 4, "target": "all-linear", "label": "few"}``;
             "full" is full fine-tuning. Of two configurations of one method, one has a label.
-        train: trains what ``injection.parameters()`` (of full fine-tuning ``model.parameters()``) has; called as
+        train: trains ``injection.parameters()``, or ``model.parameters()`` in full fine-tuning; called as
             ``train(model, injection)`` with torch's generator at the run's seed.
         score: returns a number for a model, called before and after.
         seeds: of the adapters' first values and of torch's generator.
         metric: the name of the score.
-        greater: whether more of it is better.
+        greater: whether a higher score is better.
 
     Returns:
         The results: `lines` as data, and tables of it for a paper. A method whose training ended in a
@@ -88,7 +88,7 @@ def compare(
     Raises:
         BadInput: methods or seeds are missing, or two configurations have one name.
         TargetError, ConfigError, UnknownMethod: a method cannot act on the model. Nothing was trained.
-        TrainingError: none of the trainings came to an end.
+        TrainingError: every training failed.
     """
     candidates = _candidates(methods)
     if not candidates or not seeds:
@@ -129,7 +129,7 @@ def _candidates(methods: Sequence[str | Mapping[str, Any]]) -> list[Candidate]:
     found = [validated(Candidate, each, "methods") for each in whole]
     labels = [candidate.called for candidate in found]
     if repeated := {label for label in labels if labels.count(label) > 1}:
-        raise BadInput(f"two configurations are called {min(repeated)}: give one of them a label")
+        raise BadInput(f"two configurations are called {min(repeated)}: set another label for one of them")
     return found
 
 

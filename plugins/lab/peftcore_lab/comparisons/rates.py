@@ -19,7 +19,7 @@ def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
         BadInput: a method has a rate already; or the examples cannot be read, or are too few.
     """
     if own := [each.called for each in comparison.methods if each.learning_rate is not None]:
-        raise BadInput(f"{own[0]} has a learning rate of its own; remove it where rates are tuned")
+        raise BadInput(f"{own[0]} sets its own learning_rate, and tune_lr chooses the rates: remove one of the two")
     chosen_by, reported = parted(comparison.data, comparison.tuning, comparison.tuning_size, comparison.out / "data")
     tried = [
         each.model_copy(update={"learning_rate": rate, "label": _label(each, rate)})
@@ -35,7 +35,7 @@ def chosen(comparison: Comparison, report: ComparisonReport) -> tuple[list[Candi
     """Return the methods with the rates that were best, and a sentence about them.
 
     Raises:
-        TrainingError: with none of the rates a method could be trained.
+        TrainingError: the training of a method failed with every rate.
     """
     scores = {entry.label: entry.score for entry in report.entries()}
     found, edges = [], list[str]()

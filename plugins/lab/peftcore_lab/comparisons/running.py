@@ -24,11 +24,11 @@ from peftcore_lab.training.memory import PeakMemory
 from peftcore_lab.training.train import Outcome, RunDisplay, train
 
 RECORD = "trial.json"
-"""The file of a finished run that says what it came to."""
+"""The file with the result of a finished run."""
 
 
 class Board(RunDisplay, Protocol):
-    """A display that also hears of whole runs."""
+    """A display that is also notified when a run begins and ends."""
 
     def begin(self, label: str) -> None:
         """Note that the run of this configuration begins."""
@@ -71,7 +71,7 @@ class JobRunner(Protocol):
         """Yield the results in the order in which they arrive.
 
         Args:
-            saved: gets what was saved where runs trained together.
+            saved: receives the savings of runs that trained together.
             resume: take finished runs as they are, and go on with those that were begun.
         """
 
@@ -104,7 +104,7 @@ def forget(comparison: Comparison, jobs: Iterable[Job]) -> None:
 
 
 def carry_out(comparison: Comparison, job: Job, board: Board, saved: list[Saved], resume: bool = False) -> list[Result]:
-    """Carry out one job; returns what each of its configurations came to."""
+    """Run one job; returns the result of each of its configurations."""
     if resume:
         known = [recorded(comparison.run(each, job.seed)) for each in job.candidates]
         if all(each is not None for each in known):

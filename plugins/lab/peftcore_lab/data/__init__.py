@@ -4,7 +4,7 @@ It may import `errors`, `digests`, and libraries that read tables and pictures; 
 here. In the order of reading:
 
 - `table_readers`: the rows of a CSV or JSONL file.
-- `columns`: which column of a table holds what.
+- `columns`: finds the columns of a table by their names.
 - `texts`: labelled texts as a task of classes.
 - `example_sources`: anything that holds examples, as a ``datasets.Dataset``.
 - `task_mixtures`: examples of several tasks in one table.

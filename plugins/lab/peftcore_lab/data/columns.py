@@ -1,4 +1,4 @@
-"""Columns of a table: which one holds what, and the order of the classes in one."""
+"""Finds the columns of a table by their names, and the order of the classes in a column."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[st
     for name in names:
         if name in by_name:
             return by_name[name]
-    raise BadInput(f"{path}: name the {kind} with data.{kind}; its columns are {', '.join(columns)}")
+    raise BadInput(f"{path}: set data.{kind} to the column of the {kind}; its columns are {', '.join(columns)}")
 
 
 def numbered(labels: Iterable[str], known: Sequence[str], source: object) -> tuple[str, ...]:
@@ -34,12 +34,12 @@ def numbered(labels: Iterable[str], known: Sequence[str], source: object) -> tup
     if not known:
         return found
     if set(known) != set(found):
-        pairs = (("it lacks", set(found) - set(known)), ("no row is", set(known) - set(found)))
+        pairs = (("the head lacks", set(found) - set(known)), ("no row has", set(known) - set(found)))
         what = " and ".join(f"{words} {', '.join(map(repr, sorted(some)[:4]))}" for words, some in pairs if some)
         raise BadInput(
-            f"{source}: the adapter has a head for {len(known)} classes, {', '.join(map(repr, known[:4]))}, and these "
-            f"are others: {what}. Begin with a fresh adapter, --method in place of --adapter, or call the classes as "
-            "it does"
+            f"{source}: the classes differ from the {len(known)} classes of the adapter's head, "
+            f"{', '.join(map(repr, known[:4]))}: {what}. Rename the classes of the data, or train a fresh adapter with "
+            "--method instead of --adapter"
         )
     return tuple(known)
 

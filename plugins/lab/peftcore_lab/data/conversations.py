@@ -1,4 +1,4 @@
-"""Conversations in the shapes in which people keep them: messages, ShareGPT, Alpaca, prompt and completion.
+"""Conversations in common file layouts: messages, ShareGPT, Alpaca, prompt and completion.
 
 All become lists of ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``, which chat templates read.
 """
@@ -47,16 +47,14 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
     """Return the columns of a file: those that are wanted, or the first whose names are known (in any case).
 
     Raises:
-        BadInput: such columns are missing, or half of a pair is.
+        BadInput: the columns are missing, or one column of a pair is.
     """
     given = [each for each in (wanted.messages, wanted.prompt, wanted.completion) if each is not None]
     if missing := [each for each in given if each not in there]:
         raise BadInput(f"{where}: no column {missing[0]!r}; its columns are {', '.join(there)}")
     if wanted.messages is not None:
         if len(given) > 1:
-            raise BadInput(
-                "data.messages is a column of whole conversations: leave out data.prompt and data.completion"
-            )
+            raise BadInput("data.messages is a column of whole conversations: remove data.prompt and data.completion")
         return wanted
     known = {each.lower(): each for each in reversed(there)}
     if not given:
@@ -68,8 +66,8 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
         if pair.prompt is not None and pair.completion is not None:
             return pair
     raise BadInput(
-        f"{where}: name the column of conversations with data.messages, or those of what is asked and answered with "
-        f"data.prompt and data.completion; its columns are {', '.join(there)}"
+        f"{where}: set data.messages to the column of conversations, or data.prompt and data.completion to the columns "
+        f"of questions and answers; its columns are {', '.join(there)}"
     )
 
 
@@ -120,7 +118,7 @@ def answer_of(value: Any) -> list[Message]:
 
 
 def told(value: Any) -> list[Message]:
-    """Return the messages of a list, or of JSON of one, with the roles of chat templates.
+    """Return the messages of a list, or of a list in JSON, with the roles of chat templates.
 
     Raises:
         ValueError: the value is not a list of messages, or is empty.
@@ -146,9 +144,9 @@ def _listed(value: Any) -> list[Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise ValueError(f"{shown(value)} is no list of messages, and no JSON of one") from None
+            raise ValueError(f"{shown(value)} is neither a list of messages nor such a list as JSON") from None
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{shown(value)} is no list of messages")
+        raise ValueError(f"{shown(value)} is not a list of messages")
     return value
 
 
@@ -159,9 +157,9 @@ def _messages(entries: Sequence[Any]) -> list[Message]:
         held = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}
         role, content = ("from", "value") if "from" in held else ("role", "content")
         if not isinstance(held.get(role), str):
-            raise ValueError(f"{shown(entry)} has neither role and content nor from and value")
+            raise ValueError(f"the message {shown(entry)} needs the keys role and content, or from and value")
         if held[role].lower() not in ROLES:
-            raise ValueError(f"the role {shown(held[role])} is none of {', '.join(ROLES)}")
+            raise ValueError(f"the role {shown(held[role])} is not one of {', '.join(ROLES)}")
         message = {"role": ROLES[held.pop(role).lower()], "content": held.pop(content, "")}
         found.append({**message, **held})
     return found

@@ -16,7 +16,7 @@ from peftcore_lab.data.texts import SPLIT_SEED
 from peftcore_lab.digests import of_content
 
 HELD_OUT = ("validation", "test", "valid", "dev", "eval")
-"""Splits of a dataset that are scored, the first that is there."""
+"""Names of splits to score; the first one that the dataset has is used."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -26,7 +26,7 @@ class ExampleSource:
 
     name: str
     file: str | None = None
-    """The data that the part was cut from; None where it is whole."""
+    """The data that the part was cut from; None if the part is all of it."""
     rows: Sequence[int] = ()
     """Positions of its examples in that data, counted from 0."""
 
@@ -57,7 +57,8 @@ class Splits:
 
 
 def splits(train: str, held_out: str | None, size: int | None) -> Splits:
-    """Read both; without `held_out`, a split of the dataset or `size` examples (a fifth, at most 1,000) are held out.
+    """Read examples for training and for scores; without `held_out`, a split of the dataset or `size` examples (a
+    fifth, at most 1,000) are held out.
 
     Raises:
         BadInput: the data cannot be read, or no training example is left.
@@ -66,7 +67,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     source = read(train)
     pieces = source if isinstance(source, DatasetDict) else DatasetDict(train=source)
     if "train" not in pieces:
-        raise BadInput(f"{train}: no split is called train; there are: {', '.join(pieces)}")
+        raise BadInput(f"{train} has no split called train; its splits are {', '.join(pieces)}")
     if held_out is not None:
         return Splits(pieces["train"], scored(held_out), (ExampleSource(train), ExampleSource(held_out)))
     for name in HELD_OUT:
@@ -76,10 +77,10 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
 
 
 def scored(source: str) -> Dataset:
-    """Read examples to score: all that there are or, of several splits, the first one that is for it.
+    """Read examples to score: all of them or, of several splits, the first whose name is in `HELD_OUT`.
 
     Raises:
-        BadInput: they cannot be read, or none of the splits is for it.
+        BadInput: the data cannot be read, or has no such split.
     """
     found = read(source)
     if isinstance(found, Dataset):
@@ -87,9 +88,9 @@ def scored(source: str) -> Dataset:
     names = [*found] if len(found) == 1 else [name for name in HELD_OUT if name in found]
     if not names:
         raise BadInput(
-            f"{source}: examples to score are a split called {', '.join(HELD_OUT)}, and it has {', '.join(found)}; "
-            f"name the folder of the one that is meant, {Path(source) / [*found][-1]}, or save that split by itself "
-            "with datasets' save_to_disk"
+            f"{source} has no split to score, which is called {', '.join(HELD_OUT)}; its splits are "
+            f"{', '.join(found)}. Pass the folder of one split, {Path(source) / [*found][-1]}, or save that split "
+            "alone with save_to_disk of datasets"
         )
     return found[names[0]]
 
@@ -121,7 +122,7 @@ def read(source: str) -> Dataset | DatasetDict:
     elif path.exists() or path.suffix.lower() in READERS:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            raise BadInput(f"{path}: data is a folder or a file that ends in {', '.join(READERS)}")
+            raise BadInput(f"{path}: the data must be a folder or a file that ends in {', '.join(READERS)}")
         found = reader(path)
     else:
         found = _loaded(source, lambda: datasets.load_dataset(source))
@@ -180,7 +181,7 @@ def _folder(path: Path) -> Dataset | DatasetDict:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _loaded(path, lambda: datasets.load_from_disk(str(path)))
     if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
-        raise BadInput(f"{path}: neither a saved dataset nor a folder of pictures ({', '.join(PICTURES)})")
+        raise BadInput(f"{path} is neither a saved dataset nor a folder of pictures ({', '.join(PICTURES)})")
     return _loaded(path, lambda: _pictures(path))
 
 

@@ -63,11 +63,11 @@ class PackedCollator:
 
 
 def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabulary: int) -> None:
-    """Check that the examples of a row do not see each other: the model's outputs for one are the same behind another,
-    behind a third, and by itself. The adapter's parameters are moved meanwhile, since many act only once trained.
+    """Check that the examples of a row do not see each other: the outputs for an example are the same alone, after a
+    second, and after a third one. The adapter's parameters are moved meanwhile, since many act only once trained.
 
     Raises:
-        BadInput: they do.
+        BadInput: examples of one row change each other's outputs.
     """
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
@@ -86,14 +86,16 @@ def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabula
             alone, *behind = (of(before) for before in (text[:0], one, two))
     except (TypeError, PeftcoreError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"data.pack: this model cannot read several examples in a row ({reason}); remove it") from None
+        raise BadInput(
+            f"data.pack: this model cannot read several examples packed into one row ({reason}); remove data.pack"
+        ) from None
     finally:
         model.train(training)
     tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
     if any((each - alone).abs().max() > tolerance for each in behind):
         raise BadInput(
-            "data.pack: in this model, or with this method, the examples of a row are not independent of each other: "
-            "leave it out"
+            "data.pack: with this model or method, examples packed into one row change each other's outputs; remove "
+            "data.pack"
         )
 
 

@@ -48,8 +48,8 @@ def pair_columns(there: Sequence[str], wanted: PairColumns, where: object) -> Pa
     chosen, rejected = wanted.chosen or known.get("chosen"), wanted.rejected or known.get("rejected")
     if chosen is None or rejected is None:
         raise BadInput(
-            f"{where}: name the columns of the preferred and of the other answers with data.chosen and data.rejected; "
-            f"its columns are {', '.join(there)}"
+            f"{where}: set data.chosen and data.rejected to the columns of the preferred and the rejected answers; its "
+            f"columns are {', '.join(there)}"
         )
     prompt = wanted.prompt or next((known[name] for name in PROMPTS if name in known), None)
     return PairColumns(prompt, chosen, rejected)
@@ -87,12 +87,12 @@ def _pair(row: Mapping[str, Any], columns: PairColumns) -> PreferencePair:
         if not any(message["content"] or len(message) > 2 for message in answer):  # more than a role and no words
             raise ValueError(f"the {name} answer is empty")
         if any(message["role"] != "assistant" for message in answer):
-            raise ValueError(f"the {name} answer has messages that are not the assistant's; cut it before them")
+            raise ValueError(f"the {name} answer has messages of another role than assistant; remove them")
     return PreferencePair([*([] if asked[0]["role"] == SYSTEM else begun(row)), *asked], *answers)
 
 
 def in_common(*rows: Sequence[Any]) -> int:
-    """Return how many entries all of them begin with alike."""
+    """Return the length of the common prefix of the lists."""
     alike = (all(each == first for each in rest) for first, *rest in zip(*rows, strict=False))
     return next((number for number, same in enumerate(alike) if not same), min(map(len, rows)))
 

@@ -31,9 +31,9 @@ def parted(
 
     Arguments:
       data: the data options of a task.
-      tuning: examples to choose by, from elsewhere.
+      tuning: separate examples to choose by.
       size: without `tuning`, the number of training examples to hold out (a fifth, at most 1,000).
-      folder: where the parts are put.
+      folder: the folder to which the parts are written.
 
     Raises:
         BadInput: one of them cannot be read, nothing is left to train on, or the folder holds parts of others.
@@ -78,8 +78,8 @@ def _check_same(folder: Path, cut_from: Mapping[str, Any]) -> None:
     held = json.loads(file.read_text(encoding="utf-8"))
     if other := [name for name, each in cut_from.items() if held.get(name) != each]:
         raise BadInput(
-            f"{folder} holds examples that were cut from others: {', '.join(other)} changed since. Remove the "
-            "folder, or name another one for all, --out"
+            f"{folder} holds splits of other data: {', '.join(other)} changed since. Remove the folder, or set --out "
+            "to another one"
         )
 
 

@@ -23,7 +23,9 @@ def of_tasks(found: Splits, column: str | None, wanted: Sequence[str]) -> Splits
     """
     if column is None:
         if wanted:
-            raise BadInput("data.tasks selects rows by their task: name the column that says it, data.task_column")
+            raise BadInput(
+                "data.tasks selects rows by task: set data.task_column to the column with the names of tasks"
+            )
         return found
     for source, part in found.named:
         _check(part, column, source)
@@ -61,7 +63,7 @@ def _check(part: Dataset, column: str, source: ExampleSource) -> None:
 
 def _one_of(name: str, known: Sequence[str], what: str) -> None:
     if name not in known:
-        raise BadInput(f"{what} has no row to train on; the tasks there are: {', '.join(known)}")
+        raise BadInput(f"{what} has no row to train on; the training rows have the tasks {', '.join(known)}")
 
 
 def _selected(found: Splits, column: str, wanted: Sequence[str]) -> Splits:

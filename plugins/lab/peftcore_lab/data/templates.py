@@ -15,7 +15,7 @@ KNOWN = {"chatml": CHATML}
 
 
 def with_template(tokenizer: Any, template: str | None, where: str) -> Any:
-    """Give a tokenizer a chat template: of a known name, or of a Jinja file; its own without.
+    """Set the chat template of a tokenizer by a known name or a Jinja file; None keeps the tokenizer's own.
 
     Raises:
         BadInput: the template or its file is missing.
@@ -35,7 +35,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"data.chat_template: {path} cannot be read ({error}); known by name: {', '.join(KNOWN)}"
+            f"data.chat_template: {path} cannot be read ({error}); set a Jinja file or one of {', '.join(KNOWN)}"
         ) from None
 
 

@@ -43,7 +43,8 @@ class LabelledTexts:
 
 
 def make_task(source: str, train: list[Example], held_out: list[Example], known: Sequence[str] = ()) -> LabelledTexts:
-    """Number the classes, those of a head as it has them, and refuse what cannot be learned or scored."""
+    """Number the classes, in the order of a trained head if there is one; refuse data that cannot be trained or
+    scored."""
     labels = {example.label for example in (*train, *held_out)}
     if len(labels) < 2:
         raise BadInput(f"{source}: every row has the label {labels.pop()!r}; a comparison needs at least two classes")
@@ -51,7 +52,7 @@ def make_task(source: str, train: list[Example], held_out: list[Example], known:
         raise BadInput(f"{source}: {len(labels)} labels on {len(train)} training rows; is that the label column?")
     unseen = labels - {example.label for example in train}
     if unseen:
-        raise BadInput(f"{source}: no training row has the label {min(unseen)!r}; give more rows, hold out fewer")
+        raise BadInput(f"{source}: no training row has the label {min(unseen)!r}; add training rows, or hold out fewer")
     return LabelledTexts(source, train, held_out, numbered(labels, known, source))
 
 
@@ -73,7 +74,9 @@ def encode(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str], m
     number = {label: index for index, label in enumerate(labels)}
     columns = dict(tokenizer([example.text for example in examples], truncation=True, max_length=max_length))
     if len(examples) > 1 and all(ids == columns["input_ids"][0] for ids in columns["input_ids"]):
-        raise BadInput("the tokenizer reads every text alike; is its vocabulary in the model folder?")
+        raise BadInput(
+            "the tokenizer returns the same ids for every text: check that its vocabulary is in the model folder"
+        )
     return [
         {**{name: values[row] for name, values in columns.items()}, "labels": number[example.label]}
         for row, example in enumerate(examples)

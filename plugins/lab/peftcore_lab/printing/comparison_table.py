@@ -58,7 +58,7 @@ def title(report: ComparisonReport) -> str:
 
 
 def caption(report: ComparisonReport, entries: list[ConfigurationTrials]) -> str:
-    """Return the caption: what to hold the scores against."""
+    """Return the caption: the reference values for the scores, such as the majority baseline."""
     errors = [entry.error for entry in entries if entry.error is not None]
     floor = [] if report.floor is None else [f"Majority baseline: {report.floor:.3f}."]
     error = [f"Standard error: {max(errors):.3f}."] if errors else []

@@ -19,7 +19,7 @@ from peftcore_lab.reports.plots import LIGHT, Shape, group, is_reference, new_fi
 from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, Trial
 
 COLOURS = (LIGHT.blue, LIGHT.amber, LIGHT.green, LIGHT.purple, LIGHT.sky, LIGHT.ink)
-"""Colours of as many lines as eyes follow in one chart; full fine-tuning is red as in all charts."""
+"""Colours of the lines in one chart, few enough to follow; full fine-tuning is red as in all charts."""
 LINE = 15
 """Distance from one name to the next."""
 PANEL = 118
@@ -171,7 +171,7 @@ def columns(count: int, shape: Shape) -> int:
 
 
 def whole_range(curves: list[Curve]) -> tuple[list[int], list[float], list[float]]:
-    """Return the steps, and from where to where the means of all curves reach there."""
+    """Return the steps, and the lowest and highest mean of all curves at each step."""
     steps = sorted({step for curve in curves for step in curve.steps})
     heights = [np.interp(steps, curve.steps, curve.mean, left=math.nan, right=math.nan) for curve in curves]
     return steps, list(np.nanmin(heights, axis=0)), list(np.nanmax(heights, axis=0))

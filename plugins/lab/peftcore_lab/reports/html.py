@@ -22,7 +22,7 @@ from peftcore_lab.reports.trials import ComparisonReport
 WIDE, HALF, NARROW = Shape(900, 430, 30), Shape(520, 370, 22), Shape(360, 400, 16)
 """Charts over the whole page, next to another chart, and on a telephone: text keeps its size."""
 CROWD = 8
-"""Points that always have room for their names."""
+"""Number of points up to which all names have room."""
 
 Drawing = Callable[[Shape], Figure]
 
@@ -74,7 +74,7 @@ class Chart:
     title: str
     caption: str
     whole: bool
-    """Whether it takes the whole width of the page."""
+    """Whether the chart takes the whole width of the page."""
     wide: Markup
     narrow: Markup
 
@@ -104,7 +104,7 @@ class Picture:
 
 
 def pictures(report: ComparisonReport, folder: Path) -> list[Picture]:
-    """Return what models drew, those of a configuration's first seed."""
+    """Return the pictures that models drew, those of each configuration's first seed."""
     found = []
     for entry in report.entries():
         file = folder / (entry.trials[0].picture or ".")
@@ -117,10 +117,10 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int
     """Draw the metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
-    crowd = " Instead of a name that has no room there is the number of its row." if len(drawn) > CROWD else ""
+    crowd = " Where a name has no room, the number of its row is shown." if len(drawn) > CROWD else ""
     return chart(
         f"{capital(report.metric)} over {cost.name}",
-        f"What is on the line is better than all that takes {cost.less}.{crowd}",
+        f"Configurations on the line are better than all with {cost.less}.{crowd}",
         f"One point a configuration; on the Pareto front are {best}. The table has the numbers.",
         lambda each: plots.trade_off(report, cost, each),
         shape,

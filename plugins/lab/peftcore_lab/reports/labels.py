@@ -32,7 +32,7 @@ class Wish:
     x: float
     y: float
     names: tuple[str, ...]
-    """The one to write, and shorter ones for want of room."""
+    """The name to write, and shorter ones if room is missing."""
     group: str
     """The group of drawings that the name belongs to."""
     colour: str

@@ -60,7 +60,7 @@ def _line(report: ComparisonReport, entry: ConfigurationTrials, best: bool) -> C
 
 
 def target_of(trial: Trial) -> str:
-    """Return the target modules, as they were given, or as the method has them."""
+    """Return the target modules: the user's, or else the method's defaults."""
     if trial.method == FULL:
         return "all parameters"
     target = trial.options.get("target") or peftcore.method(trial.method).target

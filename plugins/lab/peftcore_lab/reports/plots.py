@@ -26,7 +26,7 @@ from peftcore_lab.runs.run import FULL
 PIXELS = 72
 """Dots an inch while a chart is laid out: a point of type is then a pixel of CSS."""
 RANGE = 30
-"""Values further apart than that are drawn on a logarithmic scale."""
+"""Ratio of the largest to the smallest value from which the scale is logarithmic."""
 
 Line = list[tuple[float, float]]
 """Points of the data that are joined."""
@@ -83,7 +83,7 @@ class Cost:
 
     name: str
     less: str
-    """Less of it, in words."""
+    """Words for a lower cost, such as "fewer trainable parameters"."""
     of: Callable[[ConfigurationTrials], float]
     shown: Callable[[float], str]
     log: bool = False
@@ -151,13 +151,13 @@ class ChartPoint:
     """An entry in a chart."""
 
     number: int
-    """Among all entries of the report."""
+    """Index among all entries of the report."""
     entry: ConfigurationTrials
     x: float
     y: float
     seeds: tuple[float, ...]
     best: bool
-    """Whether nothing cheaper is better."""
+    """Whether the entry is on the Pareto front: no cheaper entry is better."""
     away: bool = False
     """Whether its score is beyond the edge at which it is drawn."""
 

@@ -16,7 +16,7 @@ from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, T
 
 
 def facts(report: ComparisonReport) -> list[tuple[str, str]]:
-    """Return the circumstances, in words."""
+    """Return the settings of the comparison (model, data, training, versions), in words."""
     seeds = sorted({trial.seed for trial in report.trials})
     found = [
         ("Model", report.model),
@@ -62,7 +62,7 @@ def settings(report: ComparisonReport) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence that one would say first about a comparison."""
+    """One of the main results of a comparison, such as the best score."""
 
     name: str
     score: str
@@ -213,7 +213,7 @@ def column_cells(column: Column, entries: list[ConfigurationTrials]) -> list[Cel
 
 
 def options(entry: ConfigurationTrials) -> str:
-    """Return what is special about a configuration."""
+    """Return the options of a configuration as text, with its learning rate."""
     trial = entry.trials[0]
     rate = {} if trial.learning_rate is None else {"lr": trial.learning_rate}
     return ", ".join(f"{name}={value}" for name, value in {**trial.options, **rate}.items())
@@ -238,7 +238,7 @@ def runs(report: ComparisonReport) -> Runs:
 
 
 def tip(report: ComparisonReport, entry: ConfigurationTrials) -> str:
-    """Return what a mark in a chart says of its configuration."""
+    """Return the tooltip of a configuration's mark in a chart."""
     return "\n".join(
         (
             plain(entry.label),

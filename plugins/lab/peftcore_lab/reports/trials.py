@@ -35,9 +35,9 @@ class Trial:
     after: dict[str, float]
     """Scores by name, among them the report's metric."""
     curve: list[tuple[int, float]]
-    """Steps, and the metric there."""
+    """Pairs of a step and the metric at that step."""
     losses: list[tuple[int, float]]
-    """Steps, and the training loss since the ones before."""
+    """Pairs of a step and the mean training loss since the previous pair."""
     seconds_per_step: float
     peak_memory: int
     file_size: int
@@ -86,7 +86,7 @@ class ComparisonReport:
     data: str
     metric: str
     greater: bool
-    """Whether more of the metric is better."""
+    """Whether a higher metric is better."""
     train_size: int
     held_out_size: int
     training: dict[str, Any]

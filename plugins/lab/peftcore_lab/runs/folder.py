@@ -1,5 +1,5 @@
-"""The folders of runs: made, or refused; which run one holds, the model's scores before training, and the checkpoint to
-resume from.
+"""The folders of runs: creates them, and finds which run a folder holds, the model's scores before training, and the
+checkpoint to resume from.
 
 Several processes of one run share it; the first writes.
 """
@@ -29,14 +29,14 @@ COMPLETE = "complete"
 
 
 RUN = "run.json"
-"""The file by which a run is known again."""
+"""The file with the settings of a run, by which it is recognized."""
 
 
 def made(folder: Path) -> Path:
     """Make a folder, with those above it; it may be there already.
 
     Raises:
-        BadInput: it cannot be.
+        BadInput: the folder cannot be made.
     """
     try:
         make_folder(folder)
@@ -86,7 +86,7 @@ def digests_of(data: Mapping[str, Any]) -> dict[str, str | None]:
 def changed_inputs(held: Mapping[str, Any], here: Mapping[str, str | None]) -> list[str]:
     """Return a line for each of the inputs whose content is another one than a record of a run says."""
     then = held.get("inputs", here)
-    return [f"the content of {name} is another one" for name in here if then.get(name) != here[name]]
+    return [f"the content of {name} changed" for name in here if then.get(name) != here[name]]
 
 
 CUT = ("batch_size", "accumulate")
@@ -103,7 +103,7 @@ class RunFolder:
 
     Attributes:
         before: the scores before training, once they are known.
-        said: the sample answers of the model then.
+        said: the sample answers of the model before training.
         longer: whether a run is resumed with more steps than before.
     """
 
@@ -128,14 +128,16 @@ class RunFolder:
         if resume:
             return self._newest()
         if first_process() and (self.path / RUN).exists():
-            raise BadInput(f"{self.path} holds a run already: --resume goes on with it, --out names another folder")
+            raise BadInput(
+                f"{self.path} holds a run already: add --resume to continue it, or set --out to another folder"
+            )
         made(self.path)
         return None
 
     def _newest(self) -> Path | None:
         """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
         if not (self.path / RUN).exists():
-            raise BadInput(f"{self.path} holds no run to go on with")
+            raise BadInput(f"{self.path} holds no run to resume: remove --resume, or set --out to the folder of a run")
         held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         changed = changed_inputs(held, self._inputs)
         self._check_goes_on(held["run"], held.get("processes", processes()), changed)
@@ -160,8 +162,9 @@ class RunFolder:
         now, then = _examples(mine, processes()), _examples(before, shared_by)
         if now != then and shared_by != processes():
             raise BadInput(
-                f"{self.path} holds a run of {then} examples a step, in {shared_by} process(es), and in {processes()} "
-                f"a step would have {now}: set training.batch_size or training.accumulate so that it has {then}"
+                f"{self.path} holds a run of {then} examples a step in {shared_by} process(es); with {processes()} "
+                f"process(es) a step would have {now}: set training.batch_size or training.accumulate so that it has "
+                f"{then}"
             )
         options = [name for name in mine if mine[name] != before.get(name) and (now != then or name not in CUT)]
         self.longer = _is_longer(mine, before, options)
@@ -170,14 +173,17 @@ class RunFolder:
             other += differences(former, wanted, "training")
         if other:
             raise BadInput(
-                f"{self.path} holds another run: {listed(other)}. Only the same one can go on, or one of more steps or "
-                "epochs; begin this one in another folder, --out"
+                f"{self.path} holds another run: {listed(other)}. Resume it with the same options (steps or epochs may "
+                "grow), or set --out to another folder"
             )
         if self.longer and self.method is not None and self.method.tags.scheduled:
-            raise BadInput(f"{self.method.name} follows a schedule over all steps, so a run with it cannot get longer")
+            raise BadInput(
+                f"{self.method.name} follows a schedule over all steps, so a run with it cannot get longer: set the "
+                "former steps or epochs, or begin another run with --out"
+            )
 
     def note(self) -> None:
-        """Write down what is known of the run, so that it can go on from here."""
+        """Write the run's settings and first results, so that it can be resumed."""
         if first_process():
             known = {"run": self._run, "inputs": self._inputs, "processes": processes()}
             known |= {"before": self.before, "said": self.said}
@@ -215,7 +221,7 @@ class Keeper(transformers.TrainerCallback):
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the Trainer's scores, without what it says of the clock."""
+    """Return the Trainer's scores without its timings."""
     clock = ("runtime", "per_second", "model_preparation_time")
     scores = {name: value for name, value in metrics.items() if name.startswith("eval_") and not name.endswith(clock)}
     return {name.removeprefix("eval_"): value for name, value in scores.items()}

@@ -33,10 +33,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any]], where: str = "the options") -> B:
-    """Read a file's values, with some of them set by their dotted name.
+    """Read a file's values, and override some of them by dotted names.
 
     Raises:
-        BadInput: a value is wrong: all of them are named.
+        BadInput: values are wrong; the error names all of them.
     """
     return validated(kind, changed(values, changes), where)
 
@@ -59,7 +59,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
         if group == "method" and isinstance(inner, str):
             inner = values[group] = {"name": inner}
         if not isinstance(inner, dict):
-            raise BadInput(f"{name}: {group} is {shown(inner)} and has no parts")
+            raise BadInput(f"{name}: {group} is {shown(inner)}, not a group of options")
         values = inner
     held = values.get(last)
     if last == "method" and isinstance(held, dict) and isinstance(value, str):

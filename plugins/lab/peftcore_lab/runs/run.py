@@ -26,7 +26,7 @@ FULL = "full"
 
 
 class Options(BaseModel):
-    """Typed, immutable, and nothing unknown; docstrings under fields become the descriptions of the schema."""
+    """Base of typed, immutable options without unknown names; docstrings under fields are the schema's descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -56,7 +56,7 @@ class Training(Options):
     accumulate: PositiveInt = 1
     """Batches that make one step."""
     learning_rate: PositiveFloat = 1e-3
-    """The highest, after the warm-up."""
+    """The highest learning rate, after the warm-up."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """Schedule of the learning rate after the warm-up."""
     warmup: float = Field(0.1, ge=0, lt=1)
@@ -78,7 +78,7 @@ class Training(Options):
     evaluate_every: PositiveFloat = 0.1
     """Steps between scores, and between checkpoints; below 1, a share of all steps."""
     checkpoints: bool | Literal["last"] = True
-    """Write some, and end with the best; with ``last`` write some to go on from, and end with the last step; otherwise
+    """Write checkpoints, and keep the best; with ``last``, write them to resume from, and keep the last step; otherwise
     nothing is written before the end, which is the last step."""
     patience: PositiveInt | None = None
     """Stop after this many scores without a better one."""
@@ -97,9 +97,9 @@ class Training(Options):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
+            raise ValueError("set steps or epochs, not both")
         if self.patience is not None and self.checkpoints is not True:
-            raise ValueError("patience goes back to the best checkpoint: leave checkpoints on")
+            raise ValueError("patience restores the best checkpoint: set checkpoints=true, or remove patience")
         return self
 
 
@@ -114,13 +114,13 @@ class Run(Options):
     method: MethodChoice
     """``lora``, or ``{name: lora, rank: 8}``; where there is an `adapter`, that of the file."""
     adapter: str | None = None
-    """An adapter to go on from, in place of a fresh one: a folder, a file, or a name on the Hub, with the method, the
+    """An adapter to continue, instead of a new one: a folder, a file, or a name on the Hub, with the method, the
     options and the target modules of the file."""
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None
-    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
+    """A scheme that quantizes the base's weights before training: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-run")
     """Folder for the adapter, checkpoints, logs and metrics."""
 
@@ -139,7 +139,7 @@ class Run(Options):
             raise ValueError(f"adapter={values['adapter']}: {found.problem or 'it is not one adapter of one method'}")
         method = {"name": found.methods[0]}
         if values.get("method", method) not in (method, method["name"]):
-            raise ValueError(f"adapter={values['adapter']} has its own {method['name']}: leave out the method")
+            raise ValueError(f"adapter={values['adapter']} is already a {method['name']}: remove method")
         return {**values, "method": method}
 
     @field_validator("method", mode="before")

@@ -29,7 +29,7 @@ COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?)[bB]")
 POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 LOOKED_AT = 16
-"""Batches of which the largest is the one that is counted."""
+"""Number of batches among which the largest is used for the estimate."""
 
 
 def values(text: str | int, total: int) -> int:
@@ -76,7 +76,7 @@ class Budget:
     memory: int | None
 
     def over(self, needs: CandidateCosts) -> str | None:
-        """Return why a candidate is too much; None where it fits."""
+        """Return why a candidate is over the budget; None if it fits."""
         if self.trainable is not None and needs.trainable > self.trainable:
             return f"{needs.trainable:,} trainable parameters, the budget is {self.trainable:,}"
         if self.memory is not None and needs.memory is not None and needs.memory > self.memory:
@@ -90,7 +90,7 @@ class Budget:
 
 
 class Planner:
-    """Tells what candidates need on a model of which only the shapes are left.
+    """Computes the costs of candidates on a model without weights, from shapes only.
 
     Args:
         prepared: the model and its examples; the model loses its weights.
@@ -159,7 +159,7 @@ class Planner:
             with peftcore.call(self.model, **told):
                 kept = Pretended().kept(self._whole, self._batch)
         except UnknownInputs as error:
-            raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None
+            raise BadInput(f"cannot estimate the memory of {candidate.name}: {error}; remove memory") from None
         finally:
             injection.remove()
         needed = Memory.of(self._weights, held(trained), trained, Passes(kept)).total

@@ -44,9 +44,9 @@ from peftcore_lab.training.fleet_runs import Saved
 POLL = 1.0
 """Seconds between two looks at the trials of other workers."""
 PATIENCE = 200
-"""Points in a row that are not trained, after which the space has nothing new."""
+"""Number of consecutive untrained points after which the search ends, since the space has nothing new."""
 KEY = "key"
-"""The attribute by which a trial is known again: all that decides its score."""
+"""The attribute by which a trial is recognized: all settings that decide its score."""
 TOLD = {"model", "task", "data", "tuning", "tuning_size", "methods", "learning_rate", "budget", "memory", "start"}
 TRAINED = {"training", "dtype", "quantize", "seed"}
 
@@ -84,7 +84,7 @@ class Search(Options):
     finals: PositiveInt = 1
     """How many configurations are scored on the held-out examples: the pick, and smaller ones of the Pareto front."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
-    """Seeds of the runs that decide, and of the final ones."""
+    """Seeds of the runs among which the pick is chosen, and of the final runs."""
     seed: NonNegativeInt = 0
     """Seed of the sampler, and of the runs in the study."""
     storage: str | None = None
@@ -95,7 +95,7 @@ class Search(Options):
     dtype: str = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None
-    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
+    """A scheme that quantizes the base's weights before training: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-search")
     """Folder for the results and the runs."""
 
@@ -135,7 +135,7 @@ class Search(Options):
 
 
 class SearchRun:
-    """A search on its way.
+    """A running search.
 
     Raises:
         BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
@@ -169,9 +169,11 @@ class SearchRun:
         if self.search.budget is not None:
             values(self.search.budget, 1)
         if self.search.memory is not None and "together" in self.search.model_fields_set and self.search.together > 1:
-            raise BadInput("memory is that of a step of one trial; leave out memory, or together")
+            raise BadInput(
+                "memory limits a step of one trial, and together trains several at once: remove memory or together"
+            )
         if self.search.memory is not None and self.search.quantize is not None:
-            raise BadInput("memory is not counted for quantized models; leave out memory, or quantize")
+            raise BadInput("memory cannot be estimated for quantized models: remove memory or quantize")
 
     def _planner(self) -> Planner:
         """Load the model once, for its shapes and those of the examples."""
@@ -194,7 +196,9 @@ class SearchRun:
         reasons = {name: reason for name, choice in found.items() if (reason := self._refused(choice))}
         if len(reasons) == len(found):
             smallest = min(found.values(), key=self._cost)
-            raise BadInput(f"nothing fits: the smallest candidate is {smallest}: {self._refused(smallest)}")
+            raise BadInput(
+                f"no candidate fits: the smallest one, {smallest}, needs {self._refused(smallest)}; raise the budget"
+            )
         self.space.without(set(reasons))
         return reasons
 
@@ -216,7 +220,7 @@ class SearchRun:
         return self.planner.needs(choice.candidate(self.planner.host))
 
     def work(self) -> None:
-        """Run trials, until there are as many as wanted, those that others are at included."""
+        """Run trials until the study has as many as wanted, including those that other workers run."""
         idle = 0
         while len(self.study.counted()) < self.search.trials and idle < PATIENCE:
             self.study.bury()
@@ -255,7 +259,7 @@ class SearchRun:
     def _needless(self, number: int, key: str) -> str | None:
         earlier = [each for each in self.study.counted() if each.number < number]
         if len(earlier) >= self.search.trials:
-            return "there are trials enough"
+            return "the number of trials is reached"
         same = [each.number for each in earlier if each.user_attrs.get(KEY) == key]
         return f"the same as trial {same[0]}" if same else None
 
@@ -315,7 +319,7 @@ class SearchRun:
         trained = tuple(Trial(**each.user_attrs[RECORD]) for each in trials if each.state is TrialState.COMPLETE)
         if not trained:
             reasons = sorted({str(each.user_attrs.get(REASON)) for each in trials})
-            raise TrainingError(f"no trial came to a score: {'; '.join(reasons[:3])}")
+            raise TrainingError(f"no trial reached a score: {'; '.join(reasons[:3])}")
         tried = self._report(trained, began)
         write(tried, self.search.out / "search")
         confirmed = self._confirmed(tried)
@@ -390,7 +394,7 @@ def search(what: Search, board: Board) -> SearchOutcome:
 
 
 def work(what: Search, board: Board) -> int:
-    """Run trials of a study that others finish; return how many there are now."""
+    """Run trials of a study that another process finishes; return the number of trials so far."""
     running = SearchRun(what, board)
     running.work()
     return len(running.study.counted())

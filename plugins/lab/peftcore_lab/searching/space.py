@@ -43,7 +43,7 @@ PLACES: tuple[Any, ...] = (None, "attn.*", "mlp.*", "all-linear")
 """Targets that are tried of methods that change matrices; None is the method's own."""
 DEPTHS = (1.0, 0.5, 0.25)
 METHODS = ("bitfit", "ln_tuning", "ia3", "lora", "dora", "houlsby_adapter")
-"""Methods that are tried where none is named: small, and at home in most models."""
+"""Methods that are tried if none is named: small ones that fit most models."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Domain(ABC):
 
     @abstractmethod
     def ends(self) -> list[Any]:
-        """Return values among which the one is that makes the smallest adapter."""
+        """Return candidate values for the smallest adapter: the ends of the range, or all listed values."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Space:
         """
         options = self.methods.get(start.name)
         if options is None:
-            raise BadInput(f"start: {start.name} is none of the methods: {', '.join(self.methods)}")
+            raise BadInput(f"start: {start.name} is not one of the methods: {', '.join(self.methods)}")
         told = {**defaults(peftcore.method(start.name)), **start.arguments, RATE: start.learning_rate}
         stray = sorted(start.arguments.keys() - options.keys())
         found = {name: each.encoded(told.get(name)) for name, each in options.items()}
@@ -263,7 +263,7 @@ def checked(method: str, given: Mapping[str, Any]) -> dict[str, Domain]:
 
 
 def refused(cls: type[Method], name: str, value: Any) -> str | None:
-    """Return why an option cannot have a value, the others being left alone."""
+    """Return why an option cannot have a value while the other options keep theirs."""
     if name == DEPTH and not (_number(value) and 0 < value <= 1):
         return "a share of the layers: above 0, at most 1"
     if name == RATE and not (_number(value) and value > 0):

@@ -37,7 +37,7 @@ BUDGET = "budget"
 
 
 UNUSABLE = (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, OptunaError)
-"""Errors that optuna raises for a storage that is not there, not to be written, or something else."""
+"""Errors that optuna raises for a storage that is missing, read-only, or another kind of file."""
 
 
 def storage_of(where: str) -> BaseStorage:
@@ -128,7 +128,7 @@ class Study:
                 raise
 
     def done(self, trial: optuna.trial.Trial, score: float, trainable: int, record: Mapping[str, Any]) -> None:
-        """Record a trained trial; unless others gave it up, since this worker slept."""
+        """Record a trained trial, unless another worker gave it up because this one was silent too long."""
         with contextlib.suppress(UpdateFinishedTrialError):
             trial.set_user_attr(RECORD, dict(record))
             self._tell(trial.number, TrialState.COMPLETE, [score, trainable])
@@ -165,7 +165,7 @@ class Study:
 
 
 def last_sign(trial: FrozenTrial) -> float:
-    """Return when the worker of a trial was last heard of."""
+    """Return the time of the last sign of life from a trial's worker."""
     began = trial.datetime_start or datetime.now()
     return max(began.timestamp(), float(trial.user_attrs.get(ALIVE, 0.0)))
 

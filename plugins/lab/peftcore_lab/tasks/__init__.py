@@ -1,4 +1,4 @@
-"""Tasks: each makes of a model's name and a file a model with examples, ready for the Trainer.
+"""Tasks: each turns a model's name and a file into a model with examples, ready for the Trainer.
 
 It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains. In the order of reading:
 

@@ -26,7 +26,7 @@ class DecoderData(Data):
     prompts: tuple[str, ...] = ()
     """Prompts that the model answers before and after training, to be looked at."""
     answer_length: PositiveInt = 48
-    """Tokens of an answer at most."""
+    """Maximum number of tokens of an answer."""
 
 
 class CausalData(DecoderData, RowsOfTasks):

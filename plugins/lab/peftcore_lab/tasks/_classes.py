@@ -1,5 +1,4 @@
-"""Classes of tasks that have some: those that a head has learned already, the predicted one, and how often it is
-right."""
+"""Helpers for classification tasks: the classes that a head has learned, predictions, and accuracy."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def learned(run: Run) -> Sequence[str]:
         return ()
     found = describe(run.adapter).classes
     if not found:
-        logger.warning("%s does not name the classes of its head: they are taken to be those of the data", run.adapter)
+        logger.warning("%s does not name the classes of its head: the classes of the data are used", run.adapter)
     return found
 
 

@@ -38,7 +38,7 @@ class Scores:
 
 
 class ByLogits:
-    """Stands for a model that TRL asks for log-probabilities.
+    """Wraps a model so that TRL gets log-probabilities from its logits.
 
     TRL would multiply hidden states by the weight of the head, past all adapters at the head and at the model, and
     would make the model compute a loss of labels, to which methods would add their own losses. Here the model runs as

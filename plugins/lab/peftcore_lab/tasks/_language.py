@@ -12,8 +12,8 @@ from peftcore_lab.tasks.task import IGNORED
 
 
 def costs(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return what the tokens of each row cost together, and how many count [rows, 2]: means of batches would weigh them
-    wrong."""
+    """Return the summed cross-entropy of each row's tokens, and how many tokens count [rows, 2]: means of batches would
+    weight tokens unequally."""
     each = nn.functional.cross_entropy(scores.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([each.double().sum(1), (labels != IGNORED).double().sum(1)], dim=1)
 

@@ -88,7 +88,10 @@ class Flow(Noising):
     def __init__(self, scheduler: Any, min_snr: float | None = None) -> None:
         super().__init__(scheduler)
         if min_snr is not None:
-            raise BadInput("data.min_snr weighs steps of a diffusion, and this pipeline learns a flow: remove it")
+            raise BadInput(
+                "data.min_snr weights the steps of a diffusion model, and this pipeline is a flow model: remove "
+                "data.min_snr"
+            )
 
     def over(self, latents: Tensor, drawn: torch.Generator | None) -> Noised:
         noise = torch.randn(latents.shape, generator=drawn, device=latents.device, dtype=latents.dtype)

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as training sees them: which part denoises, how words reach it, and the form of latents."""
+"""Pipelines of diffusers for training: the denoiser, the encoding of text, and the shape of latents."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Painter(ABC):
     """One kind of pipeline.
 
     Attributes:
-        denoiser: the part that says what is noise.
-        readers: those of the words, by the ending of their names in the pipeline: ``""``, ``_2``, ``_3``.
+        denoiser: the part that predicts the noise.
+        readers: the text encoders, by the suffix of their names in the pipeline: ``""``, ``_2``, ``_3``.
     """
 
     noising: ClassVar[type[Diffusion] | type[Flow]]
@@ -84,7 +84,7 @@ class Painter(ABC):
         (top, left), and its height and width."""
 
     def denoise(self, noisy: Tensor, times: Tensor, words: Words) -> Tensor:
-        """Return what the denoiser says of noisy latents."""
+        """Return the denoiser's output for noisy latents."""
         said: Tensor = self.denoiser(noisy, timestep=times, **words, return_dict=False)[0]
         return said
 
@@ -128,7 +128,7 @@ class StableDiffusion3(Painter):
 
 
 class Flux(StableDiffusion3):
-    """Two encoders, and a transformer of squares of 2 x 2 latents, each with its place."""
+    """Two text encoders, and a transformer over patches of 2 x 2 latents with their positions."""
 
     files = ("clip_l", "t5")
 

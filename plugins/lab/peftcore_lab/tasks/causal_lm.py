@@ -1,4 +1,4 @@
-"""The task of plain text: the next token is learned."""
+"""The task of plain text: the model learns the next token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class CausalLM(Task[CausalTextData]):
         tokenizer = load_tokenizer(run.model)
         parts = [_encoded(part, column, tokenizer, data) for part in (found.train, found.held_out)]
         if not all(parts):
-            raise BadInput(f"{data.train}: no text is long enough: one token says nothing of the next")
+            raise BadInput(
+                f"{data.train}: every training text, or every held-out one, is shorter than two tokens: use longer "
+                "texts"
+            )
         return prepared(run, data, tokenizer, parts[0], parts[1], data.prompts, data.names(found))
 
 

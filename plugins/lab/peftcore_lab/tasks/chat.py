@@ -26,7 +26,7 @@ class ChatData(CausalData):
     completion: str | None = None
     """Column of answers: texts or messages; guessed when left out."""
     chat_template: str | None = None
-    """A file with a Jinja template, or ``chatml``, in place of the tokenizer's."""
+    """A file with a Jinja template, or ``chatml``, instead of the tokenizer's template."""
 
 
 class Chat(Task[ChatData]):
@@ -47,7 +47,9 @@ class Chat(Task[ChatData]):
         ]
         parts = [[row for row in part if any(label != IGNORED for label in row["labels"][1:])] for part in parts]
         if not all(parts):
-            raise BadInput(f"{data.train}: no conversation has an answer within {data.max_length} tokens")
+            raise BadInput(
+                f"{data.train}: no conversation has an answer within {data.max_length} tokens: raise data.max_length"
+            )
         prompts = [rendered(tokenizer, [{"role": "user", "content": each}], True) for each in data.prompts]
         return prepared(run, data, tokenizer, parts[0], parts[1], prompts, data.names(found))
 
@@ -61,7 +63,10 @@ def _encoded(messages: list[Message], tokenizer: Any, data: ChatData) -> dict[st
             asked = rendered(tokenizer, messages[:index], True)
             told = rendered(tokenizer, messages[: index + 1], False)
             if not (told.startswith(asked) and text.startswith(told)):
-                raise BadInput("the chat template changes earlier turns, so answers cannot be told apart in one pass")
+                raise BadInput(
+                    "the chat template changes earlier turns, so the tokens of answers cannot be found in one pass: "
+                    "set another data.chat_template"
+                )
             answers.append((len(asked), len(told)))
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spoken = [any(start <= a and b <= end and a < b for start, end in answers) for a, b in read["offset_mapping"]]

@@ -44,7 +44,7 @@ class ImageClassification(Task[ImageData]):
         labels = numbered(map(str, found.train[label]), learned(run), data.train)
         unseen = {str(each) for each in found.held_out[label]}.difference(labels)
         if len(labels) < 2 or unseen:
-            what = f"no training picture is a {min(unseen)!r}" if unseen else "there is one class alone"
+            what = f"no training picture has class {min(unseen)!r}" if unseen else "there is only one class"
             raise BadInput(f"{data.train}: {what}")
         where, options = find(run.model).origin()
         try:

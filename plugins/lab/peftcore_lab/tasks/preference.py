@@ -33,9 +33,9 @@ class PreferenceData(DecoderData):
     rejected: str | None = None
     """Column of the other answers: texts, messages or whole conversations; ``rejected`` when left out."""
     chat_template: str | None = None
-    """A file with a Jinja template, or ``chatml``, in place of the tokenizer's."""
+    """A file with a Jinja template, or ``chatml``, instead of the tokenizer's template."""
     beta: PositiveFloat = 0.1
-    """How much the model is held to the reference, which is the model before training: the higher, the more."""
+    """Strength of the pull to the reference, which is the model before training: higher is stronger."""
 
 
 class Preference(Task[PreferenceData]):
@@ -60,7 +60,9 @@ class Preference(Task[PreferenceData]):
         parts = [[_encoded(pair, tokenizer) for pair in part] for part in read]
         parts = [[row for row in part if _differ(row, data.max_length)] for part in parts]
         if not all(parts):
-            raise BadInput(f"{data.train}: no pair has answers that differ within {data.max_length} tokens")
+            raise BadInput(
+                f"{data.train}: no pair has answers that differ within {data.max_length} tokens: raise data.max_length"
+            )
         model = from_pretrained(transformers.AutoModelForCausalLM, run.model, run.dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):  # noise of its own would count as a difference from the reference
@@ -83,7 +85,10 @@ def _encoded(pair: PreferencePair, tokenizer: Any) -> dict[str, list[int]]:
     asked = rendered(tokenizer, pair.prompt, True)
     texts = [rendered(tokenizer, [*pair.prompt, *answer], False) for answer in (pair.chosen, pair.rejected)]
     if not all(text.startswith(asked) for text in texts):
-        raise BadInput("the chat template changes earlier turns, so answers cannot be told apart in one pass")
+        raise BadInput(
+            "the chat template changes earlier turns, so the tokens of answers cannot be found in one pass: set "
+            "another data.chat_template"
+        )
     ids, one, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, *texts))
     begin = in_common(ids, one, other)  # the end of the prompt and an answer may have a token in common
     return {"prompt_ids": one[:begin], "chosen_ids": one[begin:], "rejected_ids": other[begin:]}

@@ -22,7 +22,7 @@ from peftcore_lab.tasks.task import Data, Prepared, Task
 
 MASKS = ("mask", "annotation", "label", "segmentation")
 NOTHING = 255
-"""The class of pixels that neither train nor count, by custom."""
+"""The class of pixels that are ignored in training and in scores, by convention."""
 
 
 class SegmentedData(Data):
@@ -55,11 +55,11 @@ class Segmentation(Task[SegmentedData]):
         )
         labels = data.classes or tuple(map(str, range(1 + max(_largest(row["mask"]) for row in train))))
         if len(labels) < 2:
-            raise BadInput(f"{data.train}: there is one class alone")
+            raise BadInput(f"{data.train}: there is only one class, and two are needed")
         if (known := tuple(learned(run))) and known != labels:
             raise BadInput(
-                f"{run.adapter} has a head for the classes {', '.join(known)}, in this order, and the numbers in the "
-                f"masks stand for {', '.join(labels)}: name the same with data.classes, or begin with a fresh adapter"
+                f"{run.adapter} has a head for the classes {', '.join(known)}, in this order, but the values of the "
+                f"masks mean {', '.join(labels)}: set data.classes to the head's names, or begin with a fresh adapter"
             )
         where, options = find(run.model).origin()
         try:
@@ -70,7 +70,8 @@ class Segmentation(Task[SegmentedData]):
         model, head = classifier(transformers.AutoModelForSemanticSegmentation, run.model, labels, run.dtype)
         if "labels" not in _batch([train[0]], processor, len(labels)):
             raise BadInput(
-                f"{run.model}: its image processor reads no pictures of classes ({type(processor).__name__})"
+                f"{run.model}: its image processor ({type(processor).__name__}) does not read segmentation masks; use "
+                "another model"
             )
         return Prepared(
             model=model,
@@ -97,7 +98,10 @@ def _batch(rows: list[dict[str, Any]], processor: Any, count: int) -> dict[str, 
     masks = [np.asarray(row["mask"].convert("L")) for row in rows]
     for mask in masks:
         if (wrong := mask[(mask >= count) & (mask != NOTHING)]).size:
-            raise BadInput(f"a mask has the class {wrong[0]}, and there are {count} from 0 on ({NOTHING} is none)")
+            raise BadInput(
+                f"a mask has the class {wrong[0]}, but the classes are 0 to {count - 1} ({NOTHING} marks pixels "
+                "without a class)"
+            )
     pictures = [row["image"].convert("RGB") for row in rows]
     return dict(processor(pictures, segmentation_maps=masks, return_tensors="pt"))
 

@@ -61,14 +61,17 @@ class RowsOfTasks(Data):
         return told(rows, part, self.task_column)
 
     def refuse(self, **others: object) -> None:
-        """Refuse options that leave open of which task something is.
+        """Refuse options that do not say which task they belong to.
 
         Raises:
             BadInput: one of them is set together with the column of tasks.
         """
         for name, value in others.items():
             if value and self.task_column is not None:
-                raise BadInput(f"data.{name} cannot be had with data.task_column: which task is meant, nothing says")
+                raise BadInput(
+                    f"data.{name} does not work with data.task_column, because it does not name a task: remove one of "
+                    "the two"
+                )
 
 
 D = TypeVar("D", bound=Data)
@@ -79,8 +82,9 @@ class OwnTrainer:
     """A Trainer that computes the loss, where the model of a task does not."""
 
     kind: type[transformers.Trainer]
-    """Its class. The class that `peftcore train` adds to any Trainer is before it in the order of base classes. The
-    attribute `injection`, which is None where the whole model trains, is there before its ``__init__`` runs."""
+    """The Trainer's class. The class that `peftcore train` adds to any Trainer is before it in the order of base
+    classes. The attribute `injection`, which is None where the whole model trains, is there before its ``__init__``
+    runs."""
     arguments: Callable[..., transformers.TrainingArguments] = transformers.TrainingArguments
     """Makes its training arguments from the arguments common to all tasks: their class, or a partial with more
     arguments."""
@@ -96,7 +100,7 @@ class Work:
     """Name of the work, for the display."""
     steps: int
     do: Callable[[Callable[[], None]], None]
-    """Does it, and calls what it is given after each step."""
+    """Does the work, and calls its argument after each step."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +108,25 @@ class CompanionAdapter:
     """An adapter of another part of the model, which trains together with the run's adapter."""
 
     name: str
-    """Its name, and the ending of its folder's: ``adapter_NAME``."""
+    """The adapter's name, also the ending of its folder's name: ``adapter_NAME``."""
     part: nn.Module
-    """The part that gets it."""
+    """The part of the model that gets the adapter."""
     method: str
     options: Mapping[str, Any]
     learning_rate: float | None = None
-    """The highest; that of the run, unless set."""
+    """The highest learning rate; by default the run's."""
     until: float = 1.0
-    """The share of all steps after which it stays as it is."""
+    """The share of all steps after which the adapter is frozen."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Files for other programs, which have it too: their names in the run's folder, and the formats."""
 
     def apply(self, seed: int) -> None:
-        """Put it into its part."""
+        """Apply the adapter to its part."""
         peftcore.apply(self.part, self.method, name=self.name, seed=seed, **self.options)
 
     @property
     def injection(self) -> peftcore.Injection:
-        """Return it, once it is applied."""
+        """Return the adapter, once it is applied."""
         return peftcore.injections(self.part)[self.name]
 
 
@@ -142,18 +146,18 @@ class Prepared:
     head: tuple[str, ...] = ()
     """Modules that are new, and train whole."""
     beside: tuple[CompanionAdapter, ...] = ()
-    """Adapters of other parts, which train too; not for full fine-tuning."""
+    """Adapters of other parts that train together with the run's adapter; not in full fine-tuning."""
     reduce: Callable[[Any, Any], Any] | None = None
     """Reduces a batch's logits and labels to the inputs of the metrics: logits of all examples would not fit in
     memory."""
     metrics: Callable[[Any], dict[str, float]] | None = None
     """Computes the metrics from the (reduced) outputs of all examples; the loss is there without it."""
     floor: float | None = None
-    """The task's metric for an answer that looks at nothing, where that is known."""
+    """The metric of a constant answer, such as the most frequent class, if it is known."""
     tasks: tuple[str, ...] = ()
     """The tasks of the rows, where data names them: each row then has the name of its task under `several.TASK`."""
     check: Callable[[peftcore.Injection | None], None] | None = None
-    """Refuses what only the adapted model shows; called before it is trained."""
+    """Refuses problems that only the adapted model shows; called before training."""
     first: Work | None = None
     """Work with the model that is done before any adapter is installed."""
     samples: Callable[[], list[str]] | None = None
@@ -173,7 +177,9 @@ class Prepared:
         """
         if name == FULL and self.beside:
             beside = ", ".join(each.name for each in self.beside)
-            raise BadInput(f"{name} trains no adapter, and none beside it, as that of {beside}: choose another method")
+            raise BadInput(
+                f"{name} fine-tuning trains no adapter, but the task also trains one of {beside}: choose another method"
+            )
 
 
 class Task(ABC, Generic[D]):
@@ -186,7 +192,7 @@ class Task(ABC, Generic[D]):
     metric: ClassVar[str] = "loss"
     """The number by which runs are compared; it says which checkpoint is best, unless `coarse`."""
     greater: ClassVar[bool] = False
-    """Whether more of it is better."""
+    """Whether a higher metric is better."""
     coarse: ClassVar[bool] = False
     """Whether many checkpoints have the same score, so that the one of the lowest loss is the best."""
     use: ClassVar[Use | None] = None

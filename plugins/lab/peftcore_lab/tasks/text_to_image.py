@@ -80,15 +80,18 @@ class CaptionedData(Data):
     @model_validator(mode="after")
     def _fit(self) -> CaptionedData:
         if (self.prior is None) != (self.prior_text is None):
-            raise ValueError("prior and prior_text belong together: where the pictures are, and what they are called")
+            raise ValueError("set prior (a folder of pictures) and prior_text (their caption) together")
         if self.prior is not None and self.condition is not None:
-            raise ValueError("pictures of the prior have no condition: leave out one of the two")
+            raise ValueError("pictures of prior have no condition: remove prior or condition")
         if self.prompt_conditions and len(self.prompt_conditions) != len(self.prompts):
             raise ValueError("prompt_conditions needs one picture for each of prompts")
         if not self.words and {"words_from", "words_rate", "words_until"} & self.model_fields_set:
-            raise ValueError("words_from, words_rate and words_until are of new words: name them in words")
+            raise ValueError("words_from, words_rate and words_until configure new words: set words too")
         if self.part == "text_encoder" and {"words_rate", "words_until"} & self.model_fields_set:
-            raise ValueError("words_rate and words_until are of words beside the denoiser: leave out part=text_encoder")
+            raise ValueError(
+                "words_rate and words_until need words that are learned together with the denoiser: remove "
+                "part=text_encoder"
+            )
         return self
 
     @property
@@ -193,7 +196,7 @@ def _painter(run: Run, data: CaptionedData) -> Painter:
     library: Any = diffusers
     folder = find(run.model).place()
     if not (folder / PIPELINE).is_file():
-        raise BadInput(f"{run.model}: no folder of a diffusers pipeline (it has no {PIPELINE})")
+        raise BadInput(f"{run.model} is not the folder of a diffusers pipeline (it has no {PIPELINE})")
     try:
         pipeline = library.DiffusionPipeline.from_pretrained(
             folder, dtype=getattr(torch, run.dtype), local_files_only=True
@@ -204,8 +207,8 @@ def _painter(run: Run, data: CaptionedData) -> Painter:
     if type(pipeline) not in known:
         names = ", ".join(each.__name__ for each in known)
         raise BadInput(
-            f"{run.model}: is a {type(pipeline).__name__}; those that can be trained here are {names}; others from "
-            "Python: peftcore.apply works on any of their parts"
+            f"{run.model} is a {type(pipeline).__name__}; this task trains {names}. For another pipeline, call "
+            "peftcore.apply on one of its parts in Python"
         )
     pipeline.set_progress_bar_config(disable=True)
     return known[type(pipeline)](pipeline, data.guidance)
@@ -244,7 +247,7 @@ def _start(reader: TextEncoder, data: CaptionedData) -> Tensor | None:
     """Return the vector [width] from which new words start; None leaves it to the encoder."""
     tokenizer = reader.tokenizer
     if held := tokenizer.get_vocab().keys() & {*data.words}:
-        raise BadInput(f"data.words: the tokenizer has {min(held)!r} already")
+        raise BadInput(f"data.words: the tokenizer has {min(held)!r} already; choose another word")
     if data.words_from is None:
         return None
     ids = tokenizer(data.words_from, add_special_tokens=False).input_ids
@@ -268,7 +271,7 @@ def _taught(reader: TextEncoder, data: CaptionedData, start: Tensor | None) -> l
 
 
 class WithPrior:
-    """Rows, each paired with a picture of the class. Either begins again where the other has more."""
+    """Rows, each paired with a picture of the class. The shorter list starts over when it ends."""
 
     def __init__(self, rows: Any, files: Sequence[Path], data: CaptionedData) -> None:
         self._rows, self._files, self._text = rows, files, data.prior_text

@@ -19,7 +19,7 @@ from peftcore_lab.tasks.task import IGNORED, Prepared, RowsOfTasks, Task
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 OUTSIDE = "O"
-"""The tag of words that are nothing, by custom."""
+"""The tag of words without a tag, by convention."""
 
 
 class TaggedData(RowsOfTasks):
@@ -34,7 +34,7 @@ class TaggedData(RowsOfTasks):
 
 
 class TokenClassification(Task[TaggedData]):
-    """The task, scored by F1 of tagged words; the first token of a word speaks for it."""
+    """The task, scored by F1 of tagged words; the prediction at a word's first token counts."""
 
     Data = TaggedData
     metric, greater = "f1", True
@@ -48,11 +48,14 @@ class TokenClassification(Task[TaggedData]):
         labels = numbered((str(tag) for _, tagged in parts[0] for tag in tagged), learned(run), data.train)
         unseen = {str(tag) for _, tagged in parts[1] for tag in tagged}.difference(labels)
         if len(labels) < 2 or unseen:
-            what = f"no training row has the tag {min(unseen)!r}" if unseen else "there is one tag alone"
+            what = f"no training row has the tag {min(unseen)!r}" if unseen else "there is only one tag"
             raise BadInput(f"{data.train}: {what}")
         tokenizer = load_tokenizer(run.model)
         if not tokenizer.is_fast:
-            raise BadInput(f"{run.model}: its tokenizer does not say which word a token is of (it is not a fast one)")
+            raise BadInput(
+                f"{run.model}: its tokenizer is not a fast one, so it does not map tokens to words: use a model with a "
+                "fast tokenizer"
+            )
         train, held_out = (
             data.told([_encoded(tokenizer, *row, labels, data.max_length) for row in part], rows)
             for part, rows in zip(parts, (found.train, found.held_out), strict=True)

@@ -9,6 +9,6 @@ It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of r
 - `run_trainer`: the ``Trainer`` as it is used here.
 - `processes`: one run in several processes.
 - `cluster`: one run, or many tasks, on a Ray cluster.
-- `advice`: what to change where there was too little memory.
+- `advice`: settings to change when memory was too small.
 - `memory`: how much memory a run takes at its peak.
 """

@@ -24,7 +24,7 @@ class Knob:
 
     settings: Mapping[str, object]
     step: Step | None
-    """The step of the run with it; None where it cannot be counted."""
+    """The step of the run with this change; None if its memory cannot be estimated."""
 
     def __str__(self) -> str:
         return " ".join(f"--set {name}={value}" for name, value in self.settings.items())
@@ -56,15 +56,18 @@ def advice(run: Run, prepared: Prepared | None = None) -> str:
     """
     listed = knobs(run)
     if not listed:
-        return "Less is needed with: a smaller model"
+        return "To need less memory, use a smaller model"
     counted = estimates(run, prepared)
     now = None if counted is None else counted.of(step_of(run))
     if counted is None or now is None:
-        return f"Less is needed with: {'; '.join(map(str, listed))}"
+        return f"To need less memory, use: {'; '.join(map(str, listed))}"
     sizes = [None if each.step is None else counted.of(each.step) for each in listed]
     said = ["" if each is None else f": about {size(each)}" for each in sizes]
     told = "; ".join(f"{knob}{each}" for knob, each in zip(listed, said, strict=True))
-    return f"Now about {size(now)} a step, as peftcore plan counts (the peak is higher); less with {told}"
+    return (
+        f"A step needs about {size(now)} as peftcore plan estimates it (the peak is higher). To need less memory, "
+        f"use: {told}"
+    )
 
 
 def step_of(run: Run) -> Step:

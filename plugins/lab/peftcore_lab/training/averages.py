@@ -29,7 +29,7 @@ class Averages:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the parameters as they are after a step of the optimizer."""
+        """Update the averages with the parameters after an optimizer step."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for value, parameter in zip(self._values, self._parameters, strict=True):
@@ -69,7 +69,7 @@ class Averages:
         self._steps = int(held.pop("steps"))
         found = [held.get(str(number)) for number in range(len(self._values))]
         if len(held) != len(found) or any(not _alike(*pair) for pair in zip(found, self._values, strict=True)):
-            raise TrainingError(f"{folder / FILE} has the averages of another model")
+            raise TrainingError(f"{folder / FILE} has the averages of another model: resume with the model of that run")
         self._values = [each.to(value) for each, value in zip(found, self._values, strict=True) if each is not None]
 
 

@@ -81,7 +81,9 @@ class Cluster:
         from ray.train.torch import TorchTrainer
 
         if not resume and (run.out / RUN).exists():  # now, and not in processes that would begin again
-            raise BadInput(f"{run.out} holds a run already: --resume goes on with it, --out names another folder")
+            raise BadInput(
+                f"{run.out} holds a run already: add --resume to continue it, or set --out to another folder"
+            )
         told = {"run": run.model_dump(mode="json"), "here": str(Path.cwd()), "resume": resume}
         folder = run.out.resolve() / "ray"
         with self.connected():
@@ -97,8 +99,8 @@ class Cluster:
             return Outcome(**json.loads((run.out / "metrics.json").read_text(encoding="utf-8")))
         except OSError:
             raise BadInput(
-                f"{run.out / 'metrics.json'} is not here: it was written on another machine. --out has to name a "
-                "folder that all machines of the cluster share"
+                f"{run.out / 'metrics.json'} does not exist on this machine, because it was written on another one: "
+                "set --out to a folder that all machines of the cluster share"
             ) from None
 
 
@@ -121,7 +123,7 @@ def _reason(error: BaseException) -> Exception:
 
 
 def go_to(folder: str) -> None:
-    """Change to the folder of the process that asked, in which names of files are meant.
+    """Change to the working directory of the calling process, to which file names are relative.
 
     Raises:
         BadInput: the folder does not exist on this machine.
@@ -129,14 +131,16 @@ def go_to(folder: str) -> None:
     try:
         os.chdir(folder)
     except OSError:
-        raise BadInput(f"{folder} is not on all machines of the cluster, which have to share it") from None
+        raise BadInput(
+            f"{folder} does not exist on every machine of the cluster: start in a folder that all machines share"
+        ) from None
 
 
 def taken(done: Any) -> Any:
-    """Return what a task gave.
+    """Return the result of a task.
 
     Raises:
-        BadInput: the task cannot be done there.
+        BadInput: the task cannot run on its worker.
         TrainingError: its worker was lost, and so were those that began it again.
     """
     import ray
@@ -149,7 +153,7 @@ def taken(done: Any) -> Any:
         raise
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]
-        raise TrainingError(f"its worker was lost, {RETRIES} times more after that: {reason}") from error
+        raise TrainingError(f"its worker was lost, and so were {RETRIES} retries: {reason}") from error
 
 
 def _has() -> dict[str, float]:

@@ -36,7 +36,7 @@ class Estimates:
         model: a MODEL.
         wanted: the method; None trains every parameter.
         length: tokens of an example.
-        seconds: when they are over, nothing is known any more.
+        seconds: the time limit, after which no estimate is returned.
     """
 
     model: str

@@ -245,7 +245,7 @@ def train_together(
         if not is_full(error):
             raise
         display.say(
-            f"out of memory with {len(runs)} runs at once: one after the other now; --together 1 begins with that"
+            f"out of memory with {len(runs)} runs at once: now one after the other; set --together 1 to start like that"
         )
         return [None] * len(runs), None
     return group.results, saved

@@ -39,7 +39,7 @@ def ask_for_sharding(args: transformers.TrainingArguments) -> None:
     """
     launched = _launched()
     if launched and not args.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise BadInput("weights are cut by FSDP2 alone, and this is FSDP1: add --fsdp_version 2 to accelerate launch")
+        raise BadInput("sharding needs FSDP2, and accelerate launch asks for FSDP1: add --fsdp_version 2 to it")
     state = args.distributed_state
     if (launched or args.fsdp) and state is not None and state.distributed_type is DistributedType.MULTI_CPU:
         # It would leave them unsharded, without a word, though gloo can do it. Of this it makes FSDP; the device stays.
@@ -87,6 +87,6 @@ def _check_embeddings(model: nn.Module) -> None:
     holders = [path for path, each in model.named_modules() if each._parameters.get("weight") is table]
     if any(model.get_submodule(path) not in embeddings for path in holders):
         raise BadInput(
-            f"{', '.join(holders)} have their weight in common, and accelerate would cut it twice: train without "
-            "sharding, with all of the model in every process"
+            f"{', '.join(holders)} share one weight, which accelerate would shard twice: train without sharding, so "
+            "that every process holds the whole model"
         )

@@ -130,7 +130,7 @@ class AdapterTrainer(PeftcoreTrainer):
         if not torch.isfinite(loss).all():
             raise TrainingError(
                 f"the loss became {loss.mean().item()} in step {self.state.global_step + 1}: try a smaller learning "
-                "rate or a longer warm-up; the last checkpoint is from before"
+                "rate or a longer warm-up; the last checkpoint is of an earlier step"
             )
         for each in self._beside:
             if self.state.global_step >= each.until * self.state.max_steps:
@@ -140,7 +140,7 @@ class AdapterTrainer(PeftcoreTrainer):
 
 
 class Steps(transformers.TrainerCallback):
-    """Lets averages take in each step."""
+    """Updates the moving averages after each step."""
 
     def __init__(self, averages: Averages) -> None:
         self._averages = averages
@@ -158,7 +158,7 @@ class LastStep(transformers.TrainerCallback):
 
 
 class Clock(transformers.TrainerCallback):
-    """Times the optimizer's steps, without what is between them."""
+    """Times the optimizer's steps, without the time between them."""
 
     def __init__(self) -> None:
         self._seconds, self._steps, self._began = 0.0, 0, 0.0
@@ -187,11 +187,11 @@ def trainer_for(
     own = prepared.trainer
     if own is not None and is_sharded_run(run.training.shard):
         raise BadInput(
-            f"the task {run.task} has a Trainer of its own, which does not cut weights over processes: leave out "
-            "training.shard and accelerate's --use_fsdp, so that every process holds the whole model"
+            f"the task {run.task} uses its own Trainer, which does not support sharding: remove training.shard and "
+            "accelerate's --use_fsdp, so that every process holds the whole model"
         )
     if run.training.ema is not None and is_sharded_run(run.training.shard):
-        raise BadInput("averages of weights that are cut over processes are not kept: leave out training.ema, or shard")
+        raise BadInput("training.ema does not support sharded weights: remove training.ema, or train without sharding")
     wanted = run.training.report_to
     logs = [_tensorboard(run)] if TENSORBOARD in wanted else []
     patience = run.training.patience

@@ -40,7 +40,7 @@ def check_known(config: MethodConfig, prepared: Prepared) -> None:
 
 
 def collate(prepared: Prepared) -> Callable[[list[Any]], Batch]:
-    """Return what puts rows together to a batch, with the names of their tasks if they have some."""
+    """Return a collate function that adds the names of the rows' tasks, if they have some."""
 
     def together(rows: list[Any]) -> Batch:
         rest = [{name: value for name, value in row.items() if name != TASK} for row in rows]
@@ -50,7 +50,7 @@ def collate(prepared: Prepared) -> Callable[[list[Any]], Batch]:
 
 
 def without_names(prepared: Prepared) -> Callable[[list[Any]], Batch]:
-    """Return what makes batches for the model alone."""
+    """Return a collate function without the names of tasks, whose batches can be passed to the model."""
     make = collate(prepared)
     return lambda rows: {name: value for name, value in make(rows).items() if name != TASK}
 

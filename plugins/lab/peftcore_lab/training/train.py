@@ -210,7 +210,9 @@ def _loaded(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> 
     held = injection.trained_along
     for head in prepared.head:
         if not any(path == head or path.startswith((f"{head}.", f"{head}:")) for path in held):
-            raise BadInput(f"{run.adapter} has no head {head}, which the task {run.task} trains: begin a fresh adapter")
+            raise BadInput(
+                f"{run.adapter} has no head {head}, which the task {run.task} trains: begin with a fresh adapter"
+            )
     return injection
 
 
@@ -219,8 +221,8 @@ def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> p
     if peftcore.method(run.method.name).asks_for_data(arguments):
         if prepared.trainer is not None:
             raise BadInput(
-                f"{run.method.name} looks at batches before training, with the loss of the model, and the task "
-                f"{run.task} has a loss that its Trainer computes: choose another method"
+                f"{run.method.name} computes the model's loss on batches before training, but the task {run.task} "
+                "computes its loss in its own Trainer: choose another method"
             )
         batches = DataLoader(
             Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),

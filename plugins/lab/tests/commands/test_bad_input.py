@@ -26,16 +26,16 @@ def written(path, text: str):
 
 
 def test_neither_demo_nor_model_and_data(encoder):
-    assert "give --demo, a configuration file, or both --model and --data" in refused()
+    assert "set --demo, name a configuration file, or set both --model and --data" in refused()
     assert "both --model and --data" in refused("--model", encoder)
 
 
 def test_demo_with_other_data(csv_file):
-    assert "leave these out" in refused("--demo", "--data", csv_file)
+    assert "remove --model, --task, --data" in refused("--demo", "--data", csv_file)
 
 
 def test_tuning_without_demo(encoder, csv_file):
-    assert "--tuning belongs to --demo" in refused("--model", encoder, "--data", csv_file, "--tuning")
+    assert "--tuning works only with --demo" in refused("--model", encoder, "--data", csv_file, "--tuning")
 
 
 @pytest.mark.parametrize("option", ["steps", "batch_size"])
@@ -81,7 +81,7 @@ def test_missing_column(encoder, csv_file):
 
 def test_column_that_cannot_be_guessed(encoder, jsonl_file):
     message = refused("--model", encoder, "--data", jsonl_file)
-    assert "name the label with data.label; its columns are Review, stars" in message
+    assert "set data.label to the column of the label; its columns are Review, stars" in message
 
 
 def test_one_class_only(encoder, tmp_path):
@@ -110,7 +110,7 @@ def test_a_method_named_twice(encoder, csv_file):
 
 
 def test_no_method(encoder, csv_file):
-    assert "names no method" in refused("--model", encoder, "--data", csv_file, "--methods", ",")
+    assert "--methods is empty" in refused("--model", encoder, "--data", csv_file, "--methods", ",")
 
 
 def test_missing_model_folder(csv_file, tmp_path):
@@ -173,7 +173,7 @@ def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_
 def test_python_m_peftcore():
     done = subprocess.run([sys.executable, "-m", "peftcore", "compare"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: give --demo, a configuration file, or both --model and --data\n"
+    assert done.stderr == "Error: set --demo, name a configuration file, or set both --model and --data\n"
 
 
 # Options of methods as flags

@@ -71,7 +71,7 @@ def test_an_adapter_names_its_model_or_is_told_one(run: Path, talker: Path, deco
 
 
 def test_what_cannot_answer_says_so(run: Path) -> None:
-    assert "nothing was asked yet" in told(run, said="/base\n")[1]
+    assert "no question was asked yet" in told(run, said="/base\n")[1]
     assert "--dtype float8" in told(run, "--dtype", "float8", code=2)[1]
     assert told("nowhere", code=2)[1].startswith("Error: ")
     assert told(run, "--model", "nowhere/at/all", code=2)[1].startswith("Error: ")

@@ -247,7 +247,7 @@ def test_rates_are_chosen_by_examples_that_the_report_does_not_use(encoder, csv_
 def test_rates_are_given_or_tuned(encoder, csv_file, tmp_path):
     given = ["compare", "--model", str(encoder), "--data", str(csv_file), "--tune-lr", "1e-3"]
     for flags, words in (
-        (["--methods", "lora", "--lr", "1e-3"], "give one of them"),
+        (["--methods", "lora", "--lr", "1e-3"], "use only one of them"),
         (["--methods", "lora", "--tune-lr", "0"], "tune_lr"),
     ):
         result = CliRunner().invoke(app, [*given, *flags])
@@ -255,7 +255,7 @@ def test_rates_are_given_or_tuned(encoder, csv_file, tmp_path):
     config = tmp_path / "compare.yaml"
     config.write_text("methods: [{name: lora, learning_rate: 1e-3}]\n", encoding="utf-8")
     result = CliRunner().invoke(app, [given[0], str(config), *given[1:]])
-    assert result.exit_code == 2 and "lora has a learning rate of its own" in result.stderr
+    assert result.exit_code == 2 and "lora sets its own learning_rate" in result.stderr
 
 
 @pytest.mark.usefixtures("undrawn")

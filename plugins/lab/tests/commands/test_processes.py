@@ -161,7 +161,7 @@ def test_of_two_processes_one_is_killed_and_one_alone_goes_on(config: Path) -> N
 
     line += ["--out", "two", "--resume", "--json"]
     refused = CliRunner().invoke(app, line)
-    assert refused.exit_code != 0 and "a run of 16 examples a step, in 2 process(es)" in refused.output
+    assert refused.exit_code != 0 and "a run of 16 examples a step in 2 process(es)" in refused.output
     done = CliRunner().invoke(app, [*line, "--batch-size", "16"])
     assert done.exit_code == 0, done.output
     learned_the_same(done.stdout, json.loads(alone.stdout), atol=1e-4)  # after 240 steps of rounding

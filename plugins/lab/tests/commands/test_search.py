@@ -110,13 +110,13 @@ def test_a_worker_adds_to_the_study_and_leaves_the_pick_to_others(file, instant)
         ("methods={lora: {depth: [1.5]}}", "lora: depth=1.5: a share of the layers"),
         ("methods={lora: {rank: {low: 8, high: 2}}}", "low must be below high"),
         ("methods={lroa: {}}", "did you mean"),
-        ("budget=20", "nothing fits: the smallest candidate is lora rank=1 target=attn.q depth=0.5: 66 trainable"),
+        ("budget=20", "no candidate fits: the smallest one, lora rank=1 target=attn.q depth=0.5, needs 66 trainable"),
         ("budget=lots", "write a number of trainable parameters"),
         ("storage=nowhere/study.log", "storage=nowhere/study.log: cannot be used"),
         ("storage=texts.csv", "storage=texts.csv: cannot be used"),
         ("storage=sqlite:////nowhere/study.db", "cannot be used"),
         ("start=[{name: lora, rank: 3}]", "start: lora with rank=3 is not in the space"),
-        ("quantize=nf4", "memory is not counted for quantized models"),
+        ("quantize=nf4", "memory cannot be estimated for quantized models"),
     ],
 )
 def test_bad_input_is_one_message(file, instant, change, message):

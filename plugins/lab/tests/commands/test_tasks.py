@@ -211,7 +211,7 @@ def test_a_class_that_is_none(masked: Path, tmp_path: Path) -> None:
     model = segformer(tmp_path / "model")
     command = ("train", "--model", model, "--task", "segmentation", "--data", masked, "--method", "lora")
     result = CliRunner().invoke(app, [*map(str, command), "--set", 'data.classes=["paper", "zero"]'])
-    assert result.exit_code == 2 and "a mask has the class 2, and there are 2" in " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "class 2, but the classes are 0 to 1" in " ".join(result.stderr.split())
 
 
 def goes_on(*arguments: object) -> str:
@@ -226,7 +226,7 @@ def test_a_head_for_tags_is_gone_on_from_by_their_names(encoder: Path, tagged: P
     options = ("--model", encoder, "--task", "token-classification", "--data", tagged)
     trained(*options, "--steps", 1, "--out", "first")
     tagged.write_text(tagged.read_text(encoding="utf-8").replace("SAID", "TOLD"), encoding="utf-8")
-    assert "has a head for 2 classes, 'O', 'SAID', and these are others: it lacks 'TOLD'" in goes_on(*options)
+    assert "differ from the 2 classes of the adapter's head, 'O', 'SAID': the head lacks 'TOLD'" in goes_on(*options)
 
 
 def test_a_head_for_pictures_is_gone_on_from_by_their_classes(vit: Path, pictures: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_head_for_pictures_is_gone_on_from_by_their_classes(vit: Path, picture
     trained(*options, "--steps", 1, "--out", "first")
     assert goes_on(*options) == "code 0"
     (pictures / "zero").rename(pictures / "nought")
-    assert "it lacks 'nought' and no row is 'zero'" in goes_on(*options)
+    assert "the head lacks 'nought' and no row has 'zero'" in goes_on(*options)
 
 
 def test_a_head_for_pixels_is_gone_on_from_by_their_classes(masked: Path, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_head_for_pixels_is_gone_on_from_by_their_classes(masked: Path, tmp_pa
     trained(*options, *named, "--steps", 1, "--out", "first")
     assert goes_on(*options, *named) == "code 0"
     other = goes_on(*options, "--set", 'data.classes=["paper", "one", "zero"]')
-    assert "for the classes paper, zero, one, in this order" in other and "stand for paper, one, zero" in other
+    assert "for the classes paper, zero, one, in this order" in other and "mean paper, one, zero" in other
 
 
 @pytest.fixture
@@ -435,7 +435,7 @@ def test_words_beside_the_denoiser(named_pictures: Path, tmp_path: Path, kind: s
 def test_nothing_trains_beside_the_whole_model(painter: Path, named_pictures: Path) -> None:
     line = of_the_page(model=str(painter), data=str(named_pictures), method="full", words_from="zero")
     result = CliRunner().invoke(app, line)
-    assert result.exit_code == 2 and "none beside it, as that of text_encoder" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "the task also trains one of text_encoder" in " ".join(result.output.split())
     assert not Path("run/model").exists()
 
 

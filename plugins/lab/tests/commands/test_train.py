@@ -76,7 +76,7 @@ def test_a_classifier_learns_and_its_folder_holds_all_of_it(tweets: Any, encoder
     [
         (["--steps", 0], "training.steps=0: Input should be greater than 0"),
         (["--set", "training.stepz=3"], "there is no option 'training.stepz'; did you mean 'steps'?"),
-        (["--set", "training.epochs=1"], "give steps or epochs, not both"),
+        (["--set", "training.epochs=1"], "set steps or epochs, not both"),
         (["--set", "data.txt=x"], "there is no option 'txt'; did you mean 'text'?"),
         (["--set", "patience"], "write it as NAME=VALUE"),
         (["--set", "method.rank=0"], "rank=0"),
@@ -84,7 +84,7 @@ def test_a_classifier_learns_and_its_folder_holds_all_of_it(tweets: Any, encoder
         (["--task", "text-clasification"], "did you mean 'text-classification'?"),
         (["--data", "nothing.csv"], "nothing.csv: cannot be read"),
         (["--model", "./nothing"], "no such folder"),
-        (["--resume"], "holds no run to go on with"),
+        (["--resume"], "holds no run to resume"),
     ],
     ids=str,
 )
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tweets: Any, changes: lis
 
 def test_a_folder_holds_one_run(tweets: Any) -> None:
     trained(*tweets, "--steps", 4, "--out", "run")
-    assert "--resume goes on with it" in refused(*tweets, "--out", "run")
+    assert "add --resume to continue it" in refused(*tweets, "--out", "run")
     assert "training.learning_rate was 0.03 and is 0.0001" in refused(
         *tweets, "--lr", "1e-4", "--out", "run", "--resume"
     )
@@ -263,7 +263,8 @@ def test_out_of_memory_says_what_plan_counts_now_and_with_each_setting(
 ) -> None:
     message = out_of_memory(monkeypatch, *small, "--batch-size", 6)
     found = re.fullmatch(
-        r".* Now about ([\d.]+ .?B) a step, as peftcore plan counts \(the peak is higher\); less with "
+        r".* A step needs about ([\d.]+ .?B) as peftcore plan estimates it \(the peak is higher\)\. "
+        r"To need less memory, use: "
         r"--set training\.batch_size=3 --set training\.accumulate=2: about ([\d.]+ .?B); "
         r"--set training\.checkpoint_gradients=true: about ([\d.]+ .?B); --set dtype=bfloat16: about ([\d.]+ .?B)",
         message,
@@ -296,7 +297,7 @@ def test_what_plan_does_not_count_is_advised_without_numbers(
     if settings == ["training.shard=true"]:
         monkeypatch.setattr("peftcore_lab.training.train.trainer_for", _no_memory)
     message = out_of_memory(monkeypatch, *small, *(each for name in settings for each in ("--set", name)))
-    assert "Less is needed with: --set training.batch_size=4 --set training.accumulate=2; --set" in message
+    assert "To need less memory, use: --set training.batch_size=4 --set training.accumulate=2; --set" in message
     assert "about" not in message
 
 
@@ -311,7 +312,7 @@ def test_an_estimate_that_fails_is_left_out(error: Exception, small: Any, monkey
 
     monkeypatch.setattr("peftcore_lab.training.estimates.skeleton", fail)
     message = out_of_memory(monkeypatch, *small)
-    assert "Less is needed with: --set training.batch_size=4" in message and "about" not in message
+    assert "To need less memory, use: --set training.batch_size=4" in message and "about" not in message
 
 
 def test_plain_text(decoder: Path, tmp_path: Path) -> None:
@@ -450,8 +451,8 @@ def test_an_adapter_is_gone_on_from(encoder: Path, csv_file: Path, tweets: Any) 
     assert second["before"] == pytest.approx(first["after"], rel=1e-5)
     before, after = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("first", "second"))
     assert before.keys() == after.keys() and all(torch.allclose(before[key], after[key]) for key in before)
-    assert "leave out the method" in refused(*data, "--method", "lora", "--rank", 8, "--out", "third")
-    assert "leave out the method" in refused(*data, "--method", "ia3", "--out", "third")
+    assert "remove method" in refused(*data, "--method", "lora", "--rank", 8, "--out", "third")
+    assert "remove method" in refused(*data, "--method", "ia3", "--out", "third")
     assert "nothing" in refused(*data[:-1], "nothing", "--out", "third")
 
 
@@ -477,7 +478,7 @@ def test_a_head_is_gone_on_from_by_the_names_of_its_classes(tweets: Any, encoder
     for number, names in enumerate((("no", "maybe"), ("fine", "yes"), ("a", "b"))):
         other = relabelled(csv_file, f"other{number}.csv", **dict(zip(labels, names, strict=True)))
         said = refused(*on, "--data", other, "--out", f"other{number}")
-        assert "has a head for 2 classes, 'no', 'yes'" in said and "--method in place of --adapter" in said
+        assert "the 2 classes of the adapter's head, 'no', 'yes'" in said and "--method instead of --adapter" in said
         assert not Path(f"other{number}", "adapter").exists()
     # An adapter whose classes stand in another order than by alphabet, as another program may write it.
     model = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -14,11 +14,14 @@ def test_classes_have_the_numbers_of_the_head_that_knows_them() -> None:
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (["a", "c"], "it lacks 'c' and no row is 'b'"),
-        (["a", "b", "c"], "it lacks 'c'[.]"),
-        (["a"], "no row is 'b'[.]"),
+        (["a", "c"], "the head lacks 'c' and no row has 'b'"),
+        (["a", "b", "c"], "the head lacks 'c'[.]"),
+        (["a"], "no row has 'b'[.]"),
     ],
 )
 def test_other_classes_are_refused(labels: list[str], words: str) -> None:
-    with pytest.raises(BadInput, match=f"here: the adapter has a head for 2 classes, 'b', 'a', .*{words}.*--method"):
+    with pytest.raises(
+        BadInput,
+        match=f"here: the classes differ from the 2 classes of the adapter's head, 'b', 'a': .*{words}.*--method",
+    ):
         numbered(labels, ("b", "a"), "here")

@@ -98,19 +98,19 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
     assert found(path, prompt="ask", completion="say") == EXPECTED
     with pytest.raises(BadInput, match="no column 'sya'; its columns are messages, ask, say"):
         found(path, prompt="ask", completion="sya")
-    with pytest.raises(BadInput, match=r"leave out data\.prompt"):
+    with pytest.raises(BadInput, match=r"remove data\.prompt"):
         found(path, messages="messages", prompt="ask")
 
 
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"messages": []}, "row 1: .* is no list of messages"),
-        ({"messages": "hello"}, "row 1: 'hello' is no list of messages, and no JSON of one"),
-        ({"messages": [{"role": "user"}, {"content": "x"}]}, "row 1: .* has neither role and content nor from"),
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "row 1: the role 'narrator' is none of system"),
-        ({"messages": [1, 2]}, "row 1: 1 has neither role"),
-        ({"text": "x"}, "data.messages, or those of what is asked and answered with data.prompt"),
+        ({"messages": []}, "row 1: .* is not a list of messages"),
+        ({"messages": "hello"}, "row 1: 'hello' is neither a list of messages nor such a list as JSON"),
+        ({"messages": [{"role": "user"}, {"content": "x"}]}, "row 1: the message .* needs the keys role and content"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "row 1: the role 'narrator' is not one of system"),
+        ({"messages": [1, 2]}, "row 1: the message 1 needs the keys role"),
+        ({"text": "x"}, "set data.messages to the column of conversations, or data.prompt"),
         ({"prompt": "x"}, "its columns are prompt"),
     ],
 )  # fmt: skip

@@ -58,7 +58,7 @@ def test_of_several_splits_the_one_for_it_is_scored(names: tuple[str, ...], chos
 def test_splits_of_which_none_is_to_be_scored_are_refused(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"text": "a", "label": 0}] * 3)
     DatasetDict(train=rows, holdout=rows).save_to_disk(tmp_path / "saved")
-    with pytest.raises(BadInput, match=r"it has train, holdout; name the folder .*saved.holdout"):
+    with pytest.raises(BadInput, match=r"its splits are train, holdout. Pass the folder of one split, .*saved.holdout"):
         splits(str(tmp_path / "saved"), str(tmp_path / "saved"), None)
     assert len(splits(str(tmp_path / "saved"), str(tmp_path / "saved" / "holdout"), None).held_out) == 3
 

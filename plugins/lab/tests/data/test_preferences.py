@@ -75,8 +75,8 @@ TEXTS = SHAPES["texts"]
         ({**TEXTS, "rejected": "red"}, "are the same"),
         ({**TEXTS, "rejected": ""}, "the other answer is empty"),
         ({**TEXTS, "chosen": ""}, "the preferred answer is empty"),
-        ({**TEXTS, "chosen": None}, "is no list of messages"),
-        ({**TEXTS, "prompt": None}, "is no list of messages"),
+        ({**TEXTS, "chosen": None}, "is not a list of messages"),
+        ({**TEXTS, "prompt": None}, "is not a list of messages"),
         ({**TEXTS, "prompt": ""}, "no prompt in common"),
     ],
     ids=str,
@@ -95,7 +95,7 @@ OTHER = {"role": "user", "content": "Name a bird"}
         ({"chosen": [*ASKED, GOOD], "rejected": [*ASKED, GOOD]}, "are the same"),
         ({"chosen": [*ASKED, GOOD], "rejected": [OTHER, GOOD]}, "no prompt in common"),
         ({"chosen": [*ASKED, GOOD], "rejected": ASKED}, "the other answer is empty"),
-        ({"chosen": [*ASKED, GOOD, OTHER], "rejected": [*ASKED, BAD, OTHER]}, "not the assistant's"),
+        ({"chosen": [*ASKED, GOOD, OTHER], "rejected": [*ASKED, BAD, OTHER]}, "another role than assistant"),
         ({"chosen": [*ASKED, {"role": "judge", "content": "red"}], "rejected": [*ASKED, BAD]}, "the role 'judge'"),
     ],
     ids=["same", "other prompt", "no answer", "goes on", "role"],
@@ -106,11 +106,11 @@ def test_conversations_that_are_no_pair(row: dict[str, Any], words: str) -> None
 
 
 def test_columns_that_are_missing() -> None:
-    with pytest.raises(BadInput, match=r"name the columns .* with data\.chosen and data\.rejected"):
+    with pytest.raises(BadInput, match=r"set data\.chosen and data\.rejected to the columns"):
         found([{"prompt": "a", "chosen": "b"}])
     with pytest.raises(BadInput, match="no column 'asked'; its columns are prompt, chosen, rejected"):
         found([TEXTS], prompt="asked")
-    with pytest.raises(BadInput, match=r"row 1: .* is no list of messages"):
+    with pytest.raises(BadInput, match=r"row 1: 'red' is neither a list of messages"):
         found([{"chosen": "red", "rejected": "blue"}])
 
 

@@ -21,7 +21,7 @@ def test_parts_are_cut_once_and_not_taken_for_those_of_other_examples(csv_file: 
     changed.write_bytes(content)
     assert parted({"train": str(changed)}, None, None, tmp_path / "parts") == first  # the same rows
     changed.write_bytes(content + content.splitlines(keepends=True)[-1])
-    with pytest.raises(BadInput, match=r"cut from others: data.train changed since"):
+    with pytest.raises(BadInput, match=r"other data: data.train changed since"):
         parted({"train": str(changed)}, None, None, tmp_path / "parts")
 
 

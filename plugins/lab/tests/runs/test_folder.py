@@ -72,7 +72,7 @@ def test_a_run_whose_files_changed_is_another_one(whole: dict[str, Any], tmp_pat
     begun(run)
     (tmp_path / file).write_text("x", encoding="utf-8")
     assert not holds(run)
-    with pytest.raises(BadInput, match=f"the content of {words} is another one"):
+    with pytest.raises(BadInput, match=f"the content of {words} changed"):
         RunFolder(run).checkpoint(True)
 
 
@@ -85,5 +85,5 @@ def test_a_run_whose_dataset_on_the_hub_changed_is_another_one(
     assert holds(run)
     monkeypatch.setattr("peftcore_lab.data.example_sources.datasets.load_dataset_builder", lambda name: Builder("two"))
     assert not holds(run)
-    with pytest.raises(BadInput, match=r"the content of data\.train is another one"):
+    with pytest.raises(BadInput, match=r"the content of data\.train changed"):
         RunFolder(run).checkpoint(True)

@@ -93,7 +93,7 @@ def test_training_that_fails_is_a_trial_and_no_pick(file, instant, monkeypatch):
 def test_a_limit_of_memory_is_that_of_one_trial(file, instant):
     assert searched(file, storage="a.log", together=3).search.at_once == 3
     assert searched(file, storage="b.log", memory="1GB").search.at_once == 1
-    with pytest.raises(BadInput, match="leave out memory, or together"):
+    with pytest.raises(BadInput, match="remove memory or together"):
         searched(file, storage="c.log", memory="1GB", together=2)
 
 

@@ -256,11 +256,11 @@ def test_what_cannot_be(talker: Path, decoder: Path, data: Any, tmp_path: Path) 
     assert task.prepare(
         run(decoder, data, tmp_path / "run"), PreferenceData.model_validate({**data, "chat_template": "chatml"})
     )
-    with pytest.raises(BadInput, match="eva looks at batches before training"):
+    with pytest.raises(BadInput, match="eva computes the model's loss on batches before training"):
         started(run(talker, data, tmp_path / "run", "eva"))
 
 
 def test_weights_are_not_cut(talker: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(BadInput, match="does not cut weights over processes"):
+    with pytest.raises(BadInput, match="does not support sharding"):
         started(run(talker, data, tmp_path / "run"))

@@ -40,7 +40,7 @@ from peftcore_additive.pfeiffer_adapter import PfeifferOperator
 CONFIG, TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 HOLDER = "adapter_fusion_layer"
 NEVER = 1e-300
-"""A probability that drops nothing, and not the 0 for which that library takes that of the host's attention."""
+"""A dropout probability so small that it drops nothing; for 0 that library uses the dropout of the host's attention."""
 Place = tuple[str, bool]
 """A block, and whether the adapters act at its attention."""
 
@@ -60,7 +60,7 @@ class AdapterHubFusion(Format):
         whole.check_known()
         options = _options(keys, adapters, model)
         if not (path / TENSORS).exists():
-            raise CheckpointError(f"{path} has no {TENSORS}: in adapters, save with use_safetensors=True")
+            raise CheckpointError(f"{path} has no {TENSORS}: save it in adapters with use_safetensors=True")
         return FusionContent(TensorFile(path / TENSORS), name, options, model)
 
     def describe(self, path: Path) -> Description:
@@ -85,8 +85,8 @@ class AdapterHubFusion(Format):
         fusions = {graft.site.module_path: graft for graft in injection.grafts}
         if [*fusions] != [site.module_path for site in sites.values()]:
             raise ExportError(
-                f"{injection.name!r} fuses at {len(fusions)} of the {len(sites)} modules at which its adapters act, "
-                "and adapters fuses at all: apply it without target and exclude"
+                f"{injection.name!r} fuses at {len(fusions)} of the {len(sites)} modules of its adapters, but adapters "
+                "fuses at all of them: apply it without target and exclude"
             )
         tensors: dict[str, Tensor] = {}
         for site in sites.values():
@@ -131,10 +131,10 @@ def _options(keys: Keys, adapters: list[str], model: nn.Module) -> dict[str, Any
     keys.pass_over("regularization", "value_initialized", "value_before_softmax")
     for key in ("key", "query"):
         if not keys.take(key, bool):
-            raise CheckpointError(f"{keys.where}: {key!r} is False, and ours has the matrix of it always")
+            raise CheckpointError(f"{keys.where}: {key!r} is False, but peftcore's fusion always has this matrix")
     for key in ("query_before_ln", "residual_before", "temperature"):
         if keys.take(key, bool, False):
-            raise CheckpointError(f"{keys.where}: {key!r} is True, which ours has no option for")
+            raise CheckpointError(f"{keys.where}: {key!r} is True, and peftcore's fusion has no such option")
     host = getattr(vars(model).get("config"), "attention_probs_dropout_prob", 0.0)
     dropout = keys.take("dropout_prob", float, 0.0) or host
     value = keys.take("value", bool)
@@ -151,14 +151,17 @@ def _exported(injection: Injection) -> list[str]:
     """
     if injection.method.name != "adapter_fusion" or not injection.config.adapters:
         raise ExportError(
-            f"{injection.name!r} ({injection.method.name}) is no fusion of adapters of the model, which is all that "
-            "files of adapterhub_fusion hold: peftcore.apply(model, 'adapter_fusion', adapters=[...])"
+            f"{injection.name!r} ({injection.method.name}) is not a fusion of the model's adapters, and "
+            "adapterhub_fusion files hold nothing else: use peftcore.apply(model, 'adapter_fusion', adapters=[...])"
         )
     if any(not graft.by_method for graft in injection.grafts):
-        raise ExportError(f"{injection.name!r} trains modules of the model along, for which these files have no place")
+        raise ExportError(
+            f"{injection.name!r} also trains modules of the model, which these files cannot hold; save it in "
+            "peftcore's own format"
+        )
     adapters: list[str] = injection.config.adapters
     if wrong := [name for name in adapters if "." in name or "," in name]:
-        raise ExportError(f"adapters has no adapters of the name {wrong[0]!r}: names go without dots and commas")
+        raise ExportError(f"{wrong[0]!r} cannot be an adapter's name in adapters: rename it without dots and commas")
     return adapters
 
 
@@ -184,15 +187,15 @@ def _fused(
             entry = entries.get(site.module_path)
             if not kind or entry is None or entry.block is None or entry.role.startswith("cross"):
                 raise error(
-                    f"{what}: {adapter} acts at {site.path} and is no Pfeiffer or Houlsby adapter there; "
-                    "that library fuses others in another way than ours"
+                    f"{what}: {adapter} acts at {site.path} and is not a Pfeiffer or Houlsby adapter, the only ones "
+                    "that adapters fuses as peftcore does"
                 )
             place = (entry.block, entry.role.startswith("attn"))
             sites[place] = site
             if kinds.setdefault(place, kind) != kind:
                 raise error(
-                    f"{what}: {adapter} stands otherwise at {site.path} than the others (in front of a norm, behind "
-                    "it, at the branch), and that library takes all for what the last one is"
+                    f"{what}: {adapter} has another position at {site.path} than the other adapters (before a norm, "
+                    "after it, in the branch), but adapters uses the last adapter's position for all"
                 )
     return sites
 
@@ -205,7 +208,9 @@ def _check_mixes(operator: Any, site: Site, model: nn.Module, adapters: Sequence
     """
     grafts = [graft for graft in injections(model)[adapters[0]].grafts if graft.site.path == site.path]
     if not operator.mixes_inputs and all(graft.operator.only_inputs for graft in grafts):
-        raise ExportError(f'{site.path}: adapters mixes what its adapters give a norm; here mixes="inputs" does')
+        raise ExportError(
+            f'{site.path}: adapters mixes what its adapters pass to a norm; apply the fusion with mixes="inputs"'
+        )
 
 
 def _holder(host: HostMap, site: Site) -> str:
@@ -219,8 +224,8 @@ def _holder(host: HostMap, site: Site) -> str:
     inside = [entry for entry in host.entries if entry.path.rpartition(".")[0] == around and entry.kind != "container"]
     if sorted("norm" if entry.role == "norm" else entry.path for entry in inside) != sorted(("norm", site.module_path)):
         raise ExportError(
-            f"{site.path}: fusions are written for blocks that have a matrix and the norm behind it in one module, as "
-            "those of BERT and RoBERTa; what adapters calls the place of one in others is not known"
+            f"{site.path}: fusions can be saved for blocks in which one module has a matrix and the norm after it, as "
+            "in BERT and RoBERTa; for other blocks use peftcore's own format"
         )
     return around
 
@@ -237,11 +242,11 @@ class FusionContent(Content):
             else:
                 self.wrong.append(f"unknown {full}")
         if not places:
-            raise CheckpointError(f"{file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
+            raise CheckpointError(f"{file.path} holds no tensors of {name!r}, which {CONFIG} names")
         there, adapters = injections(model), options["adapters"]
         if missing := [each for each in adapters if each not in there]:
             raise CheckpointError(
-                f"{file.path} fuses {', '.join(adapters)}: load {', '.join(missing)} before, each with "
+                f"{file.path} fuses {', '.join(adapters)}: first load {', '.join(missing)}, each with "
                 "peftcore.load(model, folder, name=...)"
             )
         sites = _fused(model, host_map(model), adapters, str(file.path), HostMismatch)
@@ -262,7 +267,8 @@ class FusionContent(Content):
             if place not in sites:
                 where = "attention" if attention else "feed-forward"
                 raise HostMismatch(
-                    f"{self.file.path} fuses at the {where} of {place[0]}, where its adapters do not act"
+                    f"{self.file.path} fuses at the {where} of {place[0]}, where its adapters do not act: load "
+                    "adapters that act at it"
                 )
             yield sites[place]
 

@@ -8,7 +8,7 @@ and the second in the decoder; v is the same for both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -26,6 +26,16 @@ class PeftMultitaskPrompt(SoftPrompt):
     methods = ("multitask_prompt_tuning",)
     root = (ROWS, COLS, TASK_ROWS)
     most_stacks = 2
+    advice: ClassVar[Mapping[str, str]] = {
+        "prompt_tuning_init": "use init=",
+        "prompt_tuning_init_text": "use init_ids=",
+        "tokenizer_name_or_path": "leave it out: init_ids= has the ids",
+        "tokenizer_kwargs": "leave it out: init_ids= has the ids",
+        "prompt_tuning_init_state_dict_path": "load the adapter to start from, and continue training",
+        "prompt_tuning_init_task": "load the adapter to start from, and continue training",
+        "num_ranks": "use rank=",
+        "num_tasks": "use tasks=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
@@ -64,7 +74,10 @@ class PeftMultitaskPrompt(SoftPrompt):
         operators = [place.operator for place in sorted(places, key=lambda place: place.site.stack.reads)]
         v = operators[0].v
         if not all(torch.equal(v, each.v) for each in operators):
-            raise ExportError("peft has one v for encoder and decoder, and here they have learned different ones")
+            raise ExportError(
+                "peft has one v for encoder and decoder, but this adapter learned different ones; save it in "
+                "peftcore's own format"
+            )
         return {
             ROWS: torch.cat([each.prompt for each in operators]),
             COLS: torch.cat([each.u for each in operators], dim=1),

@@ -7,7 +7,7 @@ and B transposed; the logits of a task are one row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -25,6 +25,12 @@ class PeftPoly(PeftMethod):
     below = (A, B, LOGITS)
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "poly_type": "leave it out: peftcore has Polytropon's routing only",
+        "n_tasks": "use tasks=",
+        "n_skills": "use skills=",
+        "n_splits": "use splits=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.only("poly_type", "poly")
@@ -47,7 +53,9 @@ class PeftPoly(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.own_skills:
-            raise ExportError("peft's POLY has no skills of tasks of their own: own_skills=0, or peftcore's own format")
+            raise ExportError(
+                "peft's POLY cannot hold own_skills: apply with own_skills=0, or save in peftcore's own format"
+            )
         return {
             "r": config.rank,
             "n_tasks": task_count(config),

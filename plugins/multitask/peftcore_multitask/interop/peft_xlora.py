@@ -7,7 +7,7 @@ directory. peft calls them by number and gives them shares by name, so the names
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -20,11 +20,12 @@ MOST = 10
 PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 PLACES = ("target_modules", "task_type")
 LOST = (
-    f"it lacks {STEM}layers.0, which peft 0.21 leaves out in save_pretrained, because layers of the classifier and "
-    "LoRAs have the same names. Where the model is still there, write the file from it: safetensors.torch.save_file("
-    f'{{key: each for key, each in model.state_dict().items() if {STEM[:-1]!r} in key}}, "adapter_model.safetensors")'
+    f"it lacks {STEM}layers.0, which save_pretrained of peft 0.21 drops, because layers of the classifier and LoRAs "
+    "have the same names. If the model still exists, write the file from it: "
+    f"safetensors.torch.save_file({{key: each for key, each in model.state_dict().items() if {STEM[:-1]!r} in key}}, "
+    '"adapter_model.safetensors")'
 )
-DROPOUT = "the dropout of the LoRAs acts in training in peft, and not in ours: as parts they are what they add alone"
+DROPOUT = "the LoRAs' dropout acts in training in peft, but not in peftcore, where parts have no dropout"
 
 
 class PeftXLoRA(PeftMethod):
@@ -35,14 +36,28 @@ class PeftXLoRA(PeftMethod):
     folders = "adapters"
     part_kinds = ("LORA",)
     trained_beside = False
+    advice: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "leave it out: the model has the width",
+        "adapters": 'call peftcore.gather(model, "xlora", {folder: 1.0, ...})',
+        "enable_softmax": "use softmax=",
+        "enable_softmax_topk": "use softmax_top_k=",
+        "layerwise_scalings": "use layerwise=",
+        "xlora_depth": "use depth=",
+        "xlora_size": "use width=",
+        "xlora_dropout_p": "use dropout=",
+        "use_trainable_adapters": "use train_parts=",
+        "softmax_temperature": "use temperature=",
+        "top_k_lora": "use top_k=",
+        "scaling_pass_value": "leave it out: the first pass runs the base alone",
+        "global_scaling_weight": "use scale=",
+    }
 
     def named(self, keys: Keys) -> dict[str, str]:
         found = super().named(keys)
         if not found or len(found) > MOST or list(found) != [str(number) for number in range(len(found))]:
             raise CheckpointError(
-                f"{keys.where}: 'adapters' has {', '.join(map(repr, found)) or 'no names'}; peft's XLORA numbers LoRAs "
-                "and gives shares to names, so that others get none, or that of another one: call them '0', '1' and so "
-                f"on in this order, {MOST} at most"
+                f"{keys.where}: 'adapters' has {', '.join(map(repr, found)) or 'no names'}; peft's XLORA would mix up "
+                f"shares under these names: call the LoRAs '0', '1' and so on in this order, {MOST} at most"
             )
         return found
 
@@ -66,11 +81,16 @@ class PeftXLoRA(PeftMethod):
     def parts_options(self, keys: Keys, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for number, part in enumerate(parts):
             if part["method"] != "lora":
-                raise CheckpointError(f"{keys.where}: adapter {number} is {part['method']}, and peft blends LoRA alone")
+                raise CheckpointError(
+                    f"{keys.where}: adapter {number} is {part['method']}, and peft's X-LoRA blends only lora"
+                )
         if (top := keys.take("top_k_lora", int, None)) is not None and top > len(parts):
-            raise CheckpointError(f"{keys.where}: 'top_k_lora' is {top}, and there are {len(parts)} LoRAs")
+            raise CheckpointError(f"{keys.where}: 'top_k_lora' is {top}, but there are {len(parts)} LoRAs")
         if keys.take("use_trainable_adapters", bool, False):
-            keys.warn("use_trainable_adapters: peft does not save LoRAs that it trains along; these are of the folders")
+            keys.warn(
+                "use_trainable_adapters: peft does not save the LoRAs that it also trains; those of the folders are "
+                "used"
+            )
         everywhere = [each for part in parts for each in (part, *part.get("overrides", {}).values())]
         if any(each.get("dropout") for each in everywhere):
             keys.warn(DROPOUT)
@@ -78,7 +98,10 @@ class PeftXLoRA(PeftMethod):
 
     def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
         if place.site.role != "stack" and not is_one_of(place.site, (nn.Linear,)):
-            raise error(f"{where}{place.site.path} is no linear layer, and peft and ours blend other LoRAs differently")
+            raise error(
+                f"{where}{place.site.path} is not a linear layer; peft and peftcore blend LoRAs of other layers "
+                "differently"
+            )
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {}
@@ -95,9 +118,15 @@ class PeftXLoRA(PeftMethod):
     def write_options(self, config: Any) -> dict[str, Any]:
         weights = config.weights or [1.0]
         if len(set(weights)) > 1:
-            raise ExportError(f"peft has one weight for all LoRAs, and here they are {weights}")
+            raise ExportError(
+                f"peft has one weight for all LoRAs, but these have {weights}; set equal weights, or use peftcore's "
+                "own format"
+            )
         if len(config.parts) > MOST:
-            raise ExportError(f"peft mixes up more than {MOST} LoRAs, and here are {len(config.parts)}")
+            raise ExportError(
+                f"peft mixes up names of more than {MOST} LoRAs, and this adapter has {len(config.parts)}; use "
+                "peftcore's own format"
+            )
         top = config.top_k
         return {
             "use_trainable_adapters": config.train_parts,
@@ -118,7 +147,8 @@ class PeftXLoRA(PeftMethod):
         for path in paths:
             if not path.startswith("model.") or path.startswith("model.model."):
                 raise ExportError(
-                    f"peft opens X-LoRA only where LoRAs stand below a module `model` of the model, and {path} does not"
+                    f"peft loads X-LoRA only if all LoRAs are below a module `model` of the model, and {path} is not; "
+                    "use peftcore's own format"
                 )
         [stack] = [place.site for place in places if place.site.role == "stack"]
         return {"hidden_size": stack.out_features}

@@ -278,10 +278,10 @@ def test_a_file_from_a_hub_names_no_folders_here(tmp_path: Path) -> None:
     ("options", "why"),
     [
         ({"scaling_pass_value": 0.5}, "'scaling_pass_value' is 0.5"),
-        ({"top_k_lora": 4}, "'top_k_lora' is 4, and there are 3 LoRAs"),
+        ({"top_k_lora": 4}, "'top_k_lora' is 4, but there are 3 LoRAs"),
         ({"adapters": {}}, "has no names"),
-        ({"adapters": {"a": "a", "b": "b"}}, "call them '0', '1'"),
-        ({"adapters": {"1": "1", "0": "0"}}, "call them '0', '1'"),
+        ({"adapters": {"a": "a", "b": "b"}}, "call the LoRAs '0', '1'"),
+        ({"adapters": {"1": "1", "0": "0"}}, "call the LoRAs '0', '1'"),
         ({"adapters": {str(number): str(number) for number in range(11)}}, "10 at most"),
         ({"new_option": 1}, "new_option"),
     ],
@@ -306,7 +306,7 @@ def test_loras_that_peft_computes_otherwise(tmp_path: Path) -> None:
             peftcore.load(host(), folder)
     changed(folder, adapters={number: str(tmp_path / f"lora{number}") for number in "012"})
     changed(tmp_path / "lora1", lora_dropout=0.1)
-    with pytest.warns(UserWarning, match="dropout of the LoRAs"):
+    with pytest.warns(UserWarning, match="the LoRAs' dropout"):
         peftcore.load(host(), folder)
 
 
@@ -316,7 +316,7 @@ def test_what_peft_leaves_out_is_missed(depth: int, tmp_path: Path) -> None:
     theirs, folder = saved(tmp_path, xlora_depth=depth)
     theirs.save_pretrained(str(folder))
     assert (run(peft.PeftModel.from_pretrained(host(), str(folder)).eval()) - run(theirs)).abs().max() > 1e-6
-    with pytest.raises(CheckpointError, match=r"leaves out in save_pretrained.*safetensors.torch.save_file"):
+    with pytest.raises(CheckpointError, match=r"save_pretrained of peft 0.21 drops.*safetensors.torch.save_file"):
         peftcore.load(host(), folder)
     peftcore.load(host(), folder, strict=False)
 
@@ -341,7 +341,7 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, use_cache=False)
     parts = [{"method": "lora", "target": ["*c_attn"]}] * 2
     injection = peftcore.apply(GPT2LMHeadModel(config), "xlora", parts=parts)
-    with pytest.raises(ExportError, match="no linear layer"):
+    with pytest.raises(ExportError, match="not a linear layer"):
         injection.save(tmp_path / "gpt2", format="peft")
     bare = peftcore.apply(host().model, "xlora", parts=[lora, lora])
     with pytest.raises(ExportError, match="below a module `model`"):

@@ -38,7 +38,8 @@ SIGMA = 1 / float(torch.special.ndtri(torch.tensor(0.9677083, dtype=torch.float6
 
 
 def unevenness(codes: Tensor, counted: Tensor) -> Tensor:
-    """Sum n log n over how often each code is used in a block: it grows as the entropy of the codes falls."""
+    """Return the sum of n log n over the counts n of the codes in a block: it grows as the entropy of the codes
+    falls."""
     counts = torch.zeros(len(codes), len(NORMAL), dtype=torch.float64, device=codes.device)
     counts.scatter_add_(1, codes.long(), counted.to(counts.dtype))
     return (counts * counts.clamp_min(1).log2()).sum(1).mul(1e6).round()  # so that equal ones are equal
@@ -60,7 +61,7 @@ def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
 
 
 KEPT = 4096
-"""Weights of which the calibration is kept; it is 64 times smaller than they are."""
+"""Number of weight tensors whose calibration is cached; a calibration is 64 times smaller than its weight."""
 _kept: dict[tuple[object, ...], Tensor] = {}
 _lock = threading.Lock()
 
@@ -113,6 +114,6 @@ class ICQ(Reference):
     double_quant: bool = False
     """Keep the scales in 8 bits."""
     tau_range: PositiveFloat = 0.1
-    """How far the calibration is looked for around the median, in standard deviations of the codes' distribution."""
+    """Half-width of the search for t around the median, in standard deviations of the codes' distribution."""
     tau_steps: PositiveInt = 51
-    """On how many steps to either side (the authors' script: 100). Packing takes time in proportion."""
+    """Number of search steps to either side (the authors' script: 100). The time to quantize is proportional to it."""

@@ -97,8 +97,8 @@ class EightBit(QuantizedLayer):
 
     def check_cut(self, module: nn.Module) -> None:
         raise UnsupportedHost(
-            "8-bit weights of bitsandbytes cannot be sharded, for they lose their scales: have the whole model in "
-            "every process, or quantize by bnb-nf4, nf4, int8, int4 or hqq-4"
+            "8-bit weights of bitsandbytes cannot be sharded, because they would lose their scales: keep the whole "
+            "model in every process, or quantize with bnb-nf4, nf4, int8, int4 or hqq-4"
         )
 
     def pack(self, module: Any, weight: Tensor) -> nn.Module:
@@ -115,7 +115,9 @@ def _eight_bit(weight: Tensor, threshold: float) -> Any:
     from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
     if weight.shape[1] < 2:
-        raise QuantizationError("bitsandbytes computes wrong outputs with 8-bit weights of one input")
+        raise QuantizationError(
+            "bitsandbytes computes wrong outputs for 8-bit weights with one input: exclude these layers"
+        )
     rows, columns = weight.shape
     module: Any = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
     module.weight = Int8Params(weight.detach().float().contiguous().cpu(), requires_grad=False, has_fp16_weights=False)

@@ -1,4 +1,4 @@
-"""compressed-tensors: its layers are refused, and how to load them instead is said.
+"""compressed-tensors: its layers are refused, with an error that says how to load the model instead.
 
 It compresses plain linear layers in place, has the weight in other tensors until the first forward, and rounds it in
 each forward from then on, an adapter's change with it.
@@ -30,8 +30,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     owner = module.get_submodule(tensor.rpartition(".")[0])
     if package is not None and isinstance(vars(owner).get(SCHEME), package.QuantizationScheme):
         raise UnsupportedSite(
-            "a layer of compressed-tensors rounds its weight in each forward; load the model dense: "
-            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)); in a folder: "
-            '"dequantize": true in the quantization_config of its config.json'
+            "a layer of compressed-tensors rounds its weight in each forward; load the model dequantized: "
+            'from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)), or set "dequantize": '
+            "true in the quantization_config of config.json"
         )
     return None

@@ -22,7 +22,7 @@ PEFTCORE_API = 2
 ROWS = 512
 """Number of rows of the identity passed to a kernel in one call, within the sizes that kernels support."""
 IN_TRAINING = {"linear_mode": "train"}
-"""The attribute of kernels with two ways of computing, and its value once they have taken the one with a gradient."""
+"""The attribute of kernels with a training and an inference path, and its value for the path with a gradient."""
 
 
 def _base() -> Any:
@@ -54,22 +54,22 @@ class KernelLayer(QuantizedLayer):
         name = type(module).__name__
         if not module.SUPPORTS_TRAINING:
             raise UnsupportedHost(
-                f"{name} is a kernel for inference, through which no gradient goes; load the model with GPTQConfig(bits"
-                '=4, backend="auto_trainable"), or with AwqConfig(...) likewise; in a folder: "backend": '
-                '"auto_trainable" in the quantization_config of its config.json'
+                f"{name} is a kernel for inference that passes no gradient; load the model with GPTQConfig(bits=4, "
+                'backend="auto_trainable") or AwqConfig(..., backend="auto_trainable"), or set "backend": '
+                '"auto_trainable" in the quantization_config of config.json'
             )
         if vars(module).get("linear_mode") == "inference":
             raise UnsupportedHost(
-                f"{name} has arranged its codes for inference when it ran, and no gradient goes through them any more; "
-                "load the model again, and adapt it before it runs in evaluation"
+                f"{name} rearranged its codes for inference when it first ran in evaluation, and passes no gradient "
+                "any more; load the model again, and apply the adapter before it runs"
             )
 
     def check_saves(self, module: Any) -> None:
         if "qzero_format" in dir(module) and module.qzero_format() == 2:
             raise ExportError(
-                "GPT-QModel keeps the zeros of GPTQ in another form than its files, and save_pretrained would write "
-                "them as they are: what it wrote would compute otherwise. Save the adapter alone (injection.save): the "
-                "base is in its folder; or write it dense: bake(), then peftcore.dequantize(model)"
+                "GPT-QModel holds GPTQ's zero points in another form than its files do, so save_pretrained would "
+                "write a wrong model. Save the adapter alone with injection.save(folder), or a dense model: bake(), "
+                "then peftcore.dequantize(model)"
             )
 
 

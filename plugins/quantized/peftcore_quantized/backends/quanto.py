@@ -32,8 +32,8 @@ class QuantoLayer(QuantizedLayer):
 
     def check_cut(self, module: nn.Module) -> None:
         raise UnsupportedHost(
-            "torch cannot shard modules of quanto: have the whole model in every process, or take one that is "
-            "quantized by nf4, int8, int4, bnb-nf4 or hqq-4"
+            "torch cannot shard modules of quanto: keep the whole model in every process, or quantize with nf4, int8, "
+            "int4, bnb-nf4 or hqq-4"
         )
 
 

@@ -3,7 +3,7 @@
     nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314): the nearest of 16 quantiles of a normal distribution to
            w / absmax, in blocks of the flattened weight; with `double_quant` the absmax are stored in 8 bits
            themselves. Codes and numbers are those of bitsandbytes, to the bit; except for a few absmax in a thousand
-           with `double_quant`, where the nearest level is taken and bitsandbytes on a CPU takes the one beside it.
+           with `double_quant`, where peftcore takes the nearest level and bitsandbytes on a CPU the adjacent one.
     int8   round(127 w / absmax), one absmax for each row
     int4   round(w / scale + zero), one scale and one zero for each group of a row, both in floating point
 
@@ -29,11 +29,11 @@ from peftcore.errors import QuantizationError
 
 PEFTCORE_API = 2
 DOUBLE = 256
-"""How many absmax share a scale when they are packed themselves."""
+"""Number of absmax values that share a scale when they are quantized too."""
 GRID = 65535
-"""The steps of their grid between -1 and 1."""
+"""Number of grid steps between -1 and 1 for the quantized absmax values."""
 TINY = 1e-38
-"""Divided by where all values are zero."""
+"""The divisor used instead of zero, for blocks in which all values are zero."""
 
 
 def _normal_quantiles() -> list[float]:

@@ -27,7 +27,7 @@ def _packed(weight: Tensor, config: Any) -> nn.Module:
     from torchao.quantization import quantize_
 
     if weight.shape[1] < 2:
-        raise QuantizationError("torchao does not pack weights with one input")
+        raise QuantizationError("torchao does not quantize weights with one input: exclude these layers")
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     quantize_(module, config)
@@ -63,7 +63,7 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
     "Float8Tensor": _float8,
     "IntxUnpackedToInt8Tensor": _intx,
 }
-"""How a weight is packed again, by its class in `torchao.quantization`; formats that are not here are refused."""
+"""Configurations that quantize a weight again, by its class in `torchao.quantization`; other formats are refused."""
 
 
 def _packs_inputs(weight: Any) -> bool:
@@ -87,13 +87,13 @@ class TorchAOLayer(QuantizedLayer):
     def check_trains(self, module: nn.Module) -> None:
         if _packs_inputs(module.weight):
             raise UnsupportedHost(
-                "torchao quantizes the inputs of these layers too, and lets no gradient through; make them dense by "
-                "peftcore.dequantize(model), or load the model with a configuration of weights only"
+                "torchao quantizes the inputs of these layers too, which passes no gradient; call "
+                "peftcore.dequantize(model), or load the model with a weight-only configuration"
             )
 
     def check_cut(self, module: nn.Module) -> None:
         raise UnsupportedHost(
-            "tensors of torchao cannot be sharded: have the whole model in every process, or quantize by nf4, int8, "
+            "tensors of torchao cannot be sharded: keep the whole model in every process, or quantize with nf4, int8, "
             "int4, bnb-nf4 or hqq-4"
         )
 
@@ -102,7 +102,9 @@ class TorchAOLayer(QuantizedLayer):
         classes = vars(sys.modules["torchao.quantization"])
         config = next((pack for name, pack in PACKERS.items() if type(held) is classes.get(name)), None)
         if config is None or _packs_inputs(held):
-            raise MergeError(f"torchao has no way back into {type(held).__name__} here; merge into='float'")
+            raise MergeError(
+                f"torchao cannot quantize a merged weight into {type(held).__name__} again; merge with into='float'"
+            )
         return _packed(weight.to(held.dtype), config(held))
 
 

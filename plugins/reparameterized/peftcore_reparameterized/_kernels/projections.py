@@ -20,8 +20,9 @@ def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `plain_projected` of a fixed matrix: the same tensor as before for an input that was projected by that
-    matrix last, while backward keeps the product. Neither x nor A nor the product is kept here.
+    """Return `plain_projected` of a fixed matrix. If the matrix projected this input in its last call, and backward
+    still holds the product, that tensor is returned. The cache holds only weak references to x, A
+    and the product.
 
     A leaf input may be overwritten without a version change (`x.data`), so its product is computed each time.
     """

@@ -20,7 +20,7 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Compute `plain_rotate` with as few passes over memory as the device likes best."""
+    """Compute `plain_rotate` by the implementation with the fewest passes over memory on the device."""
     if runs_plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
     return _Rotate.apply(x, R)
@@ -90,7 +90,7 @@ def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
-    """Return ``call`` of rotated inputs, `call` the inner layer of an operator.
+    """Return ``call`` on rotated inputs, where `call` is the inner layer of an operator.
 
     Args:
         layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).

@@ -30,7 +30,7 @@ class ScaledFactors(NamedTuple):
 def scaled_update(
     layer: Layer, call: Callable[..., Tensor], x: Tensor, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """Return ``call(x) + diag(outer) B diag(inner) A dropout(x)``, `call` the inner layer of an operator.
+    """Return ``call(x) + diag(outer) B diag(inner) A dropout(x)``, where `call` is the inner layer of an operator.
 
     Args:
         layer: that of the site.

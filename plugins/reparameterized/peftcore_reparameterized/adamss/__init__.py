@@ -51,11 +51,11 @@ class AdaMSSConfig(MethodConfig):
     components: PositiveInt = 100
     """Number of singular vectors of the weight to choose from."""
     subspaces: PositiveInt = 5
-    """K, how many clusters the outputs of a site are in."""
+    """The number K of clusters of a site's outputs."""
     rank: PositiveInt = 1
     """Rank of the update of each cluster."""
     threshold: Share | None = None
-    """Leave a cluster as many ranks as have a larger squared singular value, relative to the largest."""
+    """Keep only ranks of a cluster whose squared singular value, relative to the largest, is above this."""
     target_subspaces: PositiveInt | None = None
     """How many clusters of all sites train at the end; None lets all train."""
     warmup: NonNegativeInt = 50
@@ -130,7 +130,7 @@ class AdaMSS(Method):
 
     def inject(self, model: nn.Module, config: AdaMSSConfig, surgeon: Surgeon) -> None:
         if config.target_subspaces and config.warmup >= config.until:
-            raise ConfigError(f"adamss: warmup={config.warmup} leaves no step before until={config.until}")
+            raise ConfigError(f"adamss: warmup={config.warmup} must be below until={config.until}")
         for site in surgeon.sites():
             surgeon.graft(site, AdaMSSOperator, config)
 
@@ -139,7 +139,7 @@ class AdaMSS(Method):
 
     def check_steps(self, config: AdaMSSConfig, total: int) -> None:
         if config.until >= total:
-            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
+            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps; lower it")
 
     @torch.no_grad()
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:

@@ -24,7 +24,7 @@ def has_bias(site: Site) -> bool:
 
 
 def shape(site: Site, config: Any) -> tuple[int, int]:
-    """Return how many clusters there are, and how many components."""
+    """Return the number of clusters and of components."""
     out = site.out_features
     return min(config.subspaces, out), min(config.components, out, columns(site) + has_bias(site))
 

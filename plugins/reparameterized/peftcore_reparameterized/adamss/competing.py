@@ -12,7 +12,7 @@ from peftcore.author import Operator
 
 class Competing(Operator):
     """An operator with factors A ``[*batch, K, rank, width]`` of each cluster and B ``[*batch, out, rank]`` of each
-    output: how important clusters are, as moving averages, and which of them train."""
+    output, with moving averages of the clusters' importance, and the choice of the clusters that train."""
 
     A: Tensor
     B: Tensor
@@ -30,7 +30,7 @@ class Competing(Operator):
         self.competing = competing
         if competing:
             self.register_buffer("active", torch.ones_like(self.ranks, dtype=torch.bool), persistent=False)
-            for name, factor in list(self._parameters.items()):
+            for name, factor in list(self.named_parameters(recurse=False)):
                 for what in ("importance", "fluctuation", "kept"):
                     self.register_buffer(f"{what}_{name}", torch.zeros_like(factor), persistent=False)
 

@@ -15,5 +15,7 @@ def path_as_pattern(path: str, paths: Collection[str], option: str) -> str:
         ExportError: the pattern matches other modules too.
     """
     if also := [other for other in paths if other.endswith(f".{path}")]:
-        raise ExportError(f"peft has no pattern for the {option} of {path} that leaves out {also[0]}")
+        raise ExportError(
+            f"peft's pattern for the {option} of {path} would also match {also[0]}; use peftcore's own format"
+        )
     return path

@@ -52,5 +52,5 @@ class KohyaLoHa(KohyaMethod):
 
 
 def _theirs(name: str) -> str:
-    letter, number = name
+    letter, number = name[0], name[1:]
     return {"A": f"hada_w{number}_b", "B": f"hada_w{number}_a", "T": f"hada_t{number}"}[letter]

@@ -85,6 +85,6 @@ def _factor(held: Held, rows: int, columns: int) -> int | None:
         if factor != 0 and (_cut(out, factor)[0], _cut(inputs, factor)[0]) == (rows, columns):
             return factor
     raise CheckpointError(
-        f"{held.where}: lokr_w1 cuts {out} outputs at {rows} and {inputs} inputs at {columns}, which ours cannot: the "
-        "smaller part comes first"
+        f"{held.where}: lokr_w1 splits {out} outputs into {rows} and {inputs} inputs into {columns}; peftcore's lokr "
+        "needs the smaller part first"
     )

@@ -23,9 +23,9 @@ DOWN, UP, MAGNITUDE, BIAS = "lora_down.weight", "lora_up.weight", "dora_scale", 
 class KohyaLoRA(KohyaMethod):
     """Translates low-rank factors of linear maps and convolutions."""
 
-    methods = ("lora", "lora_plus", "dylora")
-    below = (DOWN, UP)
-    telling = (DOWN, UP)
+    methods: ClassVar[tuple[str, ...]] = ("lora", "lora_plus", "dylora")
+    below: ClassVar[tuple[str, ...]] = (DOWN, UP)
+    telling: ClassVar[tuple[str, ...]] = (DOWN, UP)
     beside: ClassVar[Mapping[str, str]] = {BIAS: "bias"}
     rows = (UP, BIAS)
     factors = (DOWN, UP)
@@ -61,7 +61,8 @@ class KohyaDoRA(KohyaLoRA):
         if held.size(MAGNITUDE, 0) != outputs and MAGNITUDE in held.shapes:
             raise CheckpointError(
                 f"{held.where}: dora_scale has shape {tuple(held.shapes[MAGNITUDE])}, not one value for each of the "
-                f"{outputs} outputs; with a value for each input (wd_on_output=False) it is another method than ours"
+                f"{outputs} outputs; with one for each input (wd_on_output=False) it is another method than peftcore's "
+                "dora"
             )
         return super().options(held)
 

@@ -58,7 +58,7 @@ class KohyaOFT(KohyaMethod):
         _check_side(place)
         if config.series is not None:
             raise ExportError(
-                f"LyCORIS has no Neumann series, with which {place.site.path} turns; set series=None and train again"
+                f"LyCORIS has no Neumann series, which {place.site.path} uses; set series=None and train again"
             )
         blocks = place.site.out_features // operator.size
         free = config.constraint is None  # what eps limits is written as it counts, and this limit is in the file
@@ -78,8 +78,8 @@ class KohyaBOFT(KohyaOFT):
         size = _width(held)
         if held.given:
             warnings.warn(
-                f"{held.where.rpartition(': ')[0]} was trained with a constraint (alpha = {held.given:g}), which ours "
-                "has not in this form: outputs are the same without, further training is not",
+                f"{held.where.rpartition(': ')[0]} was trained with a constraint (alpha = {held.given:g}), which boft "
+                "does not apply: outputs are the same, but further training differs",
                 UserWarning,
                 stacklevel=2,
             )
@@ -117,7 +117,7 @@ def _width(held: Held) -> int:
     size = held.size(BLOCKS, -1)
     if size < 2:
         raise CheckpointError(
-            f"{held.where}: blocks of width {size} do not turn; remove the tensors of this module from the file"
+            f"{held.where}: blocks of width {size} cannot rotate; remove the tensors of this module from the file"
         )
     return size
 
@@ -154,7 +154,7 @@ def _within(Q: Tensor, place: Place, found: Found) -> Tensor:
 def _check_side(place: Place) -> None:
     if place.config.side != "outputs":
         raise ExportError(
-            f"LyCORIS turns outputs, and the inputs turn at {place.site.path}; set side='outputs' and train again"
+            f"LyCORIS rotates outputs, but {place.site.path} rotates inputs; set side='outputs' and train again"
         )
 
 
@@ -167,8 +167,8 @@ def _blocks(place: Place, entries: Tensor) -> Tensor:
     size, outputs = place.operator.size, place.site.out_features
     if size > outputs // size:
         raise ExportError(
-            f"LyCORIS has no blocks wider than there are of them, and {place.site.path} has {outputs // size} of width "
-            f"{size}; set a smaller block_size and train again"
+            f"LyCORIS needs at least as many blocks as a block is wide, but {place.site.path} has {outputs // size} of "
+            f"width {size}; set a smaller block_size and train again"
         )
     return _upper(entries, size)
 

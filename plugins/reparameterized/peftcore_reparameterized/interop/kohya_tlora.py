@@ -27,7 +27,8 @@ from peftcore_reparameterized._rotations import precise
 
 Q, P, VALUES = "q_layer.weight", "p_layer.weight", "lambda_layer"
 NEAR = 1e-4
-"""Difference to the principal part of the base, relative to its largest entry, from which on a start is another one."""
+"""Difference to the principal part of the base, relative to its largest entry, above which the start is not the
+principal part."""
 
 
 class KohyaTLoRA(KohyaMethod):
@@ -41,12 +42,12 @@ class KohyaTLoRA(KohyaMethod):
         rank, file = held.size(VALUES, 1), held.where.rpartition(": ")[0]
         if math.prod(held.weight[2:]) != 1 or rank > min(held.weight[:2]):
             raise CheckpointError(
-                f"{held.where}: T-LoRA of rank {rank} has no principal part of a weight {tuple(held.weight)} that ours "
-                "has too; remove the tensors of this module from the file"
+                f"{held.where}: T-LoRA of rank {rank} does not fit a weight {tuple(held.weight)} in peftcore; remove "
+                "the tensors of this module from the file"
             )
         warnings.warn(
-            f"{file} is of T-LoRA, which can leave out ranks by the timestep: here all act at all timesteps, as in "
-            "LyCORIS where no timestep is said",
+            f"{file} is of T-LoRA, which can drop ranks by the timestep: here all ranks act at all timesteps, as in "
+            "LyCORIS without a timestep",
             UserWarning,
             stacklevel=2,
         )
@@ -71,8 +72,8 @@ class KohyaTLoRA(KohyaMethod):
         start, own = B0 @ A0, operator.B0 @ operator.A0.flatten(1)
         if (start - own).abs().max() > NEAR * start.abs().max():
             raise ExportError(
-                f"T-LoRA starts at the principal part of the base, and {site.path} elsewhere; set alpha to the rank "
-                "and iterations=None, and train again"
+                f"T-LoRA starts at the principal part of the base, and {site.path} does not; set alpha to the rank and "
+                "iterations=None, and train again"
             )
         ones = [1 for _ in site.kernel]
         values = operator.B.new_ones(1, len(operator.A))

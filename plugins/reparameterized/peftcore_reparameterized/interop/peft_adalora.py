@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -22,6 +22,16 @@ class PeftAdaLoRA(PeftMethod):
     below = ("lora_A", "lora_B", "lora_E")
     bias = "lora_only"
     kinds = (nn.Linear, Transposed, nn.Conv2d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "use_rslora": "use alpha=",
+        "target_r": "use target_rank=",
+        "init_r": "use rank=",
+        "tinit": "use warmup=",
+        "tfinal": "use final=",
+        "deltaT": "use interval=",
+        "orth_reg_weight": "use orthogonality=",
+        "total_step": "leave it out: pass the number of steps to the schedule",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_lora_weights", "total_step", "rank_pattern")  # the last one is seen at the tensors

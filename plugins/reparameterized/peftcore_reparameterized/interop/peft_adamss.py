@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -34,6 +34,22 @@ class PeftAdaMSS(PeftMethod):
     methods = ("adamss",)
     below = ("adamss_newB", *(f"adamss_{factor}.{index}" for index in range(MOST) for factor in "AB"))
     kinds = (nn.Linear,)
+    advice: ClassVar[Mapping[str, str]] = {
+        "r": "use components=",
+        "num_subspaces": "use subspaces=",
+        "subspace_rank": "use rank=",
+        "use_asa": "use target_subspaces=",
+        "asa_target_subspaces": "use target_subspaces=",
+        "init_warmup": "use warmup=",
+        "final_warmup": "use until=",
+        "mask_interval": "use interval=",
+        "asa_importance_beta": "use beta1=",
+        "asa_uncertainty_beta": "use beta2=",
+        "asa_schedule_exponent": "use exponent=",
+        "use_dynamic_rank": "use threshold=",
+        "svd_threshold": "use threshold=",
+        "random_seed": "use projection_seed=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         dynamic, competing = keys.take("use_dynamic_rank", bool, False), keys.take("use_asa", bool, False)
@@ -64,8 +80,8 @@ class PeftAdaMSS(PeftMethod):
         mine, cluster = _found(place, with_bias(replace(place.site, meta=False)), CheckpointError)
         if (V.float().cpu() - mine).abs().max() > CLOSE:
             found.wrong.append(
-                f"{place.site.path}: the singular vectors of adamss_newB are not those that are found here, so the "
-                "clusters of outputs, which are not in the file, may be others: by another base, or another machine"
+                f"{place.site.path}: the singular vectors of adamss_newB differ from those of this base, so the "
+                "clusters of outputs, which the file does not hold, may differ: load it on the same base and machine"
             )
         A, B = torch.zeros(count, rank, components, dtype=V.dtype), torch.zeros(out, rank, dtype=V.dtype)
         ranks = torch.ones(count, dtype=torch.long)
@@ -101,8 +117,8 @@ class PeftAdaMSS(PeftMethod):
         A, B, cluster = operator.A.detach(), operator.B.detach(), operator.cluster.cpu()
         if not torch.equal(_found(place, with_bias(place.site, base=True), ExportError)[1], cluster):
             raise ExportError(
-                f"{place.site.path}: peft finds the clusters of outputs in the model, and here these are others than "
-                "the adapter has: by other weights, or on another machine"
+                f"{place.site.path}: peft computes the clusters of outputs from the model, and they differ from the "
+                "adapter's: the weights or the machine are others"
             )
         tensors = {"adamss_newB": operator.V}
         for index, own in enumerate(operator.ranks.tolist()):
@@ -118,7 +134,10 @@ def _found(place: Place, matrix: Tensor, error: type[CheckpointError] | type[Exp
         CheckpointError, ExportError: they cannot be, or rounding decides them.
     """
     if matrix.is_meta:
-        raise error("the clusters of outputs are found in the model's weights, which are not here")
+        raise error(
+            "the clusters of outputs are computed from the model's weights, which are not loaded: load the model with "
+            "its weights"
+        )
     count, _, components = place.operator.A.shape
     U, V = approximate(matrix, components, place.config.projection_seed)
     cluster, noise = clustered(U, count), torch.Generator().manual_seed(0)
@@ -126,7 +145,7 @@ def _found(place: Place, matrix: Tensor, error: type[CheckpointError] | type[Exp
         moved = U + ROUNDING * float(U.abs().max()) * torch.randn(U.shape, generator=noise)
         if not torch.equal(clustered(moved, count), cluster):
             raise error(
-                f"{place.site.path}: outputs lie between clusters, so that rounding decides where they are, and a "
-                "file of peft does not say it; fewer components than outputs leave less to chance"
+                f"{place.site.path}: rounding decides the clusters of some outputs, and a file of peft does not hold "
+                "them; train with fewer components, or use peftcore's own format"
             )
     return V, cluster

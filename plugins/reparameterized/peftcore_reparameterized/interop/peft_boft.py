@@ -8,7 +8,7 @@ without its CUDA kernel peft makes one factor, regardless of the options (and su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -25,6 +25,12 @@ class PeftBOFT(PeftMethod):
     below = ("boft_R", "boft_s")
     bias = "boft_only"
     kinds = (nn.Linear, nn.Conv2d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "boft_block_size": "use block_size=",
+        "boft_block_num": "use block_size=, the width by the number of blocks",
+        "boft_n_butterfly_factor": "use factors=",
+        "boft_dropout": "use block_dropout=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         dropout = float(keys.take("boft_dropout", float, 0.0))
@@ -32,13 +38,15 @@ class PeftBOFT(PeftMethod):
         factors, size = keys.take("boft_n_butterfly_factor", int, 1), keys.take("boft_block_size", int, 4)
         held = shapes.get("boft_R", Size([factors, 0, size, size]))
         if len(held) != 4 or held[-1] < 2:
-            raise CheckpointError(f"{keys.where}: boft_R has shape {tuple(held)}; it is to be factors, blocks, and two "
-                                  "times the width of a block, 2 or more")  # fmt: skip
+            raise CheckpointError(
+                f"{keys.where}: boft_R has shape {tuple(held)}; expected factors, blocks, and twice the width of a "
+                "block, which is 2 or more"
+            )  # fmt: skip
         return {"method": "boft", "factors": held[0], "block_size": held[-1], "block_dropout": dropout}
 
     def differs(self, place: Place) -> str:
         if place.config.side == "outputs":
-            return "side='outputs': it turns inputs alone"
+            return "side='outputs': it rotates only inputs"
         size, wanted = place.operator.size, place.config.block_size
         if size != wanted:
             return f"blocks of width {wanted} where they do not fit; {size} would (set block_size in overrides)"

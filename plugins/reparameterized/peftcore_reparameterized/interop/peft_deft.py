@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -20,6 +20,11 @@ class PeftDEFT(PeftMethod):
     bias = "deft_only"
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "decomposition_method": "use projection=",
+        "init_scale": "leave it out: a fresh adapter starts as in its paper",
+        "para": "use injects=, the opposite",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_scale")  # of a start that the tensors are
@@ -38,7 +43,7 @@ class PeftDEFT(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.alpha is not None and config.alpha != int(config.alpha):
-            raise ExportError(f"peft's DEFT has a whole alpha, and no {config.alpha}")
+            raise ExportError(f"peft's DEFT needs an integer alpha, not {config.alpha}")
         return {
             "r": config.rank,
             "alpha": None if config.alpha is None else int(config.alpha),

@@ -22,6 +22,10 @@ class PeftDeLoRA(PeftMethod):
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "delora_lambda": "use strength=",
+        "lambda_pattern": 'use overrides={"*.q_proj": {"strength": 4}}',
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         rank = keys.take("r", int, 8)

@@ -22,6 +22,10 @@ class PeftFourierFT(PeftMethod):
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "scaling": "use alpha=",
+        "random_loc_seed": "use entry_seed=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         number = keys.take("n_frequency", int, 1000)

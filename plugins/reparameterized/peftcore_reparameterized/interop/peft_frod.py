@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -33,13 +33,21 @@ class PeftFRoD(PeftMethod):
     root = ("frod_V.", "frod_s_indices.", "frod_s_size.")
     bias = "frod_only"
     kinds = (nn.Linear, Transposed)
+    advice: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "use projection_seed=",
+        "save_projection": "leave it out: files have the frozen tensors",
+        "sparse_rate": "use sparsity=",
+        "regularization_alpha": "use ridge=",
+        "progressbar": "leave it out: there is no progress bar to configure",
+        "runtime_offload_base_weight": "leave it out: the base's weights are not offloaded",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("progressbar", "runtime_offload_base_weight")
         if not keys.take("save_projection", bool, True):
             raise CheckpointError(
-                f"{keys.where}: save_projection is false, so the file has no V and means the one that its machine "
-                "found, which another finds otherwise; save it there with save_projection=True"
+                f"{keys.where}: save_projection is false, so the file lacks V, which another machine computes "
+                "differently; save it where it was trained with save_projection=True"
             )
         return {
             "method": "frod",
@@ -62,7 +70,7 @@ class PeftFRoD(PeftMethod):
         V, W = found.read(full), as_matrix(replace(place.site, meta=False))
         U, L0 = within(V, W)
         if not _close((U * L0) @ V.to(U).mT, W):
-            found.wrong.append(f"{full} does not have the directions of the weight of {place.site.path}")
+            found.wrong.append(f"{full} does not have the singular directions of the weight of {place.site.path}")
         L = found.take("frod_lambda_l", operator.L.shape)
         return {"U": U, "L0": L0, "L": L, "S": found.take("frod_lambda_s_values", operator.S.shape)}
 
@@ -72,7 +80,7 @@ class PeftFRoD(PeftMethod):
         places = found.take(f"frod_s_indices.{kind}", (2, len(module.index)))
         shape = found.take(f"frod_s_size.{kind}", (2,))
         if not (shape.eq(size).all() and places.ge(0).all() and places.lt(size).all()):
-            found.wrong.append(f"frod_s_indices.{kind} holds places outside of a matrix of {size} by {size}")
+            found.wrong.append(f"frod_s_indices.{kind} has entries outside of a matrix of {size} by {size}")
         index = places[0].long() * size + places[1].long()
         return {"V": found.take(f"frod_V.{kind}", module.V.shape), "index": index}
 
@@ -90,13 +98,15 @@ class PeftFRoD(PeftMethod):
         kinds = set()
         for name, sites, counted in by_role([place.site for place in places]):
             if (kind := name.rpartition("_")[0]) in kinds:
-                raise ExportError(f"peft has one V for all of {kind}, and here they have other numbers of inputs")
+                raise ExportError(
+                    f"peft has one V for all of {kind}, but their numbers of inputs differ; use peftcore's own format"
+                )
             kinds.add(kind)
             theirs = joint([site.base_weight().detach().float() for site in counted], places[0].config.ridge)
             if not _close(bases[sites[0].path].cpu(), theirs):
                 raise ExportError(
-                    f"peft makes U of the V that it finds in the model, and for {kind} that is another one than the "
-                    "adapter was trained with: by other weights, or on another machine"
+                    f"peft computes V from the model, and for {kind} it differs from the V the adapter was trained "
+                    "with: the weights or the machine are others"
                 )
         return {}
 

@@ -6,7 +6,7 @@ exchanged; the LoRA in parallel with them has the names with ``_general``."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -24,6 +24,10 @@ class PeftGraLoRA(PeftMethod):
     bias = "gralora_only"
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "hybrid_r": "use hybrid_rank=",
+        "gralora_k": "use blocks=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {

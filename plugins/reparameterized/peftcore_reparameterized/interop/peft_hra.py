@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -18,6 +18,9 @@ class PeftHRA(PeftMethod):
     below = ("hra_u",)
     bias = "hra_only"
     kinds = (nn.Linear, nn.Conv2d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "apply_GS": "use gram_schmidt=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         rank = keys.take("r", int, 8)

@@ -8,7 +8,7 @@ they match: by name, as here, or all in one group where target_modules is one pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -23,6 +23,11 @@ class PeftLily(PeftMethod):
     below = ("lily_A.weight", "lily_B.weight", "lily_router.weight")
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "stride_A": "use stride=",
+        "num_B": "use experts=",
+        "scaling": "use scale=",
+    }
 
     def __init__(self) -> None:
         self.shared: dict[str, Tensor] = {}

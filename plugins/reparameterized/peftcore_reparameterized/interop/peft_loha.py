@@ -23,6 +23,9 @@ class PeftLoHa(PeftMethod):
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "use_effective_conv2d": "use tucker=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {
@@ -49,7 +52,7 @@ class PeftLoHa(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.rank_dropout and not config.rank_dropout_scale:
-            raise ExportError("peft's LoHa scales what rank_dropout leaves: rank_dropout_scale=True")
+            raise ExportError("peft's LoHa always rescales after rank_dropout: set rank_dropout_scale=True")
         return {
             "r": config.rank,
             "alpha": config.alpha,

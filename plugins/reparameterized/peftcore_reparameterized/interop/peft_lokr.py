@@ -30,6 +30,10 @@ class PeftLoKr(PeftMethod):
     below = tuple(NAMES.values())
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    advice: ClassVar[Mapping[str, str]] = {
+        "use_effective_conv2d": "use tucker=",
+        "decompose_factor": "use factor=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         factor = keys.take("decompose_factor", int, -1)
@@ -71,7 +75,10 @@ class PeftLoKr(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.full_matrix:
-            raise ExportError("peft has no full_matrix; a rank of half of the larger dimension makes factors full too")
+            raise ExportError(
+                "peft has no full_matrix; set rank to half of the larger dimension or more, which makes factors full "
+                "too"
+            )
         return {
             "r": config.rank,
             "alpha": config.alpha,

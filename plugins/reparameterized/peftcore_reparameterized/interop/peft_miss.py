@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -19,6 +19,9 @@ class PeftMiSS(PeftMethod):
     below = ("miss_block",)
     bias = "MiSS_only"
     kinds = (nn.Linear,)
+    advice: ClassVar[Mapping[str, str]] = {
+        "mini_r": "use outputs=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         start = keys.take("init_weights", (bool, str), True)

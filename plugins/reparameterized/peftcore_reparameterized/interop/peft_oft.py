@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -28,18 +28,29 @@ class PeftOFT(PeftMethod):
     below = ("oft_R.weight", "oft_embedding_R.weight")
     bias = "oft_only"
     kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+    advice: ClassVar[Mapping[str, str]] = {
+        "r": "use block_size=",
+        "oft_block_size": "use block_size=",
+        "module_dropout": "use block_dropout=",
+        "coft": "use eps=",
+        "use_cayley_neumann": "use series=",
+        "num_cayley_neumann_terms": "use series=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         dropout = float(keys.take("module_dropout", float, 0.0))
         if dropout:
             keys.warn(
-                f"module_dropout = {dropout} did nothing in peft 0.21; here so many blocks do not turn in training"
+                f"module_dropout = {dropout} had no effect in peft 0.21; here it is the share of blocks that do not "
+                "rotate in training"
             )
         number, size = keys.take("r", int, 0), keys.take("oft_block_size", int)  # files before peft 0.14 have none
         held = next((shapes[name] for name in self.below if name in shapes), Size([number, size * (size - 1) // 2]))
         size = (1 + math.isqrt(1 + 8 * held[-1])) // 2
         if size < 2:
-            raise CheckpointError(f"{keys.where}: blocks of width {size} do not turn; 'oft_block_size' is 2 or more")
+            raise CheckpointError(
+                f"{keys.where}: blocks of width {size} cannot rotate; 'oft_block_size' must be 2 or more"
+            )
         constrained, eps = keys.take("coft", bool, False), keys.take("eps", float, 6e-5)
         return {
             "method": "oft",
@@ -53,11 +64,11 @@ class PeftOFT(PeftMethod):
     def differs(self, place: Place) -> str:
         site, config = place.site, place.config
         if config.side == "outputs" and not site.layer.one_hot:
-            return "side='outputs': it turns inputs alone"
+            return "side='outputs': it rotates only inputs"
         if config.constraint is not None or config.rescaled:
-            return "constraint= and rescaled=True, which it has not"
+            return "constraint= and rescaled=True, which it does not have"
         if isinstance(site.module, nn.Conv2d) and (math.prod(site.kernel) > 1 or site.module.groups > 1):
-            return "kernels or groups above 1, where it adds up the turned patches that overlap"
+            return "kernels or groups above 1, where it sums the rotated patches that overlap"
         theirs, ours = _adjusted(width(site), config.block_size), place.operator.size
         if theirs != ours or (config.eps is not None and ours != config.block_size):
             return f"block_size={config.block_size} where it does not fit; {ours} would (set it in overrides)"
@@ -102,12 +113,14 @@ def _series(keys: Keys) -> int | None:
     if not keys.take("use_cayley_neumann", bool, True):
         return None
     if terms < 3:
-        raise CheckpointError(f"{keys.where}: 'num_cayley_neumann_terms' is {terms}, of which peft makes no rotation")
+        raise CheckpointError(
+            f"{keys.where}: 'num_cayley_neumann_terms' is {terms}, with which peft's matrix is not a rotation"
+        )
     numbers = tuple(int(each) for each in version.split(".")[:2] if each.isdecimal())
     if numbers < SERIES_SINCE:
         keys.warn(
-            f"it was made by peft {version or 'of an old version'}, whose Neumann series was another one; what peft "
-            "computes of it since 0.18, and peftcore, is not quite what was trained"
+            f"it was made by peft {version or 'of an old version'}, which had another Neumann series; peft since 0.18 "
+            "and peftcore compute slightly other outputs than were trained"
         )
     return max(terms, 4)  # it computes the same for three
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -30,6 +30,10 @@ class PeftOSF(PeftMethod):
     kinds = (nn.Linear,)
     adds = True
     patterns = {"rank_pattern": "effective_rank"}  # noqa: RUF012
+    advice: ClassVar[Mapping[str, str]] = {
+        "rank_pattern": 'use overrides={"*.q_proj": {"effective_rank": 4}}',
+        "target_svd_config": "use effective_rank=",
+    }
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
         keys.pass_over("rank_pattern", "effective_rank", "target_svd_config")
@@ -38,7 +42,9 @@ class PeftOSF(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         U, V = shapes.get(f"{STEM}U_low", Size()), shapes.get(f"{STEM}V_low", Size())
         if not (len(U) == len(V) == 2 and 0 < U[1] < min(U[0], V[1])):
-            raise CheckpointError(f"{keys.where}: OSF has U_low {tuple(U)} and V_low {tuple(V)}, which are no part")
+            raise CheckpointError(
+                f"{keys.where}: OSF has U_low {tuple(U)} and V_low {tuple(V)}, which do not fit each other"
+            )
         return {"method": "osf", "effective_rank": min(U[0], V[1]) - U[1]}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:

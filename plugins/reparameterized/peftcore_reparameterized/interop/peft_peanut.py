@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Size, Tensor, nn
@@ -32,6 +32,10 @@ class PeftPEANuT(PeftMethod):
     )
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "act_fn": "use activation=",
+        "scaling": "use scale=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         act = keys.take("act_fn", str, "relu")
@@ -56,7 +60,7 @@ class PeftPEANuT(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.depth > DEPTH:
-            raise ExportError(f"depth={config.depth} is more than the {DEPTH} that are written")
+            raise ExportError(f"depth={config.depth} is more than {DEPTH}, the most that peft's format holds")
         return {"r": config.rank, "depth": config.depth, "act_fn": config.activation, "scaling": config.scale}
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -21,7 +21,7 @@ from peftcore.errors import ExportError
 WAYS = (None, (10, 0))
 """peft's computation of singular vectors: exact, or with this number of steps and seed, peft's defaults."""
 EQUAL = 2e-5
-"""How far the cosines of singular vectors may be from those of equal ones."""
+"""Largest deviation from 1 of the cosines between singular vectors that count as equal."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
 
 
@@ -31,6 +31,19 @@ class PeftPSOFT(PeftMethod):
     methods = ("psoft",)
     below = tuple(NAMES.values())
     kinds = (nn.Linear,)
+    advice: ClassVar[Mapping[str, str]] = {
+        "psoft_alpha": "leave it out: it has no effect in peft either",
+        "ab_svd_init": "use singular_values=",
+        "psoft_svd": "use iterations=",
+        "psoft_svd_lowrank_niter": "use iterations=",
+        "random_seed": "use seed=",
+        "psoft_orth": "use orthogonal=",
+        "psoft_mag_b": "use scale_outputs=",
+        "psoft_mag_a": "use scale_inputs=",
+        "use_cayley_neumann": "use series=",
+        "num_cayley_neumann_terms": "use series=",
+        "cayley_neumann_eps": "use eps=",
+    }
     found_by: tuple[int, int] | None = None
     """Iterations and seed of the approximation by which the file's singular vectors are found; None: exactly."""
 
@@ -88,7 +101,8 @@ class PeftPSOFT(PeftMethod):
             if not other:
                 return {"psoft_svd": "full" if self.found_by is None else "lowrank"}
         raise ExportError(
-            f"{other[0].site.path}: peft would find other singular vectors in this base than the adapter was made of"
+            f"{other[0].site.path}: peft would compute other singular vectors from this base than the adapter was made "
+            "of; use peftcore's own format"
         )
 
     def write(self, place: Place) -> dict[str, Tensor]:

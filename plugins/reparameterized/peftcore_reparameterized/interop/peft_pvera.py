@@ -4,7 +4,7 @@ for when z is drawn."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size
 
@@ -20,6 +20,12 @@ class PeftPVeRA(PeftVeRA):
     below = ("pvera_lambda_d", "pvera_lambda_b")
     root = ("pvera_A", "pvera_B")
     bias = "pvera_only"
+    advice: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "use projection_seed=",
+        "save_projection": "use store_basis=",
+        "sample_at_inference": 'use sample="always"',
+        "generator_seed": "use torch.manual_seed, or seeds= of a route",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("generator_seed")  # of what is drawn in forwards: here torch's own generator draws
@@ -28,5 +34,5 @@ class PeftPVeRA(PeftVeRA):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.sample == "never":
-            raise ExportError('peft draws in training at least; sample="training" is what it has')
+            raise ExportError('peft samples in training at least; set sample="training"')
         return {**super().write_options(config), "sample_at_inference": config.sample == "always"}

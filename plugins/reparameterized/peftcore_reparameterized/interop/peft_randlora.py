@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -32,6 +32,12 @@ class PeftRandLoRA(PeftMethod):
     adds = True
     saved = True
     """Whether the file that is read has the bases."""
+    advice: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "use projection_seed=",
+        "save_projection": "use store_basis=",
+        "sparse": "use basis=",
+        "very_sparse": "use basis=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         self.saved = keys.take("save_projection", bool, True)

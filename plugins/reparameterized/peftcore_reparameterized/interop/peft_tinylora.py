@@ -8,7 +8,7 @@ here. peft has embeddings as [num, dim]: its A and B are our B and A there, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -25,6 +25,11 @@ class PeftTinyLoRA(PeftMethod):
     bias = "tinylora_only"
     kinds = (nn.Linear, nn.Embedding, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "weight_tying": "use tying=",
+        "save_projection": "use store_basis=",
+        "init_v_bound": "leave it out: a fresh adapter starts as in its paper",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_v_bound")  # of a start other than zero

@@ -8,7 +8,7 @@ numpy from its seed, for the targets in the order of the model. Here they are dr
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -29,6 +29,12 @@ class PeftUniLoRA(PeftMethod):
     bias = "unilora_only"
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "proj_seed": "use projection_seed=",
+        "theta_d_length": "use theta_length=",
+        "init_theta_d_bound": "use theta_bound=",
+        "save_indices": "use store_indices=",
+    }
 
     def __init__(self) -> None:
         self.saved, self.length, self.seed = False, 0, 0
@@ -62,7 +68,7 @@ class PeftUniLoRA(PeftMethod):
         if keys.take("save_indices", bool, False):
             return found
         if found is None:
-            raise CheckpointError(f"{keys.where} has neither indices nor target_modules, so where it stands is unknown")
+            raise CheckpointError(f"{keys.where} has neither indices nor target_modules, so its modules are unknown")
         self.targets = found
         return None
 
@@ -83,7 +89,7 @@ class PeftUniLoRA(PeftMethod):
             else:
                 index = self._drawn(place.operator.total)[start : start + shape.numel()].view(shape)
             if index.numel() and not (index.min() >= 0 and index.max() < self.length):
-                found.wrong.append(f"unilora_indices_{factor} holds places outside of the {self.length} of the vector")
+                found.wrong.append(f"unilora_indices_{factor} has entries outside of the {self.length} of the vector")
                 continue
             self.counts += index.flatten().bincount(minlength=self.length)
             if self.saved:
@@ -100,7 +106,7 @@ class PeftUniLoRA(PeftMethod):
         assert self.counts is not None  # of all places, which are read before
         norm, picked = self.counts.clamp(min=1).double().rsqrt(), self.counts > 0
         if self.saved and ((self.norm / norm - 1).abs() > 0.01)[picked].any():  # peft rounds them as the weights
-            found.wrong.append("unilora_scales are others than how often the indices pick each entry")
+            found.wrong.append("unilora_scales do not match how often the indices pick each entry")
         return {"theta": found.take("unilora_theta_d", (self.length,)), "norm": norm}
 
     def write_options(self, config: Any) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def _matrix(module: nn.Module) -> bool:
 
 
 def as_peft_draws(total: int, length: int, seed: int) -> Tensor:
-    """Draw the indices that peft makes of a seed."""
+    """Draw the same indices as peft does for a seed."""
     import numpy as np
 
     generator = np.random.default_rng(seed)

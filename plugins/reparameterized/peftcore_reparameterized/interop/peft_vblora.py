@@ -9,7 +9,7 @@ again, are read as -10,000, since our files cannot hold infinite values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -33,6 +33,11 @@ class PeftVBLoRA(PeftMethod):
     kinds = (nn.Linear, Transposed)
     shortened = False
     """Whether the file that is read has only the largest logits."""
+    advice: ClassVar[Mapping[str, str]] = {
+        "save_only_topk_weights": "leave it out: files have all logits",
+        "init_vector_bank_bound": "use bank_bound=",
+        "init_logits_std": "use logits_std=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         self.shortened = keys.take("save_only_topk_weights", bool, False)
@@ -91,7 +96,7 @@ def _from_largest(found: Found, name: str, shape: Size, k: int) -> Tensor:
     weights = found.take(f"{name}_topk_weights", (*shape[:-1], k - 1))
     weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
     if chosen.numel() and not (chosen.min() >= 0 and chosen.max() < shape[-1]):
-        raise CheckpointError(f"{name}_topk_indices has numbers of vectors beyond the {shape[-1]} of the bank")
+        raise CheckpointError(f"{name}_topk_indices has indices outside of the {shape[-1]} vectors of the bank")
     if not (weights >= -1e-6).all():
-        raise CheckpointError(f"{name}_topk_weights has weights that are none: below 0, or more than 1 in sum")
+        raise CheckpointError(f"{name}_topk_weights has weights below 0, or with a sum above 1")
     return torch.full(shape, NEVER).scatter(-1, chosen, weights.float().clamp(min=1e-30).log())

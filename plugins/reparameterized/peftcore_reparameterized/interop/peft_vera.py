@@ -8,7 +8,7 @@ draws.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
@@ -26,6 +26,10 @@ class PeftVeRA(PeftMethod):
     bias = "vera_only"
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "use projection_seed=",
+        "save_projection": "use store_basis=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {

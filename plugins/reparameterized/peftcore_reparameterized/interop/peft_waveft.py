@@ -25,6 +25,13 @@ class PeftWaveFT(PeftMethod):
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
     kinds = (nn.Linear, Transposed)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "scaling": "use alpha=",
+        "wavelet_family": "use wavelet=",
+        "use_idwt": "use wavelet=None for false",
+        "random_loc_seed": "use entry_seed=",
+        "proportional_parameters": "use overrides= with an n_frequency for each layer",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("proportional_parameters")  # the numbers that it led to are those of the tensors
@@ -32,7 +39,7 @@ class PeftWaveFT(PeftMethod):
         name = keys.take("wavelet_family", str, "db1")
         wavelet = SAME.get(name, name) if keys.take("use_idwt", bool, True) else None
         if wavelet is not None and not wavelet.startswith("db"):
-            raise CheckpointError(f"{keys.where}: peftcore's waveft has the wavelets db1 to db10, and no {name}")
+            raise CheckpointError(f"{keys.where}: peftcore's waveft has the wavelets db1 to db10, not {name}")
         return {
             "method": "waveft",
             "n_frequency": shapes["waveft_spectrum"][0] if "waveft_spectrum" in shapes else number,

@@ -122,8 +122,8 @@ def test_what_sd_scripts_wrote(alpha: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "layer", "options", "message"),
     [
-        ("oft", nn.Linear(8, 16), {"block_size": 4}, r"the inputs turn at 0; set side='outputs'"),
-        ("boft", nn.Linear(8, 16), {"block_size": 4}, r"the inputs turn at 0; set side='outputs'"),
+        ("oft", nn.Linear(8, 16), {"block_size": 4}, r"0 rotates inputs; set side='outputs'"),
+        ("boft", nn.Linear(8, 16), {"block_size": 4}, r"0 rotates inputs; set side='outputs'"),
         ("oft", nn.Linear(8, 16), {"block_size": 8, "side": "outputs"}, "set a smaller block_size"),
         ("oft", nn.Linear(8, 16), {"block_size": 4, "side": "outputs", "series": 5}, "series=None"),
         ("boft", nn.Linear(8, 24), {"block_size": 4, "side": "outputs"}, r"butterflies of 2\^n blocks, .* 24 .* in 6"),
@@ -139,7 +139,7 @@ def test_not_written(method: str, layer: nn.Module, options: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"oft_blocks": torch.ones(16, 1, 1)}, "blocks of width 1 do not turn"),
+        ({"oft_blocks": torch.ones(16, 1, 1)}, "blocks of width 1 cannot rotate"),
         ({"oft_blocks": torch.ones(2, 4, 4)}, r"\(2, 4, 4\), expected \(4, 4, 4\)|has 8 outputs"),
         ({"oft_blocks": torch.ones(4, 4, 4), "rescale": torch.ones(8, 1)}, r"rescale has shape \(8, 1\)"),
         ({"oft_blocks": torch.ones(4, 4)}, "no installed plugin reads"),
@@ -156,5 +156,5 @@ def test_refused(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("method", ["oft", "boft"])
 def test_peft_turns_inputs_alone(method: str, tmp_path: Path) -> None:
     injection = peftcore.apply(nn.Sequential(nn.Linear(8, 16)), method, target="0", block_size=4, side="outputs")
-    with pytest.raises(ExportError, match="it turns inputs alone"):
+    with pytest.raises(ExportError, match="it rotates only inputs"):
         injection.save(tmp_path / "adapter", format="peft")

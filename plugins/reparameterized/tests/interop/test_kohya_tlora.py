@@ -25,7 +25,7 @@ def test_what_they_wrote(alpha: float, tmp_path: Path) -> None:
     base, file = deepcopy(model), tmp_path / "their.safetensors"
     sizes = {"lora_dim": 4, "conv_lora_dim": 4, "alpha": alpha, "conv_alpha": alpha}
     expected = theirs(model, file, 0.3, names=NAMES, network_module="tlora", **sizes)
-    with pytest.warns(UserWarning, match="of T-LoRA, which can leave out ranks by the timestep"):
+    with pytest.warns(UserWarning, match="of T-LoRA, which can drop ranks by the timestep"):
         injection = peftcore.load(model, file)
     assert injection.method.name == "pissa"
     for ours, its, before in zip(*(of_inputs(each, inputs) for each in (model, expected, base)), strict=True):
@@ -73,8 +73,8 @@ def written(path: Path, change: dict[str, Tensor | None]) -> None:
     [
         (nn.Linear(8, 6), {"p_layer.weight": None}, "missing p_layer.weight"),
         (nn.Linear(8, 6), {"q_layer.weight": torch.ones(2, 7)}, r"q_layer.weight has shape \(2, 7\)"),
-        (nn.Linear(8, 6), {"lambda_layer": torch.ones(1, 7)}, "T-LoRA of rank 7 has no principal part"),
-        (nn.Conv2d(8, 6, 3), {}, "T-LoRA of rank 2 has no principal part"),
+        (nn.Linear(8, 6), {"lambda_layer": torch.ones(1, 7)}, "T-LoRA of rank 7 does not fit a weight"),
+        (nn.Conv2d(8, 6, 3), {}, "T-LoRA of rank 2 does not fit a weight"),
     ],
 )
 def test_refused(layer: nn.Module, change: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:

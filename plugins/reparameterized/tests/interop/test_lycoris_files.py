@@ -146,12 +146,12 @@ WIDE = "lycoris_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
     ("method", "options", "change", "message"),
     [
         ("loha", {"weight_decompose": True}, {}, "no installed plugin reads alpha, dora_scale, hada_w1_a"),
-        ("lokr", {"unbalanced_factorization": True}, {}, "which ours cannot"),
+        ("lokr", {"unbalanced_factorization": True}, {}, "needs the smaller part first"),
         ("locon", {"weight_decompose": True, "wd_on_out": False}, {}, "wd_on_out"),
         ("locon", {"weight_decompose": True, "use_tucker": True}, {}, "no installed plugin reads alpha, dora_scale"),
         ("loha", {}, {f"{STEM}.hada_w2_a": None}, "missing hada_w2_a"),
         ("lokr", {}, {f"{WIDE}.lokr_w2_b": torch.ones(3, 5)}, r"lokr_w2_b has shape \(3, 5\)"),
-        ("lokr", {}, {f"{STEM}.lokr_w1": None}, "which ours cannot|missing lokr_w1"),
+        ("lokr", {}, {f"{STEM}.lokr_w1": None}, "needs the smaller part first|missing lokr_w1"),
     ],
 )
 def test_refused(method: str, options: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path) -> None:

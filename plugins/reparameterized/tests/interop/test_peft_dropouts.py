@@ -67,7 +67,7 @@ def larger(model: nn.Module) -> None:
             parameter.mul_(4)
 
 
-@pytest.mark.filterwarnings("ignore:.*did nothing in peft:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*had no effect in peft:UserWarning")
 @pytest.mark.parametrize("method", CASES)
 def test_both_ways(method: str, tmp_path: Path) -> None:
     config, ours, theirs = CASES[method]
@@ -111,7 +111,7 @@ def test_tables_beside_layers(method: str, tmp_path: Path) -> None:
 def test_of_oft_peft_says_what_it_does_not_do(tmp_path: Path) -> None:
     base = One(nn.Linear(12, 8))
     peft.get_peft_model(base, CASES["oft"][0]).save_pretrained(str(tmp_path))
-    with pytest.warns(UserWarning, match=r"module_dropout = 0\.2 did nothing in peft"):
+    with pytest.warns(UserWarning, match=r"module_dropout = 0\.2 had no effect in peft"):
         peftcore.load(One(nn.Linear(12, 8)), tmp_path)
 
 

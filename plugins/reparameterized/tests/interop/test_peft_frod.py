@@ -70,7 +70,7 @@ def test_u_is_made_of_the_v_in_the_file(tmp_path: Path) -> None:
     assert difference(ours(x).detach(), trained) <= OUTPUTS
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
     assert difference(theirs(x).detach(), trained) > 0.1
-    with pytest.raises(ExportError, match="peft makes U of the V that it finds"):
+    with pytest.raises(ExportError, match="peft computes V from the model"):
         injection.save(tmp_path / "again", format="peft")
     injection.save(tmp_path / "native")
     again = deepcopy(base)
@@ -115,5 +115,5 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     injection = peftcore.apply(model, "frod", target=["up"])
     with torch.no_grad():
         model.blocks[0]["up"].weight.mul_(2)
-    with pytest.raises(ExportError, match="by other weights"):
+    with pytest.raises(ExportError, match="the weights or the machine are others"):
         injection.save(tmp_path / "weights", format="peft")

@@ -48,5 +48,5 @@ def test_both_ways(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "monteclora", target="layer", rank=4)
-    with pytest.raises(ExportError, match="a sampler, which it has in linear layers alone"):
+    with pytest.raises(ExportError, match="a sampler, which it has only in linear layers"):
         injection.save(tmp_path / "refused", format="peft")

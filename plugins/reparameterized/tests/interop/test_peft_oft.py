@@ -68,7 +68,7 @@ def test_refusals(tmp_path: Path) -> None:
         peftcore.load(One(nn.Conv2d(4, 6, 3)), tmp_path / "theirs")
     for own in ({"constraint": 0.1}, {"rescaled": True}):
         injection = peftcore.apply(One(nn.Linear(12, 6)), "oft", target="layer", block_size=4, **own)
-        with pytest.raises(ExportError, match="constraint= and rescaled=True, which it has not"):
+        with pytest.raises(ExportError, match="constraint= and rescaled=True, which it does not have"):
             injection.save(tmp_path / "own", format="peft")
     options = {"target": "layer", "block_size": 4, "eps": 0.1}
     with pytest.raises(ExportError, match="block_size=4 where it does not fit; 5 would"):
@@ -86,6 +86,6 @@ def test_an_old_series_is_told(tmp_path: Path) -> None:
     saved_by_peft(base, peft.OFTConfig(target_modules=["layer"], oft_block_size=4), tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(text.replace(f'"{peft.__version__}"', '"0.17.1"'))
-    with pytest.warns(UserWarning, match=r"made by peft 0\.17\.1, whose Neumann series was another one") as told:
+    with pytest.warns(UserWarning, match=r"made by peft 0\.17\.1, which had another Neumann series") as told:
         peftcore.load(base, tmp_path)
     assert len(told) == 1

@@ -59,7 +59,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
     config = peft.UniLoraConfig(target_modules=["0"], r=2, theta_d_length=9, save_indices=True)
     file = tmp_path / "adapter_model.safetensors"
-    for name, value, message in (("indices", 9, "outside of the 9"), ("scales", 0.1, "scales are others")):
+    for name, value, message in (("indices", 9, "outside of the 9"), ("scales", 0.1, "scales do not match")):
         saved_by_peft(host(), config, tmp_path)
         tensors = load_file(file)
         tensors[f"base_model.model.0.unilora_{name}_A"].fill_(value)

@@ -58,7 +58,7 @@ def test_a_shortened_one_trains_on_with_the_vectors_that_it_has(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "message"), [("indices", 6, "beyond the 6"), ("weights", 0.9, "that are none")]
+    ("part", "value", "message"), [("indices", 6, "outside of the 6"), ("weights", 0.9, "with a sum above 1")]
 )
 def test_damaged_files_are_refused(part: str, value: float, message: str, tmp_path: Path) -> None:
     config = peft.VBLoRAConfig(target_modules=TARGET, r=3, save_only_topk_weights=True, **OPTIONS)

@@ -40,7 +40,7 @@ class _Replaced(KohyaMethod):
 
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
         if not self.writes(place):
-            raise ExportError(f"LyCORIS has no place for {place.site.path}; exclude it")
+            raise ExportError(f"LyCORIS cannot hold {place.site.path}; exclude it")
         value = place.operator.value
         return None, {self.names[place.site.tensor]: value - _own(place).to(value)}
 

@@ -24,7 +24,7 @@ class PeftBEFT(PeftMethod):
     def differs(self, place: Place) -> str:
         site = place.site
         linear = isinstance(site.module, nn.Linear) and site.tensor == "bias" and site.slices is None
-        return "" if linear else "what is no bias of a linear layer"
+        return "" if linear else "tensors other than biases of linear layers"
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {"method": "bitfit", "add_missing_bias": True, "head": False}

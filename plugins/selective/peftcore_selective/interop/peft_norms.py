@@ -34,7 +34,7 @@ class PeftNorms(PeftMethod):
             if found.has(f"{COPY}.{name}") and own is not None:
                 theirs = found.take(f"{COPY}.{name}", own.shape)
                 if not torch.equal(theirs.to(own), own):
-                    found.wrong.append(f"the {name} of {site.module_path} is another than the host's")
+                    found.wrong.append(f"the {name} of {site.module_path} differs from the host's")
         return {"value": found.take(f"{COPY}.{site.tensor}", place.operator.value.shape)}
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ number each, in ascending order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -23,6 +23,10 @@ class PeftSHiRA(PeftMethod):
     below = ("shira_weight", "shira_indices")
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "mask_type": "use mask=",
+        "random_seed": "use seed=",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("mask_type", "random_seed", "mask_fn")
@@ -35,7 +39,7 @@ class PeftSHiRA(PeftMethod):
         limits = torch.tensor([[out], [width]])
         index, order = (places[0] * width + places[1]).sort()
         if ((places < 0) | (places >= limits)).any() or (index.diff() == 0).any():
-            found.wrong.append(f"the shira_indices of {place.site.path} are no different entries of {(out, width)}")
+            found.wrong.append(f"the shira_indices of {place.site.path} are not distinct entries of {(out, width)}")
         return {"index": index.to(torch.int32), "values": values[order]}
 
     def holds(self, config: Any) -> bool:
@@ -43,7 +47,7 @@ class PeftSHiRA(PeftMethod):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if not self.holds(config):
-            raise ExportError("peft's SHIRA has neither sparsity nor low_rank; leave them to all sites or to none")
+            raise ExportError("peft's SHIRA has neither sparsity nor low_rank; use peftcore's own format")
         return {"r": config.rank, "mask_type": "random"}
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -28,13 +28,20 @@ class PeftSupertuning(PeftMethod):
     below = ("supertuning_values", "supertuning_indices", *FACTORS.values())
     kinds = (nn.Linear,)
     adds = True
+    advice: ClassVar[Mapping[str, str]] = {
+        "select_top": "use mask=",
+        "lora_dropout": "leave it out: the method has no dropout",
+        "save_precomputed_indices": "leave it out: files have the positions of the trained entries",
+    }
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("save_precomputed_indices")
         rank = keys.take("r", int, 0)
         dropout = keys.take("lora_dropout", float, 0.0)
         if rank and dropout:
-            keys.warn(f"inputs of the low-rank part were dropped with {dropout}; here they are not, if it trains on")
+            keys.warn(
+                f"inputs of the low-rank part had dropout {dropout} in training; peftcore applies none if it trains on"
+            )
         return {
             "method": "shira",
             "mask": "magnitude" if keys.take("select_top", bool, True) else "smallest",
@@ -53,7 +60,7 @@ class PeftSupertuning(PeftMethod):
             index = largest(weight, 0, len(values), place.config.mask == "smallest")
         index, order = index.long().sort()
         if ((index < 0) | (index >= size)).any() or (index.diff() == 0).any():
-            found.wrong.append(f"the supertuning_indices of {site.path} are no different entries of {size}")
+            found.wrong.append(f"the supertuning_indices of {site.path} are not distinct entries of {size}")
         factors = {each: found.take(name, operator.get_tensor(each).shape)
                    for each, name in FACTORS.items() if place.config.low_rank}  # fmt: skip
         return {"index": index.to(torch.int32), "values": values[order], **factors}
@@ -64,7 +71,8 @@ class PeftSupertuning(PeftMethod):
     def write_options(self, config: Any) -> dict[str, Any]:
         if not self.holds(config):
             raise ExportError(
-                "peft's SUPERTUNING has a sparsity, and the largest or the smallest entries, and no random ones"
+                "peft's SUPERTUNING selects the largest or the smallest entries by sparsity, not random ones; use "
+                "peftcore's own format"
             )
         low_rank = {"r": config.low_rank, "lora_alpha": config.alpha} if config.low_rank else {}
         return {"sparsity": config.sparsity, "select_top": config.mask == "magnitude", **low_rank}

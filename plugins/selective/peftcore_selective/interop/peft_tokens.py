@@ -27,7 +27,7 @@ class PeftTokens(PeftMethod):
         tokens = keys.take("token_indices", list)
         keys.pass_over("init_weights")
         if not all(type(each) is int for each in tokens):
-            raise CheckpointError(f"{keys.where}: trainable tokens are to be listed by their numbers")
+            raise CheckpointError(f"{keys.where}: trainable tokens must be a list of token ids")
         return {"method": "trainable_tokens", "token_indices": tokens}
 
     def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
@@ -46,7 +46,7 @@ class PeftTokens(PeftMethod):
         (alone,) = self.below
         name = self.beside[alone] if found.has(self.beside[alone]) else alone
         if len(place.graft.holders) > 1 and not isinstance(place.site.module, nn.Embedding):
-            found.wrong.append(f"{place.site.path} is tied to a table, where peft does not show these tokens")
+            found.wrong.append(f"{place.site.path} is tied to a table in which peft does not train these tokens")
         tokens = place.config.token_indices
         rows = found.take(name, place.operator.value.shape)
         return {"value": rows[sorted(range(len(tokens)), key=tokens.__getitem__)]}

@@ -62,7 +62,7 @@ def test_refusals(tmp_path: Path) -> None:
         model.train()(torch.randn(9, 6))
 
     saved_by_peft(base, peft.LNTuningConfig(target_modules=["layer"]), tmp_path / "moved", other_statistics)
-    with pytest.raises(CheckpointError, match="the running_mean of layer is another than the host's"):
+    with pytest.raises(CheckpointError, match="the running_mean of layer differs from the host's"):
         peftcore.load(base, tmp_path / "moved")
     host = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
     injection = peftcore.apply(host, "ln_tuning", target="0", train=["1.bias"])

@@ -76,7 +76,7 @@ def test_refusals(tmp_path: Path) -> None:
         else:
             indices[row, 0] = entry
         save_file({**good, name: indices}, file, {"format": "pt"})
-        with pytest.raises(CheckpointError, match=r"no different entries of \(7, 12\)"):
+        with pytest.raises(CheckpointError, match=r"not distinct entries of \(7, 12\)"):
             peftcore.load(base, tmp_path / "theirs")
     save_file({key: value for key, value in good.items() if key != name}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match="missing shira_indices"):

@@ -58,13 +58,17 @@ def test_refusals(tmp_path: Path) -> None:
     base, _ = host("gpt2")
     config = peft.TrainableTokensConfig(token_indices=TOKENS, target_modules=["lm_head"])
     saved_by_peft(base, config, tmp_path / "head")
-    with pytest.raises(CheckpointError, match="lm_head is tied to a table, where peft does not show these tokens"):
+    with pytest.raises(CheckpointError, match="lm_head is tied to a table in which peft does not train these tokens"):
         peftcore.load(base, tmp_path / "head")
     base, _ = host("llama")
     saved_by_peft(base, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path / "theirs")
     file = tmp_path / "theirs" / "adapter_config.json"
     options = json.loads(file.read_text())
-    for tokens, match in (([1, 2], r"shape \(4, 16\), expected \(2, 16\)"), (["a"], "by their numbers"), (3, "is 3")):
+    for tokens, match in (
+        ([1, 2], r"shape \(4, 16\), expected \(2, 16\)"),
+        (["a"], "a list of token ids"),
+        (3, "is 3"),
+    ):
         file.write_text(json.dumps({**options, "token_indices": tokens}))
         with pytest.raises(CheckpointError, match=match):
             peftcore.load(base, tmp_path / "theirs")

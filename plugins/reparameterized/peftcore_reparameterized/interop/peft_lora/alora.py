@@ -24,7 +24,8 @@ class ALoRAVariant(LoRAVariant):
         return {**common, "invocation": keys.take("alora_invocation_tokens", list)}
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        """Returns the invocation with the task for which alone peft's models look for it; without, it is plain LoRA."""
+        """Returns the invocation and the only task type for which peft looks for it; without an invocation, plain
+        LoRA."""
         if not config.invocation:
             return {}
         return {"alora_invocation_tokens": config.invocation, "task_type": "CAUSAL_LM"}

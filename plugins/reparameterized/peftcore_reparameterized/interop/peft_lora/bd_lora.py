@@ -36,7 +36,7 @@ class BDLoRAVariant(LoRAVariant):
         return {**common, **own}
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Returns the option for each module by itself, where it names that module or nothing."""
+        """Returns the option of each module, with lists that name this module or are empty."""
         told, found = keys.table("use_bdlora"), {}
         for path in paths:
             hit = {name: _names_part(told, name, path, keys) for name in BLOCKS}
@@ -51,14 +51,14 @@ class BDLoRAVariant(LoRAVariant):
 
     def differs(self, place: Place) -> str:
         linear = is_one_of(place.site, (nn.Linear,))
-        return "" if linear else "factors in blocks, which it has in linear layers alone"
+        return "" if linear else "factors in blocks, which it has only in linear layers"
 
     def write_options_of_all(self, places: Sequence[Place]) -> dict[str, Any]:
         """Returns the lists of names, of which none may be part of another module's name."""
         blocks = {module_key(place.site): place.operator for place in places}
         counts = {each.blocks for each in blocks.values()} - {1}
         if len(counts) > 1:
-            raise ExportError(f"peft has one number of blocks, and here they are {sorted(counts)}")
+            raise ExportError(f"peft has one number of blocks, but these have {sorted(counts)}")
         cut = [
             [path for path, each in blocks.items() if each.blocks > 1 and each.cut_A is side] for side in (True, False)
         ]
@@ -66,7 +66,7 @@ class BDLoRAVariant(LoRAVariant):
             hit = [any(part in path for part in names) for names in cut]
             if hit != [each.blocks > 1 and each.cut_A, each.blocks > 1 and not each.cut_A]:
                 raise ExportError(
-                    f"peft knows modules by parts of their names, and others have one in common with {path}"
+                    f"peft names modules by parts of their names, and {path} has one in common with another module"
                 )
         lists = dict(zip(BLOCKS, cut, strict=True))
         return {"use_bdlora": {**lists, "nblocks": max(counts, default=1), "match_strict": False}}

@@ -8,6 +8,7 @@ right on any equal base. DoRA with such a start is DoRA of twice the rank: with 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.author import MethodConfig, Site, Transposed
+from peftcore.author import Site, Transposed
 from peftcore.author.formats import Found, Keys, Place, is_one_of
 from peftcore.errors import CheckpointError
 from peftcore_reparameterized._decomposed import PairOperator
@@ -29,28 +30,26 @@ class DecomposedVariant(UpdateVariant):
     """A variant whose base peft decomposes when it loads; written as plain LoRA for every kind of layer."""
 
     layers: ClassVar[tuple[type, ...]]
-    """The layers where peft can."""
+    """The layers that peft can decompose."""
     has_scaling = False
     times = 2
 
     def shapes(self, place: Place) -> tuple[Size, Size]:
         if not is_one_of(place.site, self.layers):
-            raise CheckpointError(f"{place.site.path} is none of the layers that peft decomposes for {self.reads}")
+            raise CheckpointError(f"{place.site.path} is not one of the layers that peft decomposes for {self.reads}")
         return super().shapes(place)
 
 
-class StartVariant(DecomposedVariant):
-    """A part of the rank that is said, which is taken out of the base and trains; peft names it as we do."""
-
-    operator: ClassVar[type[PairOperator]]
-    config: ClassVar[type[MethodConfig]]
+class StartVariant(DecomposedVariant, ABC):
+    """A variant that subtracts a part of the given rank from the base and trains it, with the same name in peft and
+    here."""
 
     def marked(self, keys: Keys) -> bool:
         return bool(keys.take("init_lora_weights", (bool, str), True) == self.reads)
 
+    @abstractmethod
     def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
         """Returns an operator with the factors A0 and B0 of the part that peft subtracts from a site's weight."""
-        return self.operator(site, self.config(rank=rank, alpha=alpha))
 
 
 class PiSSAVariant(StartVariant):
@@ -60,7 +59,9 @@ class PiSSAVariant(StartVariant):
     writes = ("pissa",)
     starts = ("pissa",)
     layers = (nn.Linear, Transposed)
-    operator, config = PiSSAOperator, PiSSA.Config
+
+    def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
+        return PiSSAOperator(site, PiSSA.Config(rank=rank, alpha=alpha))
 
 
 class OLoRAVariant(StartVariant):
@@ -70,7 +71,9 @@ class OLoRAVariant(StartVariant):
     writes = ("olora",)
     starts = ("olora",)
     layers = (nn.Linear,)
-    operator, config = OLoRAOperator, OLoRA.Config
+
+    def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
+        return OLoRAOperator(site, OLoRA.Config(rank=rank, alpha=alpha))
 
 
 class DoRABesideStart(DoRAVariant):
@@ -84,7 +87,7 @@ class DoRABesideStart(DoRAVariant):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size], common: Mapping[str, Any]) -> dict[str, Any]:
         start = self.start.reads
-        keys.warn(f"DoRA that started by {start} is DoRA of twice the rank; in training, its start trains on")
+        keys.warn(f"DoRA with start {start} is loaded as DoRA of twice the rank; in training, the start trains too")
         return {**common, "rank": 2 * common["rank"], "alpha": 2 * common["alpha"]}
 
     def shapes(self, place: Place) -> tuple[Size, Size]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class DoRAVariant(LoRAVariant):
     """Low-rank factors of the direction, and a magnitude."""
 
     reads = "dora"
-    writes = ("dora",)
+    writes: ClassVar[tuple[str, ...]] = ("dora",)
     below = (MAGNITUDE, f"{MAGNITUDE}.weight")
     starts = (*LoRAVariant.starts, "mica")
     has_scaling = False

@@ -55,16 +55,16 @@ def write_factors(site: Site, A: Tensor, B: Tensor) -> dict[str, Tensor]:
 
 
 def check_attention(sites: Iterable[Site]) -> None:
-    """Verify that of torch's attention both tensors are there, or none.
+    """Verify that both tensors of torch's attention are adapted, or none.
 
     Raises:
-        ExportError: one is left out.
+        ExportError: only one of them is adapted.
     """
     tensors = [(site.module_path, site.tensor) for site in sites]
     for path, tensor in tensors:
         other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
         if other is not None and (path, other) not in tensors:
-            raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
+            raise ExportError(f"peft adapts all of {path}, but {other} is left out here")
 
 
 def _turned(site: Site) -> bool:

@@ -49,7 +49,7 @@ class MonteCLoRAVariant(LoRAVariant):
 
     def differs(self, place: Place) -> str:
         linear = is_one_of(place.site, (nn.Linear,))
-        return "" if linear else "a sampler, which it has in linear layers alone"
+        return "" if linear else "a sampler, which it has only in linear layers"
 
     def read(self, place: Place, found: Found, factors: dict[str, Tensor]) -> dict[str, Tensor]:
         operator = place.operator

@@ -59,5 +59,5 @@ class LoRAXSVariant(UpdateVariant):
 
 def _in_groups(shapes: Mapping[str, Size]) -> bool:
     """Whether the tensors are those of a grouped convolution: each output mixes some of the rank alone."""
-    A, B = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+    A, B = shapes.get("lora_A.weight", Size()), shapes.get("lora_B.weight", Size())
     return len(A) == len(B) > 2 and A[0] != B[1]

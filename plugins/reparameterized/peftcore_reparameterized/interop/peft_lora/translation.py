@@ -65,12 +65,42 @@ VARIANTS: tuple[type[LoRAVariant], ...] = (
 
 
 class PeftLoRA(PeftMethod):
-    """Translates low-rank factors, by the variant that they are."""
+    """Translates low-rank factors, by the variant of LoRA that the options mark."""
 
-    methods = tuple(name for each in (plain.PlainVariant, *VARIANTS) for name in each.writes)
+    methods = (*plain.PlainVariant.writes, *(name for each in VARIANTS for name in each.writes))
     below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
     bias = "lora_only"
     ties = "ensure_weight_tying"
+    advice: ClassVar[Mapping[str, str]] = {
+        "bias": 'apply ["lora", "bitfit"]: bitfit trains the biases',
+        "use_rslora": 'use scaling="sqrt_rank"',
+        "init_lora_weights": 'use the method for it, such as "pissa", "olora" or "loftq"',
+        "megatron_config": "leave it out: peftcore finds parallel layers by their structure",
+        "megatron_core": "leave it out: peftcore finds parallel layers by their structure",
+        "trainable_token_indices": 'apply ["lora", {"method": "trainable_tokens", "token_indices": [...]}]',
+        "loftq_config": 'use the method "loftq"',
+        "eva_config": 'use the method "eva"',
+        "corda_config": 'use the method "corda"',
+        "lora_ga_config": 'use the method "lora_ga"',
+        "use_dora": 'use the method "dora"',
+        "velora_config": 'use the method "velora"',
+        "alora_invocation_tokens": 'use the method "alora"',
+        "use_qalora": 'use the method "qa_lora"',
+        "qalora_group_size": 'use the method "qa_lora"',
+        "monteclora_config": 'use the method "monteclora"',
+        "layer_replication": "call peftcore.replicate_layers(model, [...]) before it is adapted",
+        "runtime_config": "leave it out: it has no counterpart here",
+        "lora_bias": 'apply ["lora", "bitfit"]: bitfit trains the biases',
+        "use_bdlora": 'use the method "bd_lora"',
+        "arrow_config": 'call peftcore.gather(model, "arrow", {folder: 1.0, ...})',
+        "kasa_config": 'use the method "kasa"',
+        "num_samples": "use samples=",
+        "sample_scaler": "use sample_scale=",
+        "kl_loss_weight": "use kl=",
+        "dirichlet_prior": "use prior=",
+        "use_entropy": "use entropy=",
+        "nblocks": "use blocks=",
+    }
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __init__(self) -> None:
@@ -92,8 +122,8 @@ class PeftLoRA(PeftMethod):
         start = keys.take("init_lora_weights", (bool, str), True)
         if isinstance(start, str) and not any(start in each.starts for each in self.variants):
             raise CheckpointError(
-                f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; in "
-                "peft, save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+                f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; save "
+                "it in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
             )
         rank, alpha = keys.take("r", int, 8), keys.take("lora_alpha", float, 8)
         dropout = float(keys.take("lora_dropout", float, 0.0))
@@ -135,7 +165,7 @@ class PeftLoRA(PeftMethod):
             if site.module.groups > 1 and not across:
                 return "groups, unless across_groups is set"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
-                return "a dilation, which its A has not"
+                return "a dilation, which its A does not have"
         if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
             return ""
         return not_added(site)
@@ -166,7 +196,7 @@ class PeftLoRA(PeftMethod):
         for path, rows in sorted(found, key=lambda each: not isinstance(modules[each[0]], nn.Embedding)):
             table = {"token_indices": rows, "target_modules": [path]}
             if tables.setdefault(id(modules[path]._parameters.get("weight")), table)["token_indices"] != rows:
-                raise CheckpointError(f"{keys.where}: {path} is tied to a table of which other tokens train")
+                raise CheckpointError(f"{keys.where}: {path} is tied to a table in which other tokens train")
         return [("TRAINABLE_TOKENS", table) for table in tables.values()]
 
     def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
