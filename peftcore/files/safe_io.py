@@ -236,6 +236,8 @@ def put_files(files: Mapping[Path, Write], together: Collection[Path] = ()) -> N
                 if path.exists():
                     moved[path] = filled[path].with_name("before")
                     os.replace(path, moved[path])
+            for folder in {path.parent for path in moved}:
+                sync_folder(folder)  # or a power cut may keep a later rename and lose this one
             for path, partial in filled.items():
                 os.replace(partial, path)
         except BaseException:
@@ -272,7 +274,8 @@ def _filled(path: Path, write: Write) -> Iterator[Path]:
 @contextmanager
 def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Context manager that holds the lock of a folder: one process writes, or several read with `shared`; others wait.
-    Where the system or the file system has no locks, nobody waits."""
+    The system drops the lock of a process that is killed. Without locks in the system or the file system, nothing
+    waits."""
     if fcntl is None or not folder.is_dir():
         yield
         return
@@ -282,6 +285,8 @@ def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
             fcntl.flock(number, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):  # a process that was forked meanwhile has the number too, and would keep the lock
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
 

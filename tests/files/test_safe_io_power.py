@@ -1,5 +1,8 @@
 """What a save calls complete is on the disk: contents are synced before a rename, and names after it."""
 
+import fcntl
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from core_toys import stir
 from disk_order import lost, recorded
 
 import peftcore
-from peftcore.files.safe_io import write_tensors, write_text
+from peftcore.files.safe_io import folder_lock, write_tensors, write_text
 from peftcore.testing import HOSTS
 
 
@@ -65,3 +68,18 @@ def test_what_could_be_lost_is_found(tmp_path: Path) -> None:
     assert not told(lambda: write_text(tmp_path / "b", "text"))
     assert "the content of" in told(lambda: (tmp_path / "c").write_text("text"))
     assert "the name in" in told(lambda: ((tmp_path / "d").mkdir(), write_tensors(tmp_path / "d" / "e", {}, {})))
+
+
+def test_a_process_that_is_forked_during_a_save_does_not_keep_its_lock(tmp_path: Path) -> None:
+    """A loader of data, for instance, that another thread starts."""
+    with folder_lock(tmp_path):
+        if not (child := os.fork()):
+            signal.pause()
+            os._exit(0)
+    try:
+        number = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(number)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
