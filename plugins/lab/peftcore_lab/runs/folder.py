@@ -50,6 +50,12 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def forget(folder: Path) -> None:
+    """Remove the folder of a run, its settings first: a kill on the way leaves files, and no run to resume."""
+    (folder / RUN).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def processes() -> int:
     """Return how many processes share the run, as torchrun, accelerate and Ray Train say it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -137,6 +143,8 @@ class RunFolder:
     def _newest(self) -> Path | None:
         """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
         if not (self.path / RUN).exists():
+            if _is_bare(self.path):
+                return None
             raise BadInput(f"{self.path} holds no run to resume: remove --resume, or set --out to the folder of a run")
         held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         changed = changed_inputs(held, self._inputs)
@@ -188,6 +196,11 @@ class RunFolder:
             known = {"run": self._run, "inputs": self._inputs, "processes": processes()}
             known |= {"before": self.before, "said": self.said}
             write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
+
+
+def _is_bare(folder: Path) -> bool:
+    """Return whether a run may have been killed in this folder before its settings were written."""
+    return folder.is_dir() and all(each.suffix == ".partial" for each in folder.iterdir())
 
 
 def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -> bool:
