@@ -7,6 +7,7 @@ the operation, or in the middle of what a library in another language writes: ha
 from __future__ import annotations
 
 import json
+import operator
 import os
 import random
 import shutil
@@ -155,6 +156,7 @@ def killed_at_points(
     seed: int = SEED,
     before: Callable[[], object] = lambda: None,
     among: Callable[[str], bool] = lambda point: True,
+    same: Callable[[Any, Any], bool] = operator.eq,
 ) -> list[str]:
     """Kill `begin` at so many points, drawn by a seed, do `again`, and expect what is `found`
     without any kill. Every second time `again` is killed too, and done once more.
@@ -164,6 +166,7 @@ def killed_at_points(
     Args:
         before: what is done, undisturbed, before `begin` in each folder.
         among: which points are wanted, by what is done there.
+        same: compares what is found.
     """
     draw = random.Random(seed)
     with inside(root / "whole") as folder:
@@ -182,7 +185,7 @@ def killed_at_points(
                 if then:
                     in_child(again, folder, then)
                 in_child(again, folder)
-                if (here := found()) != wanted:
+                if not same(here := found(), wanted):
                     wrong.append(f"{number} ({points[number - 1]}), then {then}: {_difference(here, wanted)}")
             except AssertionError as error:
                 wrong.append(f"{number} ({points[number - 1]}), then {then}: {str(error)[-1500:]}")

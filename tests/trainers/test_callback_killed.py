@@ -1,5 +1,5 @@
-"""The Trainer is killed at each write of its checkpoints and at each step: from the last checkpoint that it wrote to its
-end it goes on as if nobody had killed it, and one that it did not is refused."""
+"""The Trainer is killed at each write of its checkpoints and at each step: from its last whole checkpoint it goes on as
+if nobody had killed it, and a checkpoint that was cut off is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from killed import MANY, killed_at_points
 from training_hosts import host, trainer
 
 import peftcore
+from peftcore.errors import PeftcoreError
 from peftcore.training import PeftcoreCallback
 
 STATE = "trainer_state.json"
@@ -25,7 +26,7 @@ def trained(resume: bool) -> None:
     )
     place = transformers.trainer_utils.get_last_checkpoint("run") if resume and Path("run").exists() else None
     if place is not None and not whole(Path(place)):
-        with pytest.raises((OSError, ValueError, peftcore.PeftcoreError)):
+        with pytest.raises((OSError, ValueError, PeftcoreError)):
             run.train(resume_from_checkpoint=place)
         Path(place).rename(f"broken-{Path(place).name}")
         return trained(resume)

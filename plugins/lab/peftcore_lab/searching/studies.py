@@ -90,22 +90,27 @@ class Study:
         directions = [StudyDirection.MAXIMIZE if greater else StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
         self._lock = _Lock()
         """Held as long as this study is used."""
-        with _opening(where), self._lock.begun(where) as alone, _hushed():
-            self._storage = storage_of(where)
-            self._study = optuna.create_study(
-                storage=self._storage, study_name=name, directions=directions, load_if_exists=True
-            )
-            held = self._study.user_attrs.get("search")
-            if held is None:
-                self._study.set_user_attr("search", dict(settings))
-            elif held != settings:
-                other = listed(differences(held, settings))
-                raise BadInput(
-                    f"storage={where} holds the study {name} of another search: {other}. Name another storage, or "
-                    "another study"
+        with contextlib.ExitStack() as begun:
+            with _opening(where), _hushed():
+                alone = begun.enter_context(self._lock.begun(where))
+                self._storage = storage_of(where)
+                self._study = optuna.create_study(
+                    storage=self._storage, study_name=name, directions=directions, load_if_exists=True
                 )
+            self._check(where, settings)
             if alone:
                 self._recover()
+
+    def _check(self, where: str, settings: Mapping[str, Any]) -> None:
+        held = self._study.user_attrs.get("search")
+        if held is None:
+            self._study.set_user_attr("search", dict(settings))
+        elif held != settings:
+            other = listed(differences(held, settings))
+            raise BadInput(
+                f"storage={where} holds the study {self._study.study_name} of another search: {other}. Name another "
+                "storage, or another study"
+            )
 
     def _recover(self) -> None:
         """Give up all trials on their way, and try all lost points again: no worker is left that would."""
