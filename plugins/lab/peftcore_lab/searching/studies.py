@@ -200,7 +200,7 @@ class Study:
 
     def _id(self, number: int) -> int:
         study = self._storage.get_study_id_from_name(self._study.study_name)
-        return self._storage.get_trial_id_from_study_id_trial_number(study, number)
+        return int(self._storage.get_trial_id_from_study_id_trial_number(study, number))
 
 
 class _Lock:

@@ -162,7 +162,7 @@ class Patience(transformers.EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        held = state.stateful_callbacks.get(type(self).__name__, self.state())  # type: ignore[no-untyped-call]
+        held = state.stateful_callbacks.get(type(self).__name__, self.state())
         self.early_stopping_patience_counter = held["attributes"]["early_stopping_patience_counter"]
 
 
