@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,17 @@ from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format_named, recognize
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
-from peftcore.files.safe_io import clear_partial, write_made, write_tensors, write_text
+from peftcore.files.safe_io import (
+    Write,
+    clear_partial,
+    folder_lock,
+    is_text,
+    make_folder,
+    of_tensors,
+    of_text,
+    put_files,
+    write_tensors,
+)
 from peftcore.forward.state.host_state import HostState
 from peftcore.injection import base_dependence
 from peftcore.injection.applied import check_filled, fill
@@ -94,9 +104,9 @@ def save(
         logger.warning("the adapter is saved, although a part of it has no effect any more: %s", error)
     base_dependence.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters, reads=True):
-        contents = {
-            name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
-        }
+        found = [(kind, kind.files(injection, weights)) for each in formats for kind in [format_named(each)]]
+        contents = {name: content for _, files in found for name, content in files.items()}
+        together = [name for kind, files in found if not kind.file for name in files]
     if moves and (fixed := [name for name, content in contents.items() if isinstance(content, Placed)]):
         raise ExportError(
             f"{fixed[0]} in the format {' and '.join(formats)} contains paths of folders on this machine, which "
@@ -111,7 +121,9 @@ def save(
         if mine and only:
             _write_file(path, contents[only])
         elif mine:
-            _write(injection, path, formats, contents, metrics, Path(os.path.abspath(path if home is None else home)))
+            if is_ours(path / CARD):
+                contents[CARD] = card(injection, formats, metrics)
+            _write(path, contents, together, Path(os.path.abspath(path if home is None else home)))
 
 
 def _only_file(path: Path, formats: Sequence[str]) -> str:
@@ -135,34 +147,33 @@ def _only_file(path: Path, formats: Sequence[str]) -> str:
 
 def _write_file(path: Path, content: Tensors | str | Placed | Made) -> None:
     assert isinstance(content, Tensors), "tensors are what a format's only file holds"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     clear_partial(path.parent, path.name)
     write_tensors(path, content.values, content.metadata)
 
 
 def _write(
-    injection: Injection,
-    path: Path,
-    formats: Sequence[str],
-    contents: dict[str, Tensors | str | Placed | Made],
-    metrics: Metrics | None,
-    home: Path,
+    path: Path, contents: Mapping[str, Tensors | str | Placed | Made], together: Collection[str], home: Path
 ) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    if is_ours(path / CARD):
-        contents[CARD] = card(injection, formats, metrics)
-    for folder in sorted({(path / name).parent for name in contents}):
-        folder.mkdir(exist_ok=True)
+    for folder in sorted({path, *((path / name).parent for name in contents)}):
+        make_folder(folder)
         clear_partial(folder)
-    for name, content in contents.items():
-        if isinstance(content, Placed):
-            write_text(path / name, content.text(home))
-        elif isinstance(content, Tensors):
-            write_tensors(path / name, content.values, content.metadata)
-        elif isinstance(content, Made):
-            write_made(path / name, content.write)
-        else:
-            write_text(path / name, content)
+    texts = {name: content.text(home) if isinstance(content, Placed) else content for name, content in contents.items()}
+    with folder_lock(path):
+        put_files(
+            {
+                path / name: _writing(content)
+                for name, content in texts.items()
+                if not (isinstance(content, str) and is_text(path / name, content))
+            },
+            {path / name for name in together},
+        )
+
+
+def _writing(content: Tensors | str | Made) -> Write:
+    if isinstance(content, Tensors):
+        return of_tensors(content.values, content.metadata)
+    return content.write if isinstance(content, Made) else of_text(content)
 
 
 def push(
@@ -290,6 +301,11 @@ def _read(
 ) -> _Read:
     place = located(path, revision)
     # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
+    with folder_lock(place, shared=True):
+        return _read_at(model, place, strict, words)
+
+
+def _read_at(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Sequence[int]] | None) -> _Read:
     with _about(place), _values_wanted(model), one_file(), saving_base():
         kind = recognize(place)
         content = kind.open(place, model) if words is None else kind.open_with_words(place, model, words)
@@ -323,7 +339,7 @@ def describe(path: str | os.PathLike[str], revision: str | None = None) -> Descr
         HubError: as in `load`.
     """
     place = located(path, revision)
-    with _about(place), one_file():
+    with _about(place), one_file(), folder_lock(place, shared=True):
         return recognize(place).describe(place)
 
 
