@@ -29,6 +29,7 @@ from peftcore.injection.applying import apply_request
 from peftcore.injection.injection import Injection, injections
 from peftcore.injection.request import Request, check_name
 from peftcore.layers.layer import bias_name, put, take
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.targets.sites import Site
@@ -90,9 +91,10 @@ def changes(injection: Injection) -> dict[str, Change]:
         NotMergeable: an operator has no effective weight.
         MergeError: the injection is merged.
     """
-    _acting(injection)
-    with injection.state.kept(injection.name):
-        return _changes(injection)
+    with changing(injection.model):
+        _acting(injection)
+        with injection.state.kept(injection.name):
+            return _changes(injection)
 
 
 def _changes(injection: Injection) -> dict[str, Change]:
@@ -191,8 +193,6 @@ def established(
     Raises:
         RouteError, CompositionError: the active route or composition uses one of the named injections.
     """
-    if (state := state_of(model)) is not None:
-        state.choices.check_free(instead)
     saved = {
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
@@ -203,7 +203,10 @@ def established(
         fill(injection)
         injection.trainable(False)
 
-    return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
+    with changing(model):
+        if (state := state_of(model)) is not None:
+            state.choices.check_free(instead)
+        return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
 
 
 @contextmanager
@@ -266,10 +269,11 @@ def to_lora(
         UnknownMethod: LoRA is not installed.
         RouteError, CompositionError: the active route or composition uses the old injection.
     """
-    made = nearest(injection, rank, data)
-    factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
-    lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
-    return lora, {path: error for path, (_, _, error) in made.items()}
+    with changing(injection.model):
+        made = nearest(injection, rank, data)
+        factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
+        lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
+        return lora, {path: error for path, (_, _, error) in made.items()}
 
 
 def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
@@ -380,44 +384,49 @@ def combine(
         NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
         RouteError, CompositionError: the active route or composition uses one of the adapters.
     """
-    check_name(model, name)
-    if not sources:
-        raise ConfigError("combine needs adapters: {name or folder: weight}")
-    _check_use("rank", rank, how not in ("cat", "linear"), how)
-    _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
-    if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density={density} must be above 0 and at most 1")
-    weights = list(sources.values())
-    with opened(model, sources) as adapters:
-        instead = [each.name for each in adapters]
-        if how == "linear":
-            _check_alike(adapters)
-            tensors = _averaged([each.state_dict() for each in adapters], weights)
-        else:
-            warn_of_heads(adapters)
-            tasks = [_matrices(changes(each)) for each in adapters]
-            merge = _merger(how, weights, density or 1.0, sign, seed)
-            made = {path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)}
-    if how != "linear":
-        worst = max(made, key=lambda path: made[path][2])
-        if (error := made[worst][2]) >= LOSSY:
-            text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
-            warnings.warn(text, UserWarning, stacklevel=2)
-        return lora_of(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
-    first = adapters[0]
-    wishes, method = first.wishes, type(first.method)
-    return established(
-        model,
-        method,
-        first.config,
-        name,
-        first.selections,
-        dtype=wishes.dtype,
-        train=wishes.train,
-        untied=wishes.untied,
-        instead=instead,
-        fill=lambda soup: fill(soup, tensors),
-    )
+    with changing(model):
+        check_name(model, name)
+        if not sources:
+            raise ConfigError("combine needs adapters: {name or folder: weight}")
+        _check_use("rank", rank, how not in ("cat", "linear"), how)
+        _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
+        if density is not None and not 0 < density <= 1:
+            raise ConfigError(f"density={density} must be above 0 and at most 1")
+        weights = list(sources.values())
+        with opened(model, sources) as adapters:
+            instead = [each.name for each in adapters]
+            if how == "linear":
+                _check_alike(adapters)
+                tensors = _averaged([each.state_dict() for each in adapters], weights)
+            else:
+                warn_of_heads(adapters)
+                tasks = [_matrices(changes(each)) for each in adapters]
+                merge = _merger(how, weights, density or 1.0, sign, seed)
+                made = {
+                    path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)
+                }
+        if how != "linear":
+            worst = max(made, key=lambda path: made[path][2])
+            if (error := made[worst][2]) >= LOSSY:
+                text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
+                warnings.warn(text, UserWarning, stacklevel=2)
+            return lora_of(
+                model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank
+            )
+        first = adapters[0]
+        wishes, method = first.wishes, type(first.method)
+        return established(
+            model,
+            method,
+            first.config,
+            name,
+            first.selections,
+            dtype=wishes.dtype,
+            train=wishes.train,
+            untied=wishes.untied,
+            instead=instead,
+            fill=lambda soup: fill(soup, tensors),
+        )
 
 
 def _check_use(option: str, value: object, used: bool, how: str) -> None:

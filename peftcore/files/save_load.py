@@ -56,6 +56,7 @@ from peftcore.injection.injection import Injection
 from peftcore.injection.request import Request, check_model, check_name
 from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import at_hand
 from peftcore.libraries.save_pretrained import saving_base
 
@@ -187,7 +188,8 @@ def push(
     """
     with tempfile.TemporaryDirectory(prefix="peftcore-") as name:
         folder = Path(name) / "adapter"
-        save(injection, folder, formats, False, metrics, moves=True)
+        with changing(injection.model):
+            save(injection, folder, formats, False, metrics, moves=True)
         with one_writes(injection.model) as mine:
             return upload(folder, repository, **options) if mine else None
 
@@ -245,24 +247,26 @@ def load(
     check_model(model)
     if name is not None:
         check_name(model, name)
-    found = _read(model, path, revision, strict, words)
-    name = check_name(model, found.request.method.name if name is None else name)
-    with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
-        source = None if room is None else found.filled()
-        config = found.request.config.replace(**(room or {}))
+    place = located(path, revision)  # other threads can change the model while it is fetched
+    with changing(model):
+        found = _read(model, place, strict, words)
+        name = check_name(model, found.request.method.name if name is None else name)
+        with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
+            source = None if room is None else found.filled()
+            config = found.request.config.replace(**(room or {}))
 
-        def give(injection: Injection) -> None:
-            if source is None:
-                fill(injection, found.tensors)
-                check_filled(injection)
-            else:
-                write(injection, matched(injection, source))
-            injection.trainable(trainable)
+            def give(injection: Injection) -> None:
+                if source is None:
+                    fill(injection, found.tensors)
+                    check_filled(injection)
+                else:
+                    write(injection, matched(injection, source))
+                injection.trainable(trainable)
 
-        return apply_request(replace(found.request, config=config, name=name, active=active, fill=give))
+            return apply_request(replace(found.request, config=config, name=name, active=active, fill=give))
 
 
-def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
+def values_of(injection: Injection, path: Path) -> Injection:
     """Returns a saved adapter with its values, checked against the model of `injection` as `load` does, but not
     installed.
 
@@ -270,11 +274,12 @@ def values_of(injection: Injection, path: str | os.PathLike[str], revision: str 
         CheckpointError, HostMismatch, NewerFormat, UnknownMethod, NoWeights: as `load`.
         MergeError: it depends on weights into which another injection is merged.
     """
-    found = _read(injection.model, path, revision, True)
-    with _about(found.where), _values_wanted(injection.model):
-        source = found.filled()
-        base_dependence.check_nothing_merged(source, injection.state)
-    return source
+    with changing(injection.model):
+        found = _read(injection.model, path, True)
+        with _about(found.where), _values_wanted(injection.model):
+            source = found.filled()
+            base_dependence.check_nothing_merged(source, injection.state)
+        return source
 
 
 @dataclass(frozen=True)
@@ -292,20 +297,13 @@ class _Read:
         return source
 
 
-def _read(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    revision: str | None,
-    strict: bool,
-    words: Mapping[str, Sequence[int]] | None = None,
-) -> _Read:
-    place = located(path, revision)
-    # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
+def _read(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Sequence[int]] | None = None) -> _Read:
     with folder_lock(place, shared=True):
         return _read_at(model, place, strict, words)
 
 
 def _read_at(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Sequence[int]] | None) -> _Read:
+    # A file does not know of other adapters on the host: `saving_base` hides them.
     with _about(place), _values_wanted(model), one_file(), saving_base():
         kind = recognize(place)
         content = kind.open(place, model) if words is None else kind.open_with_words(place, model, words)
@@ -419,7 +417,8 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
 class _Files:
     """What the verbs of an injection call, which is in a layer below."""
 
-    save, push, values_of = staticmethod(save), staticmethod(push), staticmethod(values_of)
+    save, push = staticmethod(save), staticmethod(push)
+    located, values_of = staticmethod(located), staticmethod(values_of)
 
 
 Injection._files = _Files()
