@@ -26,13 +26,14 @@ def gather(
     name: str | None = None,
     **options: Any,
 ) -> Injection:
-    """Returns an injection of `method` whose parts are existing adapters, by folder or by name on this host, each with
-    its weight. It is frozen (``trainable()`` lets it train on), and active in place of the injections on the host.
+    """Returns an injection of `method` whose parts are existing adapters, given by folder or by name on this host, each
+    with a weight. The injection is frozen (``trainable()`` makes it train again), and is active instead of the other
+    injections on the host.
 
     Args:
         model: the host.
-        method: a method of parts, with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare",
-            "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
+        method: a method with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare", "regmean",
+            "adapter_soup"; or a preset of such a method, "mix_of_show".
         sources: weights by folder or name.
         name: name of the new injection; the method's by default.
         options: the method's other options.

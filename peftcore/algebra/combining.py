@@ -1,5 +1,5 @@
-"""Adapter algebra on whole adapters: `deltas` returns their weight changes, `to_lora` writes these as a LoRA, `combine`
-makes one adapter of several. The mathematics is in `peftcore.algebra.merge_math`."""
+"""Adapter algebra on whole adapters: `deltas` returns the weight changes of an adapter, `to_lora` converts them to a
+LoRA, `combine` merges several adapters into one. The mathematics is in `peftcore.algebra.merge_math`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from peftcore.utils.progress import through
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
 Source = str | os.PathLike[str]
-"""An injection of the host by name, or the folder of a saved adapter."""
+"""The name of an injection on the host, or the folder of a saved adapter."""
 LOSSY = 0.01
-"""Relative error of a site from which on `combine` warns."""
+"""The relative error at a site from which on `combine` gives a warning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +50,12 @@ class Change:
     delta: Tensor
     """The change in logical layout."""
     factors: Factors | None
-    """The factors of the change, where it is low-rank."""
+    """The factors of the change, if it is low-rank; else None."""
 
     def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
-        """Returns the change itself if it has factors of at most a rank, otherwise the nearest update of that rank; and
-        its relative error. A `moment` of the inputs is used for matrices ``[out, in]``."""
+        """Returns an update of at most `rank` with its relative error: the change itself if its factors have at most
+        this rank, otherwise the nearest update of that rank. For matrices ``[out, in]``, `moment`, the second moment of
+        the inputs, determines which update is nearest."""
         if self.factors is not None and self.factors[1].shape[-1] <= rank:
             return self.factors, 0.0
         moment = moment.to(self.delta) if moment is not None and self.delta.dim() == 2 else None
@@ -73,18 +74,18 @@ def _acting(injection: Injection) -> None:
     ]
     if stuck:
         raise NotMergeable(
-            f"{injection.method.name} makes no change of weights that algebra could use (first at {stuck[0]}): what it "
-            "computes is no function of the weight alone"
+            f"{injection.method.name} does not change weights, so combine and to_lora cannot use it (first at "
+            f"{stuck[0]}): its output is not a function of the weight alone"
         )
     if injection.merged:
-        raise MergeError(f"{injection.name!r} is merged, so its base weights are not there; unmerge() it first")
+        raise MergeError(f"{injection.name!r} is merged, so its base weights are not available; call unmerge() first")
 
 
 @torch.no_grad()
 def changes(injection: Injection) -> dict[str, Change]:
-    """Returns the effective minus the base weight of each tensor, by site path, in float32 or better. Modules that the
-    user named in ``train`` are left out, since heads belong to one task; tensors that merging leaves out are left out,
-    too.
+    """Returns the change of each tensor (its effective value minus its base value) by site path, in float32 or better.
+    Modules that the user named in ``train`` are left out, since heads belong to one task, and so are tensors that
+    merging leaves out.
 
     Raises:
         NotMergeable: an operator has no effective weight.
@@ -132,7 +133,7 @@ def _bias_change(
 ) -> Tensor | None:
     stored = _stored(site.at(bias_name(site.tensor)), now)
     bias = None if stored is None else take(stored, site.slices, site.layer.batch_dims)
-    assert weight is not None, "what changes a bias with a weight stands at a weight"
+    assert weight is not None, "an operator that changes a bias by a weight has a weight"
     new = operator.merged_bias(bias, lambda: weight)
     return new if new is None or bias is None else new - bias
 
@@ -164,10 +165,10 @@ def _note(
 
 def deltas(injection: Injection) -> dict[str, Tensor]:
     """Returns the change that an adapter makes to each tensor, by site path, in logical layout ``[*batch, out, in,
-    *kernel]`` and in float32 or better; nothing for tensors that it leaves as they are.
+    *kernel]`` and in float32 or better. Tensors that do not change are left out.
 
     Raises:
-        NotMergeable: the method makes no change of weights.
+        NotMergeable: the method does not change weights.
         MergeError: the injection is merged.
     """
     return {path: change.delta for path, change in changes(injection).items()}
@@ -186,11 +187,11 @@ def established(
     instead: Sequence[str] = (),
     fill: Callable[[Injection], object],
 ) -> Injection:
-    """Returns a new injection of a method whose selections are known already, with values that `fill` writes into it.
-    It is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
+    """Returns a new injection of a method with given selections (sites); `fill` writes its values. The injection is
+    frozen and active, like a loaded one; the injections named in `instead` are deactivated.
 
     Raises:
-        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
+        RouteError, CompositionError: the active route or composition uses one of the named injections.
     """
     saved = {
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
@@ -210,10 +211,11 @@ def established(
 
 @contextmanager
 def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[Injection]]:
-    """Context manager that yields injections of a host by name, and saved ones by folder, which are removed at its end.
+    """Context manager that yields the injections of the given sources. Adapters that it loads from folders are removed
+    at its end.
 
     Raises:
-        UnknownInjection: neither an injection nor a folder.
+        UnknownInjection: a source is neither an injection nor a folder.
     """
     with ExitStack() as stack:
         found = []
@@ -221,7 +223,7 @@ def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[I
             injection = injections(model).get(str(source))
             if injection is None and not os.path.isdir(source):
                 known = ", ".join(injections(model)) or "none"
-                raise UnknownInjection(f"{source!r} is no folder and no injection; this host has: {known}")
+                raise UnknownInjection(f"{source!r} is neither a folder nor an injection; this host has: {known}")
             if injection is None:
                 injection = load(model, source, name=f"opened-{len(injections(model))}", active=False)
                 stack.callback(_close, injection)
@@ -240,7 +242,7 @@ def _close(injection: Injection) -> None:
 
 
 def warn_of_heads(sources: Iterable[Injection]) -> None:
-    """Warn that modules trained along are left out."""
+    """Warn that additionally trained modules (heads) are left out."""
     heads = sorted({head for each in sources for head in each.wishes.train})
     if heads:
         warnings.warn(f"heads belong to one task and are left out: {', '.join(heads)}", UserWarning, stacklevel=3)
@@ -249,22 +251,23 @@ def warn_of_heads(sources: Iterable[Injection]) -> None:
 def to_lora(
     injection: Injection, rank: int, name: str | None = None, *, data: Data | None = None
 ) -> tuple[Injection, dict[str, float]]:
-    """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
+    """Returns a LoRA with the weight changes of another adapter, and the LoRA's error at each site relative to the
+    change.
 
-    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one.
-    Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
-    The new injection is frozen and active in place of the old one, which stays on the host.
+    The LoRA is exact if the change has factors of at most `rank`; otherwise it is the nearest LoRA of that rank. Ranks
+    that the change does not need are initialized as in a new LoRA, so that they add zero and can train. The new
+    injection is frozen, and active instead of the old one, which stays on the host.
 
     Args:
-        data: batches of inputs. At linear layers the LoRA is then the one whose outputs for them are nearest, and the
-            errors there are those of outputs.
+        data: batches of inputs. With these, the LoRA at a linear layer is the one whose outputs for the inputs are
+            nearest, and the error is that of the outputs.
 
     Raises:
         CalibrationError: `data` has no batches, or the model cannot be called with one.
-        NotMergeable: the method makes no change of weights.
-        UnsupportedSite: it changes vectors (biases, norms), which a product of factors cannot represent.
+        NotMergeable: the method does not change weights.
+        UnsupportedSite: the method changes vectors (biases, norms), which a product of factors cannot represent.
         UnknownMethod: LoRA is not installed.
-        RouteError, CompositionError: a route or composition that is in force uses the old one.
+        RouteError, CompositionError: the active route or composition uses the old injection.
     """
     with changing(injection.model):
         made = nearest(injection, rank, data)
@@ -274,8 +277,8 @@ def to_lora(
 
 
 def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
-    """Returns the updates of at most a rank that are nearest to the weight changes of an adapter, by site path, with
-    the errors of `to_lora`.
+    """Returns the updates of at most `rank` that are nearest to the weight changes of an adapter, by site path, with
+    their errors as in `to_lora`.
 
     Raises:
         CalibrationError, NotMergeable, UnsupportedSite: as `to_lora`.
@@ -295,17 +298,17 @@ def lora_of(
     instead: Sequence[str] = (),
     rank: int | None = None,
 ) -> Injection:
-    """Returns a LoRA with given updates, by the paths of their sites: A ``[rank, in, *kernel]``, B ``[out, rank]`` and
-    a scale. It is frozen and active, in place of the injections named in `instead`.
+    """Returns a LoRA with the given updates, by site path: A ``[rank, in, *kernel]``, B ``[out, rank]`` and a scale.
+    The LoRA is frozen, and active instead of the injections named in `instead`.
 
     Args:
-        rank: of the LoRA; by default the largest of the updates. Ranks that an update lacks are initialized as in a new
-            LoRA: one factor is zero and the other is not, so that they add zero and can train.
+        rank: the rank of the LoRA; by default the largest rank of the updates. Ranks that an update lacks are
+            initialized as in a new LoRA: one factor is zero and the other is not, so that they add zero and can train.
 
     Raises:
         UnknownMethod: LoRA is not installed.
         DuplicateInjection: the name is taken.
-        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
+        RouteError, CompositionError: the active route or composition uses one of the named injections.
     """
     try:
         method = find_method("lora")
@@ -334,7 +337,9 @@ Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
 def _matrices(found: dict[str, Change]) -> dict[str, Change]:
     vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
     if vectors:
-        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
+        raise UnsupportedSite(
+            f"vectors (biases, norms) have no low-rank form, and the adapter changes {', '.join(vectors[:8])}"
+        )
     return found
 
 
@@ -355,29 +360,29 @@ def combine(
     sign: Sign = "total",
     seed: int = 0,
 ) -> Injection:
-    """Returns one new adapter of several, each with a weight. It is frozen and active in their place; they stay as they
-    are.
+    """Returns one new adapter that combines several adapters, each with a weight. The new adapter is frozen, and active
+    instead of the others, which do not change.
 
     Args:
         model: the host.
-        sources: weights by name of an injection, or by folder of a saved one.
+        sources: the weight of each adapter, by the name of an injection or the folder of a saved adapter.
         how: "cat" is the exact sum of low-rank updates, as a LoRA of all their ranks. "linear" sums parameters of
             adapters of one method with the same options (a soup, where weights sum to one). All other values sum or
             merge the weight changes of adapters of any methods that change weights, and make the nearest LoRA of
             `rank`: "svd" (the weighted sum), "magnitude_prune", "ties", "dare_linear", "dare_ties", and "slerp" (two
-            adapters; the weights say how far it is from one to the other). Where an adapter has no change, it counts as
-            0.
+            adapters; the weights define the position between them). At sites that an adapter does not change, its
+            change is 0.
         name: name of the new injection.
-        rank: of the result, for all but "cat" and "linear". If that loses one percent of the change at a site, a
-            warning says so.
-        density: share of the values that "ties", "dare_*" and "magnitude_prune" keep.
-        sign: how TIES elects.
-        seed: of the values that DARE drops.
+        rank: the rank of the result, except for "cat" and "linear". If it loses at least one percent of the change at a
+            site, a warning is given.
+        density: the share of the values that "ties", "dare_*" and "magnitude_prune" keep.
+        sign: how TIES elects the sign of a value (see `merge_math.ties`).
+        seed: the seed of the random choice of values that DARE drops.
 
     Raises:
         ConfigError: `rank` or `density` is missing or does not apply to `how`, or the adapters do not fit together.
         NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
-        RouteError, CompositionError: a route or composition that is in force uses one of them.
+        RouteError, CompositionError: the active route or composition uses one of the adapters.
     """
     with changing(model):
         check_name(model, name)
@@ -386,7 +391,7 @@ def combine(
         _check_use("rank", rank, how not in ("cat", "linear"), how)
         _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
         if density is not None and not 0 < density <= 1:
-            raise ConfigError(f"density={density} is no share: above 0, and 1 at most")
+            raise ConfigError(f"density={density} must be above 0 and at most 1")
         weights = list(sources.values())
         with opened(model, sources) as adapters:
             instead = [each.name for each in adapters]
@@ -435,7 +440,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
     """Returns the function that makes one site's update of all adapters' changes."""
     generator = torch.Generator().manual_seed(seed)
     if how == "slerp" and (len(weights) != 2 or min(weights) < 0 or not sum(weights)):
-        raise ConfigError("slerp goes from one adapter to another: two weights, none of them negative, not both zero")
+        raise ConfigError("slerp needs two adapters, whose weights are not negative and not both 0")
     merges: dict[str, Callable[[list[Tensor]], Tensor]] = {
         "svd": lambda taus: linear(taus, weights),
         "magnitude_prune": lambda taus: linear([merge_math.magnitude_prune(tau, density) for tau in taus], weights),
@@ -445,7 +450,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
         "slerp": lambda taus: merge_math.slerp(taus[0], taus[1], weights[1] / sum(weights)),
     }
     if how not in merges and how != "cat":
-        raise ConfigError(f"how={how!r} is none of cat, linear, {', '.join(merges)}")
+        raise ConfigError(f"how={how!r} is not one of cat, linear, {', '.join(merges)}")
 
     def merge(path: str, tasks: list[dict[str, Change]], rank: int | None) -> Made:
         here = [(task[path], weight) for task, weight in zip(tasks, weights, strict=True) if path in task]
@@ -460,7 +465,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
 
 def _factors(path: str, change: Change) -> Factors:
     if change.factors is None:
-        raise ConfigError(f'{path} is not changed by factors, as "cat" needs them; use how="svd" with a rank')
+        raise ConfigError(f'the change of {path} has no low-rank factors, which "cat" needs; use how="svd" with a rank')
     return change.factors
 
 
@@ -469,17 +474,22 @@ def _check_alike(adapters: Sequence[Injection]) -> None:
     shapes = {key: value.shape for key, value in first.state_dict().items()}
     for other in adapters[1:]:
         if type(other.method) is not type(first.method) or other.config != first.config:
-            raise ConfigError(f"{first.name!r} and {other.name!r} differ in method or options; means need equal ones")
+            raise ConfigError(
+                f'{first.name!r} and {other.name!r} differ in method or options, but how="linear" needs equal ones; '
+                'use how="svd"'
+            )
         theirs = {key: value.shape for key, value in other.state_dict().items()}
         if other.ties != first.ties:
             where = sorted(dict(first.ties.items() ^ other.ties.items()))[0]
             raise ConfigError(
-                f"{first.name!r} and {other.name!r} tie other modules, at {where}: one of them is of a file that "
-                "unties them, and there is no mean of the two"
+                f"{first.name!r} and {other.name!r} tie different modules, at {where}, since the file of one of them "
+                "unties these, so they have no mean"
             )
         if theirs != shapes:
             wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
-            raise ConfigError(f"{first.name!r} and {other.name!r} differ in: {', '.join(wrong[:8])}")
+            raise ConfigError(
+                f"{first.name!r} and {other.name!r} differ in tensors or their shapes: {', '.join(wrong[:8])}"
+            )
 
 
 def _averaged(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -491,5 +501,7 @@ def _averaged(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) 
         elif all(torch.equal(value, each) for each in every):
             mean[key] = value.clone()
         else:
-            raise ConfigError(f"{key} holds choices (integers), and they differ: there is no mean of them")
+            raise ConfigError(
+                f"{key} contains choices (integers) that differ between the adapters, so they have no mean"
+            )
     return mean

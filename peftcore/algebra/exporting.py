@@ -31,7 +31,7 @@ from peftcore.targets.sites import Site
 
 How = Literal["as it is", "as a LoRA", "projected"]
 NOTHING = 1e-6
-"""Relative error of an update up to which nothing of it is lost."""
+"""The relative error of an update up to which the update counts as exact."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Export:
     errors: dict[str, float]
     """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
     filled: tuple[str, ...] = ()
-    """Modules that the adapter does not change and that the LoRA adapts by an update of zero, since the program reads
-    updates of other modules only together with theirs.
+    """Modules that the adapter does not change, but that get an update of zero, since the program reads updates of
+    other modules only together with updates of these modules.
     """
 
     @property
@@ -65,17 +65,19 @@ def export(
     data: Data | None = None,
     home: Path | None = None,
 ) -> Export:
-    """Write an adapter so that a program reads all of it as it was trained. The model is unchanged afterwards.
+    """Write an adapter so that another program applies all of it: unchanged, as an equal LoRA, or as the nearest LoRA.
+    The model does not change.
 
     Args:
-        path: the folder, or the file where the format's adapters are one.
-        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None refuses that.
-        data: batches of inputs on which the nearest LoRA is measured, as of `to_lora`.
-        home: where the folder will be in the end, if that is another path.
+        path: the folder, or the file if the program's format is a single file.
+        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None raises an
+            error instead.
+        data: batches of inputs for whose outputs the LoRA is nearest, as in `to_lora`.
+        home: the final path of the folder, if it is written to another path first.
 
     Raises:
         ExportError: the program cannot read the adapter; the message says why; nothing was written.
-        NoWeights: its model is on the meta device, and writing it takes the weights.
+        NoWeights: the model is on the meta device, but its weights are needed to write the adapter as a LoRA.
         CalibrationError: `data` has no batches, or the model cannot be called with one.
     """
     try:
@@ -83,7 +85,7 @@ def export(
     except ExportError as error:
         first = error
     if any(parameter.is_meta for parameter in injection.model.parameters()):
-        raise NoWeights(f"{first}. As a LoRA it takes the weights of the model")
+        raise NoWeights(f"{first}. To write it as a LoRA, load the model with its weights")
     with activate(injection.model, injection.name):
         try:
             made, kept, how, errors = _as_lora(injection, reader, rank, data)
@@ -96,17 +98,18 @@ def export(
         except (MergeError, UnsupportedSite, ExportError) as error:
             instead = "serve it with peftcore" if isinstance(error, NotMergeable) else "merge it and serve the model"
             raise ExportError(
-                f"{reader.name} does not read it as it is: {first}. As a LoRA: {error}. Otherwise {instead}"
+                f"{reader.name} does not read it as it is: {first}. It cannot be written as a LoRA: {error}. Instead, "
+                f"{instead}"
             ) from None
     return Export(how, report, kept, errors, tuple(filled))
 
 
 def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> ReaderReport:
-    """Write an adapter in a program's format, if the program would read all of it as it was trained.
+    """Write an adapter in a format of the program, if the program then computes what the adapter computes here.
 
     Raises:
-        ExportError: no format of the program can hold it, or the program would change, drop or refuse a part; nothing
-            was written.
+        ExportError: no format of the program can store the adapter, or the program would change, drop or reject a part
+            of it; nothing was written.
     """
     reasons = []
     for format in reader.writes:
@@ -138,26 +141,28 @@ def _as_lora(
         ExportError: it does more than a LoRA, or is no low-rank update and `rank` is None.
     """
     if injection.trained_along:
-        raise ExportError(f"{injection.trained_along[0]} was trained along, and is no low-rank update")
+        raise ExportError(
+            f"{injection.trained_along[0]} was trained in addition (train=), and its change is not a low-rank update"
+        )
     check_no_rows(injection, reader.name)
     most = reader.ranks.most if reader.ranks else None
     exact: Updates = {}
     for path, change in changes(injection).items():
         if change.delta.dim() < change.site.layer.batch_dims + 2:
-            raise ExportError(f"vectors have no low-rank form, and {path} changes")
+            raise ExportError(f"vectors have no low-rank form, and the adapter changes {path}")
         factors = _lossless(change)
         if factors is None or (most is not None and factors[1].shape[-1] > most):
             break
         exact[path] = change.site, factors
     else:
         if not exact:
-            raise ExportError("it changes no weight")
+            raise ExportError("the adapter changes no weight")
         kept = max(1, *(factors[1].shape[-1] for _, factors in exact.values()))
         return exact, kept, "as a LoRA", dict.fromkeys(exact, 0.0)
     if rank is None:
         raise ExportError(
-            f"the update at {path} is of no low rank; project it (rank=, --project RANK) to the nearest one, with the "
-            "error that is said then"
+            f"the update at {path} is not low-rank; pass rank= (--project RANK) to write the nearest low-rank update, "
+            "whose error is then reported"
         )
     made = nearest(injection, rank, data)
     updates = {path: (site, factors) for path, (site, factors, _) in made.items()}

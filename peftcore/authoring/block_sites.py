@@ -1,4 +1,4 @@
-"""The blocks of a model as sites: where they are, their number in their stack, the width of their stream."""
+"""The blocks of a model as sites: their paths, their numbers in their stacks, the width of their hidden states."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class BlockSite(Site):
     """A whole block as a site."""
 
     width: int = 0
-    """Features of the stream that passes through the block."""
+    """The number of features of the block's hidden states."""
     depth: int = 0
     """The number of the block in its stack, from 0 on."""
     stack: str = ""
-    """The path of the block without numbers, which all blocks of its stack have in common."""
+    """The path of the block with `*` for its numbers: the same for all blocks of its stack."""
     blocks: int = 0
-    """How many blocks that stack has."""
+    """The number of blocks in its stack."""
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -55,11 +55,11 @@ def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
 
 
 def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
-    """Returns the blocks among the user's targets, or all that the method's target means.
+    """Returns the blocks among the user's targets, or those of the method's default target.
 
     Args:
-        surgeon: of the method.
-        each_run: whether the method treats each run of a block separately, so that the host may run one block for
+        surgeon: the method's surgeon.
+        each_run: whether the method treats each run of a block separately, so that the host may use one block as
             several layers.
 
     Raises:
@@ -72,14 +72,16 @@ def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
         for other in sites:
             if site.width != other.width and site.path.rpartition(".")[0] == other.path.rpartition(".")[0]:
                 raise UnsupportedSite(
-                    f"{site.path} is {site.width} wide, but {other.path} {other.width}: one stream has one width"
+                    f"{site.path} has {site.width} features, but {other.path} has {other.width}: target blocks of one "
+                    "width"
                 )
     return sites
 
 
 def with_blocks(surgeon: Surgeon, *, each_run: bool = False) -> list[Site]:
-    """Returns the user's targets, or all that the method's target means, with whole blocks among them as `BlockSite`:
-    for methods that act behind a matrix, and behind a block as well.
+    """Returns the user's targets, or those of the method's default target; whole blocks among them are `BlockSite`s.
+
+    For methods that act on the output of a matrix, and also on the output of a block.
 
     Raises:
         UnsupportedSite: a target is a block, and `block_sites` would refuse it.
@@ -94,12 +96,12 @@ def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> Blo
     """Returns the block that a site is in; `each_run` as in `block_sites`.
 
     Raises:
-        UnsupportedSite: it is in none, or in one that `block_sites` would refuse.
+        UnsupportedSite: the site is not in a block, or in a block that `block_sites` would refuse.
     """
     numbers, path = block_depths(surgeon), site.module_path
     around = [block for block in numbers if block is not None and under(path, block)]
     if not around:
-        raise UnsupportedSite(f"{path or 'the host'} is in no block of this host")
+        raise UnsupportedSite(f"{path or 'the host'} is not in a block of this host; exclude it")
     block = surgeon.resolver.site(max(around, key=len), "weight", "block")
     return _block_site(surgeon, block, numbers, each_run)
 
@@ -107,14 +109,14 @@ def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> Blo
 def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], each_run: bool) -> BlockSite:
     path = site.module_path
     if path not in numbers:
-        raise UnsupportedSite(f"{site.path or 'the host'} is no block of this host; target the role block")
+        raise UnsupportedSite(f"{site.path or 'the host'} is not a block of this host; use target='block'")
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == path]
     if not any(entry.role.partition(".")[0] in MIXERS for entry in inside):
-        raise UnsupportedSite(f"{path} has no sequence: nothing inside mixes tokens")
+        raise UnsupportedSite(f"{path} does not process a sequence, since no module in it mixes tokens; exclude it")
     if surgeon.resolver.host.on_grid(path):
-        raise UnsupportedSite(f"{path} has no sequence, but a grid that it convolves")
+        raise UnsupportedSite(f"{path} processes a grid with convolutions instead of a sequence; exclude it")
     if any(entry.stream == "context" for entry in inside):
-        raise UnsupportedSite(f"{path} returns two streams; nothing says which of them is meant")
+        raise UnsupportedSite(f"{path} returns two streams, and it is ambiguous which of them is meant; exclude it")
     site.check_rows_first()
     once = not each_run and not surgeon.resolver.check_runs_once(path)
     stack = stack_path(path)
@@ -124,16 +126,16 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], ea
 
 
 def block_width(surgeon: Surgeon, path: str) -> int:
-    """Returns how many features the stream of a block has.
+    """Returns the number of features of a block's hidden states.
 
     Raises:
-        UnsupportedSite: the modules inside do not determine it.
+        UnsupportedSite: the modules in the block do not determine the number.
     """
     for role in WIDTHS:
         for entry in surgeon.resolver.host.entries:
             if entry.block == path and entry.role == role and entry.stream == "main":
                 return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
-    raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")
+    raise UnsupportedSite(f"{path}: its modules do not determine the width of its hidden states; exclude it")
 
 
 def stream_width(surgeon: Surgeon, stack: Site) -> int:
@@ -148,7 +150,7 @@ def stream_width(surgeon: Surgeon, stack: Site) -> int:
             inside = surgeon.resolver.site(entry.module, entry.tensor or "weight", entry.role).out_features
             if inside != width:
                 raise UnsupportedSite(
-                    f"{top or 'the host'} embeds tokens in {width} numbers, and its blocks have {inside}: nothing "
-                    "tells how wide the states are that it returns"
+                    f"{top or 'the host'} embeds tokens in {width} features, but its blocks have {inside}, so the "
+                    "width of the states that it returns is ambiguous; use a model with one width"
                 )
     return width

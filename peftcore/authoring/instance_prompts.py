@@ -26,24 +26,27 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 
 
 class InstanceOperator(SequenceOperator):
-    """Base class of soft prompts that look at the text: subclasses define `rows_of`, and `tokens`, `look` or `learn`
-    where they want to.
+    """Base class of soft prompts that depend on the text. Subclasses define `rows_of`, and may define `tokens`, `look`
+    and `learn`.
 
     Raises:
-        UnsupportedSite: the stack reads what an encoder made of the text.
+        UnsupportedSite: the stack reads the output of an encoder instead of the text.
     """
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         if site.stack.reads:
-            raise UnsupportedSite(f"{site.path} reads what an encoder made of the text; target the encoder's stack")
+            raise UnsupportedSite(
+                f"{site.path} reads the output of an encoder instead of the text; target the encoder's stack"
+            )
         super().__init__(site, length)
         generates = site.stack.causal and not site.stack.readers
         self._positions = PromptPositions(0, generates, 0, sys.maxsize, halves=False, whole=True)
         self._text = Tap()
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
-        for each sequence of the batch; `text` ``[batch, tokens]`` says which tokens are of the text."""
+        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]`` for all
+        sequences, or ``[batch, length, width]``. `text` is a mask of the tokens that belong to the text, ``[batch,
+        tokens]``."""
         raise NotImplementedError
 
     def tokens(self, embeds: Tensor, text: Tensor) -> Tensor:
@@ -53,8 +56,8 @@ class InstanceOperator(SequenceOperator):
         return embeds
 
     def look(self, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> None:
-        """Look at the text before the rows are made: with ``forward_context().without(self, call, **given)``, for
-        example, the stack's own pass over it. By default nothing is done.
+        """Read the text before the rows are computed: for example by the stack's own pass over the text,
+        ``forward_context().without(self, call, **given)``. By default nothing is done.
 
         Args:
             call: the stack's forward.
@@ -63,8 +66,8 @@ class InstanceOperator(SequenceOperator):
         """
 
     def learn(self, states: Tensor, text: Tensor) -> None:
-        """Called in training with the stack's output for the tokens after the rows: for losses on it, by
-        ``forward_context().add_loss``. By default nothing is done.
+        """Add losses on the stack's output for the tokens after the rows, by ``forward_context().add_loss``. Called in
+        training only. By default nothing is done.
 
         Args:
             states: the stack's output for the tokens, ``[batch, tokens, width]``.
@@ -85,7 +88,7 @@ class InstanceOperator(SequenceOperator):
         text = None
         if self._holds(cache_in(given)):
             if ids.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
-                raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
+                raise MissingContext(f"this input continues a cache, and may or may not belong to the prompt: {REMEDY}")
         elif (text := self._find(given, ids)) is not None:
             self._text.put(text)
             self.look(call, given, text)
@@ -122,8 +125,8 @@ class InstanceOperator(SequenceOperator):
         told = 0 if compiling else _longest(forward_context().context.get("prompt_length"))
         if told > ids.shape[1]:
             raise SequenceError(
-                f"the text has {told} tokens, of which the first forward is given {ids.shape[1]}: what is made of a "
-                "text has to see the whole of it; prefill in one forward"
+                f"the text has {told} tokens, but the first forward gets {ids.shape[1]} of them, and this method needs "
+                "the whole text at once: prefill in one forward"
             )
         first = {name: value for name, value in given.items() if name not in CACHES}  # none holds anything
         found = self._positions.positions(ids[..., None], first, self.training)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import is_mergeable
 from peftcore.errors import ConfigError, InactiveSite, MergeError, NotMergeable, UnsupportedSite
-from peftcore.forward.choice.merged_choice import check_merge, places
+from peftcore.forward.choice.merged_choice import check_merge, check_unread, places
 from peftcore.forward.tensors.mount import Effect, Mount, effects_of, fold
 from peftcore.injection.fold_parametrizations import fold as fold_away
 from peftcore.injection.fold_parametrizations import inverted
@@ -173,6 +173,8 @@ def _check(injection: Injection) -> None:
             f"(first at {stuck[0]}). Keep it active, or remove() it"
         )
     check_choices(injection)
+    for other in state.injections.values():
+        check_unread(other, name, places(injection))
     try:
         (state.watched or WatchedSites()).check(injection.model, state, [name])
     except InactiveSite as error:

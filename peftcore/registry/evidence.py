@@ -61,7 +61,7 @@ class EvidenceRow:
 
 
 Evidence = Mapping[str, tuple[EvidenceRow, ...]]
-"""Rows by the name of a method."""
+"""The evidence of a plugin: rows by the name of the method."""
 
 
 def sources(location: str, name: str) -> str:
@@ -79,8 +79,9 @@ def sources(location: str, name: str) -> str:
 
 
 def parts(location: str, name: str) -> dict[str, tuple[Part, ...]]:
-    """Returns the parts of a method that its tests compare with each source, by the source as text, libraries first;
-    see `sources`.
+    """Returns the parts of a method that its tests compare with each source, by the source's text, libraries first.
+
+    The arguments are those of `sources`.
 
     Raises:
         PluginError: the package's file cannot be read.
@@ -119,12 +120,14 @@ def read(file: Path) -> Evidence:
         found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text(encoding="utf-8"))
         return {name: tuple(row for each in sources for row in _rows(**each)) for name, sources in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise PluginError(f"{file} is no evidence: {error}; `make evidence` writes it anew") from error
+        raise PluginError(
+            f"{file} is not a valid evidence file: {error}; write it again with `make evidence`"
+        ) from error
 
 
 def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[EvidenceRow]:
     if unknown := set(compared) - set(PARTS):
-        raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+        raise ValueError(f"{', '.join(sorted(unknown))} is not one of {', '.join(PARTS)}")
     return [EvidenceRow(Source(**source), part) for part in compared]
 
 

@@ -1,10 +1,11 @@
 """Resolves targets to sites: globs, suffixes, regular expressions, roles, types and predicates.
 
-A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
-the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path. A
-pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices of fused projections;
-the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects only the towers
-that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and cannot be targets.
+A string is interpreted in this order: ``re:...`` is a regular expression for the whole path; a string with ``* ? [`` is
+a glob for the whole path (``*`` also matches dots); a name of a role in the host map is that role; any other string is
+the end of a path. A pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices
+of fused projections; the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them
+selects only the towers that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and
+cannot be targets.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from peftcore.targets.sites import SEVERAL, LayerOf, Site
 UNSEEN = (AdapterModules, ScriptModule)
 """Modules that are never targets, including all modules inside them."""
 KINDS = 8
-"""The number of structures that are remembered for modules of one class and shape."""
+"""The number of structures that are cached for modules of one class and shape."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 
 
@@ -50,7 +51,7 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
         try:
             compiled = re.compile(pattern[3:])
         except re.error as error:
-            raise TargetError(f"target {pattern!r} is no regular expression: {error}") from None
+            raise TargetError(f"target {pattern!r} is not a regular expression: {error}") from None
         return lambda path, module: compiled.fullmatch(path) is not None
     if not _is_ending(pattern):
         return lambda path, module: fnmatch.fnmatchcase(path, pattern)
@@ -70,7 +71,7 @@ def _each(target: Target) -> Iterator[Any]:
         for part in target:
             yield from _each(part)
     else:
-        raise TargetError(f"target {target!r} is no name, role, pattern, type or predicate")
+        raise TargetError(f"target {target!r} is not a name, role, pattern, type or predicate")
 
 
 class Resolver:
@@ -120,7 +121,7 @@ class Resolver:
         """Returns the sites of a target, in the host's order, without those of `exclude`.
 
         Raises:
-            TargetError: a part of the target matches nothing, or everything was excluded.
+            TargetError: a part of the target matches nothing, or all sites were excluded.
             UnsupportedSite: a site is the output of experts whose width cannot be read from their matrices.
         """
         found, unmatched = self.matching(target, None)
@@ -129,10 +130,10 @@ class Resolver:
         return self.without(found, target, exclude)
 
     def matching(self, target: Target, tower: str | None) -> tuple[dict[str, Site], list[Any]]:
-        """Returns the sites of a target by path, and the parts of it that match nothing.
+        """Returns the sites of a target by path, and the parts of the target that match nothing.
 
         Raises:
-            TargetError: it names slices of a fused weight that are not known without a forward.
+            TargetError: the target names slices of a fused weight that are not known without a forward.
         """
         found: dict[str, Site] = {}
         unmatched: list[Any] = []
@@ -147,19 +148,21 @@ class Resolver:
         """Returns the sites of a target, in the host's order, without those of `exclude`.
 
         Raises:
-            TargetError: everything was excluded.
+            TargetError: all sites were excluded.
             UnsupportedSite: a site is the output of experts whose width cannot be read from their matrices.
         """
         if exclude is not None:
             out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
             found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
             if not found:
-                raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
+                raise TargetError(
+                    f"exclude={exclude!r} excludes everything that target={target!r} selects; change one of them"
+                )
         for site in found.values():
             if site.form == "activation" and f"{site.module_path}.{site.tensor}" in self._flat_experts:
                 raise UnsupportedSite(
-                    f"{site.module_path}: the rows of all its experts are one matrix, {site.tensor} of "
-                    f"{tuple(site.weight_shape)}, which does not tell how wide the output is: "
+                    f"{site.module_path} stores the rows of all its experts in one matrix, {site.tensor} of "
+                    f"{tuple(site.weight_shape)}, so the width of its output is unknown: "
                     f"exclude=[{site.module_path.rpartition('.')[2]!r}]"
                 )
         return sorted(found.values(), key=lambda site: self._order[site.module_path])
@@ -199,7 +202,7 @@ class Resolver:
         return find(self.modules, self.host.entries)
 
     def end_of(self, path: str) -> End | None:
-        """Returns the place where a branch joins the stream; the module is the branch's last matrix, or the whole
+        """Returns the point at which a branch is added to the stream, for the branch's last matrix or for the whole
         branch. None for a module that does not end a branch."""
         if path not in self._branches:
             return None
@@ -216,7 +219,7 @@ class Resolver:
         """Returns the site of a whole module or of one parameter by exact path.
 
         Raises:
-            TargetError: the host has neither.
+            TargetError: the host has neither a module nor a parameter of this path.
         """
         if path in self.modules:
             return self._whole(path)
@@ -261,7 +264,7 @@ class Resolver:
         return self._code.tokens_first(self._block_of.get(path, path))
 
     def check_runs_once(self, block: str) -> bool:
-        """Verify that one forward runs a block once. Methods that keep a value of the block, or add to its output, once
+        """Verify that one forward runs a block once. Methods that store a value of the block or add to its output once
         per forward need this.
 
         Returns:
@@ -289,24 +292,29 @@ class Resolver:
         return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """Returns the site that a file records.
+        """Returns the site that is recorded in a file.
 
         Raises:
             HostMismatch: the host lacks the module, the tensor or the slices.
         """
         module = self.modules.get(module_path)
         if module is None:
-            raise HostMismatch(f"the adapter belongs to another base: there is no {module_path!r} here")
+            raise HostMismatch(f"the adapter belongs to another base: this host has no module {module_path!r}")
         owner = self.modules.get(f"{module_path}.{tensor.rpartition('.')[0]}".strip("."))
         if owner is None or (tensor != "weight" and tensor.rpartition(".")[2] not in self._slots(module, tensor)):
-            raise HostMismatch(f"the adapter belongs to another base: {module_path!r} has no {tensor!r} here")
+            raise HostMismatch(
+                f"the adapter belongs to another base: the module {module_path!r} has no tensor {tensor!r} here"
+            )
         site = self.site(module_path, tensor, role, slices)
         if slices is not None:
             height = replace(site, slices=None).out_features
             ends = [end for pair in slices for end in pair]
             empty = any(start >= stop for start, stop in slices)
             if not slices or empty or ends != sorted(ends) or ends[-1] > height:
-                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {shown(slices)}")
+                raise HostMismatch(
+                    f"the adapter belongs to another base: {module_path} has {height} rows, but the adapter changes "
+                    f"rows {shown(slices)}"
+                )
         return site
 
     def _slots(self, module: nn.Module, tensor: str) -> Iterable[str]:
@@ -314,7 +322,7 @@ class Resolver:
         return self.layer_of(owner, "weight").slots(owner)
 
     def has_parameter(self, path: str) -> bool:
-        """Whether a module has a place for a parameter at exactly the given path (it may be empty)."""
+        """Whether a module registers a parameter at exactly the given path; the parameter may be None."""
         owner, _, tensor = path.rpartition(".")
         return owner in self.modules and tensor in self._slots(self.modules[owner], tensor)
 
@@ -418,9 +426,11 @@ class Resolver:
         near = [
             close for inner in misspelt for close in difflib.get_close_matches(str(inner), sorted(names), cutoff=0.5)
         ]
-        hint = f"; close: {', '.join(dict.fromkeys(near))}" if near else ""
+        hint = f"; similar names: {', '.join(dict.fromkeys(near))}" if near else ""
         if patterns and not misspelt and ALL_LAYERS in known:
-            hint = f": it has no such roles. {argument}={ALL_LAYERS!r} is every matrix and convolution of its blocks"
+            hint = (
+                f": it has no such roles. {argument}={ALL_LAYERS!r} selects every matrix and convolution of its blocks"
+            )
         shown = ", ".join(each.__name__ if isinstance(each, type) else repr(each) for each in patterns)
         roles = ", ".join(sorted(role for role in known if not role.endswith("*"))) or "none"
         towers = ", ".join(f"{sense}:" for sense in sorted(self.host.named_towers))

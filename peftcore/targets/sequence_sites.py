@@ -30,10 +30,11 @@ class SequenceSite(Site):
     stack: TokenStack = NOWHERE
     """The stack that embeds ids and runs blocks."""
     places: tuple[Site, ...] = ()
-    """The operator's other sites: the module that takes embeddings, the module after the last block, and modules that
-    read the output."""
+    """The other sites of the operator: the module that gets the embeddings, the module after the last block, and
+    modules that read the stack's output."""
     behind: bool = False
-    """Whether the rows are put in front of the output of the module that takes embeddings, instead of its input."""
+    """Whether the rows are inserted in front of the output of the module that gets the embeddings, instead of its
+    input."""
 
     @property
     def path(self) -> str:
@@ -44,16 +45,16 @@ class SequenceSite(Site):
         positions, types and the norm.
 
         Raises:
-            UnsupportedSite: no single module makes the embeddings, or code other than the blocks would have to handle
-                the rows.
+            UnsupportedSite: the embeddings are not computed by a single module, or code outside the blocks would have
+                to handle the rows.
         """
         name, below, _ = self.stack.table.partition(".")
         module = self.module.get_submodule(name)
         alone = not (self.stack.causal or self.stack.reads or self.stack.readers)
         if not below or not alone or MASKING & set(arguments(type(module))):
             raise UnsupportedSite(
-                f"{self.module_path or 'the host'} has no place behind its embeddings for rows without positions: that "
-                "takes an encoder that stands alone, in which one module makes embeddings of ids and of nothing else"
+                f"{self.module_path or 'the host'} cannot insert rows without positions after its embeddings: this "
+                "needs an encoder without a decoder, in which one module computes the embeddings from ids alone"
             )
         path = f"{self.module_path}.{name}".lstrip(".")
         entry = Site(module, path, "", Layer(), form=ENTRY, meta=self.meta)
@@ -61,7 +62,7 @@ class SequenceSite(Site):
         return replace(self, stack=replace(self.stack, entry=path), places=(*others, entry), behind=True)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """Returns the stack's embeddings of ids, with the stack's scaling; only a shape while planning."""
+        """Returns the stack's embeddings of ids, with the stack's scaling; while planning, a tensor without values."""
         if self.meta:
             return torch.empty(*ids.shape, self.out_features, device="meta")
         table = self.module.get_submodule(self.stack.table)
@@ -80,8 +81,10 @@ def locate_stack(site: Site, resolver: Resolver) -> SequenceSite:
     stacks = {stack.path: stack for stack in resolver.token_stacks()}
     stack = stacks.get(site.module_path)
     if stack is None:
-        known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or makes more of them than embeddings"
-        raise UnsupportedSite(f"{site.module_path or 'the host'} is no stack of tokens; those of this host are {known}")
+        known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or does not only embed them"
+        raise UnsupportedSite(
+            f"{site.module_path or 'the host'} is not a stack of tokens; those of this host are {known}"
+        )
 
     def place(path: str, form: str) -> Site:
         return Site(resolver.modules[path], path, "", Layer(), form=form, meta=site.meta)

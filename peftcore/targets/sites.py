@@ -18,8 +18,8 @@ from peftcore.roles.stacks import arguments
 
 LayerOf = Callable[[nn.Module, str], Layer]
 SEVERAL = (
-    "runs several times in one forward, for several layers of the model, and nobody knows at which of them to act; "
-    "take a method that acts at each of them in the same way, such as lora or houlsby_adapter"
+    "runs several times in one forward, for several layers of the model, so this method cannot choose one of them; use "
+    "a method that acts at each of them in the same way, such as lora or houlsby_adapter"
 )
 """The text of the error for a module that runs several times in one forward and has to run once."""
 MIXES_ROWS = ("experts", "pos")
@@ -29,7 +29,7 @@ CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "rou
 
 
 def is_not_turned(path: str) -> bool:
-    """Returns False: modules without a host map count as receiving rows first."""
+    """Returns False: without a host map, modules are assumed to receive rows first."""
     return False
 
 
@@ -119,22 +119,22 @@ class Site(_Memory):
         """
         if self.tokens_first:
             raise UnsupportedSite(
-                f"{self.path} is given tokens in front of rows of the batch, and would take one for the other; exclude "
-                "it, or take a method that acts on each token by itself, such as lora (torch's own layers: build them "
-                "with batch_first=True)"
+                f"{self.path} gets tokens in front of rows of the batch, but this method needs the rows first; exclude "
+                "it, or use a method that acts on each token separately, such as lora (for torch's own layers: set "
+                "batch_first=True)"
             )
 
     @property
     def separable(self) -> bool:
-        """Whether the module can run on some rows of the batch by themselves: it receives rows, or is a stack of
-        experts that receives all tokens in order and routes them itself."""
+        """Whether the module can run separately on some rows of the batch: it receives rows, or is a stack of experts
+        that receives all tokens in order and routes them itself."""
         chooses = self.layer.batch_dims == 1 and self.arguments[1:3] in CHOOSE_AMONG_TOKENS
         return chooses or not self.mixes_rows
 
     @property
     def of_tokens(self) -> bool:
-        """Whether the module acts on each token by itself: a linear map of vectors, an embedding of tokens, a norm, or
-        experts that route all tokens."""
+        """Whether the module acts on each token independently: a linear map of vectors, an embedding of tokens, a norm,
+        or experts that route all tokens."""
         layer = self.layer_of(self.module, "weight") if self.tensor == "bias" else self.layer
         maps = layer.called and (layer.of_vectors or layer.one_hot)
         known = (self.role or "").partition(".")[0] in ("norm", "embed")
@@ -208,7 +208,9 @@ class Site(_Memory):
         """Returns the dimension of the inputs."""
         dim = self.layer.batch_dims + 1
         if dim >= len(self.weight_shape):
-            raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
+            raise UnsupportedSite(
+                f"{self.path} is a vector of {self.out_features}, but this method needs a matrix; exclude it"
+            )
         return dim
 
     @property
@@ -259,19 +261,19 @@ class Site(_Memory):
         """Returns the site of the weight that belongs to a missing bias."""
         owner, _, name = self.tensor.rpartition(".")
         if name != "bias":
-            hint = "; it is a whole block: target what is in it, such as the role mlp.output" * (self.role == "block")
+            hint = "; it is a whole block: target a part of it, such as the role mlp.output" * (self.role == "block")
             raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on{hint}")
         return self.at(f"{owner}.weight".lstrip("."))
 
     def tensors(self) -> tuple[str, ...]:
-        """Returns the module's parameters next to the site's tensor, by path below the module; empty ones (no bias)
-        included."""
+        """Returns the parameters that the module holds next to the site's tensor, by path below the module, including
+        missing ones (None)."""
         owner = self.tensor.rpartition(".")[0]
         module = self.module.get_submodule(owner)
         return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
 
     def missing(self, tensor: str) -> bool:
-        """Whether the host left a parameter empty."""
+        """Whether the host's parameter is None."""
         return not self.layer_of(self.module, tensor).has(self.module, tensor)
 
     def at(self, tensor: str) -> Site:

@@ -1,8 +1,8 @@
 """Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
 
-The library's `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters, and its
-`adapter_plus` is our Pfeiffer adapter around the whole block. The options for the adapter's place, its input and the
-sum with its output determine which one a file holds.
+The adapters package's `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters, and its
+`adapter_plus` is our Pfeiffer adapter around the whole block. A file's options for the adapter's place, its input and
+the sum with its output determine which method it contains.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ KINDS = {
     (False, True, False, True, False): "pfeiffer_adapter",
     (False, True, True, False, True): "parallel_adapter",
 }
-"""Our method by at the attention, at the feed-forward, parallel, behind the norm, norm behind it."""
+"""Our method by five options of the package: adapter at the attention, at the feed-forward, in parallel, after the
+norm, followed by the norm."""
 BEHIND = (False, True, False, True, False)
-"""The options of an adapter that is added to the output of the norm."""
+"""The values of these options for an adapter that is added to the output of the norm."""
 STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dtype")
 OF_OTHERS = (
     "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
     "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "inv_adapter_reduction_factor",
 )  # fmt: skip
-"""Options of variants that are switched off by others."""
+"""Options of variants that other options switch off."""
 ACTIVATIONS = {"gelu": "gelu", "gelu_orig": "gelu", "relu": "relu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
 
 
 class HubBottleneck(HubArchitecture):
-    """Translates two linear maps with a non-linearity between."""
+    """Translates bottleneck adapters: two linear maps with a non-linearity between them."""
 
     holder = "adapters"
 
@@ -51,23 +52,25 @@ class HubBottleneck(HubArchitecture):
         where = tuple(keys.take(key, bool) for key in WHERE)
         if where not in KINDS:
             said = dict(zip(WHERE, where, strict=True))
-            raise CheckpointError(f"{keys.where}: no method of ours stands where {said} says")
+            raise CheckpointError(f"{keys.where}: no method of peftcore has an adapter at this place: {said}")
         name = keys.take("non_linearity", str)
         if name not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; supported are {', '.join(ACTIVATIONS)}")
         size = shapes.get("adapter_up.weight", (0, 0))
         options = {"method": KINDS[where], "activation": ACTIVATIONS[name], "bottleneck": int(size[-1])}
         residual = keys.take("residual_before_ln", (bool, str), True)
         if isinstance(residual, str) or (where[3] and residual != (where != BEHIND)):
             raise CheckpointError(
-                f"{keys.where}: 'residual_before_ln' is {residual!r}, so the adapter is added to something else than "
-                "that to which our method adds it"
+                f"{keys.where}: with 'residual_before_ln' = {residual!r} the adapter's output is added at another "
+                "place than in peftcore's method; this file cannot be read"
             )
         if where == BEHIND:
             options["placement"] = "pre"
         scale = keys.take("scaling", (float, str), 1.0)
         if isinstance(scale, str) and scale not in ("learned", "channel"):
-            raise CheckpointError(f"{keys.where}: 'scaling' is {scale!r}; read are numbers, 'learned' and 'channel'")
+            raise CheckpointError(
+                f"{keys.where}: 'scaling' is {scale!r}; supported are numbers, 'learned' and 'channel'"
+            )
         options["scale"] = scale if isinstance(scale, str) else float(scale)
         if options["method"] == "houlsby_adapter":
             options["train_layer_norm"] = False
@@ -93,7 +96,7 @@ class HubBottleneck(HubArchitecture):
 
 
 class HubIA3(HubArchitecture):
-    """Translates a vector that scales a module's output."""
+    """Translates (IA)^3: a vector that scales a module's output."""
 
     holder = "loras"
 

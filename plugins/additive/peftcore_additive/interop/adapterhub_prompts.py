@@ -1,16 +1,16 @@
 """Prefixes and prompts in AdapterHub's files (checked against adapters 1.3.0).
 
-A prompt is inserted behind the embeddings. In an encoder that gives it no positions the result is the same in front of
-the first token or behind it ("prefix_after_bos"), except for pooling heads: that library keeps the prompt's rows in its
-outputs, so a head that pools the first position gets the prompt's first row in the first case, and the first token in
-the second, as in ours.
+A prompt is inserted after the embeddings, without positions. So in an encoder it can be in front of the first token or
+after it ("prefix_after_bos") with the same result, except for pooling heads. The adapters package keeps the prompt's
+rows in the model's outputs, so a head that pools the first position reads the prompt's first row in the first case, and
+the first token in the second case, as in peftcore.
 
-Keys and values of all layers of an encoder, a decoder or its cross-attentions are stored in one tensor: one row for
-each position, with [key | value] of each layer side by side. Where a network generates the prefix, the generated values
-are read, as by that library's `eject_prefix_tuning`, since its inputs are constant; training continues with these
-values. Positions of tokens are not moved. The file holds the same tensors again under a separate name for each layer.
-In causal models these are the numbers of ``attn_implementation="eager"``: with "sdpa" that version masks the prefix
-out.
+The keys and values of all layers of an encoder, a decoder or its cross-attentions are stored in one tensor: one row for
+each position, with [key | value] of all layers concatenated. If a network generates the prefix, its output is read, as
+with the package's `eject_prefix_tuning`, since its inputs are constant; training continues with these values. The
+prefix does not move the positions of tokens. The file contains the same tensors again under a separate name for each
+layer. In causal models outputs equal those of the package with ``attn_implementation="eager"``: with "sdpa" that
+version masks the prefix out.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from peftcore.errors import CheckpointError, HostMismatch
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}
-"""Our roles by their names for the place of a prefix; "encoder" is that of an encoder whose output a decoder reads."""
+"""Our roles by the package's names for the place of a prefix; "encoder" is an encoder whose output a decoder reads."""
 OF_TOKENS = (
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "MODEL_MAPPING",
 )
-"""Where transformers lists models that return something for each token, and pool nothing unless they have a pooler."""
+"""The names of transformers' lists of models that return one output for each token, and pool only if they have a
+pooler."""
 COPY = "copy "
-"""The prefix that we give to names of tensors that the file holds a second time."""
+"""The prefix for the names of tensors that the file contains a second time."""
 
 
 class HubPrefix(HubArchitecture):
@@ -51,7 +52,7 @@ class HubPrefix(HubArchitecture):
         keys.only("use_gating", False)
         name = keys.take("non_linearity", str, "tanh")
         if "wte.weight" in shapes and name not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; supported are {', '.join(ACTIVATIONS)}")
         self.function = FUNCTIONS[ACTIVATIONS.get(name, "tanh")]()
         length, dropout = keys.take("prefix_length", int), float(keys.take("dropout", float, 0.0))
         return {
@@ -71,7 +72,9 @@ class HubPrefix(HubArchitecture):
                 names = held.setdefault(where, {})
                 names[f"{COPY}{len(names)} {tensor}" if tensor in names else tensor] = full
         if unknown := sorted(held.keys() - ROLES.keys()):
-            said = f"{', '.join(unknown)}; read are {', '.join(ROLES)}, of one stack or an encoder and its decoder"
+            said = (
+                f"{', '.join(unknown)}; supported are {', '.join(ROLES)}, of one stack or of an encoder and its decoder"
+            )
             raise CheckpointError(f"{keys.where} has prefixes at {said}")
         found, left_out = list[HubPlace](), keys.take("leave_out", list, [])
         for where, names in held.items():
@@ -106,11 +109,11 @@ class HubPrefix(HubArchitecture):
                 tensor = name.removeprefix(COPY).partition(" ")[2]
                 shape = found.shape(tensor)
                 if not torch.equal(found.take(name, shape), found.take(tensor, shape)):
-                    found.wrong.append(f"{full} differs from {found.names[tensor]}, of which it is a copy")
+                    found.wrong.append(f"{full} differs from {found.names[tensor]}, although it should be a copy of it")
 
 
 class HubPrompt(HubArchitecture):
-    """Translates rows behind the embeddings of an encoder."""
+    """Translates prompt rows after the embeddings of an encoder."""
 
     holder = "prompt_tunings"
 
@@ -118,15 +121,15 @@ class HubPrompt(HubArchitecture):
         """Returns our options.
 
         Raises:
-            HostMismatch: that library would pool a row of the prompt, or the host has several stacks of tokens.
+            HostMismatch: the adapters package would pool a row of the prompt, or the host has several stacks of tokens.
         """
         keys.pass_over("prompt_init", "prompt_init_text", "random_uniform_scale", "init_weights_seed")
         keys.only("combine", "prefix", "prefix_after_bos")
         if keys.take("combine", str, "prefix") == "prefix" and _may_pool(resolver):
             raise HostMismatch(
-                f"{keys.where}: with 'combine' = 'prefix' that library pools a prompt's first row, and ours the first "
-                f"token, and {plain_class(resolver.model).__name__} may pool; such prompts are read for models "
-                "that mark, answer or fill in tokens, and for encoders without a pooler"
+                f"{keys.where}: with 'combine' = 'prefix' the adapters package pools a prompt's first row, peftcore "
+                f"the first token, and {plain_class(resolver.model).__name__} may pool; load it on a model that "
+                "labels, fills in or answers by tokens, or an encoder without a pooler"
             )
         return {"method": "prompt_tuning", "length": keys.take("prompt_length", int), "behind_embeddings": True}
 
@@ -134,7 +137,9 @@ class HubPrompt(HubArchitecture):
         sites = resolver.sites("stack")
         if len(sites) != 1 or len(groups) != 1:
             paths = ", ".join(site.module_path for site in sites)
-            raise HostMismatch(f"{keys.where} has a prompt for one stack of tokens; this host has {paths}")
+            raise HostMismatch(
+                f"{keys.where} has a prompt for one stack of tokens, but this host has {len(sites)}: {paths}"
+            )
         return [HubPlace(sites[0], names) for names in groups.values()]
 
     def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
@@ -182,6 +187,6 @@ def _check_positions(resolver: Resolver, sites: list[Site], keys: Keys) -> None:
     relative = [path for path in positions if any(path.startswith(f"{site.module_path}.") for site in sites)]
     if relative:
         raise HostMismatch(
-            f"{keys.where}: the keys of a prefix have relative positions there, by {relative[0]}; those of peftcore "
-            "have none"
+            f"{keys.where}: in the adapters package the prefix keys have relative positions, from {relative[0]}; in "
+            "peftcore they have none, so this host cannot load the file"
         )

@@ -1,12 +1,13 @@
 """ReFT in AdapterHub's files (checked against adapters 1.3.0).
 
-A layer has two interventions, of which one is idle if the method acts at one end only. R is stored in the form of
-torch's `orthogonal`, a product of reflections times a base; here it is read as its rows. The options do not record
-whether the projection is subtracted, a step that DiReFT leaves out: that library reads its own files of DiReFT as
-NoReFT, and so do we, with a warning, unless the options contain "subtract_projection".
+A layer has two interventions, one of them unused if the method acts only at one end of the prompt. The package stores R
+as torch's `orthogonal` does, as a product of reflections times a base; here the product is computed when a file is
+read. The options usually do not record if the projection is subtracted, a step that DiReFT leaves out. The package
+reads its own DiReFT files as NoReFT, and so does peftcore, with a warning, unless the options contain
+"subtract_projection".
 
-That library changes the first and the last positions of each input of a layer, so that with a cache each generated
-token counts as the first one; ours does not change generated tokens, as in the paper.
+The package changes the first and the last positions of each input of a layer, so in generation with a cache each new
+token counts as a first one; peftcore does not change generated tokens, as in the paper.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ STEP = ".reft_layer"
 ENDS = {"prefix": "units.0", "both": "units.0", "suffix": "units.1"}
 BASE, ORIGINAL = "projection.parametrizations.weight.0.base", "projection.parametrizations.weight.original"
 CLOSE = 1e-2
-"""Tolerance for the orthonormality of the rows of R: the error in half precision."""
+"""Tolerance for the orthonormality of R's rows, as large as the error of half precision."""
 
 
 class HubReft(HubArchitecture):
-    """Translates low-rank interventions behind layers."""
+    """Translates low-rank interventions on the outputs of layers."""
 
     holder = "refts"
 
@@ -39,12 +40,18 @@ class HubReft(HubArchitecture):
         keys.only("output_reft", True)
         orthogonal, subtracts = keys.take("orthogonality", bool), keys.take("subtract_projection", bool, True)
         if orthogonal and not subtracts:
-            raise CheckpointError(f"{keys.where}: 'subtract_projection' is False, which ours has for a free R alone")
+            raise CheckpointError(
+                f"{keys.where}: 'subtract_projection' is False with 'orthogonality'; peftcore supports that only with "
+                "'orthogonality' = False"
+            )
         if not orthogonal and "subtract_projection" not in keys.data:
-            keys.warn("this may be DiReFT, which adapters writes as NoReFT and reads so: it is read as NoReFT")
+            keys.warn(
+                "this file may be of DiReFT: the adapters package saves and loads DiReFT as NoReFT, so it is read as "
+                "NoReFT here too"
+            )
         name = keys.take("non_linearity", (str, type(None)), None)
         if name is not None and name not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; supported are {', '.join(ACTIVATIONS)}")
         return {
             "method": "loreft",
             "kind": "loreft" if orthogonal else "noreft" if subtracts else "direft",
@@ -85,7 +92,9 @@ def _unit(unit: str, intervention: Any, found: Found) -> dict[str, Tensor]:
     R = _rows(original, base)
     away = (R @ R.T - torch.eye(rank, dtype=R.dtype)).abs().max()
     if not away < CLOSE and found.has(f"{unit}.{BASE}"):
-        found.wrong.append(f"{found.names[f'{unit}.{BASE}']} makes rows that are not orthonormal, by {away:.2g}")
+        found.wrong.append(
+            f"{found.names[f'{unit}.{BASE}']} yields rows that differ from orthonormal ones by {away:.2g}"
+        )
     return {**tensors, "R": R.to(original.dtype)}
 
 

@@ -1,8 +1,8 @@
-"""LLaMA-Adapter in peft's files, there ADAPTION_PROMPT (checked against peft 0.21).
+"""LLaMA-Adapter in peft's files, where it is named ADAPTION_PROMPT (checked against peft 0.21).
 
-``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, taken without a
-tanh. Peft adds the attention to the prompt after the output matrix. This is the same if that matrix is a separate
-module without a bias, and is refused otherwise (peft leaves the matrix out in GPT-2, and adds a bias twice).
+``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, used without tanh.
+Peft adds the attention to the prompt after the output matrix. The result is the same if that matrix is a separate
+module without a bias; other models are refused, since peft leaves the matrix out in GPT-2, and adds a bias twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, e
 from peftcore.errors import CheckpointError, ExportError
 
 OUT = "o_proj"
-"""The name of the module that peft uses as output matrix."""
+"""The name of the module that peft uses as the output matrix."""
 
 
 class PeftAdaptionPrompt(PeftMethod):
@@ -32,7 +32,10 @@ class PeftAdaptionPrompt(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         length, layers = keys.take("adapter_len", int), keys.take("adapter_layers", int)
         if length < 1 or layers < 1:
-            raise CheckpointError(f"{keys.where}: {length} vectors in {layers} layers are no adaption prompt")
+            raise CheckpointError(
+                f"{keys.where}: {length} vectors in {layers} layers are not an adaption prompt; both numbers must be "
+                "at least 1"
+            )
         return {"method": "llama_adapter", "length": length, "layers": layers, "tanh": False}
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
@@ -45,7 +48,7 @@ class PeftAdaptionPrompt(PeftMethod):
     def differs(self, place: Place) -> str:
         out = place.site.module._modules.get(OUT)
         if out is None:
-            return f"an attention without {OUT}, behind which it adds what comes of the prompt"
+            return f"an attention without {OUT}, to whose output it adds the attention to the prompt"
         sizes, keys = place.site.geometry, place.site.projections["k"]
         if keys.in_features // keys.out_features != sizes.heads // sizes.kv_heads:
             return "heads whose number does not follow from the shape of the key matrix"
@@ -64,11 +67,17 @@ class PeftAdaptionPrompt(PeftMethod):
         name = min(names)
         everywhere = [path for path, _ in model.named_modules() if path.endswith(f".{name}") and ".peft." not in path]
         if len(names) > 1 or everywhere[-len(places) :] != [place.site.module_path for place in places]:
-            raise ExportError("peft adapts the top layers of one stack with ADAPTION_PROMPT, and no others")
+            raise ExportError(
+                "peft's ADAPTION_PROMPT adapts only the top layers of one stack; apply llama_adapter to these alone "
+                "to export it"
+            )
         return {"target_modules": name, "target_parameters": None, "adapter_layers": len(places)}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         gate = place.operator.gate.tanh() if place.config.tanh else place.operator.gate
         if not gate.eq(gate[0]).all():
-            raise ExportError(f"{place.site.path} has a gate for each head, and peft one for all of them")
+            raise ExportError(
+                f"{place.site.path} has different gates for its heads, but peft stores one gate for all heads of a "
+                "layer"
+            )
         return {"adaption_prompt": place.operator.prompt[None], "adaption_gate": gate[:1]}

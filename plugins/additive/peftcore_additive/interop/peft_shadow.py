@@ -1,8 +1,9 @@
-"""ShadowPEFT in peft's files, there SHADOW (checked against peft 0.21).
+"""ShadowPEFT in peft's files, where it is named SHADOW (checked against peft 0.21).
 
-``shadow_backbone`` is our guest's network, ``shadow_projection`` its projection, ``shadow_head`` the head that
-classifies by it. In models like GPT-2 peft keeps an unused token table in a guest that shares the model's table: it is
-ignored, and not written. The shadow update of peft's last block is unused too: it is ignored, and written as zeros.
+``shadow_backbone`` is our guest network, ``shadow_projection`` its projection, and ``shadow_head`` the head that
+classifies from its output. In models like GPT-2 peft stores an unused token table in a guest that shares the model's
+table: peftcore ignores it, and does not write it. The shadow update of peft's last block is unused too: it is ignored,
+and written as zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NAMES = {f"{ours}.weight": f"shadow_{ours}.default.weight" for ours in ("down", 
     for layer in (0, 2)
     for kind in ("weight", "bias")
 }
-"""peft's names of the tensors of one block, by ours."""
+"""peft's names of one block's tensors, by our names."""
 SIZES = {
     "shadow_hidden_size": "hidden_size",
     "shadow_num_attention_heads": "num_attention_heads",
@@ -32,7 +33,7 @@ SIZES = {
 
 
 class PeftShadow(PeftMethod):
-    """Translates the guest and the two steps of each block."""
+    """Translates the guest network, and for each block the correction and the update of the shadow."""
 
     methods = ("shadow",)
     below = tuple(NAMES.values())
@@ -52,8 +53,9 @@ class PeftShadow(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         if (named := keys.take("shadow_model", str, "mirror")) != "mirror":
             raise CheckpointError(
-                f"{keys.where}: its shadow network is {named!r}, and no name in a file is followed: apply shadow with "
-                "sizes= of that network, and hand it to injection.shared['guest'].take(network)"
+                f"{keys.where}: its shadow network is the checkpoint {named!r}, which peftcore does not download: "
+                "apply shadow with sizes= of that network, and pass the network to "
+                "injection.shared['guest'].take(network)"
             )
         sizes = {ours: keys.take(theirs, int, None) for theirs, ours in SIZES.items()}
         return {
@@ -90,7 +92,9 @@ class PeftShadow(PeftMethod):
     def write_options(self, config: Any) -> dict[str, Any]:
         known = {ours: theirs for theirs, ours in SIZES.items()}
         if strange := sorted(set(config.sizes) - set(known)):
-            raise ExportError(f"peft has no option for {strange[0]} of the guest network; it has {', '.join(known)}")
+            raise ExportError(
+                f"peft has no option for {strange[0]} of the guest network; its options are {', '.join(known)}"
+            )
         return {
             "r": config.rank,
             "shadow_alpha": config.scale,
@@ -107,7 +111,9 @@ class PeftShadow(PeftMethod):
         sites = [place.site for place in places if isinstance(place.operator, ShadowOperator)]
         depths = sorted(site.depth for site in sites)
         if depths != list(range(depths[0], depths[0] + len(depths))):
-            raise ExportError("peft's shadow goes through blocks that follow one another, and these leave some out")
+            raise ExportError(
+                "peft's shadow needs consecutive blocks, but some blocks between the targets are left out"
+            )
         targets = [site.module_path for site in sites]
         return {"target_modules": targets, "target_parameters": None, "task_type": task_of(model)}
 
