@@ -84,8 +84,8 @@ class MemoryLimit(PeftcoreError, RuntimeError):
 
 
 class AdapterInUse(PeftcoreError, RuntimeError):
-    """An adapter cannot be merged, unmerged or removed while a forward that it changes runs in another thread; nothing
-    was changed."""
+    """An adapter cannot be merged, unmerged or removed while a forward runs that this would change; nothing was
+    changed."""
 
 
 class SwapError(PeftcoreError, ValueError):

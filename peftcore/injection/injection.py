@@ -190,6 +190,7 @@ class Injection(Installed):
 
         Raises:
             MergeError: it is merged and cannot be unmerged; or it cannot be merged again at the end of the block.
+            AdapterInUse: it is merged, and a forward of the model runs, at the begin or at the end of the block.
             CompositionError: the composition in force needs it to combine outputs (`Fuse`).
 
         If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged,
@@ -349,6 +350,8 @@ class Injection(Installed):
             MergeError: it is merged in another way, or cannot be merged now: another choice is in force, a tensor of
                 the base trains, the result would not be finite, or a weight cannot be packed again or not well enough;
                 no weight was changed.
+            AdapterInUse: a forward of the model runs, in this thread or another one; no weight was changed. A forward
+                that begins during the merge waits.
         """
         wanted = merging.MergeOptions(keep, into, max_error, weight)
         with changing(self.model):
@@ -395,6 +398,7 @@ class Injection(Installed):
         Raises:
             MergeError: it was merged with ``keep=None``, another injection was merged on top, or the merged tensors
                 were loaded, trained, cast or replaced since; nothing was changed.
+            AdapterInUse: a forward of the model runs; nothing was changed.
         """
         with changing(self.model):
             self._alive()
@@ -430,7 +434,7 @@ class Injection(Installed):
         peft).
 
         Raises:
-            NotMergeable, MergeError: as `merge`; the injection is still there.
+            NotMergeable, MergeError, AdapterInUse: as `merge`; the injection is still there.
             RouteError, CompositionError: as `remove`.
         """
         with changing(self.model), self._leaving(everyone=True) as journal:
@@ -455,6 +459,8 @@ class Injection(Installed):
         Raises:
             MergeError: it is merged, and `unmerge` is impossible.
             RouteError, CompositionError: a route or composition that is in force here uses it.
+            AdapterInUse: a forward that uses it runs, or if it is merged, any forward of the model; nothing was
+                changed.
         """
         with changing(self.model), self._leaving(everyone=self.merged) as journal:
             if self._merge is not None:
