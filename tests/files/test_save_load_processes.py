@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import in_child
 from slowly import quick
 
 import peftcore
+from peftcore.errors import CheckpointError
 from peftcore.files.save_load import describe
+from peftcore.injection.injection import injections
 from peftcore.testing import HOSTS
 
 FORMATS = ["peftcore", "peft", "mlx", "kohya", "diffusers", "gguf"]
@@ -107,7 +111,7 @@ def test_one_that_is_killed_leaves_no_mixture_and_holds_up_no_other(format: str,
         in_children([saves], draw)
         try:
             injection = peftcore.load(model, tmp_path / "a")
-        except peftcore.PeftcoreError:
+        except CheckpointError:
             assert format != "peftcore"
         else:
             check(injection)
@@ -116,3 +120,34 @@ def test_one_that_is_killed_leaves_no_mixture_and_holds_up_no_other(format: str,
     injection = peftcore.load(model, tmp_path / "a")
     check(injection)
     assert float(next(injection.parameters()).mean()) == 1.0
+
+
+def test_a_composition_that_is_half_saved_is_none(tmp_path: Path) -> None:
+    model = HOSTS["llama"].build()[0]
+    parts = [peftcore.apply(model, "lora", name=name, rank=2, target=["attn.q"]) for name in ("a", "b")]
+    folder = tmp_path / "both"
+
+    def save(number: int) -> None:
+        for each in parts:
+            fill(each, number)
+        peftcore.save_composition(model, peftcore.Sum("a", "b"), folder)
+
+    save(1)
+    points = in_child(lambda: save(2), folder)
+    assert points is not None
+    seen = set()
+    for number in range(1, len(points) + 1, 4):
+        shutil.rmtree(folder)
+        save(1)
+        assert in_child(lambda: save(2), folder, number) is None
+        other = HOSTS["llama"].build()[0]
+        try:
+            peftcore.load_composition(other, folder)
+        except CheckpointError:
+            seen.add(0.0)
+        else:
+            tensors = [each for injection in injections(other).values() for each in injection.parameters()]
+            found = {float(value) for each in tensors for value in each.unique()}
+            assert len(found) == 1
+            seen |= found
+    assert 0.0 in seen and seen <= {0.0, 1.0, 2.0}
