@@ -134,8 +134,9 @@ def _precise(tensor: Tensor) -> Tensor:
 def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
     """Returns the new stored tensor, computed in float32 or better and rounded once."""
     like = effects[0].mount.layer.like(module, effects[0].mount.tensor) if base is None else base
+    precise = _precise(like)  # one copy of the base, not two
     with full_precision(like):
-        new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
+        new = fold(module, effects, None if base is None else precise, precise, _precise)
     return None if new is None else new.to(like.dtype)
 
 
@@ -306,8 +307,10 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
     new = registry().hook.peftcore_merge(
         model=model, method=injection.method, config=injection.config, injection=injection
     )
+    new = dict(new)
     if wanted.weight != 1.0:
-        new = {key: _towards(injection, key, tensor, wanted.weight) for key, tensor in new.items()}
+        for key in new:
+            new[key] = _towards(injection, key, new[key], wanted.weight)
     layers = {key: layer_of(injection.module_at(key[0]), key[1]) for key in new}
     bad: list[str] = []
     prints: dict[Key, Fingerprint] = {}
@@ -322,10 +325,10 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
     holders = holders_of(model)
     _check_ties(injection, new, holders)
     writer = _Writer(injection, journal, wanted, holders, prints)
-    for key, tensor in new.items():
-        writer.write(key, layers[key], tensor)
+    for key, layer in layers.items():
+        writer.write(key, layer, new.pop(key))  # a quantized layer gets a copy
     dense = [each.key[0] for each in writer.written if isinstance(each, QuantizedLayerWrite)]
-    report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(new))
+    report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(layers))
     frozen = _exchange(injection, journal, [(each.outgoing(), each.incoming()) for each in writer.written])
     return MergeInForce(
         wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen]
