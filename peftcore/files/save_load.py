@@ -38,7 +38,7 @@ from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_made, write_tensors, write_text
-from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.host_state import HostState, state_of
 from peftcore.injection import base_dependence
 from peftcore.injection.applied import check_filled, fill
 from peftcore.injection.applying import apply_request, record
@@ -48,6 +48,7 @@ from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.layers.pieces import at_hand
 from peftcore.libraries.save_pretrained import saving_base
+from peftcore.utils.device_memory import check_room, totals
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -216,7 +217,8 @@ def load(
         DuplicateInjection: the name is taken or cannot be used.
         NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
         SwapError, ConfigError: it does not compute the same with the options of `room`, or these options do not exist.
-        MemoryLimit: there is a limit (`keep_within`), and no room next to adapters that cannot leave.
+        MemoryLimit: there is a limit (`keep_within`), and no room next to adapters that cannot leave; or the adapter
+            certainly does not fit into the memory of a device.
 
     The host was not changed then.
     """
@@ -296,6 +298,7 @@ def _read(
         envelope.check(rehearsal)
         tensors = content.tensors(rehearsal, strict)
         _check_memory(rehearsal, tensors)
+        _check_room(rehearsal)
         _check_values(rehearsal, tensors)
     return _Read(replace(request, host=rehearsal.resolver.host), content.where, tensors)
 
@@ -385,6 +388,26 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
         )
+
+
+def _check_room(surgeon: Surgeon) -> None:
+    """Check that the operators fit into the memory of their devices, unless others can be offloaded for them."""
+    state = state_of(surgeon.model)
+    if state is not None and state.residency is not None:
+        return
+    built = {
+        id(each): (graft.site.device, each.nbytes) for graft in surgeon.grafts for each in _tensors(graft.operator)
+    }
+    check_room(
+        totals(built.values()),
+        "the adapter",
+        "Remove an adapter, or give adapters a limit with peftcore.keep_within",
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the tensors of an operator that was made without values."""
+    yield from (each for each in (*module.parameters(), *module.buffers()) if each.is_meta)
 
 
 class _Files:

@@ -51,6 +51,7 @@ from peftcore.registry.plugins import layer_of, registry
 from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.sites import Site
 from peftcore.utils.autocast import full_precision
+from peftcore.utils.device_memory import check_room, totals
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
@@ -207,6 +208,25 @@ def _check_values(site: Site, operator: nn.Module) -> None:
         )
 
 
+def merge_bytes(injection: Injection) -> Mapping[torch.device, int]:
+    """Returns the bytes of the tensors that a merge makes, by device: all of them exist before the first is written.
+
+    They are counted by shapes, so the host may be on the meta device. Tensors that are sharded, or that a module
+    computes, are left out. To compute each tensor takes more, which is free again afterwards.
+    """
+    sizes: dict[object, tuple[torch.device, int]] = {}
+    for key, effects in _effects(injection).items():
+        layer, module = effects[0].mount.layer, injection.module_at(key[0])
+        if any(map(is_cut, module._parameters.values())):
+            continue
+        if layer.packed:
+            like = layer.like(module, key[1])
+            sizes[key] = like.device, layer.shape(module, key[1]).numel() * like.element_size()
+        elif (old := held(*_owner(injection, key))) is not None and not is_cut(old):
+            sizes[id(old)] = old.device, old.nbytes
+    return totals(sizes.values())
+
+
 def _check_places(injection: Injection, layers: Mapping[Key, Layer]) -> None:
     """Verify that a new tensor can take the place of each old one."""
     for key, layer in layers.items():
@@ -292,6 +312,7 @@ def merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merge
 
     Raises:
         NotMergeable: the method has no merged form.
+        MemoryLimit: the merged tensors certainly do not fit into the memory of a device.
         MergeError: another choice is in force somewhere, an effective tensor is not finite, a tied tensor would change
             elsewhere, an earlier injection has to be merged first, a tensor cannot be replaced, or a weight cannot be
             packed again or not well enough.
@@ -304,6 +325,11 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
     model = injection.model
     in_pieces(model)
     _check(injection)
+    check_room(
+        merge_bytes(injection),
+        f"merging {injection.name!r}",
+        "Merge on the CPU (move the model there first, or use `peftcore merge`), or keep the adapter active",
+    )
     new = registry().hook.peftcore_merge(
         model=model, method=injection.method, config=injection.config, injection=injection
     )
