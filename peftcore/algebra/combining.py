@@ -53,6 +53,7 @@ class Change:
     """The factors of the change, where it is low-rank."""
 
     @property
+    @torch.no_grad()
     def delta(self) -> Tensor:
         """Returns the change in logical layout."""
         if self.computed is not None:
