@@ -90,11 +90,11 @@ def _acting(injection: Injection) -> None:
     ]
     if stuck:
         raise NotMergeable(
-            f"{injection.method.name} makes no change of weights that algebra could use (first at {stuck[0]}): what it "
-            "computes is no function of the weight alone"
+            f"{injection.method.name} does not change weights, so combine and to_lora cannot use it (first at "
+            f"{stuck[0]}): its output is not a function of the weight alone"
         )
     if injection.merged:
-        raise MergeError(f"{injection.name!r} is merged, so its base weights are not there; unmerge() it first")
+        raise MergeError(f"{injection.name!r} is merged, so its base weights are not available; call unmerge() first")
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def _bias_change(
 ) -> Tensor | None:
     stored = _stored(site.at(bias_name(site.tensor)), now)
     bias = None if stored is None else take(stored, site.slices, site.layer.batch_dims)
-    assert weight is not None, "what changes a bias with a weight stands at a weight"
+    assert weight is not None, "an operator that changes a bias by a weight has a weight"
     new = operator.merged_bias(bias, lambda: weight)
     return new if new is None or bias is None else new - bias
 
@@ -252,7 +252,7 @@ def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[I
             injection = injections(model).get(str(source))
             if injection is None and not os.path.isdir(source):
                 known = ", ".join(injections(model)) or "none"
-                raise UnknownInjection(f"{source!r} is no folder and no injection; this host has: {known}")
+                raise UnknownInjection(f"{source!r} is neither a folder nor an injection; this host has: {known}")
             if injection is None:
                 injection = load(model, source, name=f"opened-{len(injections(model))}", active=False)
                 stack.callback(_close, injection)
@@ -364,7 +364,9 @@ Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
 def _matrices(found: dict[str, Change]) -> dict[str, Change]:
     vectors = [path for path, each in found.items() if each.is_vector]
     if vectors:
-        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
+        raise UnsupportedSite(
+            f"vectors (biases, norms) have no low-rank form, and the adapter changes {', '.join(vectors[:8])}"
+        )
     return found
 
 
@@ -415,7 +417,7 @@ def combine(
     _check_use("rank", rank, how not in ("cat", "linear"), how)
     _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
     if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density={density} is no share: above 0, and 1 at most")
+        raise ConfigError(f"density={density} must be above 0 and at most 1")
     weights = list(sources.values())
     with opened(model, sources) as adapters:
         instead = [each.name for each in adapters]
@@ -460,7 +462,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
     """Returns the function that makes one site's update of all adapters' changes."""
     generator = torch.Generator().manual_seed(seed)
     if how == "slerp" and (len(weights) != 2 or min(weights) < 0 or not sum(weights)):
-        raise ConfigError("slerp goes from one adapter to another: two weights, none of them negative, not both zero")
+        raise ConfigError("slerp needs two adapters, whose weights are not negative and not both 0")
     merges: dict[str, Callable[[list[Tensor]], Tensor]] = {
         "svd": lambda taus: linear(taus, weights),
         "magnitude_prune": lambda taus: linear([merge_math.magnitude_prune(tau, density) for tau in taus], weights),
@@ -470,7 +472,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
         "slerp": lambda taus: merge_math.slerp(taus[0], taus[1], weights[1] / sum(weights)),
     }
     if how not in merges and how != "cat":
-        raise ConfigError(f"how={how!r} is none of cat, linear, {', '.join(merges)}")
+        raise ConfigError(f"how={how!r} is not one of cat, linear, {', '.join(merges)}")
 
     def merge(path: str, tasks: list[dict[str, Change]], rank: int | None) -> Made:
         here = [(task[path], weight) for task, weight in zip(tasks, weights, strict=True) if path in task]
@@ -487,7 +489,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
 
 def _factors(path: str, change: Change) -> Factors:
     if change.factors is None:
-        raise ConfigError(f'{path} is not changed by factors, as "cat" needs them; use how="svd" with a rank')
+        raise ConfigError(f'the change of {path} has no low-rank factors, which "cat" needs; use how="svd" with a rank')
     return change.factors
 
 
@@ -496,17 +498,22 @@ def _check_alike(adapters: Sequence[Injection]) -> None:
     shapes = {key: value.shape for key, value in first.state_dict().items()}
     for other in adapters[1:]:
         if type(other.method) is not type(first.method) or other.config != first.config:
-            raise ConfigError(f"{first.name!r} and {other.name!r} differ in method or options; means need equal ones")
+            raise ConfigError(
+                f'{first.name!r} and {other.name!r} differ in method or options, but how="linear" needs equal ones; '
+                'use how="svd"'
+            )
         theirs = {key: value.shape for key, value in other.state_dict().items()}
         if other.ties != first.ties:
             where = sorted(dict(first.ties.items() ^ other.ties.items()))[0]
             raise ConfigError(
-                f"{first.name!r} and {other.name!r} tie other modules, at {where}: one of them is of a file that "
-                "unties them, and there is no mean of the two"
+                f"{first.name!r} and {other.name!r} tie different modules, at {where}, since the file of one of them "
+                "unties these, so they have no mean"
             )
         if theirs != shapes:
             wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
-            raise ConfigError(f"{first.name!r} and {other.name!r} differ in: {', '.join(wrong[:8])}")
+            raise ConfigError(
+                f"{first.name!r} and {other.name!r} differ in tensors or their shapes: {', '.join(wrong[:8])}"
+            )
 
 
 def _averaged(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -518,5 +525,7 @@ def _averaged(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) 
         elif all(torch.equal(value, each) for each in every):
             mean[key] = value.clone()
         else:
-            raise ConfigError(f"{key} holds choices (integers), and they differ: there is no mean of them")
+            raise ConfigError(
+                f"{key} contains choices (integers) that differ between the adapters, so they have no mean"
+            )
     return mean

@@ -83,7 +83,7 @@ def export(
     except ExportError as error:
         first = error
     if any(parameter.is_meta for parameter in injection.model.parameters()):
-        raise NoWeights(f"{first}. As a LoRA it takes the weights of the model")
+        raise NoWeights(f"{first}. To write it as a LoRA, load the model with its weights")
     with activate(injection.model, injection.name):
         try:
             made, kept, how, errors = _as_lora(injection, reader, rank, data)
@@ -96,7 +96,8 @@ def export(
         except (MergeError, UnsupportedSite, ExportError) as error:
             instead = "serve it with peftcore" if isinstance(error, NotMergeable) else "merge it and serve the model"
             raise ExportError(
-                f"{reader.name} does not read it as it is: {first}. As a LoRA: {error}. Otherwise {instead}"
+                f"{reader.name} does not read it as it is: {first}. It cannot be written as a LoRA: {error}. Instead, "
+                f"{instead}"
             ) from None
     return Export(how, report, kept, errors, tuple(filled))
 
@@ -138,26 +139,28 @@ def _as_lora(
         ExportError: it does more than a LoRA, or is no low-rank update and `rank` is None.
     """
     if injection.trained_along:
-        raise ExportError(f"{injection.trained_along[0]} was trained along, and is no low-rank update")
+        raise ExportError(
+            f"{injection.trained_along[0]} was trained in addition (train=), and its change is not a low-rank update"
+        )
     check_no_rows(injection, reader.name)
     most = reader.ranks.most if reader.ranks else None
     exact: Updates = {}
     for path, change in changes(injection).items():
         if change.is_vector:
-            raise ExportError(f"vectors have no low-rank form, and {path} changes")
+            raise ExportError(f"vectors have no low-rank form, and the adapter changes {path}")
         factors = _lossless(change)
         if factors is None or (most is not None and factors[1].shape[-1] > most):
             break
         exact[path] = change.site, factors
     else:
         if not exact:
-            raise ExportError("it changes no weight")
+            raise ExportError("the adapter changes no weight")
         kept = max(1, *(factors[1].shape[-1] for _, factors in exact.values()))
         return exact, kept, "as a LoRA", dict.fromkeys(exact, 0.0)
     if rank is None:
         raise ExportError(
-            f"the update at {path} is of no low rank; project it (rank=, --project RANK) to the nearest one, with the "
-            "error that is said then"
+            f"the update at {path} is not low-rank; pass rank= (--project RANK) to write the nearest low-rank update, "
+            "whose error is then reported"
         )
     made = nearest(injection, rank, data)
     updates = {path: (site, factors) for path, (site, factors, _) in made.items()}

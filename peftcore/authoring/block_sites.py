@@ -72,7 +72,8 @@ def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
         for other in sites:
             if site.width != other.width and site.path.rpartition(".")[0] == other.path.rpartition(".")[0]:
                 raise UnsupportedSite(
-                    f"{site.path} is {site.width} wide, but {other.path} {other.width}: one stream has one width"
+                    f"{site.path} has {site.width} features, but {other.path} has {other.width}: target blocks of one "
+                    "width"
                 )
     return sites
 
@@ -99,7 +100,7 @@ def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> Blo
     numbers, path = block_depths(surgeon), site.module_path
     around = [block for block in numbers if block is not None and under(path, block)]
     if not around:
-        raise UnsupportedSite(f"{path or 'the host'} is in no block of this host")
+        raise UnsupportedSite(f"{path or 'the host'} is not in a block of this host; exclude it")
     block = surgeon.resolver.site(max(around, key=len), "weight", "block")
     return _block_site(surgeon, block, numbers, each_run)
 
@@ -107,14 +108,14 @@ def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> Blo
 def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], each_run: bool) -> BlockSite:
     path = site.module_path
     if path not in numbers:
-        raise UnsupportedSite(f"{site.path or 'the host'} is no block of this host; target the role block")
+        raise UnsupportedSite(f"{site.path or 'the host'} is not a block of this host; use target='block'")
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == path]
     if not any(entry.role.partition(".")[0] in MIXERS for entry in inside):
-        raise UnsupportedSite(f"{path} has no sequence: nothing inside mixes tokens")
+        raise UnsupportedSite(f"{path} does not process a sequence, since no module in it mixes tokens; exclude it")
     if surgeon.resolver.host.on_grid(path):
-        raise UnsupportedSite(f"{path} has no sequence, but a grid that it convolves")
+        raise UnsupportedSite(f"{path} processes a grid with convolutions instead of a sequence; exclude it")
     if any(entry.stream == "context" for entry in inside):
-        raise UnsupportedSite(f"{path} returns two streams; nothing says which of them is meant")
+        raise UnsupportedSite(f"{path} returns two streams, and it is ambiguous which of them is meant; exclude it")
     site.check_rows_first()
     once = not each_run and not surgeon.resolver.check_runs_once(path)
     stack = stack_path(path)
@@ -133,7 +134,7 @@ def block_width(surgeon: Surgeon, path: str) -> int:
         for entry in surgeon.resolver.host.entries:
             if entry.block == path and entry.role == role and entry.stream == "main":
                 return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
-    raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")
+    raise UnsupportedSite(f"{path}: its modules do not determine the width of its hidden states; exclude it")
 
 
 def stream_width(surgeon: Surgeon, stack: Site) -> int:
@@ -148,7 +149,7 @@ def stream_width(surgeon: Surgeon, stack: Site) -> int:
             inside = surgeon.resolver.site(entry.module, entry.tensor or "weight", entry.role).out_features
             if inside != width:
                 raise UnsupportedSite(
-                    f"{top or 'the host'} embeds tokens in {width} numbers, and its blocks have {inside}: nothing "
-                    "tells how wide the states are that it returns"
+                    f"{top or 'the host'} embeds tokens in {width} features, but its blocks have {inside}, so the "
+                    "width of the states that it returns is ambiguous; use a model with one width"
                 )
     return width

@@ -3,8 +3,8 @@ weights.
 
 A borrowed layer calls the model's layer of the same path in its current state, and adds a low-rank update. So the
 model's tensors exist once: they are moved, cast, quantized, offloaded, written to and replaced with the model, and are
-neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer,
-except those that are merged into its weight.
+neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer.
+They are not merged into its weight either: the operator that runs the network names the tensors in `reads`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class BorrowedLayer(nn.Module):
         self.down = self.up = self.bias = None
         if rank:
             if not self.layer.called:
-                raise UnsupportedSite(f"{path} computes more than a linear map, and takes no low-rank update")
+                raise UnsupportedSite(f"{path} computes more than a linear map, so it cannot get a low-rank update")
             out, *inputs = self.layer.logical(like.weight).shape  # type: ignore[arg-type]
             rank = min(rank, out, inputs[0])
             self.down = nn.Parameter(torch.empty(rank, *inputs))
@@ -74,7 +74,7 @@ class BorrowedLayer(nn.Module):
         lender = self.lender.get()
         if lender is None:
             raise MissingContext(
-                "this network borrows layers of a model, and runs within a forward of that model alone"
+                "this network borrows layers of a model and can run only within a forward of that model: call the model"
             )
         call = _bare(lender.get_submodule(self.path), self.path)
         if self.down is None or self.up is None:
@@ -90,8 +90,8 @@ def _bare(module: nn.Module, path: str) -> nn.Module:
         return module
     if not vars(module).keys().isdisjoint(FORWARDS):
         raise UnsupportedHost(
-            f"{path} has an adapter that a network must not run which borrows the layer, and a forward that was set on "
-            "the instance (offloading of single layers), which does: merge that adapter, or offload whole models"
+            f"{path}: a network that borrows this layer must run it without its adapters, but a forward that was set "
+            "on the instance (offloading of single layers) runs them: remove() that adapter, or offload whole models"
         )
     return with_tensors(module, {})
 
@@ -125,7 +125,10 @@ def borrow(
             layer.to_empty(device=torch.get_default_device())
             layer.reset_parameters()
         elif layer._modules or (matrix and "weight" not in tensors):
-            raise UnsupportedSite(f"{path} has a tensor that is not the weight of a layer, and cannot be borrowed")
+            raise UnsupportedSite(
+                f"{path} cannot be borrowed: it has both tensors and child layers, or a matrix that is not called "
+                "weight"
+            )
         elif matrix or not vectors:
             above, _, name = path.rpartition(".")
             borrowed = BorrowedLayer(path, lender, layer, rank if matrix else 0, vectors)

@@ -82,7 +82,7 @@ class AtBranchEnd(Operator):
         return output
 
     def _at_end(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self.passed is not None, "it stands there for that"
+        assert self.passed is not None, "only places with this form call it"
         output = call(*args, **kwargs)
         passed = self.passed.take()  # not before: the branch may run in the call
         if passed is None:  # another branch ends here, too
@@ -119,7 +119,9 @@ class Bypass(AtBranchEnd):
         super().__init__(site)
         pointwise = all(size == 1 for size in (*site.kernel, *getattr(self.layer, "stride", ())))
         if self.layer.one_hot or (self.layer.channel_dim != -1 and not pointwise):
-            raise UnsupportedSite(f"{site.path}: a bypass needs as many tokens behind the module as in front of it")
+            raise UnsupportedSite(
+                f"{site.path}: a bypass needs a module that returns as many tokens as it gets; exclude it"
+            )
         self.first = Tap() if any(place.form == "first" for place in site.places) else None
         self.norm = Tap()
 
@@ -135,12 +137,12 @@ class Bypass(AtBranchEnd):
 
     def _at_first(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         before, after = self.norm.get() or (x, x)
-        assert self.first is not None, "it stands there for that"
+        assert self.first is not None, "only places with this form call it"
         self.first.put(before if after is x else x)
         return call(x, *args, **kwargs)
 
     def _at_sum(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert self.passed is not None, "it stands there for that"
+        assert self.passed is not None, "only places with this form call it"
         passed = self.passed.take()
         return call(x if passed is None else self.join(x, passed[0], None), *args, **kwargs)
 
@@ -149,7 +151,8 @@ class Bypass(AtBranchEnd):
         read = x if self.first is None else self.first.take()
         if read is None:
             raise RouteError(
-                f"{type(self).__name__}: the branch's first matrix is not called, so rows cannot be routed"
+                f"{type(self).__name__}: the branch's first matrix is not called, so rows cannot be routed; use one "
+                "adapter for the whole batch"
             )
         return read
 
@@ -184,8 +187,8 @@ class Bypass(AtBranchEnd):
         added = self.laid_out(self.beside(self.layer.channels_last(read)))
         if added.shape != y.shape:
             raise UnsupportedSite(
-                f"{type(self).__name__}: the branch reads {tuple(read.shape)} and returns {tuple(y.shape)}, so nothing "
-                "can go past it; exclude this block"
+                f"{type(self).__name__}: the branch reads {tuple(read.shape)} and returns {tuple(y.shape)}, so a "
+                "bypass cannot be added to it; exclude this block"
             )
         return added
 
@@ -222,13 +225,13 @@ def branch_end(surgeon: Surgeon, site: Site, joins: Joins = "stream", *, adds: b
 _ACTS = {
     "dropout": "the host drops outputs of branches by a function",
     "scale": "the host scales outputs of branches by a parameter or a number",
-    "unknown": "the host's code, which cannot be followed, may drop or scale outputs of branches",
+    "unknown": "the host's code, which cannot be analyzed, may drop or scale outputs of branches",
 }
 
 
 def _say(surgeon: Surgeon, acts: str, path: str) -> None:
     """Add to the notices what acts on an adapter that joins at a path, in one line for all such paths."""
-    begin, where = f"{surgeon.method.name}: {acts}, and its adapters there too: behind ", stack_of(path)
+    begin, where = f"{surgeon.method.name}: {acts}, including outputs of its adapters, after ", stack_of(path)
     known = next((each for each in surgeon.notices if each.startswith(begin)), begin)
     listed = known.removeprefix(begin).split(", ") if known != begin else []
     if where not in listed:
@@ -259,7 +262,7 @@ def branch(
     first = [entry for entry in inside if entry.role in FIRST[last.role]]
     nearest = max(first, key=lambda entry: _steps_shared(entry.path, last.path), default=None)
     if nearest is None:
-        raise UnsupportedSite(f"{site.path}: no matrix is known that reads what its branch reads")
+        raise UnsupportedSite(f"{site.path}: found no matrix that reads the input of its branch; exclude it")
     norms = [entry for entry in inside if entry.role == "norm" and entry.kind == "norm" and last.block is not None]
     places = [(entry, "first") for entry in _readers(surgeon, inside, nearest)]
     places += [(norm, "norm") for norm in norms if before_norm]
@@ -277,7 +280,10 @@ def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> lis
     nearest = sorted(around, key=lambda entry: len(entry.path))[-1:]
     if not first.called or first.tensor is not None:
         if not nearest:
-            raise UnsupportedSite(f"{first.path} is read, not called, and no module is known that reads it")
+            raise UnsupportedSite(
+                f"{first.path} is read without being called, and the module that reads it was not found; exclude this "
+                "block"
+            )
         return nearest
     bare = surgeon.resolver.site(first.module, "weight").missing("bias")
     modules = [surgeon.resolver.modules[entry.path] for entry in nearest]

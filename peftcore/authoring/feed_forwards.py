@@ -38,11 +38,11 @@ def feed_forward_around(surgeon: Surgeon, site: Site) -> FeedForwardSite | None:
         return None
     around = [e.path for e in host.entries if e.role == "mlp" and site.module_path.startswith(f"{e.path}.")]
     if not around:
-        raise UnsupportedSite(f"{site.path} is of a feed-forward that is no module of its own; exclude it")
+        raise UnsupportedSite(f"{site.path} belongs to a feed-forward that is not a separate module; exclude it")
     path = max(around, key=len)
     inside = [entry for entry in host.entries if entry.module.startswith(f"{path}.") and entry.role in FIRST]
     if not inside:
-        raise UnsupportedSite(f"{path}: no matrix is known that reads the input of this feed-forward")
+        raise UnsupportedSite(f"{path}: found no matrix that reads the input of this feed-forward; exclude it")
     width = surgeon.resolver.site(inside[0].module, inside[0].tensor or "weight", inside[0].role).in_features
     whole = replace(surgeon.resolver.module_site(path), form="activation", meta=site.meta)
     return FeedForwardSite(**vars(whole), width=width)

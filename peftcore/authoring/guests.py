@@ -138,8 +138,9 @@ class GuestNetwork(nn.Module):
         if wrong := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
             name = wrong[0]
             raise ConfigError(
-                f"{name} is {list(own.get(name, ())) or 'not there'} in the guest network, and "
-                f"{list(other.get(name, ())) or 'not there'} in the other one: name its sizes when you apply the method"
+                f"{name} is {list(own.get(name, ())) or 'missing'} in the guest network, and "
+                f"{list(other.get(name, ())) or 'missing'} in the given network: pass the given network's sizes when "
+                "you apply the method"
             )
         self.network.load_state_dict(values)
 
@@ -169,7 +170,8 @@ def guest_network(
     if not serves or known.entry != known.path or not fits:
         kind = "stack" if encoders else "causal stack"
         raise UnsupportedSite(
-            f"{stack.path or 'the model'} is no {kind} of transformers that a smaller one could be made of"
+            f"{stack.path or 'the model'} is not a {kind} of transformers, of which a smaller copy can be built; use "
+            "another model"
         )
     types = any(entry.role == "embed.type" for entry in inside)
     without = _behind_the_body(stack.module, known, [entry.module for entry in inside if entry.role != "other"])
@@ -199,7 +201,9 @@ class GuestOperator(Operator):
         if embeds is None and not module.own_table:
             embeds = stack.get_submodule(self.table)(given[IDS])
         if embeds is not None and module.own_table and not isinstance(module.projection, nn.Identity):
-            raise SequenceError("the guest network has a token table of another width: pass input_ids=")
+            raise SequenceError(
+                "the guest network has a token table of another width, so it cannot read embeddings: pass input_ids="
+            )
         beside = None if cache is None else self.cache.beside(cache, module.network.config)
         states, output = module(given, embeds, beside)
         self.states.put(states)
@@ -227,9 +231,11 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
         before = getattr(config, name, "")
         before = 4 * getattr(config, WIDTH) if before is None else before  # GPT-2's feed-forward
         if not isinstance(before, int) or isinstance(before, bool) or name.startswith("vocab") or name.endswith("_id"):
-            raise ConfigError(f"{name} is no size in the config of {plain_class(stack).__name__}")
+            raise ConfigError(f"{name} is not a size in the config of {plain_class(stack).__name__}")
         if size > before:
-            raise ConfigError(f"a guest network is no larger than the model, which has {name} {before}, not {size}")
+            raise ConfigError(
+                f"{name}={size} is too large for a guest network: the model has {before}, and a guest cannot be larger"
+            )
         setattr(config, name, size)
     if "flash" in str(getattr(config, "_attn_implementation", "")):
         config._attn_implementation = "sdpa"  # adapters are float32, which flash attention has no kernels for
@@ -238,7 +244,9 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
         if isinstance(value, list) and len(value) == before:  # an entry for each layer
             setattr(config, name, value[:count])
     if _has_attention(stack.config) and not _has_attention(config):
-        raise UnsupportedSite(f"the first {count} layers of {plain_class(stack).__name__} have no attention: take more")
+        raise UnsupportedSite(
+            f"the first {count} layers of {plain_class(stack).__name__} have no attention: use more layers"
+        )
     return config
 
 

@@ -25,7 +25,7 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
         ConfigError: it names no method, or its options break a rule of that method.
     """
     if not isinstance(part.get("method"), str):
-        raise ConfigError('every part says which method it is: {"method": "lora", ...}')
+        raise ConfigError('a part has no "method": name its method, as in {"method": "lora", ...}')
     kind = find_method(part["method"]).Config
     options = {key: value for key, value in part.items() if key != "target"}
     return validate_json(kind, json.dumps({**options, "method": kind.model_fields["method"].default}))
@@ -43,7 +43,10 @@ def without_preset(part: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return dict(part)
     if preset.train:
-        raise ConfigError(f"{cls.name} trains {', '.join(preset.train)} along, which a part of a hybrid cannot")
+        raise ConfigError(
+            f"the preset {cls.name} also trains {', '.join(preset.train)}, which a part of a hybrid cannot: use "
+            f"{preset.method}"
+        )
     _, own = method_of(cls, config.model_dump(exclude={"method"}))
     target = {"target": part.get("target", preset.target)}
     return {**own.model_dump(mode="json"), **(target if target["target"] is not None else {})}

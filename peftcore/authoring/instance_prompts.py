@@ -35,7 +35,9 @@ class InstanceOperator(SequenceOperator):
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         if site.stack.reads:
-            raise UnsupportedSite(f"{site.path} reads what an encoder made of the text; target the encoder's stack")
+            raise UnsupportedSite(
+                f"{site.path} reads the output of an encoder instead of the text; target the encoder's stack"
+            )
         super().__init__(site, length)
         generates = site.stack.causal and not site.stack.readers
         self._positions = PromptPositions(0, generates, 0, sys.maxsize, halves=False, whole=True)
@@ -85,7 +87,7 @@ class InstanceOperator(SequenceOperator):
         text = None
         if self._holds(cache_in(given)):
             if ids.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
-                raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
+                raise MissingContext(f"this input continues a cache, and may or may not belong to the prompt: {REMEDY}")
         elif (text := self._find(given, ids)) is not None:
             self._text.put(text)
             self.look(call, given, text)
@@ -122,8 +124,8 @@ class InstanceOperator(SequenceOperator):
         told = 0 if compiling else _longest(forward_context().context.get("prompt_length"))
         if told > ids.shape[1]:
             raise SequenceError(
-                f"the text has {told} tokens, of which the first forward is given {ids.shape[1]}: what is made of a "
-                "text has to see the whole of it; prefill in one forward"
+                f"the text has {told} tokens, but the first forward gets {ids.shape[1]} of them, and this method needs "
+                "the whole text at once: prefill in one forward"
             )
         first = {name: value for name, value in given.items() if name not in CACHES}  # none holds anything
         found = self._positions.positions(ids[..., None], first, self.training)

@@ -89,8 +89,8 @@ def _layers_for(config: Any, own: Any) -> list[Any]:
 
 def _unseen(count: Any) -> str:
     return (
-        f"this cache holds {count} tokens that were seen with the adapter off: start with an empty cache, and leave "
-        "the adapter active while it fills"
+        f"this cache holds {count} tokens that were processed with the adapter off: start with an empty cache, and "
+        "keep the adapter active while it fills"
     )
 
 

@@ -21,7 +21,7 @@ MASKS = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask")
 """The arguments that pass padding masks to blocks; in the masks of torch's layers, zero (or False) is a token."""
 IGNORED = -100
 """The label of tokens that are not to be predicted."""
-REMEDY = "say where the prompt ends: with peftcore.call(model, prompt_length=...): ..."
+REMEDY = "pass the length of the prompt: with peftcore.call(model, prompt_length=...): ..."
 
 
 class TokenStacks:
@@ -52,11 +52,11 @@ class TokenStacks:
             stack = self.of(site)
             if stack is None or stack.reads or stack.readers or stack != found:
                 raise UnsupportedSite(
-                    f"{site.path} is not in the one stack of tokens that the model runs; exclude it, or take a model "
-                    "without an encoder beside its decoder"
+                    f"{site.path} is not in the one stack of tokens that the model runs; exclude it, or use a model "
+                    "without a separate encoder"
                 )
         if found is None:
-            raise UnsupportedSite("there is no target module, so no stack of tokens")
+            raise UnsupportedSite("no module is targeted, so there is no stack of tokens: change target= or exclude=")
         return self._around(found, sites[0])
 
     def reading(self, sites: Sequence[Site]) -> tuple[TokenStack, Site] | None:
@@ -71,7 +71,7 @@ class TokenStacks:
         if len({*read}) > 1:
             raise UnsupportedSite(
                 f"{sites[0].path} and {sites[read.index(next(each for each in read if each != read[0]))].path} are in "
-                "stacks that are given different tokens; target one of them"
+                "stacks that get different tokens; target only one of the stacks"
             )
         return None if not read or read[0] is None else (read[0], self._around(read[0], sites[0]))
 
@@ -97,7 +97,9 @@ class TokenStacks:
         """
         reading = [site for site in sites if (stack := self.of(site)) is not None and stack.reads]
         if reading and strict:
-            raise UnsupportedSite(f"{reading[0].path} reads what an encoder made of the prompt; target the encoder")
+            raise UnsupportedSite(
+                f"{reading[0].path} reads the output of an encoder instead of the prompt; target the encoder"
+            )
         return [site for site in sites if site not in reading]
 
     def answering(self, sites: list[BlockSite], strict: bool) -> list[BlockSite]:
@@ -157,8 +159,8 @@ class PromptPositions:
         held, prompt = cached_tokens(given, self.depth, new), running.prompt if self.generates else None
         if self.whole and prompt is not None and held < prompt.end and new < prompt.ids.shape[1]:
             raise SequenceError(
-                f"the prompt has {prompt.ids.shape[1]} tokens, of which a forward is given {new}: what is made of a "
-                "prompt has to see the whole of it; leave out prefill_chunk_size="
+                f"the prompt has {prompt.ids.shape[1]} tokens, but a forward gets {new} of them, and this method needs "
+                "the whole prompt at once; remove prefill_chunk_size="
             )
         if told is None and prompt is not None and prompt.mask is not None:
             told = (prompt.mask != 0).sum(-1)
@@ -166,7 +168,7 @@ class PromptPositions:
         if step and prompt is not None:
             return None
         if told is None and held and not step and self.last:
-            raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
+            raise MissingContext(f"this input continues a cache, and may or may not belong to the prompt: {REMEDY}")
         real = _real([inputs, given], held + new, hidden.device)
         index = real.cumsum(-1) - 1
         length = index[:, -1:] + 1
@@ -199,8 +201,8 @@ class PromptPositions:
         step that is no prompt has none."""
         if moves and not torch.compiler.is_compiling() and bool((seen < self.settled).any()):
             raise MissingContext(
-                f"this input goes on from a cache of less than {self.settled} tokens, which were the whole prompt or "
-                f"its beginning, and of these the positions differ: {REMEDY}"
+                f"this input continues a cache of fewer than {self.settled} tokens, which were the whole prompt or "
+                f"only its start, and these two cases need different positions: {REMEDY}"
             )
 
     def _check_uncached(self, length: Tensor) -> None:
@@ -209,7 +211,7 @@ class PromptPositions:
         if self.last:
             raise MissingContext(f"with use_cache=False, generated tokens are part of the input: {REMEDY}")
         if not torch.compiler.is_compiling() and bool((length < self.settled).any()):
-            raise MissingContext(f"the input is shorter than {self.settled} positions, and may grow: {REMEDY}")
+            raise MissingContext(f"the input has fewer than {self.settled} tokens, and may grow: {REMEDY}")
 
 
 class VisibleTokens:
@@ -258,7 +260,9 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
     try:  # of this layer: those below hold the new tokens already
         return forward_context().tokens_held(cache, depth)
     except (AttributeError, ValueError) as error:  # caches of states, not of tokens: state-space layers
-        raise SequenceError(f"this cache does not say how many tokens it has seen ({error}); use_cache=False") from None
+        raise SequenceError(
+            f"this cache does not count the tokens that it holds ({error}); pass use_cache=False"
+        ) from None
 
 
 def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:
@@ -283,7 +287,8 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
             return mask != 0
     if masks and not host_told_of_none:
         raise SequenceError(
-            f"none of the masks given ({', '.join(name for name, _ in masks)}) tells padding from tokens"
+            f"none of the masks ({', '.join(name for name, _ in masks)}) separates padding from tokens: pass "
+            "attention_mask= of shape [batch, tokens]"
         )
     return torch.ones(1, count, dtype=torch.bool, device=device)
 
@@ -310,11 +315,11 @@ def _check_seen(seen: Tensor, length: Tensor) -> None:
     Raises:
         SequenceError: a row has fewer; on a GPU it is a RuntimeError of torch.
     """
-    message = "tokens are less than a prompt that has to come at once: what is made of a prompt has to see all of it"
+    message = "tokens are fewer than those of the prompt, which this method needs in one forward"
     if seen.device.type != "cpu":
         torch._assert_async((length <= seen).all(), message)
     elif bool((length > seen).any()):
-        raise SequenceError(f"{seen.flatten().tolist()} {message}; it is {length.flatten().tolist()} long")
+        raise SequenceError(f"{seen.flatten().tolist()} {message}; the prompt has {length.flatten().tolist()}")
 
 
 def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:

@@ -44,11 +44,17 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
     name = type(surgeon.model).__name__
     heads = [head for head in head_sites(surgeon) if head.out_features >= site.in_features]
     if len(heads) != 1 or not site.stack.causal or site.stack.reads or site.stack.readers:
-        raise UnsupportedSite(f"{name} predicts no tokens from those before them by one head over one stack")
+        raise UnsupportedSite(
+            f"{name} does not predict tokens with one head over one causal stack, which this method needs; use a "
+            "decoder"
+        )
     config = vars(surgeon.model).get("config")
     changed = [each for each in AFTER if getattr(config, each, None) not in (None, 0, 1)]
     if changed:
-        raise UnsupportedSite(f"{name} changes logits behind its head ({changed[0]}), which rows would be without")
+        raise UnsupportedSite(
+            f"{name} changes logits after its head ({changed[0]}), which the logits of the rows would lack; use "
+            "another model"
+        )
     operator.states, logits = Tap(), Tap()
     states = operator.states
     surgeon.graft(heads[0], lambda at: RowScorer(at, states, logits, rows))

@@ -115,8 +115,8 @@ def stream_sites(surgeon: Surgeon, paths: Iterable[str] = ("",)) -> list[StreamS
     ]
     if not found:
         raise UnsupportedSite(
-            "no diffusion transformer is here whose blocks are told a timestep and take tokens of an image (SD3, Flux, "
-            "PixArt, DiT of diffusers)"
+            "found no diffusion transformer whose blocks get a timestep and tokens of an image; target one (SD3, "
+            "Flux, PixArt, DiT of diffusers)"
         )
     return found
 
@@ -138,7 +138,8 @@ def _site(surgeon: Surgeon, owner: str, blocks: list[str]) -> StreamSite:
         joint, cross = joint or text, cross or reads
         if len(own) != 1 or (text and reads):
             raise UnsupportedSite(
-                f"{block} has not one attention in which its tokens see each other, and rows beside them go through one"
+                f"{block} does not have exactly one self-attention, through which the rows next to its tokens must go; "
+                "use another model"
             )
         attentions.append(surgeon.attention_site(surgeon.resolver.module_site(own[0])))
     whole = surgeon.resolver.module_site(owner)
@@ -199,7 +200,9 @@ class Running:
     def enter(self, form: str, rows: Tensor) -> Tensor:
         """Returns what the rows are before a block."""
         if form in self.before and not forward_context().repeating:
-            raise SequenceError("a block runs twice in one forward: nobody knows which rows stand beside which tokens")
+            raise SequenceError(
+                "a block runs twice in one forward, so it is ambiguous which rows belong to which tokens: run it once"
+            )
         return self.before.setdefault(form, rows)
 
 
@@ -252,7 +255,10 @@ class RowStream(Operator):
     def __init__(self, site: StreamSite) -> None:
         super().__init__(site)
         if self.beside_text and not site.joint:
-            raise UnsupportedSite(f"the text is no stream in {site.module_path or 'the host'}: its blocks read it only")
+            raise UnsupportedSite(
+                f"the text is not a stream in {site.module_path or 'the host'}, whose blocks only read it; use a model "
+                "such as SD3"
+            )
         self.width, self.joint = site.width, site.joint
         self.stream, self.other = (TEXT, IMAGE) if self.beside_text else (IMAGE, TEXT)
         self.names = {place.form: arguments(plain_class(place.module)) for place in (site, *site.places)}
@@ -382,12 +388,16 @@ class RowStream(Operator):
             PluginError: the rows have another shape.
         """
         if given.get(ALONG) is not None:
-            raise SequenceError(f"{ALONG}= hides tokens of the image, and says nothing of the rows beside them")
+            raise SequenceError(
+                f"{ALONG}= hides tokens of the image, but does not cover the rows next to them: remove {ALONG}="
+            )
         rows, tokens = told[self.stream], given[IMAGE]
         if rows.dim() != 3 or rows.shape[-1] != self.width or not rows.shape[1]:
             raise PluginError(f"{type(self).__name__} has rows of {tuple(rows.shape)}, not [batch, rows, {self.width}]")
         if len(rows) != len(tokens):
-            raise SequenceError(f"{len(rows)} streams of rows stand beside {len(tokens)} of tokens: give one for each")
+            raise SequenceError(
+                f"the batch has {len(tokens)} sequences of tokens, but {len(rows)} of rows: pass one for each"
+            )
 
     def _for_rows(self, form: str, told: Mapping[str, Any], given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
         """Returns what a block is given for the rows: what the first one was, and no tokens of the other stream."""

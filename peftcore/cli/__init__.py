@@ -1,18 +1,18 @@
-"""The command line ``peftcore``: it reads options, and prints results.
+"""The command line ``peftcore``: it parses options, calls functions of peftcore, and prints their results.
 
-Its own commands look at methods, models and adapter files; those that train, compare and search are in the distribution
-peftcore-lab, which registers them as any plugin does, through the hook `peftcore_commands`. A command imports its
-requirements when it runs: ``import peftcore`` stays light.
+The commands here inspect methods and models, and work on adapter files. The commands that train, compare and search are
+in the distribution peftcore-lab, which registers them by the hook `peftcore_commands`, as any plugin can. A command
+imports its requirements only when it runs, so ``import peftcore`` stays fast.
 
-It may import all of peftcore, and nothing of the core imports it but ``peftcore.__main__``. In the order of reading:
+It may import all of peftcore; in the core, only ``peftcore.__main__`` imports it. In the order of reading:
 
 - `plugin_commands`: the commands of plugins.
 - `app`: the typer application, and the shared parts of its commands.
-- `pages`: consoles, tables and JSON, of which all that is printed is made.
+- `pages`: helpers for printing: consoles, tables and JSON.
 - `progress_display`: bars on standard error.
 - `inspection`: the output of the commands that inspect and change nothing.
-- `adapters`: the commands on adapter files, in the words of their options.
+- `adapters`: the work of the commands on adapter files.
 - `authoring`: ``peftcore new``, and its templates.
-- `commands`: one module a kind of command; each imports what does its work when it runs.
-- `entry`: where it starts.
+- `commands`: one module for each kind of command; the functions import their requirements when they run.
+- `entry`: the entry point.
 """

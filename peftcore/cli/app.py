@@ -1,4 +1,4 @@
-"""The typer application, and helpers of its commands."""
+"""The typer application, and helpers for its commands."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ ORDER = (
     *("train", "compare", "search", "chat", "plan", "tree", "methods", "show", "schema"),
     *("inspect", "merge", "convert", "export-lora", "check", "export", "doctor", "new"),
 )
-"""Commands in the order in which people need them."""
+"""The order in which commands are listed, by when users need them."""
 OF_LAB = ("train", "compare", "search", "chat")
-"""Commands of the distribution peftcore-lab: without it, each says how to install it."""
+"""Commands of the distribution peftcore-lab; if it is not installed, they print how to install it."""
 EXTRAS = {"transformers": "peftcore[cli]", "huggingface_hub": "peftcore[cli]", "jinja2": "peftcore[cli]"}
-"""Packages that some commands import and the core does not require, and the requirement that pip installs for each."""
+"""Packages that some commands import and the core does not require, with the requirement to install each."""
 KEPT = "\n\N{NO-BREAK SPACE}"
-"""Characters that a terminal may be shown, though Python does not count them as printable."""
+"""Characters that are printed although Python does not count them as printable."""
 
 
 class Commands(TyperGroup):
-    """The commands of the core and of plugins, in the order of `ORDER`; those that it lacks are last. Plugins are
-    loaded when a command is asked for that the core does not have, or when all are listed."""
+    """The commands of the core and of plugins, in the order of `ORDER`, with all others last. Plugins are loaded only
+    when a command that the core lacks is called, or when commands are listed."""
 
     complete = False
-    """Whether the commands of plugins are among them."""
+    """True after the commands of plugins were added."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands."""
@@ -39,21 +39,21 @@ class Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command of the core or, if the core lacks one of that name, of a plugin."""
+        """Return the command with this name of the core, or else of a plugin."""
         if cmd_name not in self.commands:
             self.complete_with_plugins()
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that a command line begins with. Of a command that belongs to peftcore-lab, say how to
-        install it."""
+        """Find the command at the start of a command line. For commands of peftcore-lab, if that is not installed,
+        print how to install it."""
         if args[0] in OF_LAB and self.get_command(ctx, args[0]) is None:
             with answered():
                 raise lab_is_missing(f"peftcore {args[0]}")
         return super().resolve_command(ctx, args)
 
     def complete_with_plugins(self) -> None:
-        """Add the commands of plugins, once."""
+        """Add the commands of plugins, unless they were added already."""
         if not self.complete:
             from peftcore.cli.plugin_commands import commands
 
@@ -76,7 +76,7 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
     """Parse ``--set name=value``, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as written.
 
     Raises:
-        BadInput: one of them lacks a name, or a name is given twice.
+        BadInput: one of them lacks a name, or a name occurs twice.
     """
     from peftcore.utils.yaml_values import parse
 
@@ -93,15 +93,15 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
 
 
 def printable(text: object) -> str:
-    """Return a text that may contain names from a file, with control characters for terminals, such as escapes, spelled
-    out."""
+    """Return a text that may contain names from a file, with control characters, such as escape sequences for
+    terminals, replaced by their escaped form."""
     return "".join(each if each.isprintable() or each in KEPT else repr(each)[1:-1] for each in str(text))
 
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Turn what peftcore refuses, and a package that is not installed, into one message and exit code 2; anything else
-    is our fault and keeps its traceback."""
+    """Context manager that prints errors of peftcore and errors about missing packages as one message, and exits with
+    code 2. Other errors are bugs and keep their traceback."""
     try:
         yield
     except PeftcoreError as error:

@@ -1,4 +1,4 @@
-"""Helpers of the commands that look: a console that never cuts a path, plain tables, JSON."""
+"""Helpers for printing: a console that never cuts a path, plain tables, JSON."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.table import Table
 from peftcore.surgery.planning import Plan
 
 WIDTH = 100
-"""Columns where the width is unknown: in a pipe, in a file."""
+"""The width of the output, in characters, if it is not a terminal."""
 MANY = 8
 
 
 def console() -> Console:
-    """Return standard output as a console, as wide as the terminal is. Brackets are brackets: paths and requirements
-    have some."""
+    """Return a console for standard output, as wide as the terminal. Brackets are printed as they are, not read as
+    markup, since paths and requirements contain them."""
     terminal = Console().is_terminal
     return Console(width=None if terminal else WIDTH, markup=False, emoji=False, highlight=False)
 
 
 def columns(*headings: str, right: frozenset[str] = frozenset(), header: bool = True) -> Table:
-    """Return a table without lines; cells that do not fit are folded, never cut."""
+    """Return a table without lines; text that does not fit into a cell is wrapped, never cut."""
     table = Table(box=None, show_header=header, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
@@ -43,19 +43,19 @@ def times(shape: Sequence[int]) -> str:
 
 
 def tensors(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Format tensors: ``A 8×768, B 768×8``; a single number is shown without a shape, and of very many tensors only the
-    first are named."""
+    """Format tensors: ``A 8×768, B 768×8``; scalars have the shape ``1``, and of many tensors only the first two are
+    listed."""
     named = [f"{name} {times(shape) or '1'}" for name, shape in shapes.items()]
     return ", ".join(named if len(named) <= MANY else [*named[:2], f"... ({len(named)} tensors)"])
 
 
 def frozen(plan: Plan) -> str:
-    """Tell how many parameters of an adapter would not train; nothing where all of them would."""
+    """Return text about the parameters of an adapter that would not train; empty if all of them would."""
     return f", {plan.frozen:,} frozen in the adapter" if plan.frozen else ""
 
 
 def share(part: float) -> str:
-    """Format a part of the whole: in percent, or, where that would be mostly zeros, as a power of ten."""
+    """Format a share: in percent, or in scientific notation if it is below 0.01%."""
     return f"{part:.3%}" if part >= 1e-4 or not part else f"{part:.1e}"
 
 

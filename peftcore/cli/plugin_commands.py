@@ -12,11 +12,12 @@ from peftcore.registry.plugins import registry
 
 
 def commands(taken: tuple[str, ...]) -> dict[str, Any]:
-    """Return the commands of all plugins by name. A plugin whose commands cannot be built, or one of whose commands has
-    a name that is taken, adds none: it is recorded as a failure, and the others stay.
+    """Return the commands of all plugins by name. If the commands of a plugin cannot be built, or one of them has a
+    name that is taken, none of them is added, and the plugin is recorded as a failure; commands of other plugins are
+    not affected.
 
     Args:
-        taken: the names of the core's commands.
+        taken: names that are taken, those of the core's commands.
     """
     found: dict[str, Any] = {}
     owners = dict.fromkeys(taken, "peftcore itself")

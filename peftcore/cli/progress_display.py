@@ -1,4 +1,5 @@
-"""Progress displays, on standard error: one bar for a run; for a comparison its methods above and their steps below."""
+"""Progress displays on standard error: one bar for a single run, and two bars for a comparison, for its methods and for
+the steps of the current one."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class BarDisplay:
-    """A display with one bar; messages stay above it."""
+    """A display with one bar; messages are printed above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -32,7 +33,7 @@ class BarDisplay:
 
 
 class Bars:
-    """A display with two bars while the work lasts; a line stays behind for each finished run."""
+    """A display with two bars during the work; each finished run leaves one line of output."""
 
     def __init__(self, console: Console, runs: int) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -59,7 +60,7 @@ class Bars:
         self._progress.advance(self._steps)
 
     def say(self, line: str) -> None:
-        """Print nothing: scores during training are in the report."""
+        """Print nothing, since the report has the scores during training."""
 
     def finish(self, line: str) -> None:
         self._progress.advance(self._methods)

@@ -1,19 +1,19 @@
-"""Compat: an adapted model as a ``PeftModel`` of peft, for trainers that ask for one, such as those of TRL.
+"""Wraps an adapted model as a ``PeftModel`` of peft, for trainers that require one, such as those of TRL.
 
     model = peftcore.compat.get_peft_model(model, "dora", rank=8)  # or a configuration of peft
     trl.DPOTrainer(model=model, ...)
 
 It needs peft, which is imported only here. It may import `trainers` and the layers below. In the order of reading:
 
-- `arguments`: arguments of peft that may only have the value that peftcore always uses.
-- `configs`: entries of ``peft_config`` for adapters, and adapters made from such entries; `method_config`.
+- `arguments`: checks arguments of peft for which peftcore has only one behaviour.
+- `configs`: entries of ``peft_config``, and adapters that are created from them; `method_config`.
 - `folders`: the folders that the Trainer and peft look for.
-- `schedules`: an error for method schedules that are not advanced in training.
-- `training_state`: the state of a training between steps, in such a folder.
+- `schedules`: raises an error if the schedule of a method is not advanced in training.
+- `training_state`: saves and loads an adapter's state between training steps.
 - `tuner`: the module between peft's model and the adapted one.
 - `peft_model`: `PeftModel`.
 - `task_classes`: peft's classes for tasks, and `get_peft_model`.
-- `auto`: the base and its adapter in one call, as peft's ``AutoPeftModel``.
+- `auto`: peft's ``AutoPeftModel`` classes, which load a base and its adapter in one call.
 """
 
 from peftcore.compat.auto import (

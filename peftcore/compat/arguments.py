@@ -1,5 +1,5 @@
-"""Arguments of peft that say here what is so anyway: they are taken from who passes them, as TRL does, and any other
-value than that is refused."""
+"""Arguments of peft's functions for which peftcore has only one behaviour. Callers such as TRL may pass them with the
+value for that behaviour; any other value raises an error."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SO_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_device": ((None,), "values go to where the model's are"),
     "offload_folder": ((None,), "what the model offloads stays offloaded"),
 }
-"""Arguments of peft's functions, the values that say what is so, and what to say to others."""
+"""For each of these arguments of peft: the accepted values, and the text for the error about any other value."""
 
 
 def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Returns options without the arguments of peft.
 
     Raises:
-        ConfigError: an argument of peft has another value than the one that peftcore always uses.
+        ConfigError: an argument of peft has a value that peftcore does not support.
     """
     for name in options.keys() & SO_ANYWAY.keys():
         values, instead = SO_ANYWAY[name]
@@ -35,10 +35,10 @@ def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_no_more(options: dict[str, Any]) -> None:
-    """Check that all options are arguments of peft that say what is so anyway.
+    """Check that all options are arguments of peft with accepted values.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: an option is unknown, or has a value that peftcore does not support.
     """
     if rest := sorted(without_peft_arguments(options)):
-        raise ConfigError(f"{rest[0]}= is none of the arguments here; remove it")
+        raise ConfigError(f"{rest[0]}= is an unknown argument; remove it")

@@ -1,4 +1,4 @@
-"""peft's Auto classes: the base that an adapter's file names, and the adapter on it, in one call."""
+"""peft's Auto classes, which load the base that an adapter's file names, and the adapter, in one call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from peftcore.files.bases import load_base
 
 
 class AutoPeftModel:
-    """The base that an adapter's file names, adapted, as a `PeftModel`."""
+    """Loads the base that an adapter's file names, with the adapter, as a `PeftModel`."""
 
     task: ClassVar[str | None] = None
-    """peft's name of the task that the base has to be for."""
+    """peft's task type that the base must have; None for any task."""
 
     @classmethod
     def from_pretrained(
@@ -29,21 +29,21 @@ class AutoPeftModel:
         revision: str | None = None,
         **options: Any,
     ) -> PeftModel:
-        """Returns the base with the adapter.
+        """Returns the base with the adapter, as a `PeftModel`.
 
         Args:
-            pretrained_model_name_or_path: what `peftcore.load` takes.
+            pretrained_model_name_or_path: the path or repository of the adapter, as in `peftcore.load`.
             adapter_name: the adapter's name.
-            is_trainable: whether it trains.
-            revision: as of `peftcore.load`.
-            options: arguments of `peftcore.load_base`: ``fetch=True`` fetches a base that is not here, ``dtype=``,
-                ``device_map=`` and others are passed to transformers; arguments of peft with the values that peftcore
-                always uses.
+            is_trainable: whether the adapter trains.
+            revision: as in `peftcore.load`.
+            options: arguments of `peftcore.load_base`: ``fetch=True`` downloads a base that is not available locally;
+                ``dtype=``, ``device_map=`` and others are passed to transformers. Arguments of peft are accepted with
+                values that peftcore supports.
 
         Raises:
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `peftcore.load_base`.
             HostMismatch: the base is for another task.
-            ConfigError: an argument of peft has another value.
+            ConfigError: an argument of peft has a value that peftcore does not support.
         """
         options = without_peft_arguments(options)
         path = pretrained_model_name_or_path
@@ -58,36 +58,36 @@ class AutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """A language model with its adapter."""
+    """Loads a language model with its adapter."""
 
     task = "CAUSAL_LM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """A model from text to text with its adapter."""
+    """Loads a sequence-to-sequence model with its adapter."""
 
     task = "SEQ_2_SEQ_LM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """A model with scores for a text, with its adapter."""
+    """Loads a classifier of sequences with its adapter."""
 
     task = "SEQ_CLS"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """A model with scores for each token, with its adapter."""
+    """Loads a classifier of tokens with its adapter."""
 
     task = "TOKEN_CLS"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """A model that finds answers in a text, with its adapter."""
+    """Loads a model for question answering with its adapter."""
 
     task = "QUESTION_ANS"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """A model without a head, with its adapter."""
+    """Loads a model without a head, with its adapter."""
 
     task = "FEATURE_EXTRACTION"

@@ -1,5 +1,6 @@
-"""Entries of ``peft_config``: for an adapter peft's own configuration where it was made of one, otherwise an
-`AdapterConfig`. Of both another adapter can be made, as trainers do for a reference model."""
+"""Entries of the attribute ``peft_config``. An adapter that was made from a configuration of peft has that
+configuration, any other an `AdapterConfig`. From both, `add_adapter` can create a further adapter, as trainers do for a
+reference model."""
 
 from __future__ import annotations
 
@@ -23,19 +24,19 @@ from peftcore.injection.request import Request
 from peftcore.injection.switching import activate
 
 TASK = "PEFTCORE"
-"""A task for peft's table of classes by tasks, which leads to ours."""
+"""A task type of our own, for which peft's table of model classes has our `get_peft_model`."""
 
 
 @dataclass
 class AdapterConfig(PeftConfig):  # type: ignore[misc]
-    """An adapter of any method, as a configuration of peft.
+    """A configuration of peft that describes an adapter of any method of peftcore.
 
     Attributes:
         kind: the class of its method.
         options: its options.
-        wishes: the other arguments with which it was applied; where it was loaded, the places of the file.
-        method: of `method_config`, the method; the three above are None then.
-        arguments: other arguments of `peftcore.apply`.
+        wishes: the other arguments with which it was applied; for a loaded adapter, the sites in its file.
+        method: the method that was passed to `method_config`; `kind`, `options` and `wishes` are then None.
+        arguments: other arguments of `peftcore.apply`, for `method`.
     """
 
     kind: type[Method] | None = None
@@ -50,38 +51,38 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
 
 
 def method_config(method: Any, **arguments: Any) -> AdapterConfig:
-    """Returns a configuration for ``peft_config=`` of trainers that make the model of peft themselves:
+    """Returns a configuration for the argument ``peft_config`` of trainers that create the `PeftModel` themselves:
 
         trl.SFTTrainer(model, peft_config=method_config("dora", rank=8), ...)
 
     Args:
-        method: as `peftcore.apply` takes it.
-        arguments: other arguments of `peftcore.apply`, options of the method among them.
+        method: a method, as for `peftcore.apply`.
+        arguments: other arguments of `peftcore.apply`, such as options of the method.
     """
     return AdapterConfig(peft_type="PEFTCORE", method=method, arguments=arguments)
 
 
 def config_of(injection: Injection) -> AdapterConfig:
-    """Returns the configuration of an adapter that was made of none of peft's."""
+    """Returns the configuration of an adapter that was not made from a configuration of peft."""
     kind = type(injection.method)
     return AdapterConfig(peft_type=kind.name, kind=kind, options=injection.config, wishes=injection.wishes)
 
 
 def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str, Any]) -> Injection:
-    """Apply one more adapter, which is trainable but not active yet; active adapters stay active.
+    """Apply a further adapter, which is trainable but not active yet; active adapters stay active.
 
     Args:
         model: the host; changed in place.
         name: the adapter's name.
-        method: what `peftcore.apply` takes, configurations of peft among it; or an `AdapterConfig`, of which a fresh
-            adapter is made, drawn from the same seed.
+        method: a method or a configuration of peft, as for `peftcore.apply`; or an `AdapterConfig`, from which a fresh
+            adapter is created with the same seed.
         options: other arguments of `peftcore.apply`.
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the host was not changed.
-        ConfigError: an `AdapterConfig` is given with options, or describes an adapter that cannot be made again from a
-            method and its options.
-        CalibrationError: the method of an `AdapterConfig` looks at data first.
+        ConfigError: an `AdapterConfig` is passed together with options, or describes an adapter that cannot be created
+            from a method and its options alone.
+        CalibrationError: the method of an `AdapterConfig` needs data before training.
     """
     if isinstance(method, AdapterConfig) and method.method is not None:
         method, options = method.method, {**(method.arguments or {}), **options}
@@ -89,9 +90,13 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
         with _nothing_active(model):
             return apply(model, method, name=name, **options)
     if options:
-        raise ConfigError(f"this configuration has all options; name the method instead, with {sorted(options)}")
+        raise ConfigError(
+            f"this configuration already has all options; to change {sorted(options)}, pass the name of the method"
+        )
     if method.kind is None or method.options is None or method.wishes is None:
-        raise ConfigError('an AdapterConfig is what model.peft_config has; for another adapter name a method: "lora"')
+        raise ConfigError(
+            'this AdapterConfig describes no adapter: pass one of model.peft_config, or a method such as "lora"'
+        )
     request = Request(model, method.kind(), method.options, method.wishes, name=name, active=False)
     try:
         with _nothing_active(model):
@@ -104,31 +109,31 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
 
 
 def check_same_state(one: Injection, other: Injection) -> None:
-    """Check that two adapters of one configuration compute the same once their parameters are the same.
+    """Check that two adapters with the same configuration compute the same if their parameters are equal.
 
     Raises:
-        ConfigError: one has tensors that the other lacks, or state that is not a parameter.
+        ConfigError: one has tensors that the other lacks, or other values of state that is not a parameter.
     """
     shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (one, other)]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"{other.name!r} has other tensors than an adapter made of its configuration, as files of peft may: load "
-            "it under another name instead, model.load_adapter(folder, name), or give the trainer a ref_model"
+            f"{other.name!r} has other tensors than a new adapter with its configuration, as files of peft allow: load "
+            "it under another name instead, model.load_adapter(folder, name), or pass a ref_model to the trainer"
         )
     for (path, mine), (_, theirs) in zip(_buffers(one), _buffers(other), strict=True):
         if mine.shape != theirs.shape or not torch.equal(mine, theirs):
             raise ConfigError(
-                f"{other.name!r} has state that no configuration has, at {path}: an adapter made of the configuration "
-                "would be another one, with the same parameters too. Load it under another name instead, "
-                "model.load_adapter(folder, name), or give the trainer a ref_model"
+                f"{other.name!r} has state at {path} that its configuration does not describe: a new adapter with this "
+                "configuration would differ, even with the same parameters. Load it under another name instead, "
+                "model.load_adapter(folder, name), or pass a ref_model to the trainer"
             )
 
 
 def drop_nothing(injection: Injection) -> None:
-    """Let an adapter drop nothing in training any more; its options stay what they were.
+    """Switch off the dropout of an adapter; its options do not change.
 
     Raises:
-        TrainingError: it has options by which it drops something, and nothing that could be turned off.
+        TrainingError: the adapter's options set a dropout, but its modules have none that can be switched off.
     """
     if not (options := _dropouts_of(injection)):
         return
@@ -138,8 +143,8 @@ def drop_nothing(injection: Injection) -> None:
     ]
     if not any(found):
         raise TrainingError(
-            f"dropout was turned off in the modules of the model, and what {injection.name!r} drops cannot be: apply "
-            f"it with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
+            f"dropout was turned off in the modules of the model, but that of {injection.name!r} stays on: apply it "
+            f"with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
         )
 
 

@@ -1,5 +1,5 @@
-"""The folders that the Trainer and peft look for: with ``adapter_model.safetensors``, in peft's format wherever that
-can hold the adapter, otherwise in ours."""
+"""Folders with ``adapter_model.safetensors``, which the Trainer and peft expect. They are in peft's format if that can
+hold the adapter, otherwise in peftcore's format."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from peftcore.layers.fsdp import is_sharded
 from peftcore.utils.notices import notice
 
 WEIGHTS = "adapter_model.safetensors"
-"""The file by which the Trainer knows a folder with an adapter."""
+"""The file by which the Trainer recognizes a folder with an adapter."""
 CONFIG = "adapter_config.json"
 
 
 def save_folder(injection: Injection, folder: Path) -> None:
-    """Write an adapter into a folder, in peft's format where it can hold it; otherwise in ours, with a notice.
+    """Write an adapter into a folder, in peft's format if that can hold it; otherwise in peftcore's format, and log a
+    notice.
 
     Raises:
         ExportError: the model is sharded over processes.
     """
     if is_sharded(injection.model):
         raise ExportError(
-            "the model is sharded, so all processes have to save it, and a trainer lets one: call "
+            "the model is sharded, so all processes have to save it, but the trainer saves in one: call "
             f"peftcore.injections(model.get_base_model())[{injection.name!r}].save(folder) in all of them"
         )
     try:

@@ -1,4 +1,5 @@
-"""`PeftModel`: peft's class for those who ask for it, around a model that peftcore adapted."""
+"""`PeftModel`, a subclass of peft's `PeftModel` that wraps a model adapted by peftcore, for libraries that require
+peft's class."""
 
 from __future__ import annotations
 
@@ -28,31 +29,31 @@ from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import whole_from
 
 BASE = "__base__"
-"""peft's name for no adapter, in `adapter_names`."""
+"""peft's name for "no adapter" in `adapter_names`."""
 ALONE = "default"
-"""The adapter that peft saves directly into a folder, not into a subfolder with the adapter's name."""
+"""The name of the adapter that peft saves directly into a folder, and not into a subfolder with the adapter's name."""
 
 
 class PeftModel(peft.PeftModel):  # type: ignore[misc]
-    """A model that peftcore adapted, as a model of peft: ``isinstance(model, peft.PeftModel)``.
+    """A model of peft, ``isinstance(model, peft.PeftModel)``, that wraps a model adapted by peftcore.
 
     All state is in the adapted model, so changes by `peftcore` are visible here, and the other way round. One adapter
-    acts and trains, as in peft, until `peftcore.activate` says otherwise.
+    is active and trains, as in peft, unless `peftcore.activate` activates others.
 
     Args:
-        model: the model; changed in place. Without `peft_config` it has to be adapted already, and stays as it is.
+        model: the model; changed in place. Without `peft_config`, it has to be adapted already, and is not changed.
         peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
         adapter_name: the adapter's name.
         options: other arguments of `peftcore.apply`.
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the model was not changed.
-        UnsupportedHost: the model is one of peft.
+        UnsupportedHost: the model is a `PeftModel` already.
         ConfigError: there is no `peft_config`, and the model has no adapters.
     """
 
     by_task: ClassVar[dict[str, type[PeftModel]]] = {}
-    """The classes for peft's tasks."""
+    """The class for each task type of peft."""
 
     def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -63,7 +64,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         options = without_peft_arguments(options)
         if isinstance(model, peft.PeftModel):
             raise UnsupportedHost(
-                "the model is a PeftModel already: add_adapter(name, ...) adds one more; to start anew, give "
+                "the model is a PeftModel already: add_adapter(name, ...) adds one more; to start anew, pass "
                 "model.unload() or model.merge_and_unload()"
             )
         if peft_config is None and not injections(model):
@@ -86,7 +87,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @classmethod
     def for_task(cls, task: str | None) -> type[PeftModel]:
-        """Returns the class for a task of peft: this class if it is for a task already, or if peft lacks one."""
+        """Returns the class for a task type of peft; this class itself if it is already one of these, or if there is
+        none for the task."""
         return PeftModel.by_task.get(task or "", cls) if cls is PeftModel else cls
 
     @classmethod
@@ -100,19 +102,19 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         revision: str | None = None,
         **options: Any,
     ) -> PeftModel:
-        """Returns the model with a saved adapter: whatever `peftcore.load` reads, folders of peft among it.
+        """Returns the model with a saved adapter, in any format that `peftcore.load` reads, such as a folder of peft.
 
         Args:
             model: the model; changed in place.
-            model_id: what `peftcore.load` takes.
+            model_id: the path or repository of the adapter, as in `peftcore.load`.
             adapter_name: the adapter's name.
-            is_trainable: whether it trains; otherwise the model is in evaluation mode, as in peft.
-            revision: as of `peftcore.load`.
-            options: arguments of peft that say what is so here.
+            is_trainable: whether the adapter trains; if not, the model is set to evaluation mode, as in peft.
+            revision: as in `peftcore.load`.
+            options: arguments of peft with values that peftcore supports.
 
         Raises:
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
-            ConfigError: an argument of peft says something else.
+            ConfigError: an argument of peft has a value that peftcore does not support.
         """
         check_no_more(options)
         if isinstance(model, peft.PeftModel):
@@ -135,10 +137,10 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         return model
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Returns the model's output head, from whoever asks for it to multiply with its weight, as trainers of TRL do.
+        """Returns the model's output head, for callers such as trainers of TRL that use its weight directly.
 
         Raises:
-            ConfigError: an adapter acts on it, or trains it along, and would be passed over.
+            ConfigError: an adapter changes or trains the head, so that its bare weight would be wrong.
         """
         model: Any = self.get_base_model()
         head: nn.Module | None = model.get_output_embeddings()
@@ -146,47 +148,49 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             for site in (site for graft in injection.grafts for site in graft.holders):
                 if injection.module_at(site.module_path) is head:
                     raise ConfigError(
-                        f"{injection.name!r} is at the output head, {site.module_path}, and who asks for the head "
-                        "multiplies with its weight without the adapter: leave the head out of target= and train="
+                        f"{injection.name!r} changes the output head {site.module_path}, but callers of "
+                        "get_output_embeddings() use its bare weight: leave the head out of target= and train="
                     )
         return head
 
     @property
     def peft_config(self) -> dict[str, peft.PeftConfig]:
-        """The configuration of each adapter: peft's, where it was made of one; otherwise an `AdapterConfig`."""
+        """The configuration of each adapter: the configuration of peft from which it was made, or an
+        `AdapterConfig`."""
         found = self.adapters
         self._given = {name: self._given.get(name) or config_of(injection) for name, injection in found.items()}
         return dict(self._given)
 
     @property
     def peft_type(self) -> Any:
-        """peft's type of the adapter that acts, or the name of its method."""
+        """peft's type of the active adapter, or the name of its method if it was not made from a configuration of
+        peft."""
         return self.active_peft_config.peft_type
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act; while they are disabled, those that will again."""
+        """The names of the active adapters; within `disable_adapter`, those that will be active after the block."""
         return [name for name, injection in self.adapters.items() if injection.active] or self._last
 
     @property
     def active_adapter(self) -> str:
-        """The adapter that acts, or the first of several."""
+        """The name of the active adapter, or of the first of several."""
         return self.active_adapters[0]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter acts."""
+        """True if an adapter is active."""
         return any(injection.active for injection in self.adapters.values())
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Returns what the adapted model returns.
+        """Returns the output of the adapted model.
 
         Args:
             adapter_names: the adapter of each row; ``"__base__"`` for none.
 
         Raises:
-            TrainingError: in training, an adapter's dropout is active although dropout was turned off in the model; or
-                an optimizer took a step, but a method's schedule was not advanced.
+            TrainingError: in training, an adapter's dropout is on although dropout was switched off in the model; or
+                the schedule of a method was not advanced after an optimizer's step.
         """
         if self.training and self.base_model.dropout_is_off:
             self._drop_nothing()
@@ -197,20 +201,20 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             return self.get_base_model()(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the adapted model prepares."""
+        """Returns the result of the adapted model's method of this name."""
         model: Any = self.get_base_model()
         return model.prepare_inputs_for_generation(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Returns what the adapted model generates; `adapter_names` as in forward."""
+        """Returns the result of the adapted model's `generate`; `adapter_names` is as in `forward`."""
         model: Any = self.get_base_model()
         with self._routed(adapter_names, kwargs.get("num_beams") or model.generation_config.num_beams or 1):
             return model.generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context manager with the bare base model, to the bit; merged adapters are unmerged meanwhile. An adapter that
-        is set in it acts from its end on."""
+        """Context manager in which the model computes exactly as the base model; merged adapters are unmerged within
+        the block. An adapter that is set within the block becomes active at its end."""
         self._last, before, self._adapters_disabled = self.active_adapters, self._adapters_disabled, True
         merged = [name for name, injection in self.adapters.items() if injection.merged]
         self._merged_meanwhile = self._merged_meanwhile if before else merged
@@ -232,19 +236,19 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         the block.
 
         Args:
-            adapter_name: its name.
-            inference_mode: whether it is frozen.
+            adapter_name: the name of the adapter.
+            inference_mode: True freezes the adapter.
 
         Raises:
-            UnknownInjection: there is none of that name.
-            MergeError: another one is merged.
+            UnknownInjection: an adapter of this name does not exist.
+            MergeError: another adapter is merged.
         """
         if self._adapters_disabled:
             known(self.get_base_model(), [adapter_name])
             if others := [name for name in self._merged_meanwhile if name != adapter_name]:
                 raise MergeError(
-                    f"{others[0]!r} is merged, and is so again when disable_adapter() ends: call unmerge_adapter() "
-                    "before that block"
+                    f"{others[0]!r} is merged, and will be merged again when disable_adapter() ends: call "
+                    "unmerge_adapter() before that block"
                 )
             self._set_meanwhile = adapter_name
         else:
@@ -257,7 +261,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Let adapters train, or freeze them.
 
         Raises:
-            UnknownInjection: there is none of such a name.
+            UnknownInjection: an adapter of this name does not exist.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         state = known(self.get_base_model(), names)
@@ -265,18 +269,20 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             installed(state)[name].trainable(requires_grad)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
-        """Add a fresh adapter, frozen and not acting until `set_adapter`.
+        """Add a fresh adapter, which is frozen and inactive until `set_adapter`.
 
         Args:
-            adapter_name: its name.
-            peft_config: a method or a configuration as `peftcore.apply` takes them, or one of `peft_config`.
+            adapter_name: the name of the adapter.
+            peft_config: a method or a configuration, as for `peftcore.apply`, or an entry of the attribute
+                `peft_config`.
             options: other arguments of `peftcore.apply`.
 
         Raises:
             PeftcoreError: as `peftcore.apply`.
-            ConfigError: it is to be like an adapter that has state which is neither options nor parameters.
+            ConfigError: `peft_config` is the entry of an adapter with state that neither options nor parameters
+                describe.
 
-        Nothing was changed then.
+        After an error nothing is changed.
         """
         like = [name for name, config in self.peft_config.items() if config is peft_config]
         injection = apply_beside(self.get_base_model(), adapter_name, peft_config, options)
@@ -294,9 +300,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Delete an adapter; if it is active, the first remaining adapter becomes active.
 
         Raises:
-            UnknownInjection: there is none of that name.
+            UnknownInjection: an adapter of this name does not exist.
             ConfigError: it is the last one.
-            MergeError: it is merged, and `unmerge_adapter` is impossible.
+            MergeError: it is merged, and cannot be unmerged.
         """
         injection = installed(known(self.get_base_model(), [adapter_name]))[adapter_name]
         others = [name for name in self.adapters if name != adapter_name]
@@ -309,7 +315,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         for noted in (self._given, self._before):
             noted.pop(adapter_name, None)
         if acted:
-            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} acts now", stacklevel=2)
+            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2)
             self.set_adapter(others[0])
 
     def load_adapter(
@@ -325,18 +331,18 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         values into it, as the Trainer does to resume.
 
         Args:
-            model_id: what `peftcore.load` takes.
-            adapter_name: its name.
-            is_trainable: whether it trains; of one that is there nothing changes. Otherwise the model is in evaluation
-                mode afterwards, as in peft.
-            revision: as of `peftcore.load`.
-            options: arguments of peft that say what is so here.
+            model_id: the path or repository of the adapter, as in `peftcore.load`.
+            adapter_name: the name of the adapter.
+            is_trainable: whether a new adapter trains; for an existing adapter this does not change. If False, the
+                model is set to evaluation mode, as in peft.
+            revision: as in `peftcore.load`.
+            options: arguments of peft with values that peftcore supports.
 
         Raises:
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
-            ConfigError: an argument of peft says something else.
-            SwapError: an adapter of the name is there, of another method, with other options or elsewhere.
-            TrainingError: an adapter of the name is there, trains, and has a schedule, but the folder holds only
+            ConfigError: an argument of peft has a value that peftcore does not support.
+            SwapError: an adapter of this name exists, with another method, other options or other sites.
+            TrainingError: an adapter of this name exists, trains, and has a schedule, but the folder contains only
                 values.
 
         Returns:
@@ -348,8 +354,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             if not (is_trainable and load_training_state(there, Path(model_id))):
                 if is_trainable and has_schedule(there):
                     raise TrainingError(
-                        f"{there.method.name} has a schedule, and what it knows between steps is not in {model_id}, "
-                        "which was not written while it trained: to train on from its values, "
+                        f"{there.method.name} has a schedule, and {model_id} lacks its state, as it was not "
+                        "saved during training: to train on from its values, call "
                         "PeftModel.from_pretrained(model, folder, is_trainable=True)"
                     )
                 there.swap(model_id, revision=revision)
@@ -370,26 +376,26 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         state_dict: Any = None,
         safe_serialization: bool = True,
     ) -> None:
-        """Write the adapters: ``default`` into the folder, others into folders of their names in it; in peft's format,
-        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`. For an
-        adapter that trains, and has a schedule or new random draws in each step, its state between steps is stored next
-        to it.
+        """Save the adapters: ``default`` in the folder itself, others in subfolders with their names. The format is
+        peft's, or peftcore's for adapters that peft's cannot hold; `from_pretrained` and `peftcore.load` read both. If
+        an adapter trains and has a schedule, or changes random tensors in each step, the folder also has its state
+        between steps.
 
         Args:
             save_directory: the folder.
-            selected_adapters: names; all by default.
+            selected_adapters: names of adapters; all by default.
             is_main_process: whether this process writes.
-            state_dict: passed over: adapters are saved as they are on the model. Of a model that is sharded over
-                processes: whole values, which the Trainer gathers; the process that has them saves alone.
+            state_dict: ignored, since the model's adapters are saved; but for a model that is sharded over processes,
+                the whole values that the Trainer gathered. Only the process that has them saves.
             safe_serialization: has to be True.
 
         Raises:
             ConfigError: `safe_serialization` is False.
-            ExportError: the model is sharded over processes, and `state_dict` does not have them whole.
-            UnknownInjection: there is no adapter of such a name.
+            ExportError: the model is sharded over processes, and `state_dict` lacks the whole values of the adapters.
+            UnknownInjection: an adapter of this name does not exist.
         """
         if not safe_serialization:
-            raise ConfigError("no pickles are written: leave safe_serialization out")
+            raise ConfigError("peftcore writes no pickles: remove safe_serialization")
         names = list(self.adapters) if selected_adapters is None else [*selected_adapters]
         state = known(self.get_base_model(), names)
         wanted = [each for name in names for each in state.injections[name].parameters()]
@@ -401,14 +407,14 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
                 save_training_state(installed(state)[name], folder, self._before.get(name, {}))
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
-        """Merge adapters into the weights, until `unmerge_adapter`; all or none.
+        """Merge adapters into the weights until `unmerge_adapter`; on an error none is merged.
 
         Args:
             adapter_names: the active adapters by default; inactive ones cannot be merged.
-            safe_merge: passed over: values are checked always.
+            safe_merge: ignored, since values are always checked.
 
         Raises:
-            NotMergeable: the method has no merged form.
+            NotMergeable: the method cannot be merged.
             MergeError: as `Injection.merge`.
         """
         before = [injection for injection in self.adapters.values() if injection.merged]
@@ -420,7 +426,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             raise
 
     def unmerge_adapter(self) -> None:
-        """Put the weights back, bit for bit.
+        """Restore the weights from before the merge, bit for bit.
 
         Raises:
             MergeError: as `Injection.unmerge`.
@@ -430,10 +436,11 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Returns the model with adapters merged for good, those that act by default, and without any.
+        """Returns the base model after the adapters (by default the active ones) were merged into it and all adapters
+        were removed.
 
         Raises:
-            NotMergeable, MergeError: as `merge_adapter`; the adapters are still there.
+            NotMergeable, MergeError: as `merge_adapter`; the adapters are then still installed.
         """
         self.merge_adapter(adapter_names)
         for injection in reversed(self.adapters.values()):
@@ -442,20 +449,20 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """Returns the model without adapters."""
+        """Returns the base model, after all adapters were removed."""
         model = self.get_base_model()
         for injection in self.adapters.values():
             injection.remove()
         return model
 
     def get_layer_status(self) -> NoReturn:
-        """Raises ConfigError: there are no layers of peft."""
+        """Raises ConfigError, since the model has no layers of peft."""
         raise ConfigError(
-            "no layer is peft's: see print(adapter.summary()) for each adapter in model.adapters.values()"
+            "the model has no layers of peft: call print(adapter.summary()) for each of model.adapters.values()"
         )
 
     def get_model_status(self) -> NoReturn:
-        """Raises ConfigError: there are no layers of peft."""
+        """Raises ConfigError, since the model has no layers of peft."""
         self.get_layer_status()
 
     def _note_state(self) -> None:
@@ -490,19 +497,19 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Context manager in which each row has its adapter.
 
         Raises:
-            UnknownInjection: there is no adapter of such a name.
+            UnknownInjection: an adapter of this name does not exist.
         """
         if names is None:
             yield
             return
         if self._adapters_disabled:
-            raise ConfigError("adapter_names within disable_adapter(): leave one of the two out")
+            raise ConfigError("adapter_names cannot be used within disable_adapter(): remove one of the two")
         with route(self.get_base_model(), [None if name == BASE else name for name in names], copies=copies):
             yield
 
 
 def task_for(model: nn.Module, peft_config: Any) -> str | None:
-    """Returns peft's name of the task of a model, from its configuration of peft or from its class."""
+    """Returns peft's task type for a model, from its configuration of peft or from its class."""
     if isinstance(peft_config, peft.PeftConfig) and not isinstance(peft_config, AdapterConfig):
         return (
             None

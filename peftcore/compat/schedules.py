@@ -1,5 +1,5 @@
-"""Schedules that are not advanced: an optimizer's steps are counted for adapters whose method changes with the steps,
-and their next forward in training is refused if the method's schedule was not advanced.
+"""Detects schedules of methods that are not advanced during training. The optimizer steps of adapters with a schedule
+are counted; if the schedule was not advanced after a step, the next forward in training raises an error.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _WATCHED: weakref.WeakKeyDictionary[Injection, _Watch] = weakref.WeakKeyDictiona
 
 
 def has_schedule(injection: Injection) -> bool:
-    """Whether the method, or one of its parts, changes with the steps."""
+    """True if the method, or one of its parts, has a schedule that depends on the training steps."""
     return any(True for _ in scheduled(injection))
 
 
 def check_driven(injection: Injection) -> None:
-    """Check, before a forward in training, that a schedule was advanced after the last step of an optimizer; from now
-    on steps are counted.
+    """Check, before a forward in training, that the schedule was advanced after the last step of the optimizer. The
+    first call starts to count the steps.
 
     Raises:
         TrainingError: the schedule was not advanced.
@@ -52,7 +52,7 @@ def check_driven(injection: Injection) -> None:
     watch.update(injection)
     if watch.untold:
         raise TrainingError(
-            f"{injection.method.name} changes with the steps, and an optimizer took one of which nobody told it: give "
+            f"{injection.method.name} has a schedule, but an optimizer stepped without advancing it: pass "
             "the Trainer callbacks=[peftcore.training.PeftcoreCallback()], or train with "
             "model.adapters[name].optimizer(..., total_steps=N)"
         )

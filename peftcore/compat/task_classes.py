@@ -1,4 +1,5 @@
-"""Classes of peft for tasks, which some trainers ask for, such as PPO of TRL; and `get_peft_model`, which chooses."""
+"""Subclasses of `PeftModel` for peft's tasks, which some trainers require, such as PPO of TRL; and `get_peft_model`,
+which chooses the class."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class PeftModelForSeq2SeqLM(
     peft.PeftModelForSeq2SeqLM,  # type: ignore[misc]
     task="SEQ_2_SEQ_LM",
 ):
-    """An adapted model from text to text."""
+    """An adapted sequence-to-sequence model."""
 
 
 class PeftModelForSequenceClassification(
@@ -32,7 +33,7 @@ class PeftModelForSequenceClassification(
     peft.PeftModelForSequenceClassification,  # type: ignore[misc]
     task="SEQ_CLS",
 ):
-    """An adapted model with scores for a text."""
+    """An adapted classifier of sequences."""
 
 
 class PeftModelForTokenClassification(
@@ -40,7 +41,7 @@ class PeftModelForTokenClassification(
     peft.PeftModelForTokenClassification,  # type: ignore[misc]
     task="TOKEN_CLS",
 ):
-    """An adapted model with scores for each token."""
+    """An adapted classifier of tokens."""
 
 
 class PeftModelForQuestionAnswering(
@@ -48,7 +49,7 @@ class PeftModelForQuestionAnswering(
     peft.PeftModelForQuestionAnswering,  # type: ignore[misc]
     task="QUESTION_ANS",
 ):
-    """An adapted model that finds answers in a text."""
+    """An adapted model for question answering."""
 
 
 class PeftModelForFeatureExtraction(
@@ -60,7 +61,7 @@ class PeftModelForFeatureExtraction(
 
 
 def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE, **options: Any) -> PeftModel:
-    """Returns a model of peft around a model that is adapted in place, by any method:
+    """Adapts a model in place, by any method, and returns a `PeftModel` that wraps it:
 
         model = get_peft_model(model, "dora", rank=8)
         model = get_peft_model(model, peft.LoraConfig(r=8))
@@ -69,10 +70,11 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE
         model: the model; changed in place.
         peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft, or of `method_config`.
         adapter_name: the adapter's name.
-        options: other arguments of `peftcore.apply`; those of peft, where they say what is so here.
+        options: other arguments of `peftcore.apply`, and arguments of peft with values that peftcore supports.
 
     Returns:
-        A model of the class for its task, where it has one: the configuration says which, or the model's own class.
+        An instance of the class for the model's task, which is that of the configuration or follows from the model's
+        class; a plain `PeftModel` if no task is known.
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the model was not changed.
@@ -81,4 +83,5 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE
 
 
 peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASK] = get_peft_model
-"""peft's own function, which trainers call with the configuration that they get, calls ours for `method_config`."""
+"""By this entry, peft's own `get_peft_model`, which trainers call with the configuration that the user passes to them,
+calls ours for a `method_config`."""

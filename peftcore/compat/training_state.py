@@ -1,5 +1,5 @@
-"""The state of an adapter between steps, in a file next to those of the adapter's format: the Trainer resumes a model
-of peft from that folder, and formats of adapters have neither a schedule's statistics nor all tensors to the bit.
+"""Saves the training state of an adapter in an extra file in the adapter's folder, from which the Trainer resumes a
+model of peft. The formats of adapters contain neither the statistics of schedules nor all tensors with all bits.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from peftcore.training.optimizer import transient
 
 FILE = "peftcore_training.safetensors"
 VALUES, BETWEEN = "values.", "between."
-"""Prefixes of the adapter's own tensors, and of state between steps."""
+"""Prefixes for the adapter's own tensors, and for state between steps (non-persistent buffers)."""
 OPTIONS = "options"
-"""The entry of the file's metadata with the method and its options: values alone do not say what they mean."""
+"""The key of the file's metadata with the method and its options, by which the values are checked."""
 
 
 def digests(injection: Injection) -> dict[str, bytes]:
-    """Returns digests of state between steps, to see later whether it changed."""
+    """Returns digests of the state between steps, to detect later whether it changed."""
     return {name: digest(buffer) for name, buffer in transient(injection) if not buffer.is_meta}
 
 
 def save_training_state(injection: Injection, folder: Path, before: Mapping[str, bytes]) -> None:
-    """Write what a training has to know to go on exactly, where the adapter trains and its folder does not have it: it
-    has a schedule, or state between steps that changed.
+    """Write the state that is needed to continue a training exactly, if the adapter trains, and has a schedule or
+    changed state between steps; otherwise remove an older file.
 
     Args:
         injection: the adapter.
-        folder: its folder.
-        before: digests of state between steps as it was when it was made.
+        folder: the adapter's folder.
+        before: digests of the state between steps when the adapter was created.
     """
     trains = any(parameter.requires_grad for parameter in injection.parameters())
     if not trains or not (has_schedule(injection) or digests(injection) != before):
@@ -47,14 +47,14 @@ def save_training_state(injection: Injection, folder: Path, before: Mapping[str,
 
 
 def load_training_state(injection: Injection, folder: Path) -> bool:
-    """Put an adapter back to where the training was that wrote the folder.
+    """Restore the training state of an adapter that `save_training_state` wrote into a folder.
 
     Returns:
-        Whether the folder has what that takes; otherwise nothing was changed.
+        True if the folder has a training state. If not, nothing is changed.
 
     Raises:
         CheckpointError: the file is damaged.
-        SwapError: it is of another adapter. Nothing was changed then.
+        SwapError: the state belongs to another adapter. Nothing is changed then.
     """
     if not (folder / FILE).is_file():
         return False
@@ -63,8 +63,8 @@ def load_training_state(injection: Injection, folder: Path) -> bool:
     shapes = {name.removeprefix(BETWEEN): shape for name, shape in file.shapes.items() if name.startswith(BETWEEN)}
     if file.metadata.get(OPTIONS) != _options(injection) or shapes != {name: b.shape for name, b in buffers.items()}:
         raise SwapError(
-            f"the training in {folder} was of another adapter than {injection.name!r}, or with other options: make it "
-            "as it was; or begin a new training with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+            f"the training in {folder} is of another adapter than {injection.name!r}, or has other options: apply the "
+            "same adapter; or start a new training with PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     tensors = file.read()
     injection.swap({name.removeprefix(VALUES): each for name, each in tensors.items() if name.startswith(VALUES)})

@@ -9,19 +9,19 @@ from torch import nn
 from peftcore.layers.adapter_modules import ADAPTER_MODULES
 
 ON = 0.5
-"""The probability of a dropout that was not turned off; any number but 0."""
+"""The probability of `Tuner.switch` as long as dropout is not switched off; any number but 0."""
 
 
 class Tuner(nn.Module):
-    """Holds the adapted model as ``model``, so that names of its parameters begin as they do in peft, with
-    ``base_model.model.``, and has its attributes.
+    """Holds the adapted model as ``model``, so that the names of its parameters start with ``base_model.model.``, as in
+    peft. The model's attributes are available on the tuner.
 
     Attributes:
         model: the adapted model.
-        switch: a dropout that drops nothing. Trainers turn dropout off by setting modules of torch to 0; dropouts of
-            adapters are not such modules, and this switch shows that they should be turned off, too.
-        prefix: a part of the names of all adapter parameters, and of these names only: trainers use it to leave them
-            out.
+        switch: a dropout module that is never called. Trainers switch dropout off by setting the probability of torch's
+            dropout modules to 0. Dropouts of adapters are not such modules; if the probability of `switch` is 0, they
+            are switched off too.
+        prefix: a text that only the names of adapter parameters contain; trainers use it to exclude these parameters.
     """
 
     prefix = f"{ADAPTER_MODULES}."
@@ -33,11 +33,11 @@ class Tuner(nn.Module):
 
     @property
     def dropout_is_off(self) -> bool:
-        """Whether dropout was turned off."""
+        """True if dropout was switched off."""
         return self.switch.p != ON
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the adapted model returns."""
+        """Returns the output of the adapted model."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -91,7 +91,7 @@ class Batch:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(
-                f"the model's {type(output).__name__} has no loss: give batches with labels, or functions of the model "
+                f"the model's {type(output).__name__} has no loss: pass batches with labels, or functions of the model "
                 "that return the loss"
             )
         return loss.view(())
@@ -112,7 +112,10 @@ class Batch:
             with torch.no_grad():
                 self.output()
         if self._called is None:
-            raise CalibrationError("a batch is a function that does not call the model, so nobody knows its inputs")
+            raise CalibrationError(
+                "a batch is a function that does not call the model, so the model's inputs are unknown: call the "
+                "model in it"
+            )
         return self._called
 
     def labels(self) -> Tensor:
@@ -125,8 +128,8 @@ class Batch:
         labels = self.inputs().get("labels") if self._labels is None else self._labels
         if not isinstance(labels, Tensor):
             raise CalibrationError(
-                'a batch has no labels: give mappings with "labels", or peftcore.Labelled(batch, labels) where the '
-                "model takes none"
+                'a batch has no labels: pass mappings with "labels", or peftcore.Labelled(batch, labels) if the model '
+                "takes none"
             )
         moved: Tensor = _to(_device(self._model), labels)
         return moved

@@ -56,6 +56,6 @@ class Calls:
             if made is output and (args or kwargs):
                 return args, kwargs
         raise CompositionError(
-            "an operator that says `only_inputs` returned what no call of the module did, so what it gave the module "
-            "is not known"
+            "an operator with `only_inputs` returned another output than the module, so the input that it passed to "
+            "the module is unknown: return the output of `call` unchanged"
         )

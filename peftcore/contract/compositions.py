@@ -87,7 +87,7 @@ class Stack(Composition):
 def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[float]:
     given = [1.0] * len(parts) if weights is None else [float(weight) for weight in weights]
     if len(given) != len(parts):
-        raise CompositionError(f"{len(parts)} parts need as many weights, not {len(given)}")
+        raise CompositionError(f"{len(parts)} parts need {len(parts)} weights, one for each, not {len(given)}")
     return given
 
 
@@ -141,8 +141,8 @@ class Split(Composition):
         fixed = list(lengths[:-1]) + ([] if lengths and lengths[-1] is None else list(lengths[-1:]))
         if len(lengths) != len(parts) or not all(isinstance(each, int) and each > 0 for each in fixed):
             raise CompositionError(
-                f"a split of {len(parts)} parts needs as many lengths: whole numbers above 0, the last may be None; "
-                f"not {list(lengths)}"
+                f"a split of {len(parts)} parts needs {len(parts)} lengths: whole numbers above 0, of which the last "
+                f"may be None; not {list(lengths)}"
             )
 
     def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
@@ -152,8 +152,8 @@ class Split(Composition):
         rest = tokens - fixed
         if rest < 0 or (lengths[-1] is not None and rest):
             raise CompositionError(
-                f"a split into {lengths} met a module that returns {list(base.shape)}: it needs [batch, tokens, "
-                "features] with all tokens of the sequence (generate with use_cache=False)"
+                f"a split into {lengths} cannot be applied to a module that returns {list(base.shape)}: it needs "
+                "[batch, tokens, features] with all tokens of the sequence (generate with use_cache=False)"
             )
         lengths = [rest if each is None else each for each in lengths]
         pieces = zip(*(torch.split(output, lengths, dim=1) for output in outputs), strict=True)

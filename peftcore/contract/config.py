@@ -95,7 +95,7 @@ class MethodConfig(BaseModel):
             elif isinstance(each, list | tuple):
                 left += each
             elif not isinstance(each, str) and not fits(each):
-                raise ValueError(f"no tensor can be computed with a number like {shown(each)}")
+                raise ValueError(f"{shown(each)} is a number that no tensor can hold")
         return self
 
     @field_validator("overrides")
@@ -108,11 +108,13 @@ class MethodConfig(BaseModel):
         names = dict.fromkeys(name for changes in overrides.values() for name in changes if name in cls.model_fields)
         if fixed := [name for name in names if name not in cls.overridable]:
             rest = (
-                f"it can change {' and '.join(cls.overridable)}" if cls.overridable else "the method takes no overrides"
+                f"overrides can change {' and '.join(cls.overridable)}"
+                if cls.overridable
+                else "the method takes no overrides"
             )
             raise ValueError(
-                f"{' and '.join(fixed)} cannot change at single sites, which share parameters: give one value for all; "
-                f"{rest}"
+                f"{' and '.join(fixed)} cannot change at single sites, because the sites share parameters: set one "
+                f"value for all sites; {rest}"
             )
         return overrides
 
@@ -234,5 +236,5 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
         return torch.float32
     dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
     if dtype is None or dtype not in DTYPES.values():
-        raise ConfigError(f"dtype={name!r}: operators may be {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype={name!r} is not supported for operators: use one of {', '.join(DTYPES)}")
     return dtype

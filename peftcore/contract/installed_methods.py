@@ -103,9 +103,9 @@ class AppliedMethod(ABC):
         """
         if any(map(is_empty, self.parameters())):
             raise ExportError(
-                "DeepSpeed's ZeRO-3 has cut the adapter apart, and its tensors are empty: call save(folder) in all "
-                "processes, which gathers, or gather them yourself, with deepspeed.zero.GatheredParameters("
-                "list(injection.parameters()))"
+                "DeepSpeed's ZeRO-3 has partitioned the adapter, so its tensors are empty here: call save(folder) in "
+                "all processes, which gathers them, or gather them yourself with "
+                "deepspeed.zero.GatheredParameters(list(injection.parameters()))"
             )
         return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 

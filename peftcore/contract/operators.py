@@ -80,6 +80,9 @@ class _Base(Checked):
     """True if the operator acts only in training; merging skips it."""
     overrides = False
     """True if the operator ignores its input tensor, so earlier adapters on that tensor have no effect."""
+    reads: frozenset[str] = frozenset()
+    """Paths of tensors of the model, other than those of its site, that the operator computes with as they are stored.
+    No other adapter may be merged into them as long as the operator is installed."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -99,8 +102,9 @@ class _Base(Checked):
         """
         if (getattr(hook, "__module__", None) or "").partition(".")[0] == "opacus":
             raise TrainingError(
-                "Opacus takes gradients of single examples where modules get tensors alone; operators get the forward "
-                "that they wrap: give it peftcore.training.PerExample(model), with grad_sample_mode='no_op'"
+                "Opacus computes gradients of single examples only for modules whose inputs are all tensors, but "
+                "operators also get the forward that they wrap: pass peftcore.training.PerExample(model) to Opacus, "
+                "with grad_sample_mode='no_op'"
             )
         return super().register_forward_hook(hook, **options)
 
@@ -110,7 +114,10 @@ class _Base(Checked):
         Raises:
             NotMergeable: the operator does not override `merged`.
         """
-        raise NotMergeable(f"{type(self).__name__} does not say what its merged weight is")
+        raise NotMergeable(
+            f"{type(self).__name__} has no merged weight, because it does not define `merged`; keep the adapter "
+            "unmerged"
+        )
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         """Returns the effective bias that goes with `merged`; most methods leave it alone. `weight` returns the weight
@@ -151,8 +158,8 @@ class _Base(Checked):
         """
         if values.is_meta and not like.is_meta:
             raise NoWeights(
-                f"{type(self).__name__}: its values are offloaded, and it reads them where nothing is called that "
-                "would bring them back: offload the model first, and apply then"
+                f"{type(self).__name__} reads values that are offloaded, and no module is called here that would "
+                "restore them: offload the model first, and apply the method then"
             )
 
     def drop_nothing(self) -> bool:

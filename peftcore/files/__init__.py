@@ -6,12 +6,12 @@ It may import `injection`, and what is below. In the order of reading:
 - `envelope`: the description of a saved adapter besides its tensors.
 - `auto_classes`: the classes of transformers by which a base may be built, and their tasks.
 - `added_rows`: rows that were added to token tables of the base.
-- `formats`: one module a file format, ours and other libraries'.
-- `readers`: the parts of these files that other programs read, by version, as data.
+- `formats`: one module for each file format, of peftcore and of other libraries.
+- `readers`: rules of which parts of an adapter's file other programs read, as data for each version of a program.
 - `save_load`: `load`, and the function behind `Injection.save`.
 - `continuing`: the record of an adapter in a checkpoint, compared with the adapter that continues training.
-- `adapter_pool`: adapters within a limit of bytes, the idle ones in files.
+- `adapter_pool`: keeps a model's adapters within a memory limit; values of idle ones are in files or on the CPU.
 - `bases`: `load_base`, which builds the model that an adapter's file names.
-- `peft_configs`: configurations of peft, applied as a file of theirs is loaded.
-- `composition_folders`: compositions with the adapters in them.
+- `peft_configs`: applies configurations of peft, by loading the files that peft writes for them.
+- `composition_folders`: saves and loads compositions together with their adapters.
 """

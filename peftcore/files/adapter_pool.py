@@ -1,5 +1,4 @@
-"""`keep_within`: the adapters of a model within a limit of bytes; values of idle ones are kept on the CPU or in
-files."""
+"""`keep_within` keeps a model's adapters within a memory limit: values of idle adapters are on the CPU or in files."""
 
 from __future__ import annotations
 
@@ -29,14 +28,14 @@ from peftcore.utils.journal import Journal
 
 Shapes = dict[str, tuple[torch.dtype, torch.Size]]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-"""Bytes of the units of a limit."""
+"""The number of bytes of each unit that a limit may be written in."""
 
 
 def bytes_of(limit: int | str) -> int:
     """Returns a limit as bytes.
 
     Raises:
-        ConfigError: it is not an amount of memory.
+        ConfigError: `limit` is not an amount of memory.
     """
     if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
         return limit
@@ -51,59 +50,55 @@ def bytes_of(limit: int | str) -> int:
 def keep_within(
     model: nn.Module, limit: int | str, idle: str | os.PathLike[str] | Literal["cpu"] = "cpu"
 ) -> AdapterPool:
-    """Keep the values of a model's adapters, present and future ones, within a limit of bytes.
+    """Keep the adapters of a model, those installed now and later, within a limit of bytes on the model's devices.
 
         pool = peftcore.keep_within(model, "2GB", idle="/fast/disk/idle")
         for name, folder in thousands:
             peftcore.load(model, folder, name=name, active=False)
-        peftcore.using(model, "mail")(model, ids)  # it is brought back, and others go
+        peftcore.using(model, "mail")(model, ids)  # restores "mail", and makes others idle
 
-    Adapters that were used least recently leave when the limit is reached: their values go to the CPU, or into files.
-    Naming an idle adapter (`activate`, `route`, `using`, a composition) restores it, as the same parameters with the
-    same bits. An adapter stays that a choice in force names in any thread or task, that a forward follows, that is
-    merged, or that trains; where these leave no room, the choice is refused and the one before stays in force. `save`,
-    `merge`,
-    `optimizer`, `swap` and `state_dict` of an idle adapter restore it too. A state dict of the model has the values
-    of all; `to` holds for idle ones when they are back; a copy or a pickle of the model is refused while there are any.
+    When the limit is reached, the least recently used adapters become idle: their values are moved to the CPU or into
+    files. An idle adapter is restored when `activate`, `route`, `using` or a composition names it, or when its `save`,
+    `merge`, `optimizer`, `swap` or `state_dict` is called: the same parameter objects have the same bits again. An
+    adapter cannot become idle while it is active in any thread or task, used by a running forward, merged, or in
+    training. If these adapters leave no room for the named one, the call raises `MemoryLimit` and the active adapters
+    stay as they are. A state dict of the model has the values of all adapters. `model.to` moves idle adapters when they
+    are restored. A model with idle adapters cannot be copied or pickled.
 
-    Values that were changed since they were brought back are written again when they go. A file in which something was
-    changed is an error when it is read.
+    When an adapter becomes idle again, its values are written only if they changed since they were restored. Reading a
+    file that was changed by another program raises an error.
 
-    Forwards of compiled models are not seen: in a thread that follows the model-wide choice of another thread, give
-    them a separate choice, `using`.
+    The pool does not see forwards of compiled models. If one thread runs them and another thread calls `activate`, run
+    them within `using`, so that their adapters do not become idle.
 
     Args:
         model: the host; it may have no adapters yet.
-        limit: bytes on the model, as a number or as "500MB", "2GB", "2GiB". They count the parameters and buffers of
-            adapters, not the base.
-        idle: "cpu" for the memory of the CPU, which is of use where the model is elsewhere; or a folder, in which a
-            folder of this pool is made, and removed with it.
+        limit: the number of bytes, or a text such as "500MB", "2GB" or "2GiB", for the parameters and buffers of all
+            adapters that are not idle. The base is not counted.
+        idle: where to keep the values of idle adapters: "cpu" for CPU memory, if the model is on another device; or a
+            folder, in which the pool creates its own folder and removes it at the end.
 
     Returns:
-        The pool, with which the limit is changed, watched and lifted.
+        The pool: it has the limit and the names of idle adapters, and `end()` removes the limit.
 
     Raises:
-        ConfigError: the limit is not an amount of memory, the model has one already, a part of it has the adapters, or
-            "cpu" is where the model is.
-        MemoryLimit: the adapters that cannot leave now take more.
-        UnsupportedHost: adapters are sharded over processes.
+        ConfigError: the limit is not an amount of memory, the model already has a pool, its adapters belong to a
+            submodule, or `idle` is "cpu" and the model is on the CPU.
+        MemoryLimit: the adapters that cannot become idle now need more than the limit.
+        UnsupportedHost: the adapters are sharded over processes.
     """
     check_model(model)
     room = bytes_of(limit)
     fresh = state_of(model) is None
     state = state_of(model) or HostState()
     if state.residency is not None:
-        raise ConfigError(
-            "the adapters of this model are within a limit already: set pool.limit, or pool.end() it first"
-        )
+        raise ConfigError("this model has an AdapterPool already: set pool.limit, or call pool.end() first")
     inside = [path for path, module in model.named_modules() if path and state_of(module) is not None]
     if fresh and inside:
-        raise ConfigError(f"this model has no adapters, but its part {inside[0]!r} has: give that one a limit")
+        raise ConfigError(f"this model has no adapters, but its submodule {inside[0]!r} has: pass that submodule")
     on_cpu = all(each.device.type == "cpu" for each in model.parameters())
     if idle == "cpu" and on_cpu:
-        raise ConfigError(
-            "the model is on the CPU, so idle adapters would free nothing there: name a folder, idle=path"
-        )
+        raise ConfigError('the model is on the CPU, so idle="cpu" would free no memory: pass a folder, idle=path')
     store: Store = MemoryStore() if idle == "cpu" else FolderStore(Path(idle))
     with Journal() as journal:
         state = ensure_state(journal, model, list(model.modules()), make_anew)
@@ -121,8 +116,8 @@ def keep_within(
 
 
 class AdapterPool:
-    """Returned by `keep_within`: the limit within which the adapters of a model are, which of them are on the model and
-    which are idle. It lasts as long as the model, even if the caller keeps no reference to it."""
+    """The memory limit of a model's adapters, returned by `keep_within`: it knows which adapters are on the model and
+    which are idle. The limit lasts as long as the model, even if the caller keeps no reference to the pool."""
 
     def __init__(self, model: nn.Module, state: HostState, limit: int, store: Store) -> None:
         numbers = iter(range(2**62))
@@ -137,8 +132,8 @@ class AdapterPool:
 
     @property
     def limit(self) -> int:
-        """The bytes that adapters may take on the model. Setting it lets adapters leave; MemoryLimit where those that
-        cannot take more."""
+        """The limit in bytes. Setting a lower limit makes adapters idle; it raises `MemoryLimit` if the adapters that
+        cannot become idle need more."""
         return self.residency.limit
 
     @limit.setter
@@ -152,12 +147,12 @@ class AdapterPool:
 
     @property
     def bytes(self) -> int:
-        """The bytes that adapters take on the model now."""
+        """The bytes of all adapters that are not idle."""
         return self.residency.bytes()
 
     @property
     def resident(self) -> list[str]:
-        """The names of the adapters on the model; the least recently used first."""
+        """The names of the adapters that are not idle, the least recently used first."""
         return self.residency.names(True)
 
     @property
@@ -166,18 +161,18 @@ class AdapterPool:
         return self.residency.names(False)
 
     def wake(self, *names: str) -> None:
-        """Bring adapters back before they are named, so that the first request does not wait.
+        """Restore idle adapters before they are used, so that the first request does not wait.
 
         Raises:
             UnknownInjection: the model has no injection of this name.
-            MemoryLimit: they do not fit next to the adapters that cannot leave.
-            CheckpointError: the values of one were changed or damaged where they lay.
+            MemoryLimit: they do not fit next to the adapters that cannot become idle.
+            CheckpointError: a file with the values of one of them was changed or damaged.
         """
         self.residency.bring(self._known(names))
 
     def rest(self, *names: str) -> list[str]:
-        """Let adapters leave now; returns the names of the adapters that stay, since they are chosen, train or are
-        merged.
+        """Make adapters idle now; returns the names of those that cannot become idle, since they are active, in
+        training or merged.
 
         Raises:
             UnknownInjection: the model has no injection of this name.
@@ -185,7 +180,7 @@ class AdapterPool:
         return self.residency.rest(self._known(names))
 
     def end(self) -> None:
-        """Bring all adapters back, and lift the limit."""
+        """Restore all adapters, and remove the limit."""
         state, model = self._state(), self._model()
         if state is None or state.residency is not self.residency:
             return
@@ -209,8 +204,8 @@ class AdapterPool:
 
 
 class FolderStore(Store):
-    """Keeps values in safetensors files, one for each adapter, in a separate folder; values that are read back are
-    compared with the written ones. Values that were not changed since are not written again."""
+    """Stores the values of idle adapters in a temporary folder, one safetensors file for each adapter. Values are
+    compared with the written ones when they are read, and are written again only if they changed."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +246,7 @@ class FolderStore(Store):
         self._path(key).unlink(missing_ok=True)
 
     def returned(self, key: int) -> None:
-        """Keep the file: values that do not change need not be written again."""
+        """Keep the file, so that values that do not change need not be written again."""
 
     def _path(self, key: int) -> Path:
         return self._folder / f"{key}.safetensors"

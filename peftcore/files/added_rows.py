@@ -1,5 +1,5 @@
-"""Rows that were added to token tables of the base, as ``resize_token_embeddings`` does: no copy of the base has them,
-so they are in the adapter's file, though they did not train."""
+"""Rows that were added to token tables of the base, for example by ``resize_token_embeddings``. A fresh copy of the
+base lacks these rows, so the adapter's file has them, even though they were not trained."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from peftcore.surgery.table_rows import TableRows
 
 @dataclass(frozen=True)
 class AddedRows:
-    """The rows of one table."""
+    """The rows that were added to one token table, from `start` up to but excluding `stop`."""
 
     start: int
     stop: int
     weight: Tensor
-    """The whole table with these rows, ``[tokens, width]``."""
+    """The whole table, including the added rows, ``[tokens, width]``."""
     bias: Tensor | None
-    """The whole bias of a head with these rows, ``[tokens]``; None if it does not exist."""
+    """The whole bias of an output head, including the added rows, ``[tokens]``; None if there is no bias."""
 
     def copy(self) -> AddedRows:
-        """Returns copies of them in separate memory."""
+        """Returns a copy with its own tensors."""
         return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
 
 
 @torch.no_grad()
 def added_rows(injection: Injection) -> dict[str, AddedRows]:
-    """Returns the rows that the base of an injection lacks, by path of the table: those that the injection brought from
-    a file, and those that were added since. Tables that train as a whole are left out, since all of them is saved.
+    """Returns the rows that the original base of an injection lacks, by path of the table: rows that were loaded with
+    the injection, and rows that were added since. Tables that train as a whole are left out, since they are saved whole
+    anyway.
 
     Raises:
         MergeError: the injection is merged into a table, and the originals were not kept.
@@ -117,24 +118,24 @@ def _origin(name: str | None, commit: str | None) -> Path | None:
 
 
 def spans(rows: Mapping[str, AddedRows]) -> dict[str, tuple[int, int]]:
-    """Returns the first and the end of the rows of each table, in an order of their own."""
+    """Returns the range of the added rows of each table as (first, last + 1), sorted by path."""
     return {path: (rows[path].start, rows[path].stop) for path in sorted(rows)}
 
 
 def check_no_rows(injection: Injection, format: str, held: Mapping[str, Collection[int]] = {}) -> None:
-    """Refuse to write a file that would lack rows.
+    """Raise an error if a file would lack rows that were added to the base.
 
     Args:
         held: the rows that the file has, by path of the table.
 
     Raises:
-        ExportError: rows were added to tables of the base, and the format has no place for them.
+        ExportError: rows were added to tables of the base, and the format cannot hold them.
     """
     for path, rows in added_rows(injection).items():
         lacking = set(range(rows.start, rows.stop)).difference(held.get(path, ()))
         if not lacking:
             continue
         raise ExportError(
-            f"{len(lacking)} rows were added to {path}, for which files of {format} have no place: save the "
-            "base with them, model.save_pretrained(folder), and let model.config._name_or_path be that folder"
+            f"{len(lacking)} rows were added to {path}, which {format} files cannot hold: save the base with them by "
+            "model.save_pretrained(folder), and set model.config._name_or_path to that folder"
         )

@@ -1,7 +1,6 @@
-"""The classes of transformers by which a base may be built, and the tasks that they are for.
+"""The Auto classes of transformers that may build a base, and their tasks.
 
-The list is closed: a name in a file is looked up in the lists of these classes, and nothing is imported because a file
-names it.
+The list is closed: a class name in a file is only looked up among the models of these Auto classes, and never imported.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ AUTO_CLASSES: dict[str, tuple[str, str]] = {
     "AutoModelForTextEncoding": ("MODEL_FOR_TEXT_ENCODING_MAPPING", ""),
     "AutoModelForPreTraining": ("MODEL_FOR_PRETRAINING_MAPPING", ""),
 }
-"""Names of transformers' Auto classes, in the order in which they are asked: where each lists its models, and the hub's
-name for their task, where they have one task alone."""
+"""Names of transformers' Auto classes, in the order in which they are tried, each with the name of the mapping that
+lists its models, and the hub's name for their task; that is empty for classes of several tasks."""
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -55,11 +54,11 @@ TASKS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""The Auto classes of peft's tasks."""
+"""The Auto class of each task of peft."""
 
 
 def auto_classes(config: Any, name: str) -> Iterator[str]:
-    """Yields the Auto classes that list, for a configuration of transformers, a model class of this name."""
+    """Yields the Auto classes that list a model class of this name for a configuration of transformers."""
     transformers = sys.modules["transformers"]
     for auto, (mapping, _) in AUTO_CLASSES.items():
         listed = getattr(transformers, mapping, {}).get(type(config), ())
@@ -68,8 +67,8 @@ def auto_classes(config: Any, name: str) -> Iterator[str]:
 
 
 def task_of(model: nn.Module) -> str:
-    """Returns the hub's name for the task of a model, such as "text-generation"; empty where it has several, or none
-    that is certain."""
+    """Returns the hub's name for the task of a model, such as "text-generation"; empty if the model has several tasks,
+    or its task is uncertain."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return ""

@@ -1,7 +1,7 @@
 """`load_base` builds the model that an adapter's file names, and loads the adapter onto it.
 
-A file may name weights and a class, and nothing more: the class is one that transformers lists under an Auto class, and
-no code of a repository runs. Weights are fetched only when the caller says so.
+A file may only name weights and a class. The class has to be listed under an Auto class of transformers, and no code of
+a repository runs. Weights are downloaded only if the caller passes `fetch=True`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 BASE_FILES = [
     CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"
 ]  # fmt: skip
-"""The files that are fetched of a base's repository: its configuration, and its weights as safetensors."""
+"""The files that are downloaded from a base's repository: its configuration, and its weights as safetensors."""
 REVISION = re.compile(r"\w[\w-]*([./][\w-]+)*", re.ASCII)
-"""Commits, branches and tags that a file may name: no part of one leads out of a folder."""
+"""Commits, branches and tags that a file may name; names that lead out of a folder, such as "..", do not match."""
 OWN = (
     "adapter_kwargs", "code_revision", "config", "gguf_file", "ignore_mismatched_sizes", "local_files_only",
     "output_loading_info", "state_dict", "subfolder", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
-"""Arguments of ``from_pretrained`` that are not the caller's."""
+"""Arguments of ``from_pretrained`` that `load_base` sets itself and does not accept."""
 
 
 def load_base(
@@ -52,17 +52,17 @@ def load_base(
 ) -> nn.Module:
     """Build the model of transformers that a saved adapter was made on, and load the adapter onto it.
 
-    The base that a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one
-    that an Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter
-    contains gets its size, and token tables have the rows that were added.
+    The base that a file names is downloaded only if `fetch` is True, and no code of a repository runs. The model's
+    class has to be listed by an Auto class of transformers for the base's configuration. If the adapter contains a
+    head, the model's head gets the same size; token tables get the rows that had been added.
 
     Args:
-        path: a folder, a file, or "owner/name" on a model hub, as of `load`. The adapter itself is fetched, since the
-            caller names it.
-        revision: of the adapter's repository, as of `load`.
-        base: a folder or a name on a hub to take in place of the one that the file names.
-        base_revision: of the base's repository, in place of the commit that the file names.
-        fetch: True fetches the base from the hub where the cache lacks it: its configuration, and its weights as
+        path: a folder, a file, or "owner/name" on the hub, as in `load`. The adapter itself is downloaded even if
+            `fetch` is False, since the caller names it.
+        revision: the revision of the adapter's repository, as in `load`.
+        base: a folder or a repository on the hub to use instead of the base that the file names.
+        base_revision: the revision of the base's repository to use instead of the commit that the file names.
+        fetch: True downloads the base from the hub if the cache lacks it: its configuration, and its weights as
             safetensors.
         name: name of the injection; the method's by default.
         trainable: False loads the adapter frozen.
@@ -70,20 +70,20 @@ def load_base(
             ``quantization_config`` and so on.
 
     Returns:
-        The model, in evaluation mode; ``peftcore.injections(model)`` has the adapter. A warning says so where the
-        base's commit is not the one that the adapter was made on.
+        The model, in evaluation mode; ``peftcore.injections(model)`` has the adapter. A warning is logged if the base's
+        commit differs from the one that the adapter was made on.
 
     Raises:
-        CheckpointError: the file names no base, or one that is not here, or no class that an Auto class lists, or is
-            damaged; or the base has no safetensors or contains code; the message says what to pass.
-        HubError: the hub has nothing of the name, refuses it, or does not answer.
-        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not contain.
-        NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as of `load`.
+        CheckpointError: the file is damaged, or names no base, a base that is not available locally, or a class that no
+            Auto class lists; or the base has no safetensors or needs its own code. The message says what to pass.
+        HubError: the hub has no such repository, refuses access, or does not answer.
+        HostMismatch: the adapter belongs to another base, or both the base and the adapter lack some weights.
+        NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as in `load`.
     """
     if theirs := sorted(options.keys() & set(OWN)):
         raise CheckpointError(
-            f"{theirs[0]}= is none of load_base's arguments, which runs no code of a repository and reads safetensors "
-            "alone; for anything else build the model yourself, then peftcore.load(model, path)"
+            f"load_base does not accept {theirs[0]}=: it runs no code of repositories and reads only safetensors; "
+            "otherwise build the model yourself, then call peftcore.load(model, path)"
         )
     place = located(path, revision)
     about = describe(place)
@@ -94,13 +94,13 @@ def load_base(
     here = Path(path).exists()  # a file from elsewhere names no folders of this machine
     named = os.fspath(base) if base is not None else about.base
     if not named:
-        raise CheckpointError(f"{place} names no base; name it: base=, a folder or a name on a hub")
+        raise CheckpointError(f"{place} names no base; pass base=, a folder or a repository on the hub")
     told = about.base_revision if base_revision is None else base_revision
     folder = _folder(named, told or None, fetch, here or base is not None)
     commit = folder.name if is_fetched(folder) else ""
     if commit and COMMIT.fullmatch(about.base_revision) and commit != about.base_revision:
         logger.warning(
-            "the adapter in %s was made on commit %s of its base, and this is commit %s of %s: what it computes may "
+            "the adapter in %s was made on commit %s of its base, and this is commit %s of %s: its outputs may "
             "differ", place, about.base_revision[:12], commit[:12], named,
         )  # fmt: skip
     config = _config(transformers, folder, named)
@@ -126,17 +126,17 @@ def _folder(named: str, revision: str | None, fetch: bool, local: bool) -> Path:
     if local and Path(named).is_dir():
         folder = Path(named)
     elif not NAME.fullmatch(named):
-        where = "is not here" if local else "is no name on a hub, and an adapter from there names no folders here"
-        raise CheckpointError(f"the base {shown(named)} {where}; say where it is: base=, a folder or a name on a hub")
+        where = "does not exist" if local else "is not a repository, and an adapter from the hub names no local folder"
+        raise CheckpointError(f"the base {shown(named)} {where}; pass base=, a folder or a repository on the hub")
     elif revision is not None and not REVISION.fullmatch(revision):
-        raise CheckpointError(f"{shown(revision)} is no revision of the base {named}; name one: base_revision=")
+        raise CheckpointError(f"{shown(revision)} is not a valid revision of the base {named}; pass base_revision=")
     elif fetch:
         folder = fetched(named, revision, BASE_FILES, f"the base {named} cannot be fetched from the hub")
     else:
         folder = _cached(named, revision)
     if not (folder / CONFIG).is_file() or (folder / ADAPTER).exists():
         what = f"has no {CONFIG}" if not (folder / CONFIG).is_file() else f"has an {ADAPTER}: it is an adapter itself"
-        raise CheckpointError(f"the base {named} {what}; name the model: base=, a folder or a name on a hub")
+        raise CheckpointError(f"the base {named} {what}; pass the model, base=, a folder or a repository on the hub")
     return folder
 
 
@@ -147,18 +147,20 @@ def _cached(named: str, revision: str | None) -> Path:
         CheckpointError: it is not there.
     """
     at = f" at revision {revision}" if revision else ""
-    pass_it = "fetch=True fetches it from the hub, base= names a folder that has it"
+    pass_it = "pass fetch=True to download it, or base= with a folder that has it"
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        raise CheckpointError(f"the base {named} is no folder here: pip install 'peftcore[interop]'") from None
+        raise CheckpointError(
+            f"the base {named} is not a folder; to look in the hub's cache: pip install 'peftcore[interop]'"
+        ) from None
     file = try_to_load_from_cache(named, CONFIG, revision=revision)
     if isinstance(file, str):
         return Path(file).parent
     other = try_to_load_from_cache(named, CONFIG) if revision else None
     if isinstance(other, str):
-        pass_it += f", base_revision={Path(other).parent.name!r} takes the one that is there"
-    raise CheckpointError(f"the base {named}{at} is not in the cache of the hub, and nothing is fetched; {pass_it}")
+        pass_it += f", or base_revision={Path(other).parent.name!r} for the cached revision"
+    raise CheckpointError(f"the base {named}{at} is not in the hub's cache; {pass_it}")
 
 
 def _config(transformers: Any, folder: Path, named: str) -> Any:
@@ -223,12 +225,14 @@ def _built(
     except Exception as error:
         raise _unbuilt(str(folder), error) from error
     if cls and type(model).__name__ != cls:
-        raise HostMismatch(f"the adapter was made on {cls}, and {folder} is a {type(model).__name__}; name it: base=")
+        raise HostMismatch(
+            f"the adapter was made on {cls}, and {folder} is a {type(model).__name__}; pass the right base, base="
+        )
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if lacking := sorted(fresh - about.trained.keys()):
         raise HostMismatch(
-            f"{folder} has no weights for {', '.join(lacking[:4])}, and the adapter does not bring them: they would be "
-            "random; name the base that has them: base="
+            f"{folder} has no weights for {', '.join(lacking[:4])}, and the adapter does not contain them: they would "
+            "be random; pass the base that has them, base="
         )
     return model
 
@@ -247,7 +251,7 @@ def _unbuilt(where: str, error: Exception) -> CheckpointError:
     reason = said(error)
     if "trust_remote_code" in str(error):
         reason = (
-            "it brings code of its own, which is not run here; if you trust it, build the model yourself, then "
-            "peftcore.load(model, path)"
+            "it contains its own code, which load_base does not run; if you trust it, build the model yourself, then "
+            "call peftcore.load(model, path)"
         )
     return CheckpointError(f"the base {where} cannot be built: {reason}")

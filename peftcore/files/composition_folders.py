@@ -1,5 +1,5 @@
-"""A composition in a folder: its adapters, each in a folder of its name, and ``composition.json`` with their
-composition."""
+"""Saves and loads a composition of adapters as a folder: each adapter is in a subfolder with its name, and
+``composition.json`` describes how they are composed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from peftcore.injection.switching import activate
 
 FILE = "composition.json"
 MOST = 1000
-"""The number of names that a composition in a file may have, and of branches; nested ones multiply."""
+"""The largest number of names, and of branches, that a composition in a file may have; nested branches multiply."""
 
 
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of a composition into folders of their names below `path`, and the composition itself.
+    """Save the adapters of a composition into subfolders of `path` with their names, and the composition itself.
 
     Raises:
         UnknownInjection: the host has no injection of this name.
@@ -43,8 +43,8 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
 
     Raises:
-        CheckpointError: there is none at `path`, or it is broken. The errors of `load` may be raised too, for any of
-            its adapters. Nothing was loaded.
+        CheckpointError: `path` has no composition, or a broken one. The errors of `load` may be raised too, for any of
+            its adapters. After an error nothing is loaded.
     """
     folder = Path(path)
     data = read_json(folder / FILE)
@@ -55,12 +55,12 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
             if sum(1 for _ in islice(found, MOST + 1)) > MOST:
                 raise ValueError(f"it has more than {MOST} {what}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
-        raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
+        raise CheckpointError(f"{folder} cannot be read as a composition: {error}") from None
     loaded = []
     try:
         for name in dict.fromkeys(composition.names()):
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
+                raise CheckpointError(f"{folder}: {name!r} does not name an adapter inside this folder")
             loaded.append(load(model, folder / name, name=name, active=False))
         activate(model, composition)
     except BaseException:  # on any error nothing stays behind

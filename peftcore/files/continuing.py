@@ -1,8 +1,8 @@
-"""Comparison of a checkpoint's record of its adapter with the adapter that continues training from it.
+"""Checks that a training continues with the adapter of its checkpoint.
 
-Code that writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into them, and compares it
-with the adapter that it finds when it continues. Runs, comparisons and studies also compare their settings by
-`differences`.
+Code that writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into each checkpoint, and
+compares that record with the installed adapter when training continues. Runs, comparisons and studies also compare
+their settings by `differences`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from peftcore.targets.sites import Site
 COMPARED = ("method", "train", "rows", "dtype")
 """Fields of the envelope that must be equal, in addition to the options and the target modules."""
 SAMPLE = 64
-"""How many values of each tensor of the base are looked at."""
+"""The number of values of each tensor of the base that go into the digest."""
 NAMED = 8
-"""How many differences a message names."""
+"""The largest number of differences that a message lists."""
 
 
 def record_of(injection: Injection) -> dict[str, Any]:
-    """Returns the facts that decide how an adapter trains on, as plain data: method, options, target modules, what
-    trains along, dtype, and a sample of the weights of its base."""
+    """Returns the facts that decide how training continues, as plain data: method, options, target modules, modules
+    that train with the adapter, dtype, and a digest of some weights of the base."""
     envelope = envelope_of(injection).model_dump(mode="json", exclude_defaults=True)
     return {"adapter": envelope, "base": base_sample(_read_sites(injection))}
 
@@ -41,7 +41,7 @@ def check_record(held: Mapping[str, Any], injection: Injection, where: object) -
     """Check that the adapter of an injection matches the record `held` of a checkpoint.
 
     Raises:
-        CheckpointError: they differ; the message lists how.
+        CheckpointError: they differ; the message lists the differences.
     """
     envelope = parse_envelope(held["adapter"], where)
     mine = envelope_of(injection)
@@ -55,14 +55,15 @@ def check_record(held: Mapping[str, Any], injection: Injection, where: object) -
         lines.append("the weights of the base have other values, or another dtype")
     if lines:
         raise CheckpointError(
-            f"{where} was written of another adapter than {injection.name!r}: {listed(lines)}. Apply the adapter as it "
-            f"was then, to the same base; or begin a new training from its values: peftcore.load(model, folder, "
-            "trainable=True)"
+            f"{where} belongs to another adapter than {injection.name!r}: {listed(lines)}. Apply the adapter as it was "
+            "when it was saved, to the same base; or start a new training from its values: peftcore.load(model, "
+            "folder, trainable=True)"
         )
 
 
 def differences(held: Any, here: Any, name: str = "") -> list[str]:
-    """Returns a line for each value in which plain data differs: ``training.steps was 4 and is 8``."""
+    """Returns one line for each value in which two pieces of plain data differ, such as ``training.steps was 4 and is
+    8``."""
     if isinstance(held, Mapping) and isinstance(here, Mapping):
         keys = dict.fromkeys((*held, *here))
         pairs = ((f"{name}.{key}" if name else str(key), held.get(key), here.get(key)) for key in keys)
@@ -71,15 +72,15 @@ def differences(held: Any, here: Any, name: str = "") -> list[str]:
 
 
 def listed(lines: list[str]) -> str:
-    """Returns the first differences for a message, and how many more there are."""
+    """Returns the first differences as text for a message, with the number of the remaining ones."""
     more = len(lines) - NAMED
     return "; ".join(lines[:NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def base_sample(sites: Iterable[Site]) -> str | None:
     """Returns a digest of some values of each frozen, dense tensor at these sites; None if there are no such tensors,
-    or this process holds pieces of them. It distinguishes bases that were trained differently, and reads little of
-    them."""
+    or if they are sharded over processes. The digest distinguishes bases that were trained differently, but reads only
+    few of their values."""
     digest, found = hashlib.sha256(), dict[str, Tensor]()
     for site in sites:
         value = site.layer.read(site.module, site.tensor)

@@ -1,4 +1,4 @@
-"""The envelope of a saved adapter, its description besides its tensors: method, options, sites, base."""
+"""The envelope of a saved adapter, which describes everything but its tensors: method, options, sites, base."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class SavedSite(BaseModel):
     tensor: str = "weight"
     """Name of the tensor in the module."""
     role: str | None = None
-    """Role of the part of the tensor, such as ``"attn.q"``; None for the whole tensor."""
+    """Role of the part of the tensor that the site is, such as ``"attn.q"``; None for the whole tensor."""
     rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
-    """First and last + 1 of the rows of the part, for each piece; None for the whole tensor."""
+    """First and last + 1 row of each piece of the part; None for the whole tensor."""
     shape: tuple[NonNegativeInt, ...] | None = None
     """Logical shape; empty for a module without its own weight, None if the file does not contain it."""
 
@@ -86,48 +86,49 @@ class Envelope(BaseModel):
     exclude: Any = None
     """The argument `exclude` of `apply`."""
     train: tuple[str, ...] = ()
-    """Paths of modules and parameters that were trained along."""
+    """Paths of modules and parameters of the host that were trained with the adapter."""
     classes: tuple[str, ...] = ()
-    """Names of the classes of the host's head, in the order of their numbers, where something was trained along and the
-    host's config names them."""
+    """Class names of the host's classification head, in the order of their ids; empty if nothing of the host was
+    trained, or if the host's config has no class names."""
     untied: tuple[str, ...] = ()
-    """Paths of modules that each have separate values for their parameters that were trained along, even if other
-    modules hold the same tensors (`Wishes.untied`)."""
+    """Paths of trained modules whose parameters have separate values in the file, even if other modules of the host
+    hold the same tensors (`Wishes.untied`)."""
     ties: dict[str, tuple[str, ...]] | None = None
-    """The other parameters on which an operator acts because they were its site's own tensor, by the operator's name in
-    files; None in a file that does not say."""
+    """By each operator's name in files: the paths of other parameters that were tied to the tensor of its site, so that
+    the operator acts on them too. None in files that do not record ties."""
     rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
-    """The first and the end of the rows of token tables that its base lacks, by path of the table: the file has them,
-    though they did not train."""
+    """By path of a token table: the range (first, last + 1) of rows that the original base lacks, and that the file
+    contains although they were not trained."""
     dtype: str = "float32"
     """Dtype of the operators' parameters."""
     host: str = ""
-    """Class of the host, for people to read."""
+    """Class of the host, for information only."""
     base: str | None = None
     """The name of the weights in the host's own config: a folder, or a repository on a hub."""
     base_revision: str | None = None
     """The commit of that repository from which the host was loaded."""
     weights: str | None = None
-    """Digest of the host's tensors at the sites, where the user asked for it."""
+    """Digest of the host's tensors at the sites; None unless the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
-    """Target modules, by the name of their selection."""
+    """The sites of each selection of the method, by the selection's name."""
 
     @property
     def wishes(self) -> Wishes:
-        """The wishes with which the method is applied again; sites are taken from the file instead of being resolved.
+        """The arguments with which the method is applied again; the sites are those of the file, and are not resolved
+        again.
 
         Raises:
             CheckpointError: operators cannot have the dtype.
         """
         if self.dtype not in DTYPES:
-            raise CheckpointError(f"dtype {self.dtype!r}: operators may be {', '.join(DTYPES)}")
+            raise CheckpointError(f"operators cannot have dtype {self.dtype!r}; possible are {', '.join(DTYPES)}")
         saved = {key: [site.record for site in sites] for key, sites in self.selections.items()}
         return Wishes(
             self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved, self.rows, untied=self.untied
         )
 
     def request(self, model: nn.Module) -> Request:
-        """Returns the request by which the adapter is applied again, to a model.
+        """Returns the request that applies the adapter to `model` again.
 
         Raises:
             UnknownMethod: no installed plugin has its method.
@@ -140,24 +141,24 @@ class Envelope(BaseModel):
         told, here = sum(map(len, self.selections.values())), sum(1 for _ in model.modules())
         if told > 100 * here:
             raise HostMismatch(
-                f"the adapter belongs to another base: it stands at {told:,} places, and here are {here:,}"
+                f"the adapter belongs to another base: it has {told:,} sites, and this model has {here:,} modules"
             )
         return request
 
     def check(self, surgeon: RecordingSurgeon) -> None:
-        """Check that a model is one as the adapter was made on, by the operators that were recorded for it. Other names
-        of classes are logged.
+        """Check that a model matches the one on which the adapter was made, by the operators that were recorded for the
+        model. A different class name is only logged.
 
         Raises:
-            HostMismatch: shapes, ties or, where the file has a digest of them, weights differ.
+            HostMismatch: shapes or ties differ, or weights, if the file has a digest of them.
         """
         made = f"the adapter belongs to another base (it was made on {self.host})"
         if wrong := mismatched(self, surgeon.selections):
             raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
         if tied := otherwise_tied(self, surgeon):
             raise HostMismatch(
-                f"{made}: {'; '.join(tied[:8])}. Take a model with the same ties (tie_word_embeddings in the config of "
-                "one of transformers)"
+                f"{made}: {'; '.join(tied[:8])}. Use a model with the same ties (tie_word_embeddings in a config of "
+                "transformers)"
             )
         if self.weights is not None and self.weights != weights_digest(graft.site for graft in surgeon.grafts):
             raise HostMismatch(f"{made}: the base has other weights at its sites")
@@ -177,7 +178,7 @@ class Envelope(BaseModel):
 
     @property
     def short(self) -> str:
-        """The envelope as JSON without defaults and spaces, for a file's header."""
+        """The envelope as JSON without default values and spaces, for a file's header."""
         return self.model_dump_json(exclude_defaults=True)
 
 
@@ -187,8 +188,8 @@ def site_shape(site: Site) -> tuple[int, ...]:
 
 
 def spelled(target: Any) -> Any:
-    """Returns a target for JSON: strings as the user wrote them, types and predicates by their name (for reading
-    only)."""
+    """Returns a target as JSON values: strings stay as the user wrote them; types and predicates become their names,
+    for information only."""
     if target is None or isinstance(target, str):
         return target
     if isinstance(target, type) or callable(target):
@@ -198,7 +199,7 @@ def spelled(target: Any) -> Any:
 
 def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, tuple[int, int]] = {}) -> Envelope:
     """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites. `rows` are
-    those that its base lacks."""
+    the rows that its base lacks, by path of the token table."""
     name = injection.method.name
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
@@ -236,8 +237,8 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the classes that a model distinguishes, in the order of their numbers, as the config of a
-    model of transformers has them; empty where it has none, or transformers' own (``LABEL_0``)."""
+    """Returns the class names of a classifier of transformers from its config, in the order of their ids; empty if it
+    has none, or only the default names (``LABEL_0``)."""
     names = getattr(vars(model).get("config"), "id2label", None)
     if not isinstance(names, dict) or all(str(name) == f"LABEL_{number}" for number, name in names.items()):
         return ()
@@ -245,8 +246,8 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def base_revision(model: nn.Module) -> str | None:
-    """Returns the commit of the repository on a hub from which the host was loaded, where that is certain: its config
-    has it (`load_base` and old versions of transformers put it there), or the cache of the hub has one alone."""
+    """Returns the commit of the hub repository from which the host was loaded, if it is certain: the config contains it
+    (`load_base` and old versions of transformers write it), or the hub's cache has only one commit."""
     config: Any = vars(model).get("config")
     if commit := getattr(config, "_commit_hash", None):
         return str(commit)
@@ -288,7 +289,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
         wrong = "; ".join(f"{place}={shown(each['input'])}: {each['msg']}" for place, each in places)
         raise CheckpointError(f"{where} cannot be read: {wrong}") from None
     if len(set(found.train)) < len(found.train):
-        raise CheckpointError(f"{where} cannot be read: what was trained along stands there twice")
+        raise CheckpointError(f"{where} cannot be read: its field 'train' names a tensor twice")
     return found
 
 
@@ -296,7 +297,7 @@ def method_of(envelope: Envelope) -> type[Method]:
     """Returns the installed method that an envelope names.
 
     Raises:
-        UnknownMethod: saying what to install.
+        UnknownMethod: no installed plugin has the method; the message says what to install.
     """
     known = {info.plugin for info in methods() if info.name == envelope.method}
     try:
@@ -325,8 +326,8 @@ def _migrated(
     "parts"; parts without a version are as old as files can be."""
     if version > cls.config_version:
         raise NewerFormat(
-            f"the adapter has version {version} of {cls.name}'s options, the installed plugin knows "
-            f"{cls.config_version}: pip install -U {plugin}"
+            f"the adapter has version {version} of {cls.name}'s options, the installed plugin reads up "
+            f"to {cls.config_version}: pip install -U {plugin}"
         )
     for each in range(version, cls.config_version):
         options = cls.migrate(dict(options), each)
@@ -342,7 +343,7 @@ def _part(options: Any, name: str, parts: Mapping[str, int]) -> Any:
 
 
 def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
-    """Returns the options, migrated to the installed version.
+    """Returns the options of an envelope, migrated to the version of the installed plugin.
 
     Raises:
         NewerFormat: they are newer than the installed plugin.
@@ -357,9 +358,8 @@ def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
 
 
 def otherwise_tied(envelope: Envelope, surgeon: RecordingSurgeon) -> list[str]:
-    """Returns the parameters on which an operator acted where the adapter was made, and does not here, or the other way
-    round, because they are one tensor with its site's in one of the two models alone. Modules that this host lacks
-    count for nothing."""
+    """Returns the parameters that are tied to the tensor of an operator's site in only one of two models: the one on
+    which the adapter was made, or this one. Modules that this host lacks are ignored."""
     wrong: list[str] = []
     if envelope.ties is None:
         return wrong
@@ -367,8 +367,8 @@ def otherwise_tied(envelope: Envelope, surgeon: RecordingSurgeon) -> list[str]:
         told, here = set(envelope.ties.get(graft.key, ())), set(surgeon.ties.get(graft.key, ()))
         told = {path for path in told if surgeon.resolver.has_parameter(path)}
         own = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
-        wrong += [f"{own} was tied to {path}, and has a tensor of its own here" for path in sorted(told - here)]
-        wrong += [f"{own} had a tensor of its own, and is tied to {path} here" for path in sorted(here - told)]
+        wrong += [f"{own} was tied to {path}, and is not tied to it here" for path in sorted(told - here)]
+        wrong += [f"{own} was not tied to {path}, and is tied to it here" for path in sorted(here - told)]
     return wrong
 
 

@@ -1,7 +1,7 @@
-"""Configurations of peft, applied: the adapter is the one that a file of it has, fresh as peft makes it.
+"""Applies configurations of peft: the adapter is the fresh one that peft itself would make and save.
 
-peft makes it on a twin of the model, whose tensors share its memory, and saves it; the file is then loaded
-like any other. So a configuration has the same meaning here as its file.
+peft makes and saves the adapter on a twin of the model, whose tensors share the model's memory. `load` then reads this
+file like any other one, so a configuration has the same meaning as a file of peft.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
 
     Args:
         model: the host; changed in place.
-        config: of any of peft's classes whose files `load` reads.
+        config: a configuration of any class of peft whose files `load` reads.
         name: name of the injection; the method's by default.
-        seed: what the adapter is drawn from, by peft, from torch's global generator; that does not move.
+        seed: the seed with which peft initializes the adapter. The state of torch's global generator is restored.
 
     Raises:
-        ConfigError: peft itself refuses it for this model.
-        CheckpointError, HostMismatch: its file has a part that is not supported here; the message names it.
+        ConfigError: peft itself refuses the configuration for this model.
+        CheckpointError, HostMismatch: the file that peft wrote has a part that peftcore does not support; the message
+            names it.
     """
     import peft
 
@@ -44,7 +45,7 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
                 adapted = peft.get_peft_model(twin(model, _writes(config)), copy.deepcopy(config))
                 adapted.save_pretrained(folder, save_embedding_layers=False)
         except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"peft does not take this {type(config).__name__} for this model: {error}") from error
+            raise ConfigError(f"peft does not accept this {type(config).__name__} for this model: {error}") from error
         return load(model, folder, name=name, trainable=True)
 
 
@@ -55,8 +56,9 @@ def _writes(config: Any) -> bool:
 
 
 def twin(model: nn.Module, copied: bool = False) -> nn.Module:
-    """Returns a copy of a model whose parameters and buffers are others over the same memory, so that what freezes them
-    or gives them other data changes the copy alone; with `copied`, over memory of their own, for what writes to it."""
+    """Returns a copy of a model with new parameter and buffer objects that share the memory of the originals, so that
+    freezing them or assigning other data changes only the copy. With `copied`, they have their own memory, for code
+    that writes to it."""
     memo: dict[int, Any] = {}
     for parameter in () if copied else model.parameters():
         memo[id(parameter)] = _beside(parameter)

@@ -1,7 +1,7 @@
 """Reading and writing adapter files: files are untrusted, and none is left half-written.
 
-Reading checks sizes, structure and names before it allocates, and knows JSON and safetensors only. Writing puts each
-file in place whole: after a kill or on a full disk the old one is still there.
+Reading accepts only JSON and safetensors, and checks sizes, structure and names before it allocates memory. Writing
+replaces each file as a whole: if the process is killed or the disk is full, the old file still exists.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from peftcore.contract.config import fits
 from peftcore.errors import CheckpointError
 
 MAX_HEADER = 32 * 2**20
-"""The largest header of a safetensors file, in bytes: a hundred thousand tensors have half of it."""
+"""The largest header of a safetensors file, in bytes: twice the size that a hundred thousand tensors need."""
 MAX_JSON = 16 * 2**20
-"""The largest JSON file of an adapter's options, in bytes, far above any adapter's."""
+"""The largest JSON file with an adapter's options, in bytes; real ones are far smaller."""
 MAX_VALUES = 500_000
 """The largest number of values in a JSON file."""
 MAX_DEPTH = 64
 """The deepest nesting of values in a JSON file."""
 SAFE_CALLS = 5_000
-"""Python's JSON parser recurses for nested values, in C. It raises an error at the recursion limit, which some
-libraries set so high that the stack overflows first, and the process dies: then nesting is checked beforehand."""
+"""The recursion limit of Python up to which its JSON parser, which recurses in C for nested values, raises an error in
+time. Some libraries set the limit so high that the stack would overflow and the process would die: above this limit,
+nesting is checked before parsing."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 """The dtypes of tensors that adapters have, by their names in safetensors."""
@@ -54,7 +55,7 @@ def _regular(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is no regular file")
+        raise CheckpointError(f"{path} is not a regular file")
     return status.st_size
 
 
@@ -62,18 +63,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key[:80]!r} stands there twice")
+            raise ValueError(f"the key {key[:80]!r} appears twice")
         found[key] = value
     return found
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _whole(digits: str) -> int:
     if len(digits) > 20 or not fits(number := int(digits)):
-        raise ValueError(f"a whole number of {len(digits)} digits fits no tensor")
+        raise ValueError(f"an integer of {len(digits)} digits is too large")
     return number
 
 
@@ -88,20 +89,21 @@ def _nesting(text: str | bytes) -> int:
 def _object(text: str | bytes, where: object) -> dict[str, Any]:
     try:
         if sys.getrecursionlimit() > SAFE_CALLS and _nesting(text) > MAX_DEPTH:
-            raise ValueError("it is nested deeper than any adapter's options")
+            raise ValueError("it is nested too deeply for an adapter's options")
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{where} cannot be read: it holds no JSON object")
+        raise CheckpointError(f"{where} cannot be read: it is not a JSON object")
     return found
 
 
 def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
-    """Returns a JSON object of reasonable size without repeated keys, NaN, infinities, or numbers that fit no tensor.
+    """Returns the JSON object in a text, which must be of reasonable size, without repeated keys, NaN, infinities, or
+    integers of more than 64 bits.
 
     Raises:
-        CheckpointError: it is something else; `where` is named.
+        CheckpointError: the text is not such an object; the message names `where`.
     """
     if len(text) > MAX_JSON:
         raise CheckpointError(f"{where} cannot be read: {len(text):,} bytes are too many for an adapter's options")
@@ -111,7 +113,7 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     while level:
         count, depth = count + len(level), depth + 1
         if count > MAX_VALUES or depth > MAX_DEPTH:
-            raise CheckpointError(f"{where} cannot be read: it holds more values than any adapter's options")
+            raise CheckpointError(f"{where} cannot be read: it has too many values for an adapter's options")
         inside = [each for each in level if isinstance(each, (dict, list))]
         level = [value for each in inside for value in (each.values() if isinstance(each, dict) else each)]
     return found
@@ -121,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:
-        CheckpointError: it is missing, too large, or no JSON object.
+        CheckpointError: the file is missing, too large, or not a JSON object.
     """
     _regular(path)
     try:
@@ -134,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file: names, shapes and dtypes are read and checked at once, values only when asked for."""
+    """A safetensors file: names, shapes and dtypes are read and checked first, values only by `read`."""
 
     path: Path
     """Path of the file."""
@@ -144,14 +146,14 @@ class TensorFile:
         """The header of the file.
 
         Raises:
-            CheckpointError: it is damaged or no safetensors file.
+            CheckpointError: it is damaged, or not a safetensors file.
         """
         size = _regular(self.path)
         try:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, MAX_HEADER):
-                    raise CheckpointError(f"{self.path} cannot be read: it is cut off, or no safetensors file")
+                    raise CheckpointError(f"{self.path} cannot be read: it is cut off, or not a safetensors file")
                 text = file.read(length)
             with safe_open(self.path, framework="pt"):
                 pass  # kinds of entries, offsets, overlaps, lengths
@@ -179,11 +181,11 @@ class TensorFile:
         """
         named = {key: each["dtype"] for key, each in self.header.items() if key != "__metadata__"}
         if strange := sorted(f"{key} has dtype {name}" for key, name in named.items() if name not in DTYPES):
-            raise CheckpointError(f"{self.path}: no adapter has such tensors: {'; '.join(strange[:8])}")
+            raise CheckpointError(f"{self.path}: adapters have no tensors of such dtypes: {'; '.join(strange[:8])}")
         return {key: DTYPES[name] for key, name in named.items()}
 
     def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Returns values, copied into memory.
+        """Returns the values of tensors by name, copied into memory.
 
         Raises:
             CheckpointError: they cannot be read, or some are not finite; all such tensors are named.
@@ -222,8 +224,8 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove the temporary folder, whether or not its content was put in place; once more where the first try fails or
-    is interrupted."""
+    """Remove a temporary folder, whether or not its content was moved to its destination; try a second time if the
+    first try fails or is interrupted."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -232,15 +234,15 @@ def discard(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, or not at all. A file of the same text, as when an adapter is saved again after more
-    training, is left alone."""
+    """Write a text file whole, or not at all. A file that already has this text is not written again, for example the
+    options of an adapter that is saved again after more training."""
     if path.is_file() and path.stat().st_size <= MAX_JSON and path.read_bytes() == text.encode():
         return
     _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_made(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file by a function of another library whole, or not at all."""
+    """Write a file by a function of another library, whole or not at all."""
     _put(path, write)
 
 
@@ -248,9 +250,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file whole, or not at all; equal tensors give equal bytes.
 
     Args:
-        tensors: the tensors by name. Those that share memory, as after ``vector_to_parameters`` and in the flat buffers
-            of some optimizers, are copied: the library refuses them.
-        metadata: at most one text, for the library writes several in any order.
+        tensors: the tensors by name. Tensors that share memory, as after ``vector_to_parameters`` and in the flat
+            buffers of some optimizers, are copied, since the safetensors library refuses them.
+        metadata: at most one text, since the library writes several texts in random order.
     """
     ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
     shared = Counter(value.untyped_storage().data_ptr() for value in ready.values())
@@ -268,7 +270,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def clear_partial(folder: Path, name: str = "") -> None:
-    """Remove partial files that killed writers left in a folder an hour ago or longer: all, or those of one file."""
+    """Remove partial files that are at least an hour old, which killed processes left in a folder: all of them, or only
+    those of one file."""
     for path in folder.glob(f".{glob.escape(name)}*.partial"):
         if path.is_dir() and not path.is_symlink() and time.time() - path.lstat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)

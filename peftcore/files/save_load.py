@@ -1,7 +1,7 @@
 """Saving and loading adapters, in any format.
 
-Everything is checked against the host before the host changes: on any error nothing is loaded, and one error lists all
-that is wrong. No pickle; nothing named by a file is imported.
+A file is checked against the host before the host changes: on any error nothing is loaded, and one error lists all
+problems. Pickles are refused, and nothing that a file names is imported.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("peftcore")
 
 SUFFIX = ".safetensors"
-"""The ending of a path that is the name of a file to write, and not of a folder."""
+"""The suffix by which a path to save to is a file, not a folder."""
 SPARE = 2**28
-"""Bytes that an adapter may need beyond its file and the size of the host: bases drawn from a seed."""
+"""Bytes that an adapter may need in addition to its file and the size of the host, for bases that are drawn from a
+seed."""
 CALLS, CALLS_EACH = 10_000, 300
-"""Calls of torch that a dry run may make, and further ones for each parameter of the host: the method that makes most,
-fact_tk, makes a hundred."""
+"""The largest number of torch calls in a dry run, and the number allowed in addition for each parameter of the host.
+The method with the most calls, fact_tk, makes a hundred."""
 
 
 def save(
@@ -74,23 +75,24 @@ def save(
     home: Path | None = None,
     moves: bool = False,
 ) -> None:
-    """Write a folder, or one file; each file appears whole or not at all, and equal adapters give equal bytes.
+    """Save an adapter to a folder, or to one file. Each file is written whole or not at all, and equal adapters give
+    equal bytes.
 
-    Where the model is sharded over processes, all of them call this, and the first one writes.
+    If the model is sharded over processes, all of them have to call this function; the first process writes.
 
     Args:
-        home: where the folder will be in the end, if that is another path.
-        moves: whether it will be anywhere: files that contain their own path are refused.
+        home: the final path of the folder, if it will be moved after writing.
+        moves: True if the folder may be moved to any place later: files that contain their own path are then refused.
     """
     only = _only_file(path, formats)
     if only and metrics:
-        raise ExportError(f"metrics are written into the card of a folder, and {path} is one file; name a folder")
+        raise ExportError(f"metrics are written into the card of a folder, and {path} is one file; pass a folder")
     metric_rows(metrics or {})
     model = injection.model
     try:
         injection.check()
     except InactiveSite as error:  # what was trained before is worth keeping
-        logger.warning("saved as it was while it acted everywhere: %s", error)
+        logger.warning("the adapter is saved, although a part of it has no effect any more: %s", error)
     base_dependence.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters, reads=True):
         contents = {
@@ -98,12 +100,14 @@ def save(
         }
     if moves and (fixed := [name for name, content in contents.items() if isinstance(content, Placed)]):
         raise ExportError(
-            f"{fixed[0]} in the format {' and '.join(formats)} names folders by their path on one machine, and would "
-            'name none in a repository; push in the format "peftcore"'
+            f"{fixed[0]} in the format {' and '.join(formats)} contains paths of folders on this machine, which "
+            'no other machine has; push in the format "peftcore"'
         )
     for content in contents.values():
         if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
-            raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
+            raise NoWeights(
+                f"{lacking[0]} depends on weights of the host, which are on the meta device: load them first"
+            )
     with one_writes(model) as mine:
         if mine and only:
             _write_file(path, contents[only])
@@ -122,8 +126,12 @@ def _only_file(path: Path, formats: Sequence[str]) -> str:
     kinds = [format_named(each) for each in formats]
     if path.suffix == SUFFIX and len(kinds) == 1 and kinds[0].file:
         return kinds[0].file
-    why = "no pickles are written" if path.suffix != SUFFIX else f"an adapter of {' and '.join(formats)} is several"
-    raise ExportError(f"{path} is the name of a file, and {why}; name a folder, such as {str(path.with_suffix(''))!r}")
+    why = (
+        "peftcore writes no pickles"
+        if path.suffix != SUFFIX
+        else f"an adapter in the format {' and '.join(formats)} has several files"
+    )
+    raise ExportError(f"{path} is the name of a file, and {why}; pass a folder, such as {str(path.with_suffix(''))!r}")
 
 
 def _write_file(path: Path, content: Tensors | str | Placed | Made) -> None:
@@ -161,11 +169,11 @@ def _write(
 def push(
     injection: Injection, repository: str, formats: Sequence[str], metrics: Metrics | None, **options: Any
 ) -> CommitInfo | None:
-    """Save an adapter into a folder for a moment, and put that into a repository on the hub; returns the commit, in the
-    process that writes.
+    """Save an adapter into a temporary folder, and upload that to a repository on the hub; returns the commit in the
+    process that writes, and None in other processes.
 
     Args:
-        options: of `formats.hub.upload`.
+        options: arguments of `formats.hub.upload`.
     """
     with tempfile.TemporaryDirectory(prefix="peftcore-") as name:
         folder = Path(name) / "adapter"
@@ -189,38 +197,41 @@ def load(
     """Apply a saved adapter to a host of the same shape.
 
     Args:
-        model: the host. It may be on the meta device: the adapter's tensors have values all the same.
+        model: the host. It may be on the meta device; the adapter's tensors have values even then.
         path: a folder or file that `Injection.save` wrote, or one of another library, or "owner/name" on a model hub,
-            also "owner/name@revision"; the format is recognized. An adapter of a bare encoder fits a host that has the
-            encoder inside, and the other way round; of files for whole pipelines the part for `model` is taken.
+            also "owner/name@revision"; the format is recognized. An adapter of a bare encoder also fits a host that
+            contains the encoder as a submodule, and the other way round. From files for whole pipelines, the part for
+            `model` is loaded.
         revision: a branch, a tag or a commit of a repository on a hub; the main branch by default.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
-        active: True lets it act besides the active ones, for whom `activate` holds. Inside of a route or composition
-            their rows and parts stay as they are: it joins the stack in force outside of it. False leaves the active
-            injections as they are, until `activate`, `route` or `using` names the adapter: for hosts that serve
-            meanwhile, and for many adapters at once.
+        active: True activates the adapter in addition to the active ones, in the same threads and tasks as `activate`
+            does. Inside of a `route` or a composition, rows and parts do not change: the adapter is added to the
+            adapters that are active outside of it. False leaves the active adapters unchanged until `activate`, `route`
+            or `using` names the new one: useful for hosts that serve requests meanwhile, and for many adapters.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are ignored).
-        room: options of larger tensors than the file's, ``{"rank": 64}``: others of up to that rank can take its place
-            then (`Injection.swap`), also in a compiled model. The values beyond those of the file are zero.
-        words: of files with new words next to the adapter (``bundle_emb.<word>.clip_l``), for a text encoder: the ids
-            that each word has in the tokenizer, one for each of its vectors, ``{"<cat>": [49408, 49409]}``. The table
-            must have these rows.
+        room: options that make the tensors larger than those of the file, ``{"rank": 64}``, so that adapters of up to
+            that rank can replace it later by `Injection.swap`, also in a compiled model. The additional values are
+            zero.
+        words: only for a text encoder and files that contain new words (``bundle_emb.<word>.clip_l``): the token ids of
+            each word in the tokenizer, one for each of its vectors, ``{"<cat>": [49408, 49409]}``. The token table must
+            have these rows.
 
     Raises:
-        CheckpointError: the files are damaged, or lack tensors or options of the adapter, listing all errors; or a
-            revision is named of a path, or two of one repository.
-        HubError: the hub has nothing of the name or the revision, refuses it, or does not answer.
+        CheckpointError: the files are damaged, or lack tensors or options of the adapter (the message lists all
+            errors); or a revision is passed with a local path, or two different revisions are passed.
+        HubError: the hub has no such repository or revision, refuses access, or does not answer.
         HostMismatch: the adapter belongs to another base.
         NewerFormat: it was written by a newer version.
         UnknownMethod: no installed plugin has its method.
         DuplicateInjection: the name is taken or cannot be used.
-        NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
-        SwapError, ConfigError: it does not compute the same with the options of `room`, or these options do not exist.
-        MemoryLimit: there is a limit (`keep_within`), and no room next to adapters that cannot leave; or the adapter
-            certainly does not fit into the memory of a device.
+        NoWeights: the host is on the meta device, and the adapter depends on values of the host's weights.
+        SwapError, ConfigError: the adapter would not compute the same with the options of `room`, or these options do
+            not exist.
+        MemoryLimit: the model has a limit (`keep_within`), and the adapters that cannot become idle leave no room; or
+            the adapter certainly does not fit into the memory of a device.
 
-    The host was not changed then.
+    After an error the host is unchanged.
     """
     check_model(model)
     if name is not None:
@@ -243,12 +254,12 @@ def load(
 
 
 def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
-    """Returns a saved adapter for the model of an injection, checked as `load` checks it, with its values, and not
+    """Returns a saved adapter with its values, checked against the model of `injection` as `load` does, but not
     installed.
 
     Raises:
         CheckpointError, HostMismatch, NewerFormat, UnknownMethod, NoWeights: as `load`.
-        MergeError: it is made of weights into which another injection is merged.
+        MergeError: it depends on weights into which another injection is merged.
     """
     found = _read(injection.model, path, revision, True)
     with _about(found.where), _values_wanted(injection.model):
@@ -307,12 +318,12 @@ def describe(path: str | os.PathLike[str], revision: str | None = None) -> Descr
     """Returns the description in a saved adapter, in any format that `load` recognizes; no host is needed.
 
     Args:
-        path: as of `load`.
-        revision: as of `load`.
+        path: as in `load`.
+        revision: as in `load`.
 
     Raises:
         CheckpointError: it does not exist, or it is damaged.
-        HubError: as of `load`.
+        HubError: as in `load`.
     """
     place = located(path, revision)
     with _about(place), one_file():
@@ -329,7 +340,9 @@ def _values_wanted(model: nn.Module) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, PeftcoreError) or not any(each.is_meta for each in model.parameters()):
             raise
-        raise NoWeights(f"the host is on the meta device, and values of its weights are needed: {error}") from error
+        raise NoWeights(
+            f"the host is on the meta device, but its weights are needed; load them first: {error}"
+        ) from error
 
 
 @contextmanager
@@ -344,7 +357,7 @@ def _about(where: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        text = f"no adapter can be made of what it says: {type(error).__name__}: {error}"
+        text = f"no adapter can be built from its content: {type(error).__name__}: {error}"
         raise CheckpointError(text).about(where) from error
 
 
@@ -358,7 +371,7 @@ class _Bounded(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0 and func is not torch._C._set_grad_enabled:  # the end of a no_grad() comes through here too
-            raise CheckpointError("its options ask for more operators than any adapter of this base has")
+            raise CheckpointError("its options ask for too many operators for this base")
         return func(*args, **(kwargs or {}))
 
 
@@ -386,7 +399,7 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
     host = sum(each.numel() * each.element_size() for each in surgeon.model.parameters())
     if needed - known > host + SPARE:
         raise CheckpointError(
-            f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
+            f"it holds {known:,} bytes, but its options need {needed:,}: more than the host itself, {host:,}"
         )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcore.contract.operators import WeightOperator, is_made_of_base
 from peftcore.errors import MergeError
-from peftcore.forward.choice.merged_choice import places
+from peftcore.forward.choice.merged_choice import check_unread, places
 from peftcore.forward.state.host_state import HostState, state_of
 from peftcore.injection.injection import Injection, installed
 from peftcore.injection.originals import fingerprint
@@ -28,13 +28,15 @@ def check_nothing_merged(injection: Injection, state: HostState) -> None:
     Raises:
         MergeError: another injection is merged into one of these weights.
     """
-    for _, site, _ in _made(injection):
-        for name in state.merged:
-            if _place(site) in places(state.injections[name]):
-                raise MergeError(
-                    f"{injection.method.name} is computed from the base's weights, but {name!r} is merged into "
-                    f"{_place(site)}: unmerge() it first and merge it again afterwards, or bake() it"
-                )
+    made = {_place(site) for _, site, _ in _made(injection)}
+    for name in state.merged:
+        changed = places(state.injections[name])
+        if both := sorted(changed & made):
+            raise MergeError(
+                f"{injection.method.name} is computed from the base's weights, but {name!r} is merged into "
+                f"{both[0]}: unmerge() it first and merge it again afterwards, or bake() it"
+            )
+        check_unread(injection, name, changed)
 
 
 def note_base(injection: Injection) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import is_mergeable
 from peftcore.errors import ConfigError, InactiveSite, MergeError, NotMergeable, UnsupportedSite
-from peftcore.forward.choice.merged_choice import check_merge, places
+from peftcore.forward.choice.merged_choice import check_merge, check_unread, places
 from peftcore.forward.tensors.mount import Effect, Mount, effects_of, fold
 from peftcore.injection.fold_parametrizations import fold as fold_away
 from peftcore.injection.fold_parametrizations import inverted
@@ -176,6 +176,8 @@ def _check(injection: Injection) -> None:
         )
     for where, choice in state.choices.in_force():
         check_merge(state.injections, state.merged, name, choice, where)
+    for other in state.injections.values():
+        check_unread(other, name, places(injection))
     try:
         (state.watched or WatchedSites()).check(injection.model, state, [name])
     except InactiveSite as error:

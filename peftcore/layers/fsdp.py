@@ -113,7 +113,7 @@ def gathered(
             yield
         return
     if any(map(is_partitioned, wanted())):
-        raise TrainingError(f"{ENGINE}: train in stage 2 what has a schedule or a rule of its own")
+        raise TrainingError(f"{ENGINE}: use stage 2 for methods with a schedule or an update rule of their own")
     filled = stand_ins_for(wanted()) if whole_parameters is None else whole_parameters
     with _whole_of(model, filled):
         yield

@@ -88,9 +88,9 @@ class Opaque(Linear):
         kind = "no tensor" if held is None else f"{type(held).__name__} of {held.dtype}".replace("torch.", "")
         raise UnsupportedSite(
             f"{tensor!r} of {type(module).__name__} is stored as {kind}, which no installed plugin can read, and this "
-            "needs the weight itself. Use a method that acts beside the layer, such as lora, or a plugin that reads "
-            "it: peftcore-quantized knows bitsandbytes, torchao and HQQ; for another format it is one file that "
-            "answers peftcore_layer"
+            "needs the weight itself. Use a method that adds to the layer's output, such as lora, or a plugin that "
+            "reads the weight: peftcore-quantized reads bitsandbytes, torchao and HQQ; for another format, write a "
+            "plugin with the hook peftcore_layer"
         )
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:

@@ -172,7 +172,7 @@ class Layer:
         Raises:
             UnsupportedSite: this kind of module does not compute a linear map.
         """
-        raise UnsupportedSite("this kind of module has no linear map of its own")
+        raise UnsupportedSite("this kind of module does not compute a linear map")
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
         """Returns `apply` of ``dropout(x)``; with a probability of 0, `apply` of `x`."""
@@ -184,7 +184,7 @@ class Layer:
         Raises:
             UnsupportedSite: this kind of module does not compute a linear map.
         """
-        raise UnsupportedSite("this kind of module has no linear map of its own")
+        raise UnsupportedSite("this kind of module does not compute a linear map")
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         """Returns ``y + scale * matrix low``, with the matrix ``[out, rank]`` applied to the channels of `low`.
@@ -192,7 +192,7 @@ class Layer:
         Raises:
             UnsupportedSite: this kind of module does not compute a linear map.
         """
-        raise UnsupportedSite("this kind of module has no linear map of its own")
+        raise UnsupportedSite("this kind of module does not compute a linear map")
 
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0

@@ -25,8 +25,8 @@ ALONE: ContextVar[bool] = ContextVar("ALONE", default=False)
 """Whether this process now works without the others, so that it cannot gather tensors."""
 ZERO = "deepspeed.runtime.zero"
 ENGINE = (
-    "DeepSpeed's ZeRO-3 has cut the parameters apart, and keeps other values of them for its optimizer, to which "
-    "nothing is written here"
+    "DeepSpeed's ZeRO-3 has partitioned the parameters, and its optimizer has separate copies of their values, which "
+    "peftcore does not change"
 )
 """The text of the error if values of parameters under ZeRO-3 would have to change."""
 
@@ -52,7 +52,8 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if ALONE.get() and (is_cut(tensor) or is_empty(tensor)):
         raise ExportError(
-            "the file needs weights of which this process has a piece: call save(folder) in all processes"
+            "the file needs whole weights, but this process has only a piece of them: call save(folder) in all "
+            "processes"
         )
     if is_cut(tensor):
         return tensor.full_tensor()  # type: ignore[attr-defined,no-any-return]

@@ -19,7 +19,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore.layers.layer import Layer
 from peftcore.layers.pieces import is_cut
 
-WHOLE = "merge the adapter into the whole model, and cut that"
+WHOLE = "merge the adapter into the whole model, and shard the result"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def parallel_linear(module: nn.Module, tensor: str, called: bool) -> Layer | Non
     along = {type(each.placements[0]) for each in cuts.values()} if one else set()
     if not (called and along and along <= {tensors.Shard, tensors.Replicate}):
         raise UnsupportedSite(
-            f"a {type(module).__name__} is tensor-parallel in a way that no adapter can follow; exclude it, or {WHOLE}"
+            f"a {type(module).__name__} is tensor-parallel in a way that adapters do not support; exclude it, or "
+            f"{WHOLE}"
         )
     along_rows = cuts["weight"].placements[0].is_shard(0)
     of_bias = tensors.Shard(0) if along_rows else tensors.Replicate()

@@ -57,4 +57,4 @@ class Admitted(InstanceMethod):
         Raises:
             TypeError: always.
         """
-        raise TypeError(f"{self.name} is no function")
+        raise TypeError(f"{self.name} is not a function")

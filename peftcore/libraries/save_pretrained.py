@@ -118,8 +118,8 @@ class QuantizationChanges:
 def _tell(names: Iterable[str]) -> None:
     """Say which adapters are not in what is saved: elsewhere, a training script may end with this line."""
     notice(
-        f"save_pretrained (and push_to_hub) of the model writes the base alone, without {name!r}, which trains: "
-        "injection.save(folder) writes that adapter, and injection.push_to_hub(...) sends it"
+        f"save_pretrained (and push_to_hub) of the model writes only the base, without the adapter {name!r}, which "
+        "trains: save it with injection.save(folder), or push it with injection.push_to_hub(...)"
         for name in names
     )
 
@@ -155,19 +155,19 @@ def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
     if not _says_quantized(model):
         if isinstance(model, ModelWithConfig) and _is_packed(model):
             raise ExportError(
-                "the weights were quantized after the model was loaded, and its config does not say so: what "
-                "save_pretrained wrote could not be loaded. Save the adapter alone (injection.save) and quantize the "
-                "base again, or peftcore.dequantize(model) first"
+                "the weights were quantized after the model was loaded, and its config does not say so, so what "
+                "save_pretrained writes could not be loaded. Save only the adapter (injection.save) and quantize the "
+                "base again, or call peftcore.dequantize(model) first"
             )
     elif made_dense:
         advice = (
-            "bake() what is merged and peftcore.dequantize(model) first, or merge(into='same')"
+            "Call bake() if merged, and then peftcore.dequantize(model); or use merge(into='same')"
             if isinstance(getattr(model, "hf_quantizer", None), Quantizer)
-            else "Load the base without quantization and the adapter onto it, and bake() there; or merge(into='same')"
+            else "Load the base without quantization and the adapter onto it, and call bake(); or merge(into='same')"
         )
         raise ExportError(
-            f"{len(made_dense)} modules (first {made_dense[0]}) are dense, and the model's config says quantized: what "
-            f"save_pretrained wrote could not be loaded. {advice}"
+            f"{len(made_dense)} modules (first {made_dense[0]}) are dense, but the model's config says quantized, so "
+            f"what save_pretrained writes could not be loaded. {advice}"
         )
 
 
@@ -180,8 +180,8 @@ def check_saves(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, Quantizer) and not quantizer.is_serializable():
         raise ExportError(
-            "transformers cannot write weights that are quantized so. Save the adapter alone (injection.save), the "
-            "base is where it was loaded from; or write it dense: bake(), then peftcore.dequantize(model)"
+            "transformers cannot write weights with this quantization. Save only the adapter (injection.save), since "
+            "the base can be loaded from its source; or write a dense model: bake(), then peftcore.dequantize(model)"
         )
     with saving_base():
         for module in model.modules():
@@ -201,8 +201,8 @@ def check_readable(model: nn.Module) -> None:
             codes = [each for each in persistent if each is not None and each.dtype in CODES and each.dim() > 1]
             if codes:
                 raise UnsupportedSite(
-                    f"{path} ({type(module).__name__}) holds codes that no installed plugin can read, so it cannot be "
-                    "made dense; load the base without quantization, and the adapter onto it"
+                    f"{path} ({type(module).__name__}) has quantized values that no installed plugin can read, so it "
+                    "cannot be made dense; load the base without quantization, and the adapter onto it"
                 )
 
 

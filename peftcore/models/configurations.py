@@ -23,13 +23,13 @@ CONFIG, PIPELINE = "config.json", "model_index.json"
 def read_config(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file. Infinities are allowed: configurations of Mamba have some."""
     if not path.is_file():
-        raise BadInput(f"{path.parent}: no such folder of a model; it has no {path.name}")
+        raise BadInput(f"{path.parent}: not a folder of a model; it has no {path.name}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, dict):
-        raise BadInput(f"{path}: holds no JSON object")
+        raise BadInput(f"{path}: does not contain a JSON object")
     return found
 
 
@@ -38,7 +38,10 @@ def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: 
     found = next((reader for key, reader in readers.items() if key in config), None)
     if found is None:
         kinds = "transformers, timm or diffusers"
-        raise BadInput(f"{folder}: its {CONFIG} is of no model of {kinds}: it has none of {', '.join(readers)}")
+        raise BadInput(
+            f"{folder}: its {CONFIG} does not belong to a model of {kinds}: it has none of the keys "
+            f"{', '.join(readers)}"
+        )
     return found
 
 

@@ -188,7 +188,9 @@ def repeating(model: nn.Module, source: str) -> Sequence[nn.Module]:
     """
     blocks = checkpointable(model)
     if not blocks:
-        raise BadInput(f"{source}: no blocks of this model run again in backward; plan without --checkpoint-gradients")
+        raise BadInput(
+            f"{source}: this model does not support gradient checkpointing; plan without --checkpoint-gradients"
+        )
     with quiet():
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return blocks

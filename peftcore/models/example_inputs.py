@@ -75,7 +75,7 @@ def _length(given: Given, limit: str) -> int:
     if given.size.length is None:
         return min(TOKENS, longest or TOKENS)
     if longest and given.size.length > longest:
-        raise BadInput(f"--length {given.size.length}: the model has {longest} positions")
+        raise BadInput(f"--length {given.size.length} is too long: the model has {longest} positions")
     return given.size.length
 
 
@@ -119,7 +119,7 @@ def for_transformers(
     inputs = {name: value for name, value in found.items() if value is not None}
     if not inputs.keys() & {*main}:
         raise UnknownInputs(
-            f"its configuration does not say of what shape {' or '.join(sorted({*main} & {*TRANSFORMERS}))} is"
+            f"its configuration does not define the shape of {' or '.join(sorted({*main} & {*TRANSFORMERS}))}"
         )
     return inputs
 
@@ -194,7 +194,7 @@ def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype
         inputs["added_cond_kwargs"] = _size_and_text(given)
     missing = [name for name, each in accepted.items() if each.default is each.empty and name not in inputs]
     if missing:
-        raise UnknownInputs(f"forward wants {', '.join(missing)}, of a shape that its configuration does not say")
+        raise UnknownInputs(f"its configuration does not define the shape of {', '.join(missing)}, which forward needs")
     return inputs
 
 

@@ -36,7 +36,10 @@ def load_tokenizer(model: Path | str) -> Any:
         raise unreadable(model, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise BadInput(f"{model}: its tokenizer has no padding and no end-of-text token to fill up batches with")
+            raise BadInput(
+                f"{model}: its tokenizer has no padding and no end-of-text token, so batches cannot be padded: add one "
+                "of them"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -114,7 +117,7 @@ def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, 
             entry.path: model.get_submodule(entry.path) for entry in host_map(model).entries if entry.role == "head"
         }
     if base is None or not outside:
-        raise BadInput(f"{folder}: {type(model).__qualname__} has no classification head beside its base model")
+        raise BadInput(f"{folder}: {type(model).__qualname__} has no classification head next to its base model")
     names = {
         path: {f"{prefix}.{path}.{name}" for name, _ in part.named_parameters()} for path, part in parts(base).items()
     }
@@ -123,7 +126,7 @@ def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, 
     covered = tuple(f"{name}." for name in head)
     astray = [name for name, _ in model.named_parameters() if name in fresh and not name.startswith(covered)]
     if astray:
-        raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {astray[0]}")
+        raise BadInput(f"{folder}: its weights do not fit its config; missing or of another shape: {astray[0]}")
     return head
 
 

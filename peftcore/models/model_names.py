@@ -131,12 +131,12 @@ class InGguf(Named):
 
     path: Path
     refusals: ClassVar[Mapping[Use, str]] = {
-        Use.PICTURES: "is a GGUF file, which holds a language model: name a folder, timm:NAME, or a name on the Hub, "
-        "of a model of pictures",
-        Use.PIPELINE: "is a GGUF file, which holds a language model: name the folder of a pipeline of diffusers, or "
-        "one on the Hub",
-        Use.MERGE: "is a GGUF file, and those are read here but not written: merge into the folder, or the name on the "
-        "Hub, of the model that it was made from",
+        Use.PICTURES: "is a GGUF file, which contains a language model: pass a folder, timm:NAME, or a name on the "
+        "Hub, of a model of pictures",
+        Use.PIPELINE: "is a GGUF file, which contains a language model: pass the folder or the name on the Hub of a "
+        "pipeline of diffusers",
+        Use.MERGE: "is a GGUF file, which peftcore reads but does not write: merge into the folder or the name on the "
+        "Hub of the model that it was made from",
     }
 
     def origin(self) -> tuple[str, dict[str, Any]]:
@@ -185,7 +185,9 @@ class OnHub(Named):
             )
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise BadInput(f"{self.said}: no such folder, and no model of the Hub that can be had ({reason})") from None
+            raise BadInput(
+                f"{self.said}: no such folder, and no model that could be fetched from the Hub ({reason})"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ class OfTimm(Named):
     """An architecture of timm; its weights are those that timm has for it on the Hub."""
 
     refusals: ClassVar[Mapping[Use, str]] = {
-        Use.TEXT: "is a model of pictures: name a folder, a GGUF file or a name on the Hub, of a model that reads text",
-        Use.PIPELINE: "is a model of pictures: name the folder of a pipeline of diffusers, or one on the Hub",
+        Use.TEXT: "is a model of pictures: pass a folder, a GGUF file or a name on the Hub, of a model that reads text",
+        Use.PIPELINE: "is a model of pictures: pass the folder or the name on the Hub of a pipeline of diffusers",
     }
 
     @property
@@ -221,7 +223,7 @@ class OfTimm(Named):
             raise BadInput(f"{self.said}: {error}") from None
         name = found and found.hf_hub_id
         if not name:
-            raise BadInput(f"{self.said}: timm has no weights of it on the Hub; save a model, and name its folder")
+            raise BadInput(f"{self.said}: timm has no weights for it on the Hub; save a model, and pass its folder")
         return OnHub(self.said, name)
 
 
@@ -240,9 +242,11 @@ def find(model: Path | str) -> Named:
     if path.is_dir():
         files = _models(path)
         if len(files) > 1:
-            raise BadInput(f"{path}: name one of its files: {', '.join(each.name for each in files)}")
+            raise BadInput(
+                f"{path}: has several models; pass one of these files: {', '.join(each.name for each in files)}"
+            )
         if not files:
-            reason = f"holds no model{_inside(said, path)}"
+            reason = f"contains no model{_inside(said, path)}"
             raise BadInput(f"{said}: {reason}; a model is a folder with {CONFIG} or a GGUF file")
         return InFolder(said, path) if files == [path] else InGguf(said, files[0])
     if not isinstance(model, str) or path.suffix == GGUF or not HUB_NAME.fullmatch(said):
@@ -280,7 +284,7 @@ def _in_package(model: str) -> Path:
     """Return a folder inside a package, which is found but not imported."""
     name, _, inside = model.removeprefix(PACKAGE).partition("/")
     if (folder := package_folder(name)) is None:
-        raise BadInput(f"{model}: no package {name!r} is installed")
+        raise BadInput(f"{model}: the package {name!r} is not installed")
     return folder / inside
 
 
@@ -291,4 +295,4 @@ def _denoiser_or_model(folder: Path) -> tuple[Path, dict[str, Any]]:
     inside = [folder / name for name in DENOISERS if (folder / name / CONFIG).is_file()]
     if (folder / PIPELINE).is_file() and inside:
         return inside[0], read_config(inside[0] / CONFIG)
-    raise BadInput(f"{folder}: holds no {CONFIG}, and no pipeline with a {' or a '.join(DENOISERS)}")
+    raise BadInput(f"{folder}: contains neither {CONFIG} nor a pipeline with a {' or a '.join(DENOISERS)}")

@@ -91,7 +91,7 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
     reader = reader_of(READERS, config, folder)
     made_on = made_on or MadeOn()
     if made_on.meant is not None and reader is not _transformers:
-        raise BadInput(f"{folder} is no model of transformers; leave out --model-class")
+        raise BadInput(f"{folder} is not a model of transformers; remove --model-class")
     return reader(folder, config, weights, made_on)
 
 
@@ -211,8 +211,8 @@ def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
     other = other or _for_task(own.config_class, made_on.task)
     if other is None or other.config_class is not own.config_class:
         raise BadInput(
-            f"{folder}: {own.__name__} has no place for {lacking[0]}, which the adapter brings; say with --model-class "
-            f"what it was made on: {', '.join(each.__name__ for each in listed)}"
+            f"{folder}: {own.__name__} has no parameter {lacking[0]}, which the adapter contains; set --model-class to "
+            f"the class that the adapter was made on: {', '.join(each.__name__ for each in listed)}"
         )
     return other
 
@@ -220,7 +220,7 @@ def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
 def _known(folder: Path, name: object, where: str) -> Any:
     found = exported(transformers, name, transformers.PreTrainedModel)
     if found is None:
-        raise BadInput(f"{folder}: {where} {name!r}, which is no model class of transformers")
+        raise BadInput(f"{folder}: {where} {name!r}, which is not a model class of transformers")
     return found
 
 
@@ -306,7 +306,7 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
     if not timm.is_model(str(config["architecture"])):
         raise BadInput(f"{folder / CONFIG}: timm has no model {config['architecture']!r}")
     if weights and not (folder / "model.safetensors").is_file():
-        raise BadInput(f"{folder}: it has no model.safetensors; pickles are not read")
+        raise BadInput(f"{folder}: it has no model.safetensors; pickles are not read, so save the model as safetensors")
     if not weights:
         return OpenedModel(_on_meta(lambda: timm.create_model(f"local-dir:{folder}")), _cannot)
     with _loading(folder):

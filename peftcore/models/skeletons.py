@@ -192,7 +192,7 @@ def skeleton(source: str, dtype: str | None = None) -> Skeleton:
 def chosen_dtype(name: str) -> torch.dtype:
     """Return a dtype by its name."""
     if name not in DTYPES:
-        raise BadInput(f"--dtype {name}: there are {', '.join(DTYPES)}")
+        raise BadInput(f"--dtype {name} is not supported: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -235,5 +235,5 @@ def refusing(source: str, what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
-            reason = "it brings code of its own, which is not run here"
+            reason = "its code is in its repository, and peftcore does not run that"
         raise BadInput(f"{source}: {what} ({type(error).__name__}: {reason[:300]})") from error

@@ -183,7 +183,7 @@ def method(name: str) -> type[Method]:
     found = _called(short, plugin if slash else None) or _called(_plain(short), plugin if slash else None)
     if len(found) > 1:
         where = " and ".join(f"{info.distribution} (write {info.plugin + '/' + short!r})" for info in found)
-        raise AmbiguousMethod(f"method {short!r} is in {where}")
+        raise AmbiguousMethod(f"several plugins have a method {short!r}: {where}")
     if not found:
         raise UnknownMethod(_unknown(name, short, [info.name for info in methods()]))
     return _load(found[0])
@@ -220,7 +220,10 @@ def _load(info: MethodInfo) -> type[Method]:
             raise PluginError(f"method {info.name!r} of {info.distribution} cannot be imported: {error}") from error
         if (cls.name, set(cls.aliases)) != (info.name, set(info.aliases)):
             called = ", ".join((cls.name, *cls.aliases))
-            raise PluginError(f"{info.distribution} lists {info.name!r}, but {info.location} is called {called}")
+            raise PluginError(
+                f"{info.distribution} lists the method {info.name!r}, but the class {info.location} has the name "
+                f"{called}"
+            )
         _loaded[key] = cls
     return _loaded[key]
 

@@ -24,6 +24,6 @@ def notice_equation_only(methods: Iterable[Method]) -> None:
             told.add(method.name)
             logger.warning(
                 "method %r is equation only: its tests compare it with its equation, not with numbers of another "
-                "library or of the authors' code (no more of this: logging.getLogger('peftcore').setLevel('ERROR'))",
+                "library or of the authors' code (to hide this line: logging.getLogger('peftcore').setLevel('ERROR'))",
                 method.name,
             )

@@ -119,12 +119,14 @@ def read(file: Path) -> Evidence:
         found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text(encoding="utf-8"))
         return {name: tuple(row for each in sources for row in _rows(**each)) for name, sources in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise PluginError(f"{file} is no evidence: {error}; `make evidence` writes it anew") from error
+        raise PluginError(
+            f"{file} is not a valid evidence file: {error}; write it again with `make evidence`"
+        ) from error
 
 
 def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[EvidenceRow]:
     if unknown := set(compared) - set(PARTS):
-        raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+        raise ValueError(f"{', '.join(sorted(unknown))} is not one of {', '.join(PARTS)}")
     return [EvidenceRow(Source(**source), part) for part in compared]
 
 

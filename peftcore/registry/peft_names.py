@@ -28,7 +28,7 @@ PASSED = {
     "num_attention_heads": "leave it out: the model has the number of heads",
     "num_layers": "leave it out: the adapter acts in all layers of the model",
     "num_transformer_submodules": "leave it out: peftcore finds the stacks; target= chooses among them",
-    "peft_type": "leave it out: the method's name says it",
+    "peft_type": "leave it out: the name of the method defines it",
     "target_modules": "use target=, with the same names",
     "target_parameters": "use target=, with the same names",
     "task_type": "leave it out: no task changes how a model is adapted",

@@ -82,6 +82,6 @@ def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, Me
         return cls(), validate(cls.Config, dict(options), advice)
     own, preset = _presets[cls]
     if preset.workflow:
-        raise ConfigError(f"{cls.name} is no method that one call applies: {preset.workflow}")
+        raise ConfigError(f"{cls.name} cannot be applied with one call: {preset.workflow}")
     checked = validate(cls.Config, dict(options), advice)
     return own(), validate(own.Config, checked.model_dump(exclude={"method"}))

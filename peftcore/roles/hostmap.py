@@ -147,8 +147,9 @@ class HostMap:
                     continue
                 if entry.layout is None:
                     raise TargetError(
-                        f"the rows of {role!r} in {entry.path!r} are not known without a forward: target {entry.role!r}"
-                        ", which is all of it, or refine the map: peftcore.roles.probe(model, inputs, host)"
+                        f"the rows of {role!r} in {entry.path!r} are not known without a forward: target "
+                        f"{entry.role!r} instead, which is the whole weight, or refine the map with "
+                        "peftcore.roles.probe(model, inputs, host)"
                     )
                 slices = entry.layout.slices(role.partition(".")[2])
                 found.append((entry, None if slices == ((0, entry.rows),) else slices))
@@ -224,7 +225,7 @@ class HostMap:
             hint = (
                 f"did you mean {', '.join(map(repr, near))}?" if near else f"known roles: {', '.join(sorted(ROLES))}."
             )
-            raise TargetError(f"{role!r} (for {path!r}) is no role; {hint}")
+            raise TargetError(f"{role!r} (for {path!r}) is not a role; {hint}")
 
     def tree(self) -> str:
         """Returns the map as text: repeated blocks folded, one line for each module or parameter with a role."""

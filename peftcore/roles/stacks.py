@@ -84,8 +84,8 @@ class TokenStack:
             whole = int(places.max()) + 1 - first
         if whole > most:
             raise SequenceError(
-                f"{self.path or 'the host'} has {most} positions, and {front} {what} in front of a text of "
-                f"{whole - front} tokens take {whole}: shorten the text, or take fewer {what}"
+                f"{self.path or 'the host'} has {most} positions, but {front} {what} in front of a text of "
+                f"{whole - front} tokens need {whole}: shorten the text, or use fewer {what}"
             )
 
 

@@ -50,7 +50,7 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
         try:
             compiled = re.compile(pattern[3:])
         except re.error as error:
-            raise TargetError(f"target {pattern!r} is no regular expression: {error}") from None
+            raise TargetError(f"target {pattern!r} is not a regular expression: {error}") from None
         return lambda path, module: compiled.fullmatch(path) is not None
     if not _is_ending(pattern):
         return lambda path, module: fnmatch.fnmatchcase(path, pattern)
@@ -70,7 +70,7 @@ def _each(target: Target) -> Iterator[Any]:
         for part in target:
             yield from _each(part)
     else:
-        raise TargetError(f"target {target!r} is no name, role, pattern, type or predicate")
+        raise TargetError(f"target {target!r} is not a name, role, pattern, type or predicate")
 
 
 class Resolver:
@@ -154,12 +154,14 @@ class Resolver:
             out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
             found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
             if not found:
-                raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
+                raise TargetError(
+                    f"exclude={exclude!r} excludes everything that target={target!r} selects; change one of them"
+                )
         for site in found.values():
             if site.form == "activation" and f"{site.module_path}.{site.tensor}" in self._flat_experts:
                 raise UnsupportedSite(
-                    f"{site.module_path}: the rows of all its experts are one matrix, {site.tensor} of "
-                    f"{tuple(site.weight_shape)}, which does not tell how wide the output is: "
+                    f"{site.module_path} stores the rows of all its experts in one matrix, {site.tensor} of "
+                    f"{tuple(site.weight_shape)}, so the width of its output is unknown: "
                     f"exclude=[{site.module_path.rpartition('.')[2]!r}]"
                 )
         return sorted(found.values(), key=lambda site: self._order[site.module_path])
@@ -296,17 +298,22 @@ class Resolver:
         """
         module = self.modules.get(module_path)
         if module is None:
-            raise HostMismatch(f"the adapter belongs to another base: there is no {module_path!r} here")
+            raise HostMismatch(f"the adapter belongs to another base: this host has no module {module_path!r}")
         owner = self.modules.get(f"{module_path}.{tensor.rpartition('.')[0]}".strip("."))
         if owner is None or (tensor != "weight" and tensor.rpartition(".")[2] not in self._slots(module, tensor)):
-            raise HostMismatch(f"the adapter belongs to another base: {module_path!r} has no {tensor!r} here")
+            raise HostMismatch(
+                f"the adapter belongs to another base: the module {module_path!r} has no tensor {tensor!r} here"
+            )
         site = self.site(module_path, tensor, role, slices)
         if slices is not None:
             height = replace(site, slices=None).out_features
             ends = [end for pair in slices for end in pair]
             empty = any(start >= stop for start, stop in slices)
             if not slices or empty or ends != sorted(ends) or ends[-1] > height:
-                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {shown(slices)}")
+                raise HostMismatch(
+                    f"the adapter belongs to another base: {module_path} has {height} rows, but the adapter changes "
+                    f"rows {shown(slices)}"
+                )
         return site
 
     def _slots(self, module: nn.Module, tensor: str) -> Iterable[str]:
@@ -418,9 +425,11 @@ class Resolver:
         near = [
             close for inner in misspelt for close in difflib.get_close_matches(str(inner), sorted(names), cutoff=0.5)
         ]
-        hint = f"; close: {', '.join(dict.fromkeys(near))}" if near else ""
+        hint = f"; similar names: {', '.join(dict.fromkeys(near))}" if near else ""
         if patterns and not misspelt and ALL_LAYERS in known:
-            hint = f": it has no such roles. {argument}={ALL_LAYERS!r} is every matrix and convolution of its blocks"
+            hint = (
+                f": it has no such roles. {argument}={ALL_LAYERS!r} selects every matrix and convolution of its blocks"
+            )
         shown = ", ".join(each.__name__ if isinstance(each, type) else repr(each) for each in patterns)
         roles = ", ".join(sorted(role for role in known if not role.endswith("*"))) or "none"
         towers = ", ".join(f"{sense}:" for sense in sorted(self.host.named_towers))

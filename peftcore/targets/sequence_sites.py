@@ -52,8 +52,8 @@ class SequenceSite(Site):
         alone = not (self.stack.causal or self.stack.reads or self.stack.readers)
         if not below or not alone or MASKING & set(arguments(type(module))):
             raise UnsupportedSite(
-                f"{self.module_path or 'the host'} has no place behind its embeddings for rows without positions: that "
-                "takes an encoder that stands alone, in which one module makes embeddings of ids and of nothing else"
+                f"{self.module_path or 'the host'} cannot insert rows without positions after its embeddings: this "
+                "needs an encoder without a decoder, in which one module computes the embeddings from ids alone"
             )
         path = f"{self.module_path}.{name}".lstrip(".")
         entry = Site(module, path, "", Layer(), form=ENTRY, meta=self.meta)
@@ -80,8 +80,10 @@ def locate_stack(site: Site, resolver: Resolver) -> SequenceSite:
     stacks = {stack.path: stack for stack in resolver.token_stacks()}
     stack = stacks.get(site.module_path)
     if stack is None:
-        known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or makes more of them than embeddings"
-        raise UnsupportedSite(f"{site.module_path or 'the host'} is no stack of tokens; those of this host are {known}")
+        known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or does not only embed them"
+        raise UnsupportedSite(
+            f"{site.module_path or 'the host'} is not a stack of tokens; those of this host are {known}"
+        )
 
     def place(path: str, form: str) -> Site:
         return Site(resolver.modules[path], path, "", Layer(), form=form, meta=site.meta)

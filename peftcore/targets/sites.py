@@ -18,8 +18,8 @@ from peftcore.roles.stacks import arguments
 
 LayerOf = Callable[[nn.Module, str], Layer]
 SEVERAL = (
-    "runs several times in one forward, for several layers of the model, and nobody knows at which of them to act; "
-    "take a method that acts at each of them in the same way, such as lora or houlsby_adapter"
+    "runs several times in one forward, for several layers of the model, so this method cannot choose one of them; use "
+    "a method that acts at each of them in the same way, such as lora or houlsby_adapter"
 )
 """The text of the error for a module that runs several times in one forward and has to run once."""
 MIXES_ROWS = ("experts", "pos")
@@ -119,9 +119,9 @@ class Site(_Memory):
         """
         if self.tokens_first:
             raise UnsupportedSite(
-                f"{self.path} is given tokens in front of rows of the batch, and would take one for the other; exclude "
-                "it, or take a method that acts on each token by itself, such as lora (torch's own layers: build them "
-                "with batch_first=True)"
+                f"{self.path} gets tokens in front of rows of the batch, but this method needs the rows first; exclude "
+                "it, or use a method that acts on each token separately, such as lora (for torch's own layers: set "
+                "batch_first=True)"
             )
 
     @property
@@ -208,7 +208,9 @@ class Site(_Memory):
         """Returns the dimension of the inputs."""
         dim = self.layer.batch_dims + 1
         if dim >= len(self.weight_shape):
-            raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
+            raise UnsupportedSite(
+                f"{self.path} is a vector of {self.out_features}, but this method needs a matrix; exclude it"
+            )
         return dim
 
     @property
@@ -259,7 +261,7 @@ class Site(_Memory):
         """Returns the site of the weight that belongs to a missing bias."""
         owner, _, name = self.tensor.rpartition(".")
         if name != "bias":
-            hint = "; it is a whole block: target what is in it, such as the role mlp.output" * (self.role == "block")
+            hint = "; it is a whole block: target a part of it, such as the role mlp.output" * (self.role == "block")
             raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on{hint}")
         return self.at(f"{owner}.weight".lstrip("."))
 

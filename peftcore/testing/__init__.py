@@ -1,39 +1,41 @@
-"""Shipped in the wheel: the conformance kit for method authors, and the tiny hosts on which it runs.
+"""The conformance kit for authors of methods, which is installed with peftcore, and the tiny hosts on which its checks
+run.
 
     @conformance("mymethod", expected_failures={"check-host": "why"})
     def test_conformance(check):
         check()
 
-or, without pytest, ``for result in check_method("mymethod"): print(result)``. Of schemes that quantize weights:
-`quantizer_conformance` and `check_quantizer`. `plugged` tries hooks out without packaging them.
+or, without pytest, ``for result in check_method("mymethod"): print(result)``. `quantizer_conformance` and
+`check_quantizer` do the same for schemes that quantize weights. `plugged` registers hooks for a block, to try them
+without a package.
 
 It may import all of peftcore but `comparing` and `cli`. In the order of reading:
 
 - `failures`: the message of a failed check.
 - `copies`: many copies of one model.
-- `kit`: cases, checks, and how a check is filed.
+- `kit`: cases, checks, and the registration of checks.
 - `hosts`: tiny models on which checks run.
 - `tools`: helpers of several checks.
-- `probes`: tiny methods and models for one question.
+- `probes`: tiny models and tools for single checks.
 - `trained_once`: tensors that are trained beforehand, cached on disk.
 - `learning_tasks`: small tasks that a method has to learn.
-- `plugging`: hooks tried out without packaging them.
-- `compiling`: a compiler for checks.
-- `snapshots`: models, files and the process at one moment, to be compared.
+- `plugging`: registers hooks for a block, without a package.
+- `compiling`: a backend of torch.compile for checks.
+- `snapshots`: records the state of models, files and the process, for comparisons.
 - `fault_points`: the points of an operation at which an error can be raised.
-- `faults`: an operation, broken at each of its points.
+- `faults`: runs an operation with an error at each of its points.
 - `doors`: `conformance` and `check_method`.
-- `declared_evidence`: the sources of the numbers with which tests compare, and the conditions for them.
-- `starts`: how initial values of reference code are recorded, and compared with ours.
-- `default_options`: our defaults compared with those of other code.
-- `checkouts`: the authors' code imported, for scripts that make frozen numbers.
-- `freeze`: the command that makes frozen numbers again.
-- `gathering`: a plugin of pytest that writes down what tests compare with.
-- `quantizers`: the same frame for schemes that quantize weights.
+- `declared_evidence`: tests declare the code whose numbers they compare with, and it is checked that they did.
+- `starts`: records initial values of reference code, and compares ours with them.
+- `default_options`: compares our default options with those of other code.
+- `checkouts`: imports the authors' code, for scripts that compute frozen numbers.
+- `freeze`: the command that computes frozen numbers again.
+- `gathering`: a plugin of pytest that records the reference code with which tests compare.
+- `quantizers`: the kit for schemes that quantize weights.
 - `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
   `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_routers`, `checks_merge`, `checks_files`,
   `checks_refused_files`, `checks_faults`, `checks_packed`, `checks_learning`, `checks_quantizers`,
-  `checks_adapted_quantizers`: one subject of checks a module.
+  `checks_adapted_quantizers`: the checks, one module for each subject.
 """
 
 import importlib

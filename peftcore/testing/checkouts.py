@@ -1,4 +1,5 @@
-"""Imports files of the authors' code, and reads their command lines, for the scripts that make frozen numbers again."""
+"""Imports files of the authors' code, and reads options from their commands, for scripts that compute frozen
+numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from unittest.mock import MagicMock
 
 
 def load(file: Path, root: Path | None = None, absent: Iterable[str] = ()) -> Any:
-    """Returns the module of a file. The process is changed: it finds the modules of that folder first.
+    """Returns the module imported from a file. `root` stays at the front of ``sys.path``.
 
     Args:
-        file: the file, in a checkout.
-        root: the folder from which it imports modules of its own; by default the one that it is in.
-        absent: dotted names of modules that it imports and of which nothing is needed: it gets mocks in their place.
+        file: the file in a checkout.
+        root: the folder from which the file imports its own modules; by default the file's folder.
+        absent: dotted names of imported modules that are not needed; they are replaced by mocks.
     """
     root = file.parent if root is None else root
     for name in absent:
@@ -29,12 +30,12 @@ def load(file: Path, root: Path | None = None, absent: Iterable[str] = ()) -> An
 
 
 def flags(text: str) -> dict[str, Any]:
-    """Returns the options that a command has in the text of a shell script or a README, by name without dashes: numbers
-    as such, and True where no value follows. Variables that the text sets are put in; of an option that occurs again,
-    the last one counts.
+    """Returns the options of a command in the text of a shell script or a README, by their names without dashes.
+    Numbers are converted, and options without a value are True. Variables that the text sets are replaced by their
+    values. If an option occurs several times, the last value is returned.
 
     Args:
-        text: the text; cut the command out where there are several.
+        text: the text with the command; it should contain no other commands.
     """
     text = re.sub(r"(?m)(^|\s)#.*$", "", text).replace("\\\n", " ")
     variables = dict(re.findall(r"(?m)^\s*(?:export\s+)?(\w+)=[\"']?([^\s\"']*)", text))

@@ -1,4 +1,4 @@
-"""Checks of quantizers under operators of every kind: training, merging, removing."""
+"""Checks of quantized layers with installed operators of every kind: training, merging, removing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a method's additions to training: a look at data, steps, a loss, an optimizer."""
+"""Checks of a method's additions to training: calibration with data, a schedule, a loss, an optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.tools import differences, findable, raises, trace
 
 SEVERAL = ("mlp", "encoder", "llama")
-"""Hosts for promises that hardly depend on the host."""
+"""Hosts for checks whose results hardly depend on the host."""
 
 
 @check(

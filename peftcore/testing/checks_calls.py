@@ -1,4 +1,5 @@
-"""Checks of one forward context: rows that go to different injections, choices that backward repeats, generation."""
+"""Checks of single calls of the model: batches whose rows use different injections, choices of adapters that backward
+has to repeat, and generation."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def each_pays_for_its_own_rows(case: Case) -> None:
 
 
 SURPLUS = 1.03
-"""The largest cost of a step of several injections, relative to the steps of each with its own rows."""
+"""The largest accepted cost of a step in which the rows use several injections, relative to separate steps for the rows
+of each."""
 
 
 def _flops(case: Case, model: nn.Module, inputs: Mapping[str, Any], training: bool) -> int:

@@ -1,4 +1,5 @@
-"""The check that a failed operation is undone, and the operations of a method's life that it breaks."""
+"""The check that a failed operation is undone, and the operations (apply, merge, save and so on) in which it raises
+errors."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ from peftcore.testing.snapshots import Scene
 from peftcore.testing.tools import findable
 
 FEW = {"apply": 2}
-"""How many faults the check tries in an operation; one in any other."""
+"""The number of faults that the check tries in an operation; one in any other."""
 
 
 class LifeStep(NamedTuple):
-    """An operation of a method's life.
+    """An operation on an adapted model, such as apply or merge, with the scene for it.
 
     Attributes:
         make: builds the scene on which it runs.
@@ -40,7 +41,7 @@ class LifeStep(NamedTuple):
 
 
 def life(case: Case) -> dict[str, LifeStep]:
-    """Return the operations of a method's life that a fault may break, by name."""
+    """Return the operations of a method in which a fault may be raised, by name."""
     steps = {
         "apply": LifeStep(_scene(case), lambda scene: case.apply_alone(scene.model, name="new")),
         "load": LifeStep(_saved(case), lambda scene: peftcore.load(scene.model, _adapter(scene), name="new")),
@@ -65,7 +66,7 @@ def life(case: Case) -> dict[str, LifeStep]:
 
 
 def break_step(case: Case, name: str, **options: Any) -> FaultReport:
-    """Run an operation of a method's life with faults, as `inject_faults` does with these options."""
+    """Run one of the operations of `life` with faults, as `inject_faults` does with these options."""
     step = life(case)[name]
     leave = ("state, choice",) if case.context is not None else ()  # every call of the model tells the context anew
     with findable(case.method):
@@ -162,8 +163,8 @@ def _shallow(case: Case) -> Case:
     hosts=("mlp", "llama"),
 )
 def faults_leave_nothing_half_done(case: Case) -> None:
-    """A few faults in `apply`, and in another operation that the method's name chooses; ``make faults`` tries all."""
-    case = _shallow(case)
+FEW = {"apply": 2}
+"""The number of faults that the check tries in an operation; one in any other."""
     drawn = random.Random(zlib.crc32(case.method.name.encode()))
     other = drawn.choice([name for name in life(case) if name != "apply"])
     kind = drawn.choice(KINDS if other in ("load", "save") else ("tensor", "line"))

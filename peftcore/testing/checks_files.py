@@ -1,4 +1,5 @@
-"""Checks of files: an adapter loads unchanged anywhere, equal adapters are equal bytes, and wrong files are refused."""
+"""Checks of files: a saved adapter loads unchanged on any equal host, equal adapters give equal bytes, and wrong files
+are refused."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from peftcore.testing.tools import default_dtype, findable
 
 FILES = sorted([CARD, ENVELOPE, TENSORS])
 ONE = ("mlp", "encoder", "llama")
-"""Hosts for checks of the file itself, which hardly depends on the host."""
+"""Hosts for checks of the file itself, whose results hardly depend on the host."""
 
 
 @contextmanager
 def saved(case: Case, **changes: Any) -> Iterator[tuple[Path, Injection, nn.Module, dict[str, Any]]]:
-    """Save a filled injection of the case; yield the folder, the injection, its model and inputs."""
+    """Save an injection of the case with random values; yield the folder, the injection, its model and inputs."""
     model, inputs = case.fresh()
     injection = case.apply(model, seed=7, **changes)
     fill(injection)

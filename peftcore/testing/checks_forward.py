@@ -1,4 +1,4 @@
-"""Checks of the adapted host at work: inputs, dtypes, copies, threads, compilers."""
+"""Checks of forwards of the adapted host: inputs, dtypes, copies, threads, compilers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from peftcore.testing.probes import (
 from peftcore.testing.tools import differences, raises, shapes_only, trace
 
 ON_TORCH = ("mlp", "encoder", "convnet")
-"""Hosts without code of other libraries: a failure there is caused by the method."""
+"""Hosts of torch's own modules, without other libraries: the cause of a failure on them is the method."""
 
 
 def _flipped(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,8 @@ def _stays_behind(build: Build) -> str:
     "values decide",
 )
 def it_works_where_its_host_is(case: Case) -> None:
-    """Run on a device with shapes only: code that asks for values, or uses a tensor of another device, raises."""
+    """Run on the meta device, whose tensors have no values: code that reads values, or uses a tensor of another device,
+    raises an error."""
     if reason := _stays_behind(case.host.build):
         raise NotApplicable(f"the host by itself cannot: {reason}")
     model, inputs = case.fresh()
@@ -128,7 +129,7 @@ WAYS: Mapping[str, Callable[[Tensor], object]] = {
     "through a numpy view": lambda tensor: np.add(array := tensor.detach().numpy(), array.dtype.type(FILL), out=array),
     "by another tensor in .data": lambda tensor: setattr(tensor, "data", tensor.data * 1.5),
 }
-"""Ways to write to a weight, of which torch counts the first."""
+"""Ways to write to a weight; only the first increases the version counter of torch."""
 
 
 @check(

@@ -1,4 +1,4 @@
-"""Checks of injection: a fresh adapter's effect, its sites, its costs, and that an error leaves no trace."""
+"""Checks of `apply`: a fresh adapter's effect, its sites, its costs, and that an error leaves the host unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftcore.testing.tools import differences, raises, trace
 
 
 def planned(case: Case, model: nn.Module, **changes: Any) -> peftcore.Plan:
-    """Return the plan for what `case.apply` does."""
+    """Return the plan of the injection that `case.apply` would install."""
     arguments: dict[str, Any] = {**case.options, **changes}
     try:
         return peftcore.plan(model, case.method, **arguments)
@@ -52,7 +52,8 @@ def a_fresh_adapter_changes_nothing(case: Case) -> None:
 
 
 def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tensor, Injection]]:
-    """Yield each layer that the method accepts: its name, the holder, the base output and the fresh injection."""
+    """Yield, for each kind of layer that the method accepts: its name, the model that holds it, the base output and the
+    fresh injection."""
     accepted = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The check that a method learns: on a small real task, which the kit defines and not the method's author."""
+"""The check that a method learns a small real task, which the kit defines instead of the method's author."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, LearningTask, full_fine_tuning
 
 SHARE = 1 / 3
-"""The share of the gain of full fine-tuning in the same steps."""
+"""The share of full fine-tuning's gain that a method has to reach in the same number of steps."""
 MULTIPLES = (30, 100, 10, 300, 3, 1)
-"""Factors of the learning rate of a method's source, in the order in which they are tried. Hosts of the
-tasks are about thirty times narrower than those of papers, and are trained for 80 steps in place of thousands."""
+"""Factors of the learning rate that a method's source uses, in the order in which they are tried. Hosts of the tasks
+are about thirty times narrower than those of papers, and are trained for 80 steps instead of thousands."""
 UNKNOWN = LearningRate(1e-3, source="", on="")
-"""The learning rate that is taken where no source says one."""
+"""The learning rate for methods whose source names none."""
 
 
 def _told(case: Case, task: LearningTask) -> LearningTask:

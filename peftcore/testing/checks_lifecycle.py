@@ -1,4 +1,4 @@
-"""Checks of an injection's life from its name to its removal, and of its reports about itself."""
+"""Checks of an injection from its naming to its removal, and of its reports, such as `summary`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of merging: the same effect, all or nothing, and every bit back."""
+"""Checks of merging: outputs are the same, a failed merge changes nothing, and unmerging restores every bit."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def merging_keeps_the_outputs(case: Case) -> None:
 
 
 ROUNDED = 4e-2
-"""Accepted difference of outputs in bfloat16, of all numbers together: half a unit in the last place, 2e-3, for each of
-a weight's entries, times what a host of several layers makes of it."""
+"""Largest accepted relative error of outputs in bfloat16, as the norm over all numbers: rounding a weight's entries
+gives 2e-3 (half a unit in the last place), which grows over the layers of a host."""
 
 
 @check(

@@ -1,4 +1,5 @@
-"""The check of quantized models: a method does on every base that a quantizer packs what it does on a dense one."""
+"""The check of quantized models: a method computes the same on a quantized base as on a dense base with the same
+weights."""
 
 from __future__ import annotations
 
@@ -25,20 +26,20 @@ from peftcore.testing.kit import ALL, Build, Case, NotApplicable, check
 from peftcore.testing.tools import findable
 
 TELLING_SCHEMES = ("nf4", "bnb-nf4")
-"""The schemes of a quick run: plain torch, and the one with a kernel that has no gradient."""
+"""The schemes of a quick run: one in plain torch, and one whose kernel has no gradient."""
 SMALL_GROUPS = 8
-"""Divides the widths of the hosts, which are smaller than usual groups."""
+"""The group size for the hosts, whose widths are smaller than usual groups; it divides the widths."""
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"group_size": SMALL_GROUPS} for name in ("int4", "torchao-int4", "hqq-8", "hqq-4")
 }
 PACKS_INPUTS = {"bnb-int8": 1e4}
-"""Schemes whose forward rounds its inputs too, and by how much more their outputs differ from the dense ones'."""
+"""Schemes whose forward also rounds the inputs, with the factor by which the tolerance of outputs is multiplied."""
 HOSTS = ("llama", "vit", "gpt2", "unet")
 
 
 @dataclass(frozen=True)
 class Life:
-    """The outcome of a method on one quantized model."""
+    """The results of a method on one quantized model."""
 
     trains: str
     merges: str
@@ -46,7 +47,7 @@ class Life:
 
 
 def installed_schemes() -> list[str]:
-    """Return the schemes of the plugins whose packages are installed."""
+    """Return the names of the schemes whose packages are installed."""
     return [name for name in schemes() if not scheme_class(name).missing()]
 
 
@@ -70,10 +71,10 @@ def life(case: Case, scheme: str, build: Build | None = None) -> Life:
     Args:
         case: the method and the host.
         scheme: the name of the scheme.
-        build: makes the model and its inputs; by default the whole host.
+        build: builds the model and its inputs; by default the whole host.
 
     Raises:
-        CheckFailed: something is not as on a dense base.
+        CheckFailed: a result differs from that on a dense base.
         NotApplicable: the host has no linear layers to pack.
     """
     build = build or case.fresh

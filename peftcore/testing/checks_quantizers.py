@@ -1,4 +1,4 @@
-"""Checks of quantizers: of a format by itself."""
+"""Checks of a quantizer alone, without adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from peftcore.testing.quantizers import LINEAR, QuantizerCase, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
 
 USELESS = 0.3
-"""The error of a round trip above which a scheme is useless: more than formats of 3 bits have."""
+"""The relative error of quantizing and reading a weight above which a scheme is useless; formats of 3 bits have a
+smaller one."""
 
 
 @check(
@@ -85,7 +86,7 @@ def gradients_pass_to_the_input(case: QuantizerCase) -> None:
 
 @contextmanager
 def never_unpacking(case: QuantizerCase) -> Iterator[None]:
-    """Fail the check if a weight is made dense within the block."""
+    """Context manager that fails the check if the whole dense weight of a layer is computed within the block."""
     kind = type(case.scheme.layer)
     with mock.patch.object(kind, "unpack", autospec=True, side_effect=kind.unpack) as unpack:
         yield

@@ -1,4 +1,5 @@
-"""Checks of files that must not load: damaged, newer, of another base. One error, and the host is as it was."""
+"""Checks of files that must be refused (damaged, newer, for another base) with one error that leaves the host
+unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the reports of routers in mixtures."""
+"""Checks of the statistics that routers of mixtures report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import raises
 
 PADS = 3
-"""Columns of padding that are added."""
+"""The number of columns of padding that are added to inputs."""
 
 
 @check(

@@ -1,4 +1,4 @@
-"""Checks of switching and freezing: several injections on one host, those that act, and those that train."""
+"""Checks of several injections on one host: which are active, and which train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Checks of training: gradients reach what should train, nothing else moves, and backward keeps nothing needless."""
+"""Checks of training: gradients reach the adapter's parameters, no other tensor changes, and backward stores no
+needless tensors."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ STEP = 1e-6
 
 
 def loss(output: Tensor) -> Tensor:
-    """Return a loss that is uneven in every entry, so that gradients do not cancel in norms and softmaxes."""
+    """Return a loss with a different weight for each entry, so that gradients do not cancel in norms and softmaxes."""
     weights = torch.linspace(-1.0, 1.5, output.numel(), device=output.device).view_as(output)
     return (output.float() * weights).sum() + output.float().square().mean()
 
 
 def gradients_of(injection: Injection) -> dict[str, Tensor]:
-    """Return the gradients by tensor name; zeros where a tensor has no gradient."""
+    """Return the gradients by tensor name; zeros for tensors without a gradient."""
     named = ((f"{path}.{name}", p) for path, module in injection.modules() for name, p in module.named_parameters())
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
@@ -35,7 +36,7 @@ def gradients_of(injection: Injection) -> dict[str, Tensor]:
 def backward(
     case: Case, model: nn.Module, inputs: Mapping[str, Any], injection: Injection
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return output and gradients of one pass in the model's present mode."""
+    """Return the output and the gradients of one forward and backward, in the model's current mode."""
     model.zero_grad()
     output = case.run(model, inputs)
     loss(output).backward()  # type: ignore[no-untyped-call]
@@ -43,8 +44,9 @@ def backward(
 
 
 def expect_same_gradients(case: Case, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Fail unless gradients agree, each relative to its own largest value; to a hundredth of the largest of them all,
-    where that is more: smaller gradients are remainders of terms that cancel, and have their rounding errors."""
+    """Fail unless gradients agree. The difference of each is relative to its own largest value, or to a hundredth of
+    the largest value of all gradients if that is more: smaller gradients are sums of terms that cancel, with the
+    rounding errors of these terms."""
     largest = max(g.abs().max().item() for g in expected.values())
     for name, gradient in expected.items():
         scale = max(gradient.abs().max().item(), largest / 100)
@@ -268,7 +270,7 @@ def gradient_checkpointing_changes_nothing(case: Case) -> None:
 
 
 CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
-"""Hosts that checkpoint each of their blocks by themselves."""
+"""Hosts that support activation checkpointing of their blocks."""
 
 
 @check(

@@ -1,4 +1,5 @@
-"""A compiler for checks: it runs a graph unchanged, and records the errors that a common compiler would make."""
+"""A backend of torch.compile for checks: it runs graphs unchanged, and finds operations that the default backend,
+inductor, would compile wrongly."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.t.default, aten.per
 
 
 class AsItStands:
-    """A backend of torch.compile: graphs of torch's own operations run as they are.
+    """A backend of torch.compile that runs graphs of torch's operations as they are.
 
     Attributes:
-        graphs: those that were compiled, forward and backward.
+        graphs: the compiled graphs, forward and backward.
     """
 
     def __init__(self) -> None:
@@ -39,9 +40,9 @@ class AsItStands:
 
     @property
     def lost(self) -> list[str]:
-        """Return the operations whose `alpha` or `beta` inductor drops, where it makes one of a sum and a product or
-        two of one (https://github.com/pytorch/pytorch/issues/167313): its results are wrong then, and nothing says
-        so."""
+        """Return the operations whose `alpha` or `beta` inductor would drop when it fuses a sum and a product, or
+        splits them (https://github.com/pytorch/pytorch/issues/167313), so that its results are wrong without any
+        error."""
         return [node.format_node() or "" for graph in self.graphs for node in graph.nodes if _loses(node)]
 
 

@@ -1,4 +1,5 @@
-"""Declarations of tests that compare a method with reference numbers, and the check that they did so.
+"""Tests declare by `against` the reference code with which they compare a method, and fail if they did not use its
+numbers.
 
     @against("peft 0.21", "dora")
     def test_beside_peft(): ...
@@ -7,16 +8,16 @@
     def test_numbers_of_the_authors():
         numbers = frozen(Path(__file__).parent / "numbers" / "ssf.json")
 
-A declaration is only met when, while the test ran, a function of that library returned numbers, or numbers were read
-that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
-what tests compared into the file that `registry.evidence` reads.
+While the test runs, either a function of that library has to return numbers, or the test has to read "frozen" numbers,
+which a script computed with that code and stored in a file. Code of the method has to run too. Otherwise the test
+fails. `gathering` writes the declarations of passed tests into the file that `registry.evidence` reads.
 
-Outputs are one part of the comparison. With ``part="start"`` (``"trains"``, ``"defaults"``) a test declares that it
-compares the values that a method starts from (which tensors it trains, the defaults of its options), and reads them by
-``frozen(path, "start")``.
+By default, a test compares outputs. With another `part` it compares a method's initial values (``part="start"``), the
+tensors that it trains (``"trains"``) or its default options (``"defaults"``), and reads the reference values by
+``frozen(path, part)``.
 
-A library that cannot be installed together with the others is frozen like the code of authors: its declaration has a
-repository, a commit and a script too.
+For a library that cannot be installed together with the others, numbers are frozen as for the code of authors: its
+declaration also has a repository, a commit and a script.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ T = TypeVar("T")
 FROZEN = ("repository", "commit", "script", "versions")
 """Keys that a file of frozen numbers must have."""
 MADE: Mapping[Part, str] = {"outputs": "numbers", "start": "start", "trains": "trains", "defaults": "defaults"}
-"""The function of a script that makes a part, which is the key of the file that has it."""
+"""For each part: the name of the script's function that computes it, which is also its key in the file."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Declaration:
 
     row: EvidenceRow
     methods: tuple[str, ...]
-    """Names of methods; none where an argument of the test says it."""
+    """Names of the methods; empty if an argument of the test is the name."""
     of: str | None = None
     """The argument of the test that is the method's name."""
 
     def named(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the names of the methods for the arguments of a test."""
+        """Returns the names of the methods, given the arguments of the test."""
         return self.methods if self.of is None else (arguments[self.of],)
 
 
@@ -109,24 +110,25 @@ def against(
     """Declare that a test compares methods with reference numbers.
 
     Args:
-        source: a library by the name of its package, with the version that is run, such as ``"peft 0.21"``;
-            ``"authors"``, the code of the paper's authors; or ``"others"``, code of people who did not write it.
-        methods: the methods' names.
-        of: in the place of names, the argument of a parametrized test that is the method's name.
-        repository: of what is frozen, so of authors and others always: ``"owner/name"``.
-        commit: of what is frozen: the commit whose code gave the numbers.
-        script: of what is frozen: the file in it.
-        part: what is compared; all but outputs has to be frozen.
+        source: the name and version of the library that runs, such as ``"peft 0.21"``; ``"authors"`` for code of the
+            paper's authors; or ``"others"`` for code of other people.
+        methods: the names of the methods.
+        of: instead of `methods`, the argument of a parametrized test that is the method's name.
+        repository: for frozen numbers, the repository of the code, ``"owner/name"``; ``"authors"`` and ``"others"``
+            always need it.
+        commit: for frozen numbers, the commit of the code that computed them.
+        script: for frozen numbers, the file in the repository that was used.
+        part: the part of the method that is compared; parts other than outputs need frozen numbers.
 
     Raises:
-        ValueError: the declaration is not whole.
+        ValueError: the declaration is incomplete.
     """
     known, of_no_library = EvidenceRow(Source(source, repository, commit, script), part), source in (AUTHORS, OTHERS)
     places = repository, commit, script
     if not all(places) and (of_no_library or any(places) or part != "outputs"):
         raise ValueError(
-            "frozen numbers, as of authors, have a repository, a commit and a script; others, of which only outputs "
-            "are compared, have none"
+            "frozen numbers need a repository, a commit and a script; omit all three for a library of which only "
+            "outputs are compared"
         )
     if not of_no_library and len(source.split()) != 2:
         raise ValueError(f"{source!r}: a library is named with the version that is run, such as 'peft 0.21'")
@@ -152,29 +154,27 @@ def against(
 
 
 def declarations(test: Any) -> tuple[Declaration, ...]:
-    """Returns what a test function declares."""
+    """Returns the declarations of a test function."""
     found: tuple[Declaration, ...] = getattr(test, "declarations", ())
     return found
 
 
 def frozen(path: Path, part: Part = "outputs") -> Any:
-    """Returns numbers that the authors' code or a library computed, read from the file next to the script that makes
-    them again.
+    """Returns frozen numbers, which the authors' code or a library computed, from a file. The script that computes them
+    has to be next to the file, with the same name.
 
     Args:
         path: the file.
-        part: what of it: outputs are what ``numbers`` of the script made, the others what the function of their name
-            made.
+        part: the part to read, computed by the script's function of that name; outputs are computed by ``numbers``.
 
     Raises:
-        CheckFailed: the file does not name its source, or has no such part, or the script of its name is missing next
-            to it.
+        CheckFailed: the file does not name its source, lacks the part, or has no script with its name next to it.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     if lacking := [key for key in (*FROZEN, MADE[part]) if key not in found]:
-        raise CheckFailed(f"{path.name} does not say {', '.join(lacking)}: write it by `freeze`")
+        raise CheckFailed(f"{path.name} lacks {', '.join(lacking)}: write it with `python -m peftcore.testing.freeze`")
     if not path.with_suffix(".py").is_file():
-        raise CheckFailed(f"beside {path.name} there is no {path.stem}.py, which would make its numbers again")
+        raise CheckFailed(f"{path.name} needs {path.stem}.py next to it, the script that computes its numbers")
     for watch in _watches:
         source = found.get("source", AUTHORS), found["repository"], found["commit"], found["script"]
         watch.read.append(EvidenceRow(Source(*source), part))
@@ -182,17 +182,19 @@ def frozen(path: Path, part: Part = "outputs") -> Any:
 
 
 def freeze(script: Path, checkout: Path) -> str:
-    """Returns the text of the file of numbers that a script of ours makes with a checkout of the authors' code.
+    """Returns the text of a file of frozen numbers, which one of our scripts computes with a checkout of the authors'
+    code.
 
     Args:
-        script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of distributions whose versions count; and at least
-            one of the functions ``numbers(checkout)``, ``start(checkout)``, ``trains(checkout)`` and
-            ``defaults(checkout)``, which run the authors' code and return what JSON can hold. Before each but the
-            first, all generators of random numbers are seeded.
+        script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of the packages whose versions are recorded; and at
+            least one of the functions ``numbers(checkout)``, ``start(checkout)``, ``trains(checkout)`` and
+            ``defaults(checkout)``, which run the authors' code and return JSON values. All random number generators are
+            seeded before each function except ``numbers``.
         checkout: a folder with the authors' code at the commit that `SOURCE` names.
 
     Raises:
-        CheckFailed: `SOURCE` is a library, and another version of it is installed; or the script makes nothing.
+        CheckFailed: `SOURCE` is a library, and another version of it is installed; or the script has none of the
+            functions.
     """
     module: Any = types.ModuleType(f"frozen_{script.stem}")
     module.__file__ = str(script)
@@ -251,7 +253,7 @@ def _judge(watch: _Watch, row: EvidenceRow, methods: tuple[str, ...]) -> None:
             f"read frozen(path, {row.part!r})"
         )
     if not source.repository and not watch.returned:
-        raise CheckFailed(f"the test says that it compares with {source}, but nothing of it returned numbers")
+        raise CheckFailed(f"the test says that it compares with {source}, but no function of it returned numbers")
 
 
 def _folders(source: Source) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Comparison of a method's default options with those of other code."""
+"""Compares a method's default options with those of other code."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from peftcore.testing.failures import CheckFailed
 
 
 def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapping[str, str] | None = None) -> None:
-    """Check that options equal the defaults of other code.
+    """Check that the default options of a method equal those of other code.
 
     Args:
-        config: the options of an injection, or a plan, that was told none: ``injection.config``.
-        told: their defaults, by the name of our option.
-        otherwise: options whose default is another one here, each with why.
+        config: ``injection.config`` of an injection or a plan that was made without passing these options.
+        told: the defaults of the other code, by the names of our options.
+        otherwise: our options whose default differs on purpose, each with the reason.
 
     Raises:
-        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and is listed in
-            `otherwise`.
+        CheckFailed: an option is unknown, was passed a value, or has another default that is not in `otherwise`; or it
+            has the same default although it is in `otherwise`.
     """
     otherwise = {} if otherwise is None else otherwise
     ours = config.model_dump(mode="json")
     if unknown := sorted({*told, *otherwise} - ours.keys() | otherwise.keys() - told.keys()):
-        raise CheckFailed(f"{', '.join(unknown)}: no option of {type(config).__name__}, or not told by their code")
+        raise CheckFailed(
+            f"{', '.join(unknown)}: not in {type(config).__name__}, or without a default of the other code in `told`"
+        )
     if given := sorted(told.keys() & config.model_fields_set):
-        raise CheckFailed(f"{', '.join(given)}: given a value, so no default; apply the method without it")
+        raise CheckFailed(
+            f"{', '.join(given)}: was given a value, so it is not the default; apply the method without it"
+        )
     for option, value in told.items():
         if (ours[option] == value) is (option in otherwise):
-            remedy = "take it out of `otherwise`" if option in otherwise else "change it, or say why in `otherwise`"
+            remedy = (
+                "remove it from `otherwise`" if option in otherwise else "change it, or add the reason to `otherwise`"
+            )
             raise CheckFailed(f"{option} is {ours[option]!r} by default here, {value!r} in their code: {remedy}")

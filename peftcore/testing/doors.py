@@ -1,4 +1,4 @@
-"""The two doors to the checks: `conformance` for pytest, `check_method` without it."""
+"""The two entry points that run the checks: `conformance` for pytest, `check_method` without it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from peftcore.testing.hosts import ALL_HOSTS, HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
 
 TELLING = ("llama", "encoder")
-"""The hosts of a quick run: separate projections called as modules, and a fused one read by its owner."""
+"""The hosts of a quick run: one with separate projections that are called as modules, and one with a fused projection
+whose weight its parent module reads."""
 CHANGED = "PEFTCORE_TEST_CHANGED"
-"""Environment variable: names of methods, separated by blanks, that run on every host in a quick run too."""
+"""Environment variable with names of methods, separated by spaces, that run on all hosts even in a quick run."""
 
 Options = Mapping[str, Mapping[str, Any]]
 Status = Literal["passed", "failed", "expected", "skipped"]
@@ -35,9 +36,9 @@ class Result:
     host: str
     """The host's name."""
     status: Status
-    """"expected": it fails, and was declared to."""
+    """"expected" means that the check failed, as declared."""
     message: str = ""
-    """The failure, or the reason why the check was left out."""
+    """The failure, or the reason why the check was skipped."""
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.check}-{self.host}" + (f": {self.message}" if self.message else "")
@@ -110,19 +111,21 @@ def check_method(
     expected_failures: Mapping[str, str] | None = None,
     context: Context | None = None,
 ) -> list[Result]:
-    """Run every check that the method's tags call for, on all hosts unless `hosts` names some.
+    """Run all checks that apply to the method by its tags, on all hosts or only on `hosts`.
 
     Args:
-        method: a name, or a class that is registered nowhere. A preset is its method with the preset's options.
-        hosts: names of `HOSTS`, or of `APART`, whose hosts run where they are named alone.
-        options: options of the method by host name, and its "target" where it is not to be the default one; those under
-            "*" hold for every host.
-        expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
-        context: the arguments of calls, for methods that need them: from the host and a picture [rows or 1, 1, 16, 16]
-            to the arguments of ``peftcore.call``.
+        method: a name, or a class that need not be registered. The name of a preset means its method with the preset's
+            options.
+        hosts: names of hosts in `HOSTS`, or in `APART`; the latter only run if they are named here.
+        options: options of the method by host name, and "target" if the default target is not to be used; options under
+            "*" apply to every host.
+        expected_failures: reasons by "<check>-<host>" for checks that are known to fail; if such a check passes, that
+            counts as a failure.
+        context: for methods that need arguments in ``peftcore.call``: a function that returns these arguments from the
+            host and a picture [rows or 1, 1, 16, 16].
 
     Raises:
-        ConfigError: there is no host of a name, or a failure is expected of a check that does not run.
+        ConfigError: a host does not exist, or a failure is expected of a check that does not run.
     """
     expected = expected_failures or {}
     results = []
@@ -134,7 +137,7 @@ def check_method(
 
 
 def judged(check: Check, where: str, run: Callable[[], str | None], reason: str | None) -> Result:
-    """Run a check and return its result; `reason` why it is expected to fail."""
+    """Run a check and return its result; `reason` says why it is expected to fail, if it is."""
 
     def result(status: Status, message: str = "") -> Result:
         return Result(check.name, where, status, message)
@@ -155,7 +158,8 @@ def judged(check: Check, where: str, run: Callable[[], str | None], reason: str 
 def parametrized(
     runs: Mapping[str, Callable[[], object]], expected: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a test for each run by its id, with an argument `check`; those that are expected to fail must."""
+    """Turn a function with an argument `check` into one test for each run, by its id; tests that are expected to fail
+    must fail."""
     import pytest
 
     def thunk(run: Callable[[], object]) -> Callable[[], None]:
@@ -180,7 +184,7 @@ def parametrized(
 
 @dataclass(frozen=True)
 class Declared:
-    """The arguments of `conformance` in a test of a method; the decorated function has it as its attribute
+    """The arguments that a test passed to `conformance`; the decorated function has them as its attribute
     `declared`."""
 
     method: type[Method]
@@ -188,9 +192,9 @@ class Declared:
     options: Options
     context: Context | None
     checks: Mapping[str, Check]
-    """The checks that run here, by the id of the test."""
+    """The checks that the test runs, by the id of each."""
     tags: Tags | None = None
-    """Tags of the method; of a preset, its own."""
+    """The tags of the method, or of the preset."""
 
     def case(self, host: str) -> Case:
         """Return the case of the method on one host, with the options that the test declares."""
@@ -207,11 +211,12 @@ def conformance(
     expected_failures: Mapping[str, str] | None = None,
     context: Context | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn one test function into a test for each check and host: its argument `check` is called without arguments.
+    """Turn one test function into a test for each check and host. The function's argument `check` runs the check when
+    it is called without arguments.
 
-    Takes what `check_method` takes. Without `hosts`, a quick run takes the two most `telling` ones; all when
-    PEFTCORE_TEST_ALL=1, or when PEFTCORE_TEST_CHANGED names the method. An expected failure that passes fails the test.
-    No host is built, and no package of a host imported, before a test runs.
+    The arguments are those of `check_method`, and `telling`: the hosts of a quick run if `hosts` is not passed. All
+    hosts are used if PEFTCORE_TEST_ALL=1, or if PEFTCORE_TEST_CHANGED contains the method's name. An expected failure
+    that passes fails the test. Hosts are built, and their packages imported, only when a test runs.
 
     Raises:
         ConfigError: as `check_method`, when pytest collects.

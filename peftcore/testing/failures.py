@@ -1,5 +1,4 @@
-"""The error of a failing check and its message: one text for all, from which the author of a method learns what to
-do."""
+"""The error of a failed check, and its message, which tells the author of a method what to do."""
 
 from __future__ import annotations
 
@@ -13,17 +12,17 @@ if TYPE_CHECKING:
 
 
 class CheckFailed(AssertionError):
-    """Raised where a promise does not hold."""
+    """Raised if a promise does not hold."""
 
 
 def explained(check: Check, case: Expecting, error: Exception) -> str:
-    """Return the message of a failure: the check and the case, the values found, the usual cause, the remedy, and how
-    to look closer.
+    """Return the message of a failure: the check and the case, the values found, the usual cause, the remedy, and the
+    command that runs this check alone.
 
     Args:
         check: the check that failed.
-        case: what it was run on.
-        error: a `CheckFailed` of the check itself, or anything that was raised meanwhile.
+        case: the case on which the check ran.
+        error: the `CheckFailed` that the check raised, or any other error that was raised while it ran.
     """
     what, remedy = str(error), check.remedy
     if not isinstance(error, CheckFailed):

@@ -1,4 +1,5 @@
-"""The points at which `inject_faults` breaks an operation: operations of torch, calls for files, and lines of Python.
+"""The points of an operation at which `inject_faults` raises errors: operations of torch, system calls for files, and
+lines of Python.
 
 A counter of one kind counts the points while the operation runs, and raises an error at one of them.
 """
@@ -34,11 +35,11 @@ KINDS: tuple[Kind, ...] = ("tensor", "files", "line")
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """A point of an operation.
+    """A point of an operation at which an error can be raised.
 
     Attributes:
-        place: the line of the package, and what it calls.
-        count: which pass through the place, from 1 on.
+        place: the line of the package, and the function that it calls.
+        count: the number of the pass through the place, starting at 1.
     """
 
     place: str
@@ -49,7 +50,7 @@ class Point:
 
 
 class PointCounter(ABC):
-    """Counts the points of one kind while it is entered, and raises an error at one of them."""
+    """Counts the points of one kind within a block, and raises an error at one of them."""
 
     kind: Kind
     errors: ClassVar[dict[str, Callable[[], BaseException]]]
@@ -62,7 +63,7 @@ class PointCounter(ABC):
         self._known: dict[str, bool] = {}
 
     def allows(self, place: str, error: str) -> bool:
-        """Whether an error can be raised at a place."""
+        """True if this error can be raised at a place."""
         return True
 
     def is_at(self, place: str) -> bool:
@@ -74,7 +75,7 @@ class PointCounter(ABC):
         return True
 
     def place(self, what: str = "") -> str:
-        """Return the line of the package that runs now."""
+        """Return the line of the package that runs now, as text."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and not self._inside(frame.f_code.co_filename):
             frame = frame.f_back
@@ -83,7 +84,7 @@ class PointCounter(ABC):
         return f"{self.told(frame)}{', ' if what else ''}{what}"
 
     def told(self, frame: FrameType) -> str:
-        """Return the place of a frame."""
+        """Return the line and the function of a frame, as text."""
         file = frame.f_code.co_filename
         path = next(file.removeprefix(each) for each in self.packages if file.startswith(each))
         return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
@@ -136,7 +137,7 @@ class _TensorMode(TorchDispatchMode):
 
 
 WRITING = ("mkdir", "replace", "rename", "fsync", "link", "symlink", "truncate")
-"""Calls of the system that need space."""
+"""System calls that need disk space."""
 REMOVING = ("chmod", "rmdir", "unlink", "remove")
 PROBING = ("stat", "lstat", "scandir", "listdir")
 
@@ -151,7 +152,7 @@ class FilePoints(PointCounter):
         "KeyboardInterrupt": KeyboardInterrupt,
     }
     roots: tuple[str, ...] = ()
-    """The folders whose calls count."""
+    """The folders within which system calls count as points."""
 
     def allows(self, place: str, error: str) -> bool:
         call = place.rpartition(", ")[2]

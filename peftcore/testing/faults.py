@@ -1,19 +1,21 @@
-"""Faults at every point of an operation: whatever fails, and wherever, a model is as before or as after.
+"""Raises errors at every point of an operation, and checks that the model is then in the state before or after the
+operation.
 
     report = inject_faults(lambda scene: scene.needs.merge(), make)
     assert not report.found, report
 
-`make` builds a `Scene`, the same each time: a model, and what the operation needs. The operation runs once without a
-fault, which counts its points. Then it runs once for each point and each error that can be raised there, on a fresh
-scene. After each run the scene is compared with those of before and after, bit by bit; the process has to be as it was;
-and where nothing was done, the operation has to succeed at the next try.
+`make` builds a `Scene`, an equal one each time: a model, and the other objects that the operation needs. The operation
+first runs without a fault, to count its points. Then, for each point and each error that can be raised at it, the
+operation runs on a fresh scene. After each run, the scene has to be equal, bit by bit, to the scene before or after the
+operation, and the state of the process has to be unchanged. If the operation was undone, it has to succeed at the next
+try.
 
-Points are of three kinds. "tensor": an operation of torch, which fails, finds no memory (then nor do later ones that
-need memory), or is interrupted. "files": a call of the system for files below the scene's folder or the folder of
-temporary files, which finds no space, no permission or no folder, writes a part only, or is interrupted. "line": a line
-of Python in the package, before which Ctrl-C is pressed; the begin of ``__enter__`` and the ends of ``with`` blocks are
-left out, since Python guards neither from an interrupt. A point that is passed several times counts as several: its
-first passes and its last.
+There are three kinds of points. "tensor": an operation of torch that fails, runs out of memory (then later operations
+do too), or is interrupted. "files": a system call for files in the scene's folder or the folder of temporary files,
+that has no space or permission, misses its folder, writes only a part, or is interrupted. "line": a line of Python in
+the package, before which Ctrl-C is pressed; the beginning of ``__enter__`` and the ends of ``with`` blocks are left
+out, since Python cannot protect them from an interrupt. If a point is passed several times, its first passes and the
+last one count as separate points.
 """
 
 from __future__ import annotations
@@ -40,20 +42,20 @@ from peftcore.testing.fault_points import FAULTS, KINDS, FilePoints, Kind, Point
 from peftcore.testing.snapshots import FILE, Scene, Snapshot, process, put_back, snapshot
 
 Make = Callable[[Path], Scene]
-"""Builds a scene, the same each time, whose files are in the given empty folder."""
+"""Builds a scene, an equal one each time, with its files in the empty folder that is passed."""
 Operation = Callable[[Scene], object]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A run after which something is neither as before nor as after.
+    """A run that left the scene in a state which is neither that before nor that after the operation.
 
     Attributes:
         operation: the name of the operation.
         kind: the kind of the point.
-        error: the error that was raised there.
+        error: the error that was raised.
         point: the point.
-        wrong: what is wrong, and where.
+        wrong: the differences, as text.
     """
 
     operation: str
@@ -68,13 +70,13 @@ class Fault:
 
 @dataclass
 class FaultReport:
-    """What `inject_faults` tried and found.
+    """The result of `inject_faults`.
 
     Attributes:
         operation: the name of the operation.
-        points: how many points of each kind the operation has.
-        tried: how many runs with a fault of each kind there were.
-        found: the faults after which something was wrong.
+        points: the number of points of each kind.
+        tried: the number of runs with a fault of each kind.
+        found: the faults that left a wrong state.
     """
 
     operation: str
@@ -103,24 +105,25 @@ def inject_faults(
     ends: Sequence[Operation] = (),
     seconds: float | None = None,
 ) -> FaultReport:
-    """Run an operation with a fault at each of its points, and return what was wrong afterwards.
+    """Run an operation with a fault at each of its points, and return a report of the faults that left a wrong state.
 
     Args:
         operation: a function of the scene.
-        make: builds the scene in an empty folder; the same each time.
+        make: builds the scene in an empty folder; an equal one each time.
         name: the name of the operation in the report.
         kinds: the kinds of points.
-        every: of all faults a share of one in `every`, chosen by `seed`.
-        most: no more faults of each kind than this many, chosen by `seed`.
-        often: how many of the first passes through a place are points; its last pass is one too.
+        every: try only one in `every` faults, chosen by `seed`.
+        most: the largest number of faults of each kind, chosen by `seed`.
+        often: the number of first passes through a place that count as points, in addition to the last pass.
         seed: see `every`.
-        packages: folders of further packages, whose lines are points too.
-        leave: beginnings of places (see `Snapshot.differences`) that may differ.
-        ends: operations that lead to further states in which a fault may leave a scene, if a note of the error says so.
-        seconds: no further fault is tried after this time.
+        packages: folders of further packages whose lines are points.
+        leave: prefixes of places (see `Snapshot.differences`) that may differ.
+        ends: operations whose results are further accepted states after a fault, if a note of the raised error names
+            them.
+        seconds: the time after which no further faults are tried.
 
     Raises:
-        ValueError: two scenes differ, or the operation gives two results, so nothing can be compared.
+        ValueError: two scenes of `make` differ, or two runs of the operation do, so that nothing can be compared.
     """
     end = None if seconds is None else time.monotonic() + seconds
     report = FaultReport(name or getattr(operation, "__name__", "operation"))
@@ -164,7 +167,9 @@ class _Trial:
                 ends.append((begin, snapshot(scene)))
         (before, after), (again, other) = ends
         if different := before.differences(again, leave=leave) or after.differences(other, leave=leave):
-            raise ValueError(f"two runs of the operation differ at {_few(different)}; `make` must build the same again")
+            raise ValueError(
+                f"two runs of the operation differ at {_few(different)}; `make` must build an equal scene each time"
+            )
         self.before, self.after = again, other
         self.others: list[Snapshot] = []
         for other_end in other_ends:
@@ -236,7 +241,9 @@ class _Trial:
             if not (done or undone or told):
                 end = self.after if raised is None else before
                 parts = end.differences(now, same_scene=raised is not None, leave=loose)
-                wrong.append(f"not as {'after' if raised is None else 'before'}: {_few(parts)}")
+                wrong.append(
+                    f"differs from the state {'after' if raised is None else 'before'} the operation: {_few(parts)}"
+                )
             if raised is not None and not any(each.startswith(FILE) for each in self.leave):
                 wrong += self._half_written(before, now)
             if undone and not wrong:
@@ -260,7 +267,7 @@ class _Trial:
             yield f"the next try raises {type(error).__name__}: {error}"
             return
         if parts := self.after.differences(snapshot(scene), leave=self.leave):
-            yield f"after the next try not as after: {_few(parts)}"
+            yield f"the next try ends in another state: {_few(parts)}"
 
 
 def _misreported(faults: PointCounter, raised: BaseException | None) -> Iterator[str]:
@@ -283,7 +290,7 @@ def _changed(around: Mapping[str, Any]) -> Iterator[str]:
         gc.collect()  # what an error held
     for what, (before, now) in _left(around).items():
         told = f" ({before} and now {now})" if len(f"{before}{now}") < 200 else ""
-        yield f"{what}: not as before{told}"
+        yield f"{what}: differs from before{told}"
 
 
 def _left(around: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,5 @@
-"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with
-those in the file next to the script that makes them; nothing is written. With ``--write`` the file gets the new
-numbers.
+"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: runs the authors' code again, and compares its numbers with
+the frozen ones in the file next to SCRIPT. With ``--write`` the new numbers are written into that file.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from peftcore.testing.declared_evidence import MADE, freeze
 
 
 def close(one: Any, other: Any) -> bool:
-    """Whether two JSON values have the same form, and numbers that are equal up to the rounding of float32."""
+    """True if two JSON values have the same structure, and their numbers are equal up to the rounding of float32."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -28,19 +27,20 @@ def close(one: Any, other: Any) -> bool:
 
 
 def parts(text: str) -> dict[str, Any]:
-    """Returns the parts of the text of a file of numbers that scripts make."""
+    """Returns the parts with numbers from the text of a file of frozen numbers."""
     return {key: value for key, value in json.loads(text).items() if key in MADE.values()}
 
 
 def kept(text: str, before: str) -> str:
-    """Returns the text with those parts of the text before that are equal up to rounding."""
+    """Returns `text` with the numbers of `before` in all parts that are equal up to rounding, so that these parts do
+    not change."""
     old, new = parts(before), parts(text)
     same = {key: old[key] for key in old.keys() & new.keys() if close(old[key], new[key])}
     return json.dumps({**json.loads(text), **same}, indent=1) + "\n"
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 where the numbers differ from those in the file."""
+    """Runs the command and returns the exit status: 1 if the numbers differ from those in the file."""
     parser = argparse.ArgumentParser("python -m peftcore.testing.freeze", description=__doc__)
     parser.add_argument("script", type=Path, help="has SOURCE, VERSIONS and functions such as numbers(checkout)")
     parser.add_argument(
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     file = asked.script.with_suffix(".json")
     if not asked.write and not file.exists():
-        parser.error(f"there is no {file} to compare with: --write makes it")
+        parser.error(f"there is no {file} to compare with: pass --write to create it")
     text = freeze(asked.script, asked.checkout)
     if asked.write:
         before = file.read_text(encoding="utf-8") if file.exists() else "{}"

@@ -1,5 +1,5 @@
-"""A plugin of pytest that holds a plugin's `evidence.json` equal to what its tests declare: ``pytest -p
-peftcore.testing.gathering``; with ``--evidence`` it writes the files, from the tests that passed.
+"""A plugin of pytest that checks that the `evidence.json` of each peftcore plugin equals the declarations of its tests:
+``pytest -p peftcore.testing.gathering``; with ``--evidence`` it writes the files from the tests that passed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that declare something, so that ``-m against`` runs them alone. Where all tests are collected, the
-    packages' files have to say what they declare."""
+    """Mark the tests with declarations, so that ``-m against`` runs only these. If all tests are collected, fail if a
+    package's file differs from the declarations."""
     config.addinivalue_line("markers", "against: declares with whose numbers it compares")
     for item in items:
         if _of(item):
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[EvidenceRow]]]:
-    """Returns the rows that tests declare, by package and method."""
+    """Returns the rows of evidence that tests declare, by package and method."""
     found: defaultdict[Path, defaultdict[str, set[EvidenceRow]]] = defaultdict(lambda: defaultdict(set))
     for item in items:
         for name, row in _of(item):
@@ -57,7 +57,7 @@ def _of(item: pytest.Item) -> list[tuple[str, EvidenceRow]]:
 
 
 def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
-    """Returns what files say and no test does, and the other way round."""
+    """Returns a line of text for each row that is only in a file, or only declared by tests."""
     told, lines = declared(items), []
     for file in sorted({*told, *(package / FILE for package in packages)}):
         says, proves = read(file), told.get(file, {})
@@ -69,7 +69,7 @@ def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
 
 
 class Gathering:
-    """Gathers what tests that passed compared, and writes it."""
+    """Collects the declarations of tests that passed, and writes them."""
 
     def __init__(self) -> None:
         self.proved: defaultdict[Path, defaultdict[str, set[EvidenceRow]]] = defaultdict(lambda: defaultdict(set))

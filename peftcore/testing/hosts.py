@@ -1,7 +1,9 @@
-"""Tiny hosts on which the checks run: random, built from configurations, nothing is downloaded.
+"""Tiny hosts on which the checks run: they are built from configurations with random weights, and nothing is
+downloaded.
 
-Each has what real ones have and toy ones lack: biases and gains away from their initial values, padding in the batch,
-tied tensors, fused projections, grouped and overlapping convolutions, statistics of batch norms.
+They have the features of real models that toy models usually lack: biases and gains that differ from their initial
+values, padding in the batch, tied tensors, fused projections, grouped and overlapping convolutions, statistics of batch
+norms.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_
 
 
 class MLP(nn.Module):
-    """Three linear maps, the last one the head; inputs with two leading dimensions."""
+    """Three linear layers, of which the last one is the head; inputs have two leading dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class MLP(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``nn.TransformerEncoder``, whose fused path in eval mode reads weights behind the back of their modules."""
+    """``nn.TransformerEncoder``, whose fused path in eval mode reads weights without calling their modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +58,8 @@ class Encoder(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Overlapping kernels, stride, padding, groups, dilation, batch norm with running statistics, and a head."""
+    """A convolutional network with overlapping kernels, stride, padding, groups, dilation, a batch norm with running
+    statistics, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +78,8 @@ class ConvNet(nn.Module):
 
 @torch.no_grad()
 def stir(model: nn.Module) -> nn.Module:
-    """Move biases, gains and statistics away from their initial zeros and ones: a lost bias must show."""
+    """Change biases, gains and statistics from their initial zeros and ones, so that the loss of a bias changes
+    outputs."""
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() == 1:
@@ -331,5 +335,5 @@ APART: dict[str, Host] = {
         Host("mamba", _mamba, _logits, shallow=partial(_mamba, 1), like="llama"),
     )
 }
-"""Hosts for methods that are made for their like: no method runs on one unless its test names it in `hosts`."""
+"""Hosts for special methods only: a method runs on one of them only if its test names the host in `hosts`."""
 ALL_HOSTS: dict[str, Host] = {**HOSTS, **APART}

@@ -1,8 +1,8 @@
-"""The conformance kit's frame: hosts, cases, checks, and the two doors to them.
+"""The base of the conformance kit: `Host`, `Case`, `Check`, and the list of all checks.
 
 A check is one function, named as the sentence that it proves. It gets a `Case` (one method on one tiny host) and raises
 `CheckFailed`, whose message (see `failures`) names the method, the host, the promise, the usual cause and what to do.
-Checks are chosen by tags and never know a method's name. Tolerances belong here, by dtype.
+Checks are chosen by a method's tags, never by its name. The tolerances of all checks are defined here, by dtype.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from peftcore.testing.failures import CheckFailed, explained
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest accepted difference relative to the largest output, by dtype."""
 ALL = "PEFTCORE_TEST_ALL"
-"""Environment variable: set to 1, every method runs on every host."""
+"""Environment variable: if it is 1, every method runs on every host."""
 FILL = 0.1
-"""Operator tensors are filled with N(0, FILL): at init alone every LoRA-like method equals the base."""
+"""The standard deviation of the noise that is added to operator tensors, since a fresh LoRA-like adapter does not
+change the base's outputs."""
 
 
 class NotApplicable(Exception):
-    """Raised where the method has nothing to act on in this host, or the host's package is missing; the message is the
-    reason."""
+    """Raised if the method has no sites in this host, or the host's package is missing; the message is the reason."""
 
 
 Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
-"""Makes a host and its inputs."""
+"""Builds a host and its inputs."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class Host:
 
     Attributes:
         name: its name in test ids.
-        build: makes the seeded model in eval mode and its inputs by keyword.
-        output: the tensor to compare, from what the model returns.
-        fallback: the target for methods whose default roles do not exist here.
-        shallow: the same with one layer where it has several, for checks whose time grows with the layers: compiling.
-        in_double: lets the model compute in float64, where it does not by itself.
-        like: another host: checks that want that one run on this one too.
+        build: builds the seeded model in eval mode, and its inputs as keyword arguments.
+        output: returns the tensor to compare from the model's result.
+        fallback: the target for methods whose default roles the host lacks.
+        shallow: builds the host with one layer if it has several, for checks whose time grows with the number of
+            layers, such as compiling.
+        in_double: changes the model so that it can compute in float64; None if no change is needed.
+        like: the name of another host: checks for that host run on this one too.
     """
 
     name: str
@@ -72,7 +73,8 @@ def _nothing(*_: Any) -> Any:
 
 
 ANYWHERE = Host("task", _nothing, _nothing)
-"""A name for the hosts that a check finds by itself; options for these hosts are stored under this name."""
+"""Stands for the hosts of checks that choose hosts by themselves; options for them are passed under its name,
+"task"."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,34 +86,34 @@ def _prototype(build: Build) -> Copies[tuple[nn.Module, dict[str, Any]]]:
 
 
 Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
-"""Makes the arguments of ``peftcore.call(model, ...)`` from pictures [rows or 1, 1, 16, 16]."""
+"""Returns the arguments of ``peftcore.call(model, ...)`` from a host and pictures [rows or 1, 1, 16, 16]."""
 
 
 class Expecting:
-    """Assertions that checks share."""
+    """The assertions that all checks use; base class of cases."""
 
     @property
     def label(self) -> str:
-        """Return what is checked, and on what."""
+        """Return the name of the case in messages: the method or scheme that is checked, and the host."""
         raise NotImplementedError
 
     @property
     def subject(self) -> type:
-        """Return the class that is checked."""
+        """Return the class of the method or scheme that is checked."""
         raise NotImplementedError
 
     def expect(self, holds: bool, what: str) -> None:
         """Fail the check unless `holds`.
 
         Raises:
-            CheckFailed: with `what` went wrong; the frame adds what it means.
+            CheckFailed: with the message `what`, to which `Check` adds the explanation.
         """
         if not holds:
             raise CheckFailed(what)
 
     def expect_close(self, actual: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
-        """Fail unless the tensors agree within the tolerance of their dtype (times `factor`, for sums of many such
-        errors)."""
+        """Fail unless the tensors agree within the tolerance of their dtype, times `factor` for sums of many rounding
+        errors."""
         tolerance = TOLERANCES[expected.dtype] * factor
         scale = max(expected.abs().max().item(), 1e-3)
         error = (actual.double() - expected.double()).abs().max().item() / scale
@@ -121,11 +123,12 @@ class Expecting:
         )
 
     def expect_equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
-        """Fail unless the tensors are the same to the bit."""
+        """Fail unless the tensors are equal bit by bit."""
         self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
 
     def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
-        """Fail unless the output moved by 100 times the tolerance: otherwise a comparison would prove nothing."""
+        """Fail unless the output changed by at least 100 times the tolerance: otherwise a comparison would prove
+        nothing."""
         scale = max(base.abs().max().item(), 1e-3)
         moved = (actual.double() - base.double()).abs().max().item() / scale
         self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
@@ -140,11 +143,11 @@ class Case(Expecting):
     host: Host
     """The host that the method is checked on."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
+    """Options of the method for this host (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None
-    """The context of every call, for methods that need it."""
+    """Makes the arguments of every call, for methods that need them."""
     claimed: Tags | None = None
-    """The tags of a preset of the method, which this case has the options of."""
+    """The tags of the preset whose options this case has; None if the case has no preset."""
 
     @property
     def label(self) -> str:
@@ -156,26 +159,26 @@ class Case(Expecting):
 
     @property
     def tags(self) -> Tags:
-        """The tags of the method, or of a preset of it."""
+        """The tags of the method, or of its preset."""
         return self.method.tags if self.claimed is None else self.claimed
 
     @cached_property
     def looks_at_data(self) -> bool:
-        """Whether the method looks at data, with the options of this case."""
+        """True if the method needs data in `apply`, with the options of this case."""
         return self.method.asks_for_data(self.options)
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-        """Build a new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
+        """Build a new host, always an equal one, and its inputs; floating-point inputs have `dtype`."""
         return self._built(self.host.build, dtype)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The method's own options, without its targets and the parameters that train along."""
+        """The method's own options, without the arguments `target` and `train` of `apply`."""
         return {name: value for name, value in self.options.items() if name in self.method.Config.model_fields}
 
     @cached_property
     def inapplicable(self) -> str | None:
-        """Return None when the method can act in the host, else the reason why not."""
+        """Return the reason why the method cannot be applied to the host, or None if it can."""
         try:
             model, _ = self.fresh()
             self.apply(model)
@@ -199,14 +202,14 @@ class Case(Expecting):
         return model.to(dtype).eval(), cast
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
-        """Apply the method with its default targets, or with the host's fallback if the host lacks these roles; set the
-        context that it needs."""
+        """Apply the method with its default targets, or with the host's `fallback` if the host lacks these roles, and
+        set the context that the method needs."""
         injection = self.apply_alone(model, **changes)
         self.tell(model)
         return injection
 
     def apply_alone(self, model: nn.Module, **changes: Any) -> Injection:
-        """Apply as `apply` does, and set no context."""
+        """Apply as `apply` does, but set no context."""
         curious = self.method.asks_for_data({**self.options, **changes})  # changes may make it one that does not
         _, inputs = self.fresh(next(model.parameters()).dtype) if curious else (None, {})
         data = self.batches(lambda host: self.run(host, inputs), inputs) if curious else {}
@@ -222,15 +225,15 @@ class Case(Expecting):
             return peftcore.apply(model, self.method, target=self.host.fallback, **arguments)
 
     def tell(self, model: nn.Module) -> None:
-        """Set the context that the method needs for the model's calls from now on: one picture for all rows."""
+        """Set the context that the method needs for all further calls of the model: one picture for all rows."""
         if self.context is not None:
             picture = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3))
             there = next(model.parameters()).device
             peftcore.call(model, **self.context(model, picture.to(there)))
 
     def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives
-        counts. For the rows of `inputs` each has labels of two classes next to it."""
+        """Return the argument ``data`` for methods that need data: two batches, whose losses are computed from one half
+        each of the outputs of `run`. Each batch has labels of two classes for the rows of `inputs`."""
         rows = next((len(each) for each in (inputs or {}).values() if isinstance(each, Tensor) and each.dim()), 0)
 
         def batch(half: int) -> Labelled:
@@ -240,7 +243,7 @@ class Case(Expecting):
         return {"data": [batch(0), batch(1)]} if self.looks_at_data else {}
 
     def filled(self, model: nn.Module, seed: int = 1, **changes: Any) -> Injection:
-        """Apply, and move every operator tensor by N(0, FILL)."""
+        """Apply, and add noise from N(0, FILL) to every operator tensor."""
         injection = self.apply(model, **changes)
         fill(injection, seed)
         return injection
@@ -251,7 +254,7 @@ class Case(Expecting):
         return self.host.output(model(**inputs))
 
     def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the host's output tensor under no_grad, in eval mode; training mode is restored."""
+        """Return the host's output tensor, computed in eval mode without gradients; the training mode is restored."""
         training = {name: module.training for name, module in model.named_modules()}
         model.eval()
         self.tell(model)
@@ -263,34 +266,35 @@ class Case(Expecting):
 
 
 Cost = Literal["quick", "slow"]
-"""The cost of a check for a case: "quick" is a fraction of a second of processor time, "slow" seconds (it trains a
-model on a task, or compiles one). A suite of many methods may leave slow checks to some of them in its quick runs."""
+"""The cost of a check on one case: "quick" checks take a fraction of a second, "slow" ones several seconds (they train
+or compile a model). Quick runs of a suite of many methods may run slow checks for only some methods."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise and the function that proves it."""
+    """A promise of methods, and the function that checks it."""
 
     function: Callable[[Any], str | None]
-    """May return what it measured."""
+    """The function; it may return text about its measurements."""
     promise: str
-    """The promise that it proves, as a sentence."""
+    """The promise, as a sentence."""
     cause: str
     """The usual cause of a failure, for the message."""
     remedy: str
-    """The remedy that the author of a method has, for the message."""
+    """What the author of the method can do about it, for the message."""
     when: Callable[[Tags], bool] = lambda tags: True
-    """Whether a method with these tags is to keep it."""
+    """Returns True if the check applies to methods with these tags."""
     hosts: tuple[str, ...] | None = None
-    """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
+    """Names of the hosts on which the check runs; None for all hosts. A check of files, for example, needs only one
+    host."""
     chooses: bool = False
-    """Whether the check finds hosts by itself, and runs once a method."""
+    """True if the check chooses hosts by itself, and runs once for each method."""
     cost: Cost = "quick"
     """The cost of a case."""
 
     @property
     def name(self) -> str:
-        """The function's name, in test ids."""
+        """The name of the function, which is used in test ids."""
         return self.function.__name__
 
     def __call__(self, case: Expecting) -> str | None:
@@ -309,7 +313,7 @@ class Check:
 
 
 CHECKS: list[Check] = []
-"""Every check, in the order in which they are filed."""
+"""All checks, in the order in which they were registered."""
 
 
 def check(
@@ -322,16 +326,16 @@ def check(
     chooses: bool = False,
     cost: Cost = "quick",
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
-    """File a function as a check.
+    """Register a function as a check.
 
     Args:
-        promise: the sentence that it proves.
-        cause: why a method usually fails it, in the author's words: the code in the method's file.
-        remedy: what its author does about it.
-        when: whether the tags call for it.
-        hosts: names of the hosts on which it runs; all when None.
-        chooses: it finds hosts by itself, and runs once a method.
-        cost: the cost of a case of it, see `Cost`.
+        promise: the promise that it checks, as a sentence.
+        cause: the usual cause of a failure, in terms of the code of a method.
+        remedy: what the author of the method can do about it.
+        when: returns True if the check applies to methods with these tags.
+        hosts: names of the hosts on which it runs; None for all hosts.
+        chooses: True if it chooses hosts by itself, and runs once for each method.
+        cost: the cost of the check on one case, see `Cost`.
     """
 
     def file(function: Callable[[Case], None]) -> Callable[[Case], None]:
@@ -343,7 +347,8 @@ def check(
 
 @torch.no_grad()
 def fill(injection: Injection, seed: int = 1) -> None:
-    """Move every floating-point parameter of the injection by N(0, FILL), the same for the same seed and name."""
+    """Add noise from N(0, FILL) to every floating-point parameter of the injection, the same noise for the same seed
+    and name."""
     for path, module in injection.modules():
         for name, parameter in module.named_parameters():
             generator = torch.Generator().manual_seed(seed + zlib.crc32(f"{path}.{name}".encode()))
@@ -358,7 +363,8 @@ def cases(
     context: Context | None = None,
     tags: Tags | None = None,
 ) -> Iterator[tuple[Check, Case]]:
-    """Yield every check on every host that the check wants, by the method's tags, or those of a preset of it."""
+    """Yield each check that applies by the tags of the method or its preset, with a case for each host on which the
+    check runs."""
     everywhere = options.get("*", {})
     anywhere, *on = [
         Case(method, host, {**everywhere, **options.get(host.name, {})}, context, tags)

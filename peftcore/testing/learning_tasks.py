@@ -1,8 +1,8 @@
-"""Small real tasks to learn: a host that was trained on one kind of data, and data of another kind.
+"""Small real tasks: a host that was pretrained on one kind of data has to learn another kind.
 
-Digits are scikit-learn's scans of handwriting, turned by a quarter; the text is Python's own documentation, with small
-and capital letters exchanged; a matcher of pictures and names gets turned pictures; the denoiser meets negatives of the
-digits that it knows. Everything is drawn from seeds, and a host's pretraining is done once a machine (see
+A classifier learns scikit-learn's handwritten digits rotated by 90 degrees; a language model, Python's documentation
+with upper and lower case exchanged; a matcher of pictures and names, rotated pictures; a denoiser, negatives of the
+digits that it was trained on. All random numbers come from seeds, and each host is pretrained once on a machine (see
 `trained_once`).
 """
 
@@ -26,11 +26,11 @@ from peftcore.testing.trained_once import trained_once
 
 Batch = dict[str, Tensor]
 STEPS = 80
-"""Steps of every adaptation."""
+"""The number of training steps of every adaptation."""
 PICTURE = "picture"
-"""The entry of a batch that may be passed to a method; only some tasks have it."""
+"""The key of a batch's picture, for methods that use one as context; only some tasks have it."""
 HELD_OUT = -1
-"""The number of the batch that scores are taken from; batches to learn from are 0, 1, 2, …"""
+"""The index of the batch on which scores are computed; training batches are 0, 1, 2, …"""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class LearningTask:
     """One task to learn.
 
     Attributes:
-        pretrained: a fresh copy of the host, in eval mode.
-        batch: batch number i of the new data.
-        loss: of a host on a batch.
-        score: the same for a whole validation batch; higher is better.
+        pretrained: returns a fresh copy of the pretrained host, in eval mode.
+        batch: returns batch i of the new data.
+        loss: returns the loss of a host on a batch.
+        score: returns the score of a host on a validation batch; higher is better.
     """
 
     name: str
@@ -51,12 +51,12 @@ class LearningTask:
     score: Callable[[nn.Module, Batch], float]
 
     def scored(self, model: nn.Module) -> float:
-        """Return the score on data that was not learned from."""
+        """Return the score on data that was not used for training."""
         with torch.no_grad():
             return self.score(model.eval(), self.batch(HELD_OUT))
 
     def learn(self, model: nn.Module, optimizer: torch.optim.Optimizer, first: int = 0, steps: int = STEPS) -> None:
-        """Train for some steps, on batches from number `first` on."""
+        """Train for some steps, on the batches from index `first` on."""
         model.train()
         for step in range(first, first + steps):
             optimizer.zero_grad()
@@ -256,7 +256,7 @@ def _denoiser() -> nn.Module:
 
 
 PLACES = 4
-"""The number of words without a meaning before each name, where a method may put its own words."""
+"""The number of meaningless words before each name, which a method may replace by learned ones."""
 
 
 def _named(number: int, turned: bool = True) -> Batch:
@@ -312,12 +312,12 @@ TASKS: Iterable[LearningTask] = (
         "denoiser", _copies(_denoiser), _noised, _denoised, lambda model, batch: -_denoised(model, batch).item()
     ),
 )
-"""The tasks, in the order in which a method tries them."""
+"""All tasks; a method is checked on the first one that it can be applied to."""
 
 
 @functools.cache
 def full_fine_tuning(task: LearningTask) -> float:
-    """Return the score of the whole host trained in the same steps, at the best of three learning rates."""
+    """Return the score of full fine-tuning with the same number of steps, at the best of three learning rates."""
 
     def train() -> dict[str, Tensor]:
         scores = []

@@ -1,4 +1,4 @@
-"""Hooks that are tried out without packaging a plugin."""
+"""Registers hooks for a block, to try them without packaging a plugin."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftcore.registry.plugins import registry
 
 @contextmanager
 def plugged(*hooks: Callable[..., Any]) -> Iterator[None]:
-    """Let functions that are marked with `peftcore.author.hookimpl` answer hooks, as those of a plugin do, until the
-    block ends.
+    """Context manager in which functions marked with `peftcore.author.hookimpl` are registered as hooks, like those of
+    a plugin.
 
     Example:
         with plugged(peftcore_layer):

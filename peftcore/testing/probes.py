@@ -1,4 +1,5 @@
-"""Instruments of the checks: hosts of a single layer or around another; ways to interrupt, interleave and count."""
+"""Tools of the checks: hosts with a single layer, wrappers of hosts, and ways to interrupt, interleave and count
+calls."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from peftcore.registry.plugins import registry
 
 
 class Holder(nn.Module):
-    """A host of one layer, with an input that fits it."""
+    """A host with one layer, and an input for it."""
 
     def __init__(self, layer: nn.Module, example: Tensor) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class Holder(nn.Module):
 
 
 class ByKeyword(Holder):
-    """A host that calls its layer with the input by name."""
+    """A host that passes the input to its layer as a keyword argument."""
 
     def forward(self) -> Tensor:
         output: Tensor = self.layer(input=self.example)
@@ -43,8 +44,8 @@ class ByKeyword(Holder):
 
 
 def zoo() -> Iterator[tuple[str, Holder]]:
-    """Yield every kind of layer with realistic shapes: overlapping patches, stride, padding, dilation, groups, no
-    bias."""
+    """Yield hosts with one layer of each kind, with realistic shapes and options: overlapping patches, stride, padding,
+    dilation, groups, no bias."""
     for bias in (True, False):
         for features in (7, 8):
             for shape in ((3, 8), (2, 3, 8), (2, 2, 3, 8), (1, 2, 2, 3, 8)):
@@ -73,7 +74,7 @@ def zoo() -> Iterator[tuple[str, Holder]]:
 
 
 class Wrapper(nn.Module):
-    """The host as a module of another one, under any name."""
+    """A model with the host as a submodule of any name."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class Wrapper(nn.Module):
 
 
 class Unused(nn.Module):
-    """The host next to a layer that exists but is never called."""
+    """A model with the host and a layer that is never called."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -97,12 +98,12 @@ class Unused(nn.Module):
 
 
 class Interrupted(Exception):
-    """Raised by the checks in the middle of things."""
+    """The error that checks raise to interrupt an operation."""
 
 
 def interrupted(method: type[Method], stop: int | None) -> type[Method]:
-    """Return the method with an operator, the `stop`-th, that cannot be built; with None, it fails after the
-    surgery."""
+    """Return a subclass of the method that raises `Interrupted` when it builds operator number `stop`; with None, after
+    all operators are installed."""
 
     def inject(self: Method, model: nn.Module, config: MethodConfig, surgeon: Any) -> None:
         left = [stop]
@@ -133,7 +134,7 @@ def interrupted(method: type[Method], stop: int | None) -> type[Method]:
 
 
 class FailingAt(TorchFunctionMode):
-    """Raises in the `at`-th function of torch; counts them when `at` is negative."""
+    """Raises an error at the `at`-th call of a torch function; if `at` is negative, it only counts the calls."""
 
     def __init__(self, at: int, error: type[BaseException] = Interrupted) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class FailingAt(TorchFunctionMode):
 
 
 class Lockstep(TorchFunctionMode):
-    """Lets two threads take turns at every function of torch, so that what they share shows."""
+    """Lets two threads alternate at every call of a torch function, so that errors by shared state occur."""
 
     def __init__(self, barrier: threading.Barrier) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class Lockstep(TorchFunctionMode):
 
 
 def together(*tasks: Callable[[], Tensor]) -> list[Any]:
-    """Return results (or errors) of tasks that run in separate threads, in lockstep."""
+    """Return the results (or errors) of tasks that run in separate threads, in lockstep (see `Lockstep`)."""
     barrier = threading.Barrier(len(tasks))
     results: list[Any] = [None] * len(tasks)
 
@@ -186,9 +187,10 @@ def together(*tasks: Callable[[], Tensor]) -> list[Any]:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[list[int]]:
-    """Count the Python functions called in the block: work without a clock.
+    """Count the calls of Python functions in the block, as a measure of work that does not depend on time.
 
-    The garbage collector is off meanwhile: freed objects run finalizers, which belong to the code that ran before.
+    The garbage collector is switched off within the block, so that finalizers of objects from earlier code are not
+    counted.
     """
     count = [0]
 

@@ -1,10 +1,11 @@
-"""The kit for quantizers: checks of the promises that a scheme and its `QuantizedLayer` make to methods and to users.
+"""The conformance kit for quantizers: it checks the promises of a scheme and its `QuantizedLayer` to methods and users.
 
     @quantizer_conformance("nf4", double_quant=True, declared={"pickles_compute_the_same": "why"})
     def test_conformance(check):
         check()
 
-or, without pytest, ``for result in check_quantizer("nf4"): print(result)``; the first result states the error.
+or, without pytest, ``for result in check_quantizer("nf4"): print(result)``; the message of the first result is the
+quantization error.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LINEAR = ("first", "second")
 
 
 class TwoLinears(nn.Module):
-    """Two linear layers, one with a bias, of sizes that groups of 64 divide."""
+    """Two linear layers, one with a bias, with sizes that are multiples of 64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class TwoLinears(nn.Module):
 
 @dataclass(frozen=True)
 class QuantizerCase(Expecting):
-    """A scheme with options, on small hosts that are always the same."""
+    """A scheme with options, which is checked on small hosts with fixed weights."""
 
     name: str
     options: Mapping[str, Any]
@@ -74,11 +75,11 @@ class QuantizerCase(Expecting):
             return TwoLinears().to(dtype).eval()
 
     def packed(self, dtype: torch.dtype = torch.float32) -> Any:
-        """Build the same host, quantized."""
+        """Build the same host as `dense` does, quantized."""
         return quantize(self.dense(dtype), self.name, **self.options)
 
     def twin(self, packed: nn.Module) -> Any:
-        """Build a dense host with the weights that are read of a quantized one."""
+        """Build a dense host with the dequantized weights of a quantized one."""
         twin = self.dense()
         for path in LINEAR:
             module: Any = twin.get_submodule(path)
@@ -88,25 +89,25 @@ class QuantizerCase(Expecting):
         return twin
 
     def read(self, module: nn.Module) -> Tensor:
-        """Return the weight of a module, quantized or not."""
+        """Return the dense weight of a module, which may be quantized."""
         weight = layer_of(module, "weight").read(module, "weight")
         assert weight is not None
         return weight.detach()
 
     def adapt(self, model: nn.Module, kind: str) -> Injection:
-        """Apply operators of one kind to both layers, their tensors filled with noise."""
+        """Apply operators of one kind to both layers, and fill their tensors with noise."""
         injection = peftcore.apply(model, Kinds, kind=kind, target=list(LINEAR), seed=0)
         fill(injection)
         return injection
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the output in evaluation."""
+        """Return the output in eval mode."""
         with torch.no_grad():
             output: Tensor = model.eval()(self.values(3, 5, 64, seed=1, dtype=dtype))
         return output
 
     def train(self, model: nn.Module, injection: Injection) -> dict[str, Tensor]:
-        """Return the gradients of the operators, by name."""
+        """Return the gradients of the operators' parameters after one backward, by name."""
         injection.model.zero_grad()
         model.train()(self.values(3, 5, 64, seed=1)).square().mean().backward()
         model.eval()
@@ -115,34 +116,34 @@ class QuantizerCase(Expecting):
         return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
     def state(self, model: nn.Module) -> Trace:
-        """Return all that could be noticed on a host, and the weights that are read."""
+        """Return the observable state of a host (see `trace`), and its dequantized weights."""
         return {**trace(model), **{f"weight of {path}": self.read(model.get_submodule(path)) for path in LINEAR}}
 
     def expect_unchanged(self, before: Trace, model: nn.Module, what: str, passing: str | tuple[str, ...] = ()) -> None:
-        """Fail unless the host is in the state that it was in."""
+        """Fail unless the host is in the same state as before."""
         wrong = differences(before, self.state(model), passing)
         self.expect(not wrong, f"{what}: changed: {wrong}")
 
     def expect_near(self, actual: Tensor, expected: Tensor, what: str) -> None:
-        """Fail unless the tensors agree within the tolerance of their dtype, or within the declared one."""
+        """Fail unless the tensors agree within the tolerance of their dtype, or the declared tolerance."""
         factor = 3.0 if self.tolerance is None else max(3.0, self.tolerance / TOLERANCES[expected.dtype])
         self.expect_close(actual, expected, what, factor)
 
     def error(self, weight: Tensor) -> float:
-        """Return the relative error of a round trip: norm of the difference over norm of the weight."""
+        """Return the relative error of quantization: the norm of the difference over the norm of the weight."""
         chosen = self.scheme
         off = chosen.layer.unpack(chosen.module(weight)).float() - weight.float()
         return float(off.norm() / weight.float().norm())
 
 
 QUANTIZER_CHECKS: list[Check] = []
-"""Every check of a quantizer."""
+"""All checks of quantizers."""
 
 
 def check(
     promise: str, *, cause: str, remedy: str
 ) -> Callable[[Callable[[QuantizerCase], Any]], Callable[[QuantizerCase], Any]]:
-    """File a function as a check."""
+    """Register a function as a check."""
 
     def file(function: Callable[[QuantizerCase], Any]) -> Callable[[QuantizerCase], Any]:
         QUANTIZER_CHECKS.append(Check(function, promise, cause, remedy))
@@ -157,15 +158,15 @@ def check_quantizer(
     """Run every check on a scheme that a plugin registers.
 
     Args:
-        name: the scheme.
-        tolerance: how far forward may be from that of the weight, relative to the largest output, and gradients behind
-            it; for formats that pack inputs too.
-        declared: reasons by the names of checks that the scheme is known to fail; one listed here that passes counts
-            as failed.
+        name: the name of the scheme.
+        tolerance: for schemes that quantize inputs too: the largest accepted difference from a forward with the dense
+            weight, relative to the largest output; also for gradients.
+        declared: reasons by the names of checks that the scheme is known to fail; if such a check passes, that counts
+            as a failure.
         options: the scheme's options.
 
     Raises:
-        ConfigError: a failure is declared of a check that there is not.
+        ConfigError: a failure is declared of a check that does not exist.
     """
     expected, runs = declared or {}, _runs(name, tolerance, declared or {}, options)
     case = QuantizerCase(name, options, tolerance)
@@ -175,10 +176,11 @@ def check_quantizer(
 def quantizer_conformance(
     name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn one test function into a test for each check: its argument `check` is called without arguments.
+    """Turn one test function into a test for each check. The function's argument `check` runs the check when it is
+    called without arguments.
 
-    Takes what `check_quantizer` takes. A declared failure that passes fails the test. Where a package of the scheme is
-    missing, the tests are skipped.
+    The arguments are those of `check_quantizer`. If a check passes whose failure is declared, the test fails. If a
+    package of the scheme is missing, the tests are skipped.
 
     Raises:
         ConfigError: as `check_quantizer`, when pytest collects.

@@ -1,5 +1,5 @@
-"""Snapshots of an adapted model, of the files of a folder and of the process, to compare two moments of one model, or
-two copies of it."""
+"""Records the state of an adapted model, of the files in a folder and of the process, to compare one model at two
+times, or two copies of it."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from peftcore.surgery.watched_sites import WatchedSites
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Path)
 DEPTH = 3
-"""How far attributes of attributes are compared."""
+"""The depth to which attributes of attributes are compared."""
 FILE = "file "
-"""How the place of a file begins: files are compared one by one."""
+"""The prefix of the places of files, which are compared one by one."""
 
 
 @dataclass
 class Scene:
-    """What an operation acts on: a model, and what belongs to it.
+    """The objects that an operation uses: a model, and other objects that belong to it.
 
     Attributes:
         model: the model.
-        outputs: a function that computes outputs of the model, which are compared; None compares none.
-        folder: a folder, whose files are compared.
+        outputs: computes outputs of the model, which are compared; None to compare no outputs.
+        folder: a folder whose files are compared.
         optimizers: optimizers of the model's or the adapter's parameters.
         others: other models that the operation reads, or that share modules with this one.
-        needs: what else the operation uses; it is not compared.
+        needs: any other object that the operation uses; it is not compared.
     """
 
     model: nn.Module
@@ -66,12 +66,12 @@ class Scene:
 
 @dataclass
 class Snapshot:
-    """What a scene was at one moment.
+    """The state of a scene at one time.
 
     Attributes:
-        values: what is compared with another copy too, by place.
-        objects: the objects themselves, which another copy has of its own, by place. They are held, since the id of an
-            object that is gone may be that of another.
+        values: by place, values that are equal in another copy of the scene.
+        objects: by place, the objects whose identity is compared within one scene. References to them are kept, since a
+            new object may get the id of a deleted one.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -81,9 +81,9 @@ class Snapshot:
         """Return the places at which two snapshots differ.
 
         Args:
-            other: the other one.
-            same_scene: whether both are of one scene: then objects must be the same ones.
-            leave: beginnings of places that are not compared.
+            other: the other snapshot.
+            same_scene: True if both snapshots are of one scene, so that the objects have to be identical too.
+            leave: prefixes of places that are not compared.
         """
         places = [place for place in dict.fromkeys((*self.values, *other.values)) if not place.startswith(tuple(leave))]
         found = [place for place in places if not _same(self.values, other.values, place)]
@@ -106,7 +106,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], place: str) -> bool:
 
 def snapshot(scene: Scene) -> Snapshot:
     """Return a snapshot of a scene: tensors to the bit, classes, attributes, hooks, `requires_grad`, training modes,
-    injections and choices of the models, optimizers, files, and last the outputs."""
+    injections and active adapters of the models, optimizers, files, and last the outputs."""
     found = Snapshot()
     for index, model in enumerate((scene.model, *scene.others)):
         _of_model(found, f"other {index}: " if index else "", model)
@@ -177,8 +177,8 @@ def _of_optimizer(found: Snapshot, place: str, optimizer: Optimizer) -> None:
 
 
 def described(value: Any, depth: int = DEPTH) -> Any:
-    """Return a value in a form that can be compared with that of another copy: tensors by their bytes, functions by
-    their names, objects by their class and their attributes."""
+    """Return a value in a form that is equal for equal copies: tensors by their bytes, functions by their names, other
+    objects by their class and attributes."""
     if isinstance(value, PLAIN):
         return value if value == value else "nan"
     if isinstance(value, Tensor):
@@ -290,9 +290,11 @@ def _slot(slot: Slot) -> Any:
 
 
 def process() -> dict[str, Any]:
-    """Return the state of the process that an operation must leave as it was: random numbers and modes of torch.
+    """Return the state of the process that an operation must not change, such as random number generators and modes of
+    torch.
 
-    Threads, open files and temporary files are counted: an operation must leave none, and others may end meanwhile."""
+    Threads, open files and temporary files are counted: an operation must leave no new ones, but older ones may end
+    meanwhile."""
     return {
         "torch's random numbers": torch.random.get_rng_state().tolist(),
         "Python's random numbers": random.getstate(),
@@ -325,7 +327,7 @@ def _running() -> int:
 
 
 def put_back(before: Mapping[str, Any]) -> None:
-    """Give torch and Python the modes and random numbers that `process` returned, for the next try."""
+    """Restore the modes and random number generators that `process` returned, before the next try."""
     torch.random.set_rng_state(torch.tensor(before["torch's random numbers"], dtype=torch.uint8))
     random.setstate(before["Python's random numbers"])
     torch.set_grad_enabled(before["gradients"][0])

@@ -1,11 +1,12 @@
-"""Initial values: statistics of drawn ones for scripts that freeze them, and the comparison of a tensor with them.
+"""Compares initial values with those of reference code: `drawn` returns statistics of random values, for scripts that
+store them, and `same_start` compares a tensor with them.
 
     # numbers/ssf.py, run with the authors' code          # the test
     def start(checkout):                                  start = frozen(NUMBERS, "start")
         return {"gain": drawn(theirs.ssf_scale)}          same_start(operator.gain, start["gain"])
 
-Of a draw no two are equal, so their distributions are compared: mean, deviation and kurtosis within what the number of
-values leaves to chance, and how many values are outside the range that was drawn there.
+Random values differ at each draw, so distributions are compared: the mean, standard deviation and kurtosis have to
+agree within sampling errors, and the number of values outside of the reference's range has to be plausible.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torch import Tensor
 from peftcore.testing.failures import CheckFailed
 
 SIGMAS = 5.0
-"""Sampling errors by which two draws of one distribution may differ; of a million pairs, one differs by more."""
+"""The number of sampling errors by which two draws of one distribution may differ; about one pair in a million differs
+by more."""
 FINEST = 0.05
-"""Relative difference of deviations that a comparison has to be able to see at least."""
+"""The relative difference of standard deviations that a comparison must be able to detect."""
 
 
 def drawn(tensor: Tensor) -> dict[str, float]:
-    """Returns statistics of values that were drawn at random; of values that are all equal, that value as "all"."""
+    """Returns statistics of random values; if all values are equal, that value under the key "all"."""
     values = tensor.detach().double().flatten()
     if (values == values[0]).all():
         return {"all": values[0].item()}
@@ -42,15 +44,15 @@ def drawn(tensor: Tensor) -> dict[str, float]:
 
 
 def same_start(tensor: Tensor, told: Any) -> None:
-    """Check that a tensor starts as the reference tensor does.
+    """Check that a tensor has the same initial values as the reference tensor, or the same distribution.
 
     Args:
-        tensor: the tensor, of a fresh injection; where it is drawn, of tens of thousands of numbers.
-        told: what `drawn` returned of the reference tensor, with which the distribution is compared; or its values, as
-            ``tensor.tolist()`` gives them, which have to be the same up to the rounding of float32.
+        tensor: a tensor of a fresh injection; a random one needs tens of thousands of numbers.
+        told: the result of `drawn` for the reference tensor, to compare distributions; or its values, as from
+            ``tensor.tolist()``, which have to be equal up to the rounding of float32.
 
     Raises:
-        CheckFailed: it starts otherwise, or there are too few numbers to decide.
+        CheckFailed: the initial values differ, or there are too few numbers to decide.
     """
     ours = tensor.detach().double().cpu()
     if not isinstance(told, Mapping):
@@ -82,7 +84,7 @@ def _same_distribution(ours: Tensor, told: Mapping[str, float]) -> None:
         "kurtosis": error * (z2.square() - 2 * found["kurtosis"] * z2).std().item(),
     }
     if allowed["std"] > FINEST * told["std"]:
-        raise CheckFailed(f"{n} numbers of ours and {m} of theirs are too few to tell: make layers larger")
+        raise CheckFailed(f"{n} numbers of ours and {m} of theirs are too few to compare: use larger layers")
     for name, most in allowed.items():
         if abs(found[name] - told[name]) > most:
             raise CheckFailed(

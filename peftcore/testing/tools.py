@@ -1,4 +1,5 @@
-"""Helpers of checks: traces of a host, expected errors, methods by name, and partners for an injection."""
+"""Helpers for checks: traces of a host, expected errors, registering methods by name, and pairs of adapters for one
+host."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ Maker = Callable[[nn.Module, int, str], Injection]
 
 
 class Itself:
-    """A tensor that equals itself alone. It is held, since the id of one that is gone may be that of another."""
+    """Wraps a tensor so that it is equal only to itself. The reference to it is kept, since a new tensor may get the id
+    of a deleted one."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -42,8 +44,7 @@ class Itself:
 
 
 def trace(model: nn.Module) -> Trace:
-    """Return everything about a host that other code could observe, by kind and place: class, attributes, hooks, flags,
-    values."""
+    """Return the observable state of a host, by kind and place: classes, attributes, hooks, flags, values."""
     found: Trace = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"class of {path}"] = type(module)
@@ -67,8 +68,9 @@ def trace(model: nn.Module) -> Trace:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Give tensors a shape, a dtype and a device in the block, and no values. Hosts that look at values of a mask to
-    choose a way do not, as when they are traced; and torch's own encoder takes the plain path."""
+    """Context manager in which tensors have a shape, a dtype and a device, but no values. Hosts that choose a code path
+    by the values of a mask take the general path, as in tracing, and torch's own encoder does not take its fused
+    path."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -90,8 +92,8 @@ def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def differences(before: Trace, after: Trace, passing: str | tuple[str, ...] = ()) -> str:
-    """Return where two traces differ, to the bit; empty when nowhere. Entries that start with `passing` are not
-    compared."""
+    """Return the places where two traces differ, bit by bit; empty if they are equal. Entries that start with `passing`
+    are not compared."""
     keys = [key for key in dict.fromkeys([*before, *after]) if not key.startswith(passing)]
     wrong = [key for key in keys if not _same(before.get(key), after.get(key))]
     return ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
@@ -105,8 +107,8 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Switch off the fused path that torch's encoder takes where nothing needs gradients and nothing is hooked: it
-    rounds in another way."""
+    """Switch off the fused path of torch's encoder, which has other rounding errors; torch uses it if there are no
+    gradients and no hooks."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -119,8 +121,8 @@ class Counts(TorchDispatchMode):
     """Context manager that counts what torch dispatches, forward and backward.
 
     Attributes:
-        operations: how many operations there were.
-        flops: the floating-point operations of products, as torch counts them.
+        operations: the number of operations.
+        flops: the number of floating-point operations in matrix products and convolutions, as torch counts them.
     """
 
     def __init__(self) -> None:
@@ -168,7 +170,8 @@ def raises(
 
 @contextmanager
 def findable(method: type[Method]) -> Iterator[None]:
-    """Register a class that is not installed for the time of the block: files know methods by name."""
+    """Context manager in which a method that no plugin provides is registered, so that files that name it can be
+    loaded."""
     try:
         missing = peftcore.method(method.name) is not method
     except AmbiguousMethod:
@@ -278,7 +281,7 @@ class _GainOperator(Operator):
 
 
 KINDS = ("activation", "weight", "gain", "bias")
-"""Kinds of operators: in parallel with a module, on its weight, on its output, in place of its bias."""
+"""Kinds of operators: in parallel with a module, on its weight, on its output, and instead of its bias."""
 
 
 class _KindsConfig(MethodConfig):
@@ -308,13 +311,14 @@ class Kinds(Method):
 
 
 def overriding(injection: Injection) -> bool:
-    """Whether an operator of an injection has a separate value for a tensor: two such operators do not act together."""
+    """True if an operator of an injection replaces a tensor by a separate value; two such operators cannot be active
+    together."""
     return any(graft.operator.overrides for graft in injection.grafts)
 
 
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
-    """Yield pairs of ways to adapt a model: the method twice, before and after operators on activations and on
-    weights."""
+    """Yield pairs of ways to adapt a model: the method twice, and the method before and after operators on activations
+    and on weights."""
 
     def own(model: nn.Module, seed: int, name: str) -> Injection:
         return case.filled(model, seed, name=name)

@@ -1,7 +1,8 @@
-"""A cache of tensors that take seconds to train: trained once a machine, safetensors files in a folder of caches.
+"""A cache for tensors whose training takes seconds: each is trained once on a machine, and stored as a safetensors
+file.
 
-A file's name holds a hash of all that its tensors follow from: the text of the recipe, and the versions of Python and
-of the libraries. So nothing is ever out of date, and the folder may be deleted at any time.
+A file's name contains a hash of everything that determines its tensors: the source text of the training, and the
+versions of Python and of the libraries. So files are never out of date, and the folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from peftcore.errors import CheckpointError
 from peftcore.files.safe_io import TensorFile, write_tensors
 
 CACHE = "PEFTCORE_CACHE"
-"""Environment variable: the folder, ``peftcore`` in XDG_CACHE_HOME or in ``~/.cache`` when it is not set."""
+"""Environment variable with the folder of the cache; by default ``peftcore`` in XDG_CACHE_HOME or in ``~/.cache``."""
 LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "scikit-learn")
-"""Libraries that provide the hosts and data of the tasks."""
+"""The libraries that provide the hosts and data of the tasks; their versions go into the hash."""
 
 
 def folder() -> Path:
     """Return the folder of the cache.
 
     Raises:
-        RuntimeError: the variable is not set, and the user has no home.
+        RuntimeError: the variable is not set, and the user has no home folder.
     """
     told, caches = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
     return Path(told) if told else (Path(caches) if caches else Path.home() / ".cache") / "peftcore"
@@ -38,14 +39,14 @@ def folder() -> Path:
 def trained_once(
     name: str, recipe: str, train: Callable[[], Mapping[str, Tensor]], like: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """Return the tensors that `train` makes, or made in an earlier process. A file that is damaged, or holds something
-    else than tensors `like` these, is made anew; where no file can be written, nothing is cached.
+    """Return the tensors that `train` returns, from the cache if it has them. A file that is damaged, or whose tensors
+    are not `like` these, is replaced. If no file can be written, nothing is cached.
 
     Args:
-        name: begins the name of the file.
-        recipe: the source text that `train` follows.
-        train: makes the tensors.
-        like: tensors with the names, shapes and dtypes of those that `train` makes.
+        name: the first part of the file's name.
+        recipe: the source text that determines what `train` computes.
+        train: computes the tensors.
+        like: tensors with the same names, shapes and dtypes as the results of `train`.
     """
     try:
         file = folder() / f"{name}-{_key(recipe)}.safetensors"

@@ -5,7 +5,7 @@ It may import `fleets` and the layers below. In the order of reading:
 - `trainer_checkpoints`: the files that the Trainer of transformers writes for an adapted model.
 - `custom_checkpoints`: tensors that are missing in the checkpoints of Trainers that save the model in a custom way.
 - `callback`: the Trainer's callback.
-- `trainer`: the Trainer itself, wherever its loss is computed.
+- `trainer`: `PeftcoreTrainer`, which adds the losses of methods if the Trainer does not use the model's loss.
 - `per_example`: gradients of single examples, for differential privacy.
 """
 

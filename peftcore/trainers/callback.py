@@ -1,11 +1,12 @@
-"""Training an adapted model with transformers' ``Trainer``: small checkpoints, exact resume, the method's schedule.
+"""The callback for training an adapted model with transformers' ``Trainer``: small checkpoints, exact resuming, and the
+method's schedule.
 
     injection = peftcore.apply(model, "adalora")
     optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-3)
     trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[PeftcoreCallback()])
 
 Leave ``optimizers`` out for methods that do not need a special one; the callback raises an error if one is needed.
-Models that transformers has quantized train as all other models do.
+Models that transformers has quantized are trained in the same way.
 """
 
 from __future__ import annotations
@@ -50,18 +51,19 @@ from peftcore.utils.journal import Journal
 class PeftcoreCallback(transformers.TrainerCallback):
     """A callback for the Trainer of a model that was adapted in place.
 
-    * Checkpoints hold trained tensors and those of adapters, not the frozen base; they resume exactly. Where a Trainer
-      saves models in a custom way (sentence-transformers), these tensors are stored next to its files.
-    * ``trainer.save_model(folder)`` writes the base without adapters, and the adapter next to it: `peftcore.load` reads
-      it from the folder. Checkpoints and folders that are pushed have it too. This holds for models of transformers;
-      for other models the file of the Trainer holds all tensors, and `Injection.save` writes the adapter.
-    * Methods with a schedule take their steps.
-    * Training that deviates from the method's rules is refused before the first step.
+    * Checkpoints contain the trained tensors and those of adapters, but not the frozen base, and training resumes
+    exactly. If a Trainer saves models in a custom way (sentence-transformers), these tensors are stored in an extra
+    file. * ``trainer.save_model(folder)`` saves the base without adapters, and the adapter in the same folder, from
+    which `peftcore.load` reads it. Checkpoints and folders that are pushed to a hub contain the adapter too. This holds
+    for models of transformers; for other models the Trainer's file has all tensors, and `Injection.save` saves the
+    adapter. * The schedules of methods are advanced. * If the optimizer or the parameters do not follow the method's
+    rules, an error is raised before the first step.
 
-    After a failed training the callback leaves nothing on the model; after a complete one, only the way of saving.
+    After a failed training the callback leaves no changes on the model; after a complete one, only the changed
+    ``save_pretrained``.
 
     Args:
-        model: the model that is trained, where a part of it is adapted and transformers has quantized the whole.
+        model: the model that is trained; only needed if transformers has quantized it and only a submodule is adapted.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -88,7 +90,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         """Keys of the checkpoint that was read since one was expected."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Expect a checkpoint to resume from: the Trainer loads it before the event that training begins."""
+        """Prepare to load a checkpoint: the Trainer loads it before `on_train_begin`."""
         model = kwargs["model"]
         has_trainer()
         give_methods_back(Journal(), model, self)
@@ -97,7 +99,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._await_checkpoint(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Expect the best checkpoint: the Trainer logs the run's time last, then loads it."""
+        """Prepare to load the best checkpoint: the Trainer loads it after it logged the run time."""
         if "train_runtime" in (logs or {}):
             self._await_checkpoint(kwargs["model"])
 
@@ -105,7 +107,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         """Find the frozen parameters, and check that all trainable parameters follow the methods' rules.
 
         Raises:
-            CheckpointError: the checkpoint was written of an adapter with other options, or of another base.
+            CheckpointError: the checkpoint belongs to an adapter with other options, or to another base.
             TrainingError: trainable parameters do not follow the rules, all parameters are frozen, or the checkpoint
                 lacks tensors.
         """
@@ -136,36 +138,36 @@ class PeftcoreCallback(transformers.TrainerCallback):
             optimizer.total_steps = state.max_steps
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the loss has those of the methods in it.
+        """Check that the Trainer's loss contains the losses of methods.
 
         Raises:
-            TrainingError: it has not: the Trainer does not take it from the model.
+            TrainingError: it does not contain them, since it is not the model's loss.
         """
         for injection in self._training:
             if injection.state.recorder.losses.waits(injection.state, injection.name):
                 raise TrainingError(
-                    f"the own loss of {injection.name!r} ({injection.method.name}) is not in the Trainer's, which is "
-                    "not the model's (label smoothing, compute_loss_func ...): use "
+                    "the Trainer does not use the model's loss (label smoothing, compute_loss_func ...), so it omits "
+                    f"the loss that {injection.name!r} ({injection.method.name}) adds: use "
                     "peftcore.training.PeftcoreTrainer, or add injection.losses() in a loss function of your own"
                 )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check it as after each other batch."""
+        """Check the loss of the last batch, as `on_substep_end` does for other batches."""
         self.on_substep_end(args, state, control, **kwargs)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the methods' steps, where the optimizer is not their own."""
+        """Advance the schedules of methods, except for one whose own optimizer does it."""
         optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:  # a gradient scaler's overflow
             return
         take_steps(self._stepped, state.global_step + 1, state.max_steps)
 
     def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
-        """Returns whether a folder is that of the checkpoint of the present step, as the Trainer names it."""
+        """Returns True if a folder has the Trainer's name for the checkpoint of the current step."""
         return self._state is not None and Path(folder).name == f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def keep(self, model: nn.Module, whole: dict[str, Any], prefix: str = "") -> None:
-        """Leave in a state dict of the model what is not frozen, and add state between steps."""
+        """Remove frozen tensors from a state dict of the model, and add the state between steps."""
         self._frozen &= frozen_keys(model)  # another callback may have let more train
         for key in self._frozen:
             whole.pop(prefix + key, None)
@@ -176,31 +178,32 @@ class PeftcoreCallback(transformers.TrainerCallback):
     # than that: a failure anywhere else finds it as it was.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Expect a checkpoint, or an evaluation and then a checkpoint."""
+        """Prepare to write a checkpoint, now or after an evaluation."""
         self._evaluating = control.should_evaluate
         if control.should_save and not control.should_evaluate:
             self._arm(kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Expect a checkpoint, as after a step."""
+        """Prepare to write a checkpoint, as after a step."""
         self.on_step_end(args, state, control, **kwargs)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Expect a checkpoint, unless the Trainer is about to fail for want of the metric that it chooses by."""
+        """Prepare to write a checkpoint, unless the metric for the best model is missing, for which the Trainer will
+        raise an error."""
         wanted = args.metric_for_best_model
         found = wanted is None or any(key in (metrics or {}) for key in (wanted, f"eval_{wanted}"))
         if self._evaluating and found and (control.should_save or args.save_strategy == "best"):
             self._arm(kwargs["model"])
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Expect no checkpoint yet: another evaluation came first."""
+        """Undo the preparation for a checkpoint: another evaluation runs first."""
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the model: the checkpoint is written. If the Trainer saves the model in a custom way
-        (sentence-transformers) and left tensors out, they are added to the checkpoint.
+        """Restore the model after a checkpoint was written. If the Trainer saves the model in a custom way
+        (sentence-transformers) and omitted tensors, add them to the checkpoint.
         """
         self._disarm()
         model, folder = kwargs["model"], Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -220,10 +223,10 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the best checkpoint was read whole, where it was.
+        """If the best checkpoint was loaded, check that it had all tensors of the adapters.
 
         Raises:
-            TrainingError: it lacks tensors of adapters.
+            TrainingError: the checkpoint lacks tensors of adapters.
         """
         self._disarm()
         tell_run(kwargs["model"], None)
@@ -232,7 +235,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._check_read(kwargs["model"], lambda: best and Path(best))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the adapters into the folder that is pushed: of a checkpoint, the Trainer copies only its own files."""
+        """Save the adapters into the folder that is pushed, since the Trainer copies only its own files from a
+        checkpoint."""
         if state.is_world_process_zero:
             save_adapters(kwargs["model"], args.output_dir)
 
@@ -306,9 +310,9 @@ class PeftcoreCallback(transformers.TrainerCallback):
         wanted = {held.key for held in state if self._wanted(held)}.union(keys_of(model, training(model)))
         if lacking := sorted(wanted - self._read):
             raise TrainingError(
-                f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it is one of other "
-                "adapters, or was written by a Trainer without PeftcoreCallback; or by one that saves models in a way "
-                "of its own (sentence-transformers), and then it has to lie in output_dir, as it was written"
+                f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it belongs to "
+                "other adapters, or its Trainer had no PeftcoreCallback. A checkpoint of a Trainer with its own way to "
+                "save models (sentence-transformers) has to stay in output_dir"
             )
 
     def _disarm(self, evaluating: bool = False) -> None:
@@ -328,6 +332,6 @@ def _check_plain(injection: Injection) -> None:
     """Check that an injection can train with an optimizer that is not its own."""
     if gradient_rules(injection):
         raise TrainingError(
-            f"{injection.name!r} has a rule for gradients that this optimizer does not know: "
+            f"{injection.name!r} has a rule for gradients that this optimizer does not apply: pass "
             "Trainer(..., optimizers=(injection.optimizer(torch.optim.AdamW, lr=...), None))"
         )

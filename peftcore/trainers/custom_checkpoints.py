@@ -36,7 +36,7 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
 
     Raises:
         CheckpointError: the file is damaged.
-        TrainingError: it is of other adapters.
+        TrainingError: the file belongs to other adapters.
     """
     if not (folder / FILE).exists():
         return set()
@@ -46,7 +46,7 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
     known = {**ours, **held}
     strange = [key for key, value in values.items() if key not in known or known[key].shape != value.shape]
     if strange:
-        raise TrainingError(f"{folder / FILE} is of other adapters: this model has no {strange[0]} of such a shape")
+        raise TrainingError(f"{folder / FILE} belongs to other adapters: this model has no {strange[0]} of that shape")
     for key, buffer in held.items():
         buffer.copy_(values[key])
     model.load_state_dict({key: value for key, value in values.items() if key not in held}, strict=False)
@@ -54,9 +54,8 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
 
 
 def of_run(args: Any, state: TrainerState, optimizer: Any) -> Path | None:
-    """Returns the folder of the checkpoint that a Trainer has read, since a Trainer does not pass its path to
-    callbacks: the one of this step in its folder, if its state and its optimizer state are those that the Trainer has
-    read.
+    """Returns the folder of the checkpoint that the Trainer loaded, whose path callbacks do not get: the folder of the
+    current step in `output_dir`, if its state and its optimizer state equal those of the Trainer; otherwise None.
     """
     folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     if not (folder / TRAINER_STATE_NAME).exists():

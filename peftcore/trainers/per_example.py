@@ -1,8 +1,8 @@
-"""Gradients of single examples, as differential privacy clips them: the model runs by `torch.vmap`, each row with
-separate tensors.
+"""Gradients of single examples, which differential privacy needs for clipping. The model runs under `torch.vmap`, in
+which each row of the batch has its own copy of the parameters.
 
-An expanded parameter has a gradient for each row of the batch, and takes no memory until backward. So any loss that is
-the mean or the sum over the rows gives, in one backward, the same gradients as a loop over the rows.
+The copies are expanded parameters, which take no additional memory until backward. For any loss that is the mean or the
+sum over the rows, one backward computes the same gradients as a loop over the rows.
 """
 
 from __future__ import annotations
@@ -20,32 +20,36 @@ from peftcore.injection.injection import injections
 
 
 class PerExample(nn.Module):
-    """A model whose backward leaves each trainable parameter's gradients of single examples in its `grad_sample`.
+    """A wrapper of a model whose backward writes the gradients of single examples into the attribute `grad_sample` of
+    each trainable parameter.
 
-    `grad_sample` has the shape ``[rows, *parameter.shape]``; several batches before the optimizer's step leave a list
-    of them. Optimizers of Opacus read this form, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
-    gradients are asked for, and in evaluation, the model runs as it is.
+    `grad_sample` has the shape ``[rows, *parameter.shape]``; after several batches before the optimizer's step, it is a
+    list of such tensors. Optimizers of Opacus read this form with ``grad_sample_mode="no_op"``. `grad` is not changed.
+    In evaluation, or when gradients are disabled, the model runs unchanged.
 
     Args:
-        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows do not
-            see each other, and have independent random draws.
+        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows are
+            computed independently, and have independent random numbers.
         reduction: how the loss combines its rows, ``"mean"`` or ``"sum"``.
     """
 
     def __init__(self, model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
-            raise TrainingError(f"reduction={reduction!r} is neither 'mean' nor 'sum': say what the loss makes of rows")
+            raise TrainingError(
+                f"reduction={reduction!r} is neither 'mean' nor 'sum': pass the one that the loss function uses"
+            )
         self.model = model
         self.reduction = reduction
         self._forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output for a batch; outputs that are scalars for one row have one number per row.
+        """Returns the model's output for a batch; outputs that are scalars for a single row become one number for each
+        row.
 
         Raises:
-            TrainingError: inputs disagree on the number of rows, the model looks at values or at other rows, so that
-                `torch.vmap` cannot run it, or a method adds a loss.
+            TrainingError: inputs differ in the number of rows; `torch.vmap` cannot run the model, since it reads values
+                or other rows; or a method adds a loss, but the output has none.
         """
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **kwargs)
@@ -78,7 +82,7 @@ class PerExample(nn.Module):
             raise
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
-                "the model does not run on single examples by torch.vmap: it looks at values, changes buffers or needs "
+                "torch.vmap cannot run the model on single examples: it reads values, changes buffers or needs "
                 "other rows (batch norm in training). Put such modules in evaluation, or replace them; models of "
                 f"transformers need set_attn_implementation('eager'): {error}"
             ) from error
@@ -98,7 +102,7 @@ class PerExample(nn.Module):
                 each.grad_sample = None  # type: ignore[attr-defined] # nobody steps with half of them
             raise TrainingError(
                 "one backward goes through two forwards of PerExample, whose rows would count as different examples: "
-                "give the model both in one batch, and run backward before the next forward"
+                "pass both inputs in one batch, and run backward before the next forward"
             )
         _keep(parameter, gradient.detach() * (len(gradient) if self.reduction == "mean" else 1))
 
@@ -107,8 +111,8 @@ class PerExample(nn.Module):
             if injection.state.recorder.losses.waits(injection.state, name):
                 injection.losses()  # nobody else takes them
                 raise TrainingError(
-                    f"{name!r} adds a loss of its own, which an output without a loss has no place for. Let the model "
-                    "compute its loss, or take a method without one"
+                    f"{name!r} adds its own loss, but the model's output has no loss to which it could be added: pass "
+                    "labels, or use a method without its own loss"
                 )
 
 
@@ -117,14 +121,16 @@ def _rows(leaves: list[Any]) -> int:
     found = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
     if len(found) != 1:
         raise TrainingError(
-            f"inputs of {sorted(found)} rows: PerExample needs one number, the batch in the first dimension of each"
+            f"the inputs have {sorted(found)} rows: PerExample needs the same batch size in the first dimension of all"
         )
     return found.pop()
 
 
 def _of_row(value: Tensor) -> Tensor:
     if value.dim() and len(value) != 1:
-        raise TrainingError(f"an output of shape {list(value.shape)} of one row lacks the batch in its first dimension")
+        raise TrainingError(
+            f"an output has shape {list(value.shape)} for one row, without the batch in its first dimension"
+        )
     return value.squeeze(0) if value.dim() else value
 
 

@@ -1,4 +1,4 @@
-"""transformers' ``Trainer`` for adapted models, wherever its loss is computed.
+"""transformers' ``Trainer`` for adapted models, also if the Trainer does not use the model's own loss.
 
 trainer = PeftcoreTrainer(model, args, ..., label_smoothing_factor=0.1)
 
@@ -26,12 +26,13 @@ from peftcore.trainers.trainer_checkpoints import STATE, check_records, save_ada
 class PeftcoreTrainer(transformers.Trainer):
     """The Trainer with `PeftcoreCallback`, and with three things that a callback cannot do:
 
-    * Losses of methods (adalora, hra, adapter_fusion) are in the Trainer's, also where the model returns none: with
-      label smoothing, a ``compute_loss_func``, ``return_dict=False``, an adapted model inside of another one.
-    * A checkpoint of an adapter with other options, or of another base, is refused before any of its tensors are read.
-    * Models from outside transformers are saved like those of transformers: the base, and the adapter next to it.
+    * Losses of methods (adalora, hra, adapter_fusion) are added to the Trainer's loss, also if that is not the model's:
+    with label smoothing, a ``compute_loss_func``, ``return_dict=False``, or an adapted model inside of another model. *
+    A checkpoint of an adapter with other options, or of another base, is refused before any of its tensors are read. *
+    Models of other libraries are saved like those of transformers: the base, and the adapter in the same folder.
 
-    For subclasses of the Trainer it is the first base class. Arguments are the Trainer's.
+    In a subclass that combines it with another Trainer, it has to be the first base class. The arguments are those of
+    the Trainer.
     """
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +51,7 @@ class PeftcoreTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the Trainer's loss, with the methods' own that the model could not add to it."""
+        """Returns the Trainer's loss, plus the losses of methods that the model did not add to its own loss."""
         before = inputs.get("labels")
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses = [each.losses() for each in within(self._adapted)] if torch.is_grad_enabled() else []

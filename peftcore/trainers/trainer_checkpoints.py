@@ -1,5 +1,5 @@
-"""Files that transformers' Trainer writes for an adapted model: the base without adapters, adapters in separate files,
-and in checkpoints all tensors that training changes, under their names in the model.
+"""Writes the files of transformers' Trainer for an adapted model: the base without adapters, the adapters in separate
+files, and in checkpoints all tensors that training changes, by their names in the model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ STATE = "peftcore"
 
 
 def within(model: nn.Module) -> list[Injection]:
-    """Returns the injections of the model, or of its parts, where it wraps an adapted one."""
+    """Returns the injections of the model and of all its submodules, since it may wrap an adapted model."""
     return [injection for module in model.modules() for injection in injections(module).values()]
 
 
 def training(model: nn.Module) -> list[Injection]:
-    """Returns the injections of which something trains."""
+    """Returns the injections that have trainable parameters."""
     return [each for each in within(model) if any(parameter.requires_grad for parameter in each.parameters())]
 
 
@@ -51,7 +51,7 @@ def frozen_keys(model: nn.Module) -> set[str]:
     """Returns the keys of the model's state dict that cannot change in training: frozen parameters of the base, and all
     tensors of a quantized weight.
 
-    Buffers of the base stay: the host may write into them.
+    Buffers of the base are not among them, since the host may write into them.
     """
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     packed = [path for path, module in model.named_modules() if layer_of(module, "weight").packed]
@@ -61,12 +61,12 @@ def frozen_keys(model: nn.Module) -> set[str]:
 
 
 class TransientBuffer(NamedTuple):
-    """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a random draw
-    that is the same each time.
+    """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a random
+    tensor that is drawn again from the same seed.
     """
 
     key: str
-    """The key in a checkpoint."""
+    """The key of the buffer in a checkpoint."""
     injection: Injection
     buffer: Tensor
 
@@ -83,17 +83,17 @@ def state_between_steps(model: nn.Module) -> list[TransientBuffer]:
 
 
 def records(model: nn.Module) -> dict[str, Any]:
-    """Returns a record of each adapter that trains, by its path and name: a resumed training is checked against it."""
+    """Returns a record of each adapter that trains, by its path and name, with which a resumed training is checked."""
     found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
     wanted = {id(injection) for injection in training(model)}
     return {_place(path, each): record_of(each) for path, each in found if id(each) in wanted}
 
 
 def check_records(model: nn.Module, held: Mapping[str, Any], where: object) -> None:
-    """Check that the adapters of a model are those of which a checkpoint has the records.
+    """Check that the adapters of a model match their records in a checkpoint.
 
     Raises:
-        CheckpointError: one is another one, listing what differs.
+        CheckpointError: an adapter does not match its record; the message lists the differences.
     """
     for path, module in model.named_modules():
         for injection in injections(module).values():
@@ -113,12 +113,13 @@ def digest(tensor: Tensor) -> bytes:
 def save_adapters(
     model: nn.Module, folder: str | os.PathLike[str], everything: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapters that train into a folder, from which `peftcore.load` reads them: one into the folder itself,
-    several into folders of their names.
+    """Save the adapters that train into a folder, from which `peftcore.load` can read them: a single adapter into the
+    folder itself, several into subfolders with their names.
 
     Args:
-        everything: a state dict with whole values, where the model is sharded over processes. Without it the adapters
-            are left out: to gather them takes all processes, and the Trainer asks one.
+        everything: a state dict with whole values, for a model that is sharded over processes. If it is None for such a
+            model, adapters are not saved: gathering them needs all processes, and the Trainer calls this function in
+            only one.
     """
     found = [injection for injection in training(model) if not injection.merged]
     with whole_from(model, everything, [each for injection in found for each in injection.parameters()]):
@@ -138,23 +139,24 @@ def _without_quantizer(model: nn.Module) -> Iterator[None]:
 
 
 class CheckpointWriter(Protocol):
-    """A training that writes checkpoints."""
+    """A training that writes checkpoints; `PeftcoreCallback` implements it."""
 
     def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
-        """Returns whether a folder is that of the checkpoint of the present step."""
+        """Returns True if a folder is that of the checkpoint of the current step."""
 
     def keep(self, model: nn.Module, whole: dict[str, Any]) -> None:
-        """Leave in a state dict of the model what a checkpoint holds, and add what it lacks."""
+        """Remove tensors that a checkpoint does not contain from a state dict of the model, and add the state between
+        steps."""
 
 
 class SavesAdapters(SavesBase):
-    """A ``save_pretrained`` that recognizes calls of the Trainer, which passes a state dict or None: for these it
-    writes the base, and the adapters next to it.
+    """A ``save_pretrained`` that recognizes calls of the Trainer by their argument `state_dict`: for these calls it
+    saves the base, and the adapters in the same folder.
 
     Attributes:
-        run: the current training. Its checkpoints, which the Trainer reads, hold the tensors that change in training,
-            under the model's names; transformers would otherwise rename them for models whose files had other names.
-            Checkpoints are recognized by their folders, so the order of callbacks does not matter.
+        run: the current training. Checkpoints contain the tensors that change in training, by their names in the model,
+            since the Trainer reads them by these names; transformers would rename them for models whose files have
+            other names. Checkpoints are recognized by their folders, so the order of callbacks does not matter.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -217,7 +219,7 @@ def save_for_trainer(model: nn.Module) -> None:
 def tell_run(model: nn.Module, run: CheckpointWriter | None) -> bool:
     """Set the current training of the model's ``save_pretrained``, or None after the end of a training.
 
-    Returns whether the model's ``save_pretrained`` is a `SavesAdapters`.
+    Returns True if the model's ``save_pretrained`` is a `SavesAdapters`.
     """
     own = vars(model).get("save_pretrained")
     if isinstance(own, SavesAdapters):

@@ -1,10 +1,10 @@
-"""Training: optimizers with a method's parameter groups, gradient rule and schedule, and data before training.
+"""Training: optimizers with a method's parameter groups, gradient rule and schedule, and calibration with data.
 
 It may import `surgery` and the layers below; the fleet, the Trainer, its callback and `PerExample`, which are in layers
 above, are imported on demand. In the order of reading:
 
-- `calibration`: lets a method look at the user's data before training.
-- `optimizer`: a torch optimizer with a method's rules.
+- `calibration`: the steps in which a method reads the user's data before training.
+- `optimizer`: torch optimizers that apply a method's rules.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,5 @@
-"""Lets a method look at the user's data before training, for its structure and for its values."""
+"""Runs the steps in which a method reads the user's data before training: to choose options for each site, and to
+initialize values."""
 
 from __future__ import annotations
 
@@ -23,18 +24,18 @@ C = TypeVar("C", bound="MethodConfig")
 
 
 def calibrate(injection: AppliedMethod, data: Data, base: Iterable[nn.Module], acting: Iterable[AppliedMethod]) -> None:
-    """Let the method (of a hybrid: those of its methods that ask for it) look at the data; afterwards gradients,
-    modes, flags and the random generator are as before.
+    """Let the method initialize its values from the data; for a hybrid, each of its methods that needs data. Gradients,
+    training modes, `requires_grad` and the random generator are restored afterwards.
 
     Args:
         injection: the adapter.
         data: the user's data.
         base: the host's own modules.
-        acting: the adapters that act while the data is looked at; a loss reaches their parameters too.
+        acting: the adapters that are active meanwhile, whose parameters get gradients too.
 
     Raises:
-        CalibrationError: the data is of no use to a method.
-        PluginError: a method changed shapes: a file of it would load nowhere, since what is loaded looks at no data.
+        CalibrationError: a method cannot use the data.
+        PluginError: a method changed the shape of a tensor, so that its file could not be loaded without the data.
     """
     model = injection.model
     planned = {key: tensor.shape for key, tensor in injection.state_dict().items()}
@@ -47,29 +48,31 @@ def calibrate(injection: AppliedMethod, data: Data, base: Iterable[nn.Module], a
                 each.method.calibrate(model, batches, each.config, each)
     if other := [key for key, tensor in injection.state_dict().items() if planned.get(key) != tensor.shape]:
         raise PluginError(
-            f"{injection.method.name}: calibrate changed the shape of {other[0]}, so a file of it would load nowhere: "
-            "change values alone, and say sizes in the options"
+            f"{injection.method.name}: calibrate changed the shape of {other[0]}, so its file could not be loaded: "
+            "change only values, and set sizes by options"
         )
 
 
 def find_structure(
     method: Method, model: nn.Module, data: Data, config: C, sites: Sequence[Site]
 ) -> tuple[C, frozenset[str]]:
-    """Let the method look at the data before any operator is built; afterwards gradients, modes, flags and the random
-    generator are as before.
+    """Let the method choose options for each site from the data, before operators are built. Gradients, training modes,
+    `requires_grad` and the random generator are restored afterwards.
 
     Returns:
-        The options, with those that it found for single sites, and the paths of the sites that it leaves out.
+        The options, with overrides for single sites, and the paths of sites that the method does not adapt.
 
     Raises:
-        CalibrationError: the data is of no use to the method.
-        ConfigError: an option that it found breaks a rule.
-        PluginError: it found something for another place than a site.
+        CalibrationError: the method cannot use the data.
+        ConfigError: an option that it chose is invalid.
+        PluginError: it returned options for a path that is not a site.
     """
     with _as_it_was([*model.modules()], []):
         found = method.structure(model, Batches(model, data, f"{method.name} looks at the data"), config, sites)
     if unknown := found.keys() - {site.path for site in sites}:
-        raise PluginError(f"{method.name}: structure found options for {sorted(unknown)[0]!r}, no site of the method")
+        raise PluginError(
+            f"{method.name}: structure returned options for {sorted(unknown)[0]!r}, which is not a site of the method"
+        )
     own = {path: dict(options) for path, options in found.items() if options and path not in config.overrides}
     left_out = frozenset(path for path, options in found.items() if options is None)
     return config.replace(overrides={**config.overrides, **own}), left_out

@@ -1,7 +1,8 @@
-"""Optimizers for an injection: the method's parameter groups, its rule for gradients, and its steps.
+"""Optimizers for an injection, with the method's parameter groups, its rule for gradients, and its schedule.
 
-It is the plain torch optimizer where that is enough; otherwise a `MethodOptimizer` around it, which schedulers,
-`transformers.Trainer`, accelerate and gradient scalers take for a torch optimizer, because it is one.
+If parameter groups are enough, this is a plain torch optimizer. Otherwise it is a `MethodOptimizer` that wraps one.
+That is a subclass of torch's `Optimizer`, so it works with schedulers, `transformers.Trainer`, accelerate and gradient
+scalers.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ KEY = "peftcore"
 
 
 class MethodOptimizer(Optimizer):
-    """A torch optimizer with a method's rules. State, groups and options are those of the optimizer inside.
+    """A torch optimizer that applies a method's rules. Its state, parameter groups and options are those of the wrapped
+    optimizer.
 
     Attributes:
         injection: the injection that it trains.
-        inner: the torch optimizer.
-        rules: the rules for gradients: the method's or, of a hybrid, those of its parts.
-        total_steps: how many steps there will be; None until it is known (the Trainer's callback sets it).
-        steps: how many there were.
+        inner: the wrapped torch optimizer.
+        rules: the rules for gradients of the method; for a hybrid, those of its parts.
+        total_steps: the total number of steps; None until it is known (the Trainer's callback sets it).
+        steps: the number of steps so far.
     """
 
     def __init__(
@@ -51,15 +53,15 @@ class MethodOptimizer(Optimizer):
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run one step of the optimizer inside, then of the method.
+        """Run one step of the wrapped optimizer, then advance the method's schedule.
 
         Raises:
-            TrainingError: the method's schedule needs the number of steps, and it was not given.
+            TrainingError: the method has a schedule, and the total number of steps is not known.
         """
         if self.total_steps is None and any(True for _ in scheduled(self.injection)):
             raise TrainingError(
-                f"{self.injection.method.name} changes with the steps: say how many in injection.optimizer(..., "
-                "total_steps=N), or give transformers' Trainer the callback peftcore.training.PeftcoreCallback"
+                f"{self.injection.method.name} has a schedule: pass total_steps=N to injection.optimizer(...), or "
+                "callbacks=[peftcore.training.PeftcoreCallback()] to transformers' Trainer"
             )
         self._check_groups()
         loss = self._by_rules(closure) if self.rules else self.inner.step(closure)
@@ -77,9 +79,9 @@ class MethodOptimizer(Optimizer):
         held = {parameter for group in self.param_groups for parameter in group["params"]}
         if held.isdisjoint(self.injection.parameters()):
             raise TrainingError(
-                f"the optimizer's parameters are not those of {self.injection.name!r} any more (DeepSpeed's ZeRO puts "
-                f"its own in their place), so what {self.injection.method.name} changes as it trains would be lost: "
-                "train it with DDP or FSDP2, or take a method without a schedule or a rule for gradients, such as lora"
+                f"the optimizer's parameters are not those of {self.injection.name!r} any more (DeepSpeed's ZeRO "
+                f"replaces them), so what {self.injection.method.name} changes during training would be lost: "
+                "train it with DDP or FSDP2, or use a method without a schedule or a rule for gradients, such as lora"
             )
 
     @torch.no_grad()
@@ -163,25 +165,25 @@ class MethodOptimizer(Optimizer):
         return enumerate(param for group in self.param_groups for param in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the optimizer inside and, under one more key, steps, the state of rules and the
-        non-persistent buffers of methods."""
+        """Returns the state of the wrapped optimizer, with one more key for the number of steps, the state of the
+        rules, and the non-persistent buffers of methods."""
         with self._whole():
             rules = [{i: dict(rule.state[p]) for i, p in self._parameters() if p in rule.state} for rule in self.rules]
             ours = {"steps": self.steps, "rules": rules, "buffers": dict(transient(self.injection))}
             return {**self.inner.state_dict(), KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, to go on exactly where the saved optimizer was.
+        """Load a saved state, from which training continues exactly.
 
         Raises:
-            TrainingError: the state is not one of this kind of optimizer and this injection.
+            TrainingError: the state belongs to another kind of optimizer or another injection.
         """
         ours = state_dict.get(KEY)
         buffers = dict(transient(self.injection))
         if ours is None or ours["buffers"].keys() != buffers.keys():
             raise TrainingError(
-                "this optimizer state was not written by the optimizer of such an injection; make the injection and "
-                "its optimizer as they were when it was saved"
+                "this optimizer state belongs to another injection or optimizer; create both as they were when it was "
+                "saved"
             )
         with self._whole():
             self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
@@ -235,7 +237,8 @@ def _copied(value: Any, device: torch.device) -> Any:
 
 
 def transient(injection: AppliedMethod) -> Iterator[tuple[str, Tensor]]:
-    """Yields the non-persistent buffers of the operators: a method's state between steps, which no file needs."""
+    """Yields the non-persistent buffers of the operators, which are a method's state between steps; files of adapters
+    do not contain them."""
     for path, module in injection.modules():
         for prefix, inner in module.named_modules():
             for name in sorted(inner._non_persistent_buffers_set):
@@ -245,7 +248,7 @@ def transient(injection: AppliedMethod) -> Iterator[tuple[str, Tensor]]:
 def method_optimizer(
     injection: AppliedMethod, cls: Callable[..., Optimizer], lr: float, total_steps: int | None, options: dict[str, Any]
 ) -> Optimizer:
-    """Returns the optimizer of `Injection.optimizer`."""
+    """Returns the optimizer for `Injection.optimizer`."""
     if total_steps is not None:
         check_steps(injection, total_steps)
     method = injection.method
@@ -263,7 +266,7 @@ def method_optimizer(
 
 
 def gradient_rules(injection: AppliedMethod) -> list[GradientRule]:
-    """Returns the rule of the method or, of a hybrid, those of its parts."""
+    """Returns the rule for gradients of the method, if it has one; for a hybrid, those of its parts."""
     rules = [each.method.gradient_rule(each) for each in injection.family()]
     return [rule for rule in rules if rule is not None]
 
@@ -278,15 +281,15 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
 
 
 def scheduled(injection: AppliedMethod) -> Iterator[AppliedMethod]:
-    """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
+    """Returns the methods with a schedule: the injection itself, or the parts of a hybrid that have one."""
     return (each for each in injection.family() if each.method.follows_steps(each.config))
 
 
 def check_steps(injection: AppliedMethod, total: int) -> None:
-    """Verify that what changes with the steps fits into so many.
+    """Check that the schedules of methods fit into this number of steps.
 
     Raises:
-        TrainingError: the schedule of a method needs more.
+        TrainingError: the schedule of a method needs more steps.
     """
     for each in scheduled(injection):
         each.method.check_steps(each.config, total)
@@ -294,8 +297,8 @@ def check_steps(injection: AppliedMethod, total: int) -> None:
 
 @contextmanager
 def whole_step(injection: AppliedMethod, optimizer: Optimizer, schedule: LRScheduler | None) -> Iterator[None]:
-    """Context manager for one step of an adapter's optimizer, method and schedule, which is taken whole or not at all:
-    where it raises, the adapter's values and all that is remembered between steps are as they were before it."""
+    """Context manager for one step of an adapter's optimizer, method and learning rate scheduler, which is undone on an
+    error: the adapter's values and all state between steps are then restored."""
     rules = optimizer.rules if isinstance(optimizer, MethodOptimizer) else []
     states = [optimizer.state, *(rule.state for rule in rules)]
     remembered = [{key: dict(held) for key, held in each.items()} for each in states]
@@ -346,7 +349,7 @@ def _kept(value: Any) -> Any:
 def whole_state(optimizer: Optimizer) -> Iterator[None]:
     """Context manager that gathers an optimizer's state of sharded parameters into full tensors.
 
-    All processes enter it."""
+    All processes have to enter it."""
     pieces = [(held, key, each) for held, key, each in _state_tensors(optimizer) if is_cut(each)]
     try:
         for held, key, each in pieces:
@@ -358,7 +361,7 @@ def whole_state(optimizer: Optimizer) -> Iterator[None]:
 
 
 def cut_state(optimizer: Optimizer) -> None:
-    """Cut what an optimizer remembers of sharded parameters into the same pieces."""
+    """Cut an optimizer's state of sharded parameters into the same pieces as the parameters."""
     for parameter, held in optimizer.state.items():
         for key, each in held.items():
             if is_cut(parameter) and isinstance(each, Tensor) and each.shape == parameter.shape:

@@ -1,6 +1,6 @@
 """Small helpers for all packages.
 
-It may import `peftcore.errors` alone. In the order of reading:
+It may import `peftcore.errors` only. In the order of reading:
 
 - `progress`: bars for long work.
 - `notices`: single lines for the user, each once.

@@ -1,4 +1,5 @@
-"""Autocast: whether it is on, and casts operands of products to its dtype, or keeps them in full precision."""
+"""Helpers for torch's autocast: they report whether it is enabled, cast operands of products to its dtype, or disable
+it."""
 
 from __future__ import annotations
 
@@ -9,19 +10,20 @@ from torch import Tensor
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a device type; never on "meta", which torch does not support."""
+    """True if autocast is enabled for a device type; False for "meta", which autocast does not support."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """Context manager in which autocast does not round products: for small tensors made of parameters alone."""
+    """Context manager in which autocast does not round products, for small tensors that are computed from parameters
+    only."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the operands of a linear layer: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype of
-    autocast where that is on, else as they are."""
+    autocast if that is enabled, otherwise unchanged."""
     device = x.device.type
     if not autocasts(device):
         return x, weight, bias

@@ -1,4 +1,4 @@
-"""Notices: single lines for the user, warnings of the logger "peftcore", each once in a process."""
+"""Notices: single lines for the user, which the logger "peftcore" logs as warnings, each once in a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
-"""The lines that this process has logged."""
+"""The lines that this process has logged already."""
 
 
 def notice(lines: Iterable[str]) -> None:

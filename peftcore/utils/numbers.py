@@ -43,8 +43,8 @@ def percent(share: float) -> str:
 
 
 def decimals(values: Iterable[float]) -> int:
-    """Return the places after the point for the numbers of a column: three for 0.912, two with 12.3 among the values,
-    none for 54,321."""
+    """Return the number of decimals for a column of numbers: three for 0.912, two if the largest is 12.3, none for
+    54,321."""
     sizes = [abs(value) for value in values if math.isfinite(value)] or [0.0]
     places = max(0, 3 - math.floor(math.log10(max(1.0, min(sizes)))))
     return places if max(sizes) < 10 else min(places, 2)

@@ -9,9 +9,9 @@ from pathlib import Path
 from peftcore.errors import MissingPackage
 
 PACKAGE = "package:"
-"""The prefix that marks the name of an installed package, in places that accept a folder."""
+"""The prefix by which arguments that accept a folder recognize the name of an installed package instead."""
 LAB = "peftcore-lab"
-"""The distribution that trains, compares and searches."""
+"""The name of the distribution with the commands that train, compare and search."""
 
 
 def package_folder(name: str) -> Path | None:
@@ -26,11 +26,10 @@ def package_folder(name: str) -> Path | None:
 
 
 def require(packages: Mapping[str, str], options: str = "") -> None:
-    """Raise `MissingPackage` unless every module is there.
+    """Raise `MissingPackage` unless every module is installed.
 
-    Arguments:
-      packages: import name -> the requirement that pip must install for it.
-      options: the options of the pip line, in front of the requirements.
+    Arguments: packages: import name -> the requirement that pip must install for it. options: options of pip in the
+    suggested command, in front of the requirements.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -40,12 +39,12 @@ def require(packages: Mapping[str, str], options: str = "") -> None:
 
 
 def has_lab() -> bool:
-    """Return whether the package of peftcore-lab can be imported."""
+    """Return True if the package of peftcore-lab can be imported."""
     return importlib.util.find_spec("peftcore_lab") is not None
 
 
 def lab_is_missing(what: str) -> MissingPackage:
     """Return the error for a function or command of peftcore-lab when peftcore-lab is not installed."""
     if has_lab():
-        return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: see peftcore doctor")
+        return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: run peftcore doctor")
     return MissingPackage(f"{what} is part of {LAB}, which is not installed. Run: pip install {LAB}")

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 DELAY = 2.0
-"""Seconds of work before a bar of building appears: most operators are built at once."""
+"""Seconds of work before the progress bar for building operators appears; most adapters are built faster."""
 
 
 def through(data: Iterable[Any], title: str) -> Iterable[Any]:
-    """Returns the data with a progress bar."""
+    """Returns an iterator over the data that shows a progress bar."""
     tqdm = _tqdm()
     if tqdm is None:
         return data
@@ -20,7 +20,7 @@ def through(data: Iterable[Any], title: str) -> Iterable[Any]:
 
 
 class Progress:
-    """A progress bar over steps that its owner counts; it appears when they take long."""
+    """A progress bar over steps that its owner counts; it appears only if they take long."""
 
     def __init__(self, title: str) -> None:
         self._title = title

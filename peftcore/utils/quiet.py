@@ -1,5 +1,5 @@
-"""Silences libraries, which log and warn about each other and about configurations: useless to a user who only
-reads."""
+"""Silences other libraries, whose logs and warnings about each other and about configurations do not help users who
+only inspect models."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 @contextmanager
 def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Context manager in which a variable with a default has a value. The value is set inside of the ``try``, so that
-    an interrupt right after it does not leave it."""
+    """Context manager in which a context variable has a value. The value is set inside of the ``try``, so that it is
+    reset even after an interrupt."""
     before = variable.get()
     try:
         variable.set(value)

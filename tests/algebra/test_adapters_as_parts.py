@@ -51,7 +51,7 @@ def test_changes_of_several_are_added_by_their_weights(tmp_path: Path) -> None:
 def test_what_is_not_there_changes_nothing(source: str | Path) -> None:
     model = adapted()
     expected = model(X)
-    with pytest.raises(UnknownInjection, match="no folder and no injection"):
+    with pytest.raises(UnknownInjection, match="neither a folder nor an injection"):
         gather(model, "task_arithmetic", {"one": 1.0, source: 1.0})
     assert torch.equal(model(X), expected) and list(peftcore.injections(model)) == ["one", "two"]
 

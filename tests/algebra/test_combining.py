@@ -257,13 +257,13 @@ def test_what_cannot_be_is_refused_with_its_reason(tmp_path: Path) -> None:
         ({"lora": 1.0}, {"how": "ties", "rank": 2}, "needs density"),
         ({"lora": 1.0}, {"rank": 2}, "no use for rank"),
         ({"lora": 1.0, "other": 1.0}, {"how": "linear"}, "differ in method or options"),
-        ({"lora": 1.0}, {"how": "slerp", "rank": 2}, "two weights"),
-        ({"lora": 1.0}, {"how": "mean", "rank": 2}, "none of"),
+        ({"lora": 1.0}, {"how": "slerp", "rank": 2}, "slerp needs two adapters"),
+        ({"lora": 1.0}, {"how": "mean", "rank": 2}, "is not one of"),
         ({}, {}, "needs adapters"),
     ):
         with pytest.raises(ConfigError, match=message):
             peftcore.combine(model, wrong, **options)  # type: ignore[arg-type]
-    with pytest.raises(UnknownInjection, match="no folder"):
+    with pytest.raises(UnknownInjection, match="neither a folder nor"):
         peftcore.combine(model, {"nobody": 1.0})
     with pytest.warns(UserWarning, match="rank 1 loses"):
         peftcore.combine(model, {"lora": 1.0}, "svd", rank=1)

@@ -71,7 +71,7 @@ def test_ranks_and_alphas_that_differ_become_one(tmp_path: Path) -> None:
 def test_what_is_no_low_rank_update_is_refused_or_projected_with_its_error(tmp_path: Path) -> None:
     model = llama()
     injection = noisy(model, "dora")
-    with pytest.raises(ExportError, match=r"vLLM has no DoRA.*lora_magnitude_vector.*of no low rank.*--project RANK"):
+    with pytest.raises(ExportError, match=r"vLLM has no DoRA.*lora_magnitude_vector.*is not low-rank.*--project RANK"):
         export(injection, tmp_path / "a", reader_named("vllm"))
     assert not (tmp_path / "a").exists() and list(peftcore.injections(model)) == [injection.name]
     deltas, ours = peftcore.deltas(injection), logits(model)
@@ -108,9 +108,9 @@ def test_with_data_it_is_nearest_in_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("prompt_tuning", {}, "no change of weights.*Otherwise serve it with peftcore"),
-        ("ln_tuning", {}, "vectors have no low-rank form.*Otherwise merge it"),
-        ("lora", {"train": ["lm_head"]}, "lm_head.* was trained along"),
+        ("prompt_tuning", {}, "does not change weights.*Instead, serve it with peftcore"),
+        ("ln_tuning", {}, "vectors have no low-rank form.*Instead, merge it"),
+        ("lora", {"train": ["lm_head"]}, "lm_head.* was trained in addition"),
     ],
 )
 def test_what_servers_have_nothing_for_is_refused(method: str, options: Any, message: str, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_without_weights_only_what_needs_none_is_written(tmp_path: Path) -> None
     assert check(tmp_path / "a", reader_named("vllm")).as_trained
     with torch.device("meta"):
         model = llama()
-    with pytest.raises(NoWeights, match="takes the weights of the model"):
+    with pytest.raises(NoWeights, match="load the model with its weights"):
         export(peftcore.load(model, tmp_path / "dora"), tmp_path / "b", reader_named("vllm"), rank=4)
 
 

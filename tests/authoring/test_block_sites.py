@@ -84,7 +84,7 @@ def test_each_stack_counts_by_itself() -> None:
 
 def test_what_is_no_block_is_refused() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
-    with pytest.raises(UnsupportedSite, match="no block of this host; target the role block"):
+    with pytest.raises(UnsupportedSite, match="not a block of this host; use target='block'"):
         found(model, "model.layers.0.mlp.up_proj")
 
 
@@ -140,12 +140,12 @@ def refused(model: nn.Module, match: str, method: str, **options: Any) -> None:
 )
 def test_blocks_with_tokens_in_front_of_rows_are_refused(method: str, host: Any) -> None:
     options = {"width": 12} if method == "pal" else {}
-    refused(host(), "is given tokens in front of rows of the batch", method, **options)
+    refused(host(), "gets tokens in front of rows of the batch", method, **options)
 
 
 @pytest.mark.parametrize("method", ["lpt", "prefix_propagation", "side_tuning", "pha"])
 def test_so_is_what_knows_tokens_by_their_stack(method: str) -> None:
-    refused(xlnet(), "is given tokens in front of rows of the batch", method)
+    refused(xlnet(), "gets tokens in front of rows of the batch", method)
 
 
 @pytest.mark.parametrize("method", ["lst", "k_adapter", "side_tuning", "shadow", "prefix_propagation", "ciat"])
@@ -205,7 +205,7 @@ def test_rows_and_tasks_cannot_be_told_apart_where_tokens_are_first() -> None:
         model(ids)
     with pytest.raises(RouteError, match="cannot be assigned to 2 tasks"), peftcore.call(model, task=[0, 1]):
         model(ids)
-    refused(xlnet(), "is given tokens in front of rows", "unipelt", target="mlp.output", gate="sequence")
+    refused(xlnet(), "gets tokens in front of rows", "unipelt", target="mlp.output", gate="sequence")
 
 
 SECRET = """
@@ -273,5 +273,5 @@ def test_the_block_around_a_module() -> None:
     assert around(llama, "block") == found
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
     assert around(t5, "cross.q") == [(f"decoder.block.{n}", n, 3, 32) for n in range(3)]
-    with pytest.raises(UnsupportedSite, match="in no block"):
+    with pytest.raises(UnsupportedSite, match="not in a block"):
         around(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), "norm.final")

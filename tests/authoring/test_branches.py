@@ -165,7 +165,7 @@ def test_what_cannot_go_past_is_refused() -> None:
         peftcore.apply(transformer(), Beside, target="embed_tokens")
     host = transformer()
     peftcore.apply(host, Beside, target="classifier")
-    with pytest.raises(UnsupportedSite, match="nothing can go past it"):
+    with pytest.raises(UnsupportedSite, match="a bypass cannot be added"):
         host(token_ids())
 
 

@@ -63,5 +63,5 @@ def test_it_stands_around_the_whole_and_knows_its_input(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "encoder"])
 def test_one_that_is_no_module_is_refused(name: str) -> None:
-    with pytest.raises(UnsupportedSite, match="no module of its own"):
+    with pytest.raises(UnsupportedSite, match="not a separate module"):
         peftcore.apply(HOSTS[name].build()[0], RunsTwice)

@@ -134,9 +134,9 @@ def test_it_starts_from_what_is_handed_in() -> None:
     torch.testing.assert_close(guest.network(IDS).last_hidden_state, small.model(IDS).last_hidden_state)
     sharing = peftcore.apply(llama(), HostWithGuest, dtype="float64").shared["guest"]
     sharing.take(llama(num_hidden_layers=1).model)
-    with pytest.raises(ConfigError, match=r"is \[16.*and \[8.* name its sizes"):
+    with pytest.raises(ConfigError, match=r"is \[16.*and \[8.* pass the given network's sizes"):
         sharing.take(small.model)
-    with pytest.raises(ConfigError, match="not there in the guest"):
+    with pytest.raises(ConfigError, match="is missing in the guest"):
         sharing.take(llama(num_hidden_layers=2).model)
 
 
@@ -184,7 +184,7 @@ def test_encoders_have_guests_without_poolers(family: str, own_table: bool) -> N
 
 def test_a_block_that_runs_several_times_has_no_guest() -> None:
     albert = transformers.AlbertForTokenClassification(transformers.AlbertConfig(**SMALL, embedding_size=16))
-    with pytest.raises(UnsupportedSite, match="is no stack of transformers"):
+    with pytest.raises(UnsupportedSite, match="is not a stack of transformers"):
         peftcore.apply(albert, HostWithGuest, encoders=True)
 
 
@@ -192,7 +192,7 @@ def test_what_is_refused() -> None:
     for name in ("bert", "encoder"):
         with pytest.raises(UnsupportedSite):
             peftcore.apply(HOSTS[name].build()[0], HostWithGuest)
-    with pytest.raises(ConfigError, match="no larger than the model, which has hidden_size 16, not 32"):
+    with pytest.raises(ConfigError, match="hidden_size=32 is too large for a guest network: the model has 16"):
         peftcore.apply(llama(), HostWithGuest, width=32)
     with pytest.raises(ConfigError, match="no GPT2Model can be built"):
         peftcore.apply(HOSTS["gpt2"].build()[0], HostWithGuest, width=9)
@@ -202,5 +202,5 @@ def test_what_is_refused() -> None:
         peftcore.apply(transformers.Qwen3NextForCausalLM(hybrid), HostWithGuest)
     sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "is_decoder": True}
     decoder = transformers.BartConfig(vocab_size=40, d_model=16, **sizes)
-    with pytest.raises(UnsupportedSite, match="no causal stack of transformers"):
+    with pytest.raises(UnsupportedSite, match="is not a causal stack of transformers"):
         peftcore.apply(transformers.BartForCausalLM(decoder), HostWithGuest)

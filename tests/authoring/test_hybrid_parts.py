@@ -19,8 +19,8 @@ def test_a_part_is_its_options_with_its_name() -> None:
 @pytest.mark.parametrize(
     ("part", "error", "words"),
     [
-        ({"rank": 3}, ConfigError, "every part says which method it is"),
-        ({"method": 3}, ConfigError, "every part says which method it is"),
+        ({"rank": 3}, ConfigError, 'has no "method"'),
+        ({"method": 3}, ConfigError, 'has no "method"'),
         ({"method": "lora", "rank": -1}, ConfigError, "rank"),
         ({"method": "lora", "no_option": 1}, ConfigError, "no_option"),
         ({"method": "no_method"}, UnknownMethod, "no_method"),

@@ -109,7 +109,7 @@ def test_what_nobody_told_is_refused() -> None:
     with pytest.raises(MissingContext, match="prompt_length"):
         model(input_ids=IDS, use_cache=False)
     cache = model(input_ids=IDS[:, :2], use_cache=True).past_key_values
-    with pytest.raises(MissingContext, match="may be prompt or not"):
+    with pytest.raises(MissingContext, match="may or may not belong to the prompt"):
         model(input_ids=IDS[:, 2:], past_key_values=cache)
     for told in (5, [4, 5], torch.tensor([5, 1])):
         with peftcore.call(model, prompt_length=told), pytest.raises(SequenceError, match="prefill in one forward"):

@@ -81,7 +81,7 @@ def test_tokens_of_which_no_pass_was_told_are_refused() -> None:
     own = PassCache()
     cache, _ = kept(own)
     cache.update(*torch.randn(2, 2, 1, 2, 4).unbind(0), 0)
-    with pytest.raises(SequenceError, match="2 tokens that were seen with the adapter off"):
+    with pytest.raises(SequenceError, match="2 tokens that were processed with the adapter off"):
         own.beside(cache)
 
 

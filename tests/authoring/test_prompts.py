@@ -80,7 +80,9 @@ def test_a_whole_prompt_is_no_piece(inside: Inside) -> None:
     inside(prompt_length=[2, 4])
     whole = PromptPositions(0, True, 0, 1, False, whole=True)
     assert whole.positions(torch.zeros(2, 4, 8), {}, False) is not None
-    with pytest.raises(SequenceError, match=r"\[3\] tokens are less than a prompt .* it is \[2, 4\] long"):
+    with pytest.raises(
+        SequenceError, match=r"\[3\] tokens are fewer than those of the prompt.* the prompt has \[2, 4\]"
+    ):
         whole.positions(torch.zeros(2, 3, 8), {}, False)
 
 
@@ -96,10 +98,10 @@ def test_a_step_of_one_token_is_no_prompt_and_more_must_be_said(inside: Inside) 
     assert ends(2, 0, 3, given={"past_key_values": Cache(4)}) == [[[]], [[]]], "the first ones were in the cache"
     with pytest.raises(MissingContext, match="prompt_length"):
         ends(2, 1, 3, given={"past_key_values": Cache(4)})
-    with pytest.raises(MissingContext, match="less than 4 tokens"):
+    with pytest.raises(MissingContext, match="fewer than 4 tokens"):
         ends(2, 0, 3, given={"past_key_values": Cache(2)}, halves=True)
     for halves, held in ((True, 3), (False, 1)):  # one more token of the prompt would be at, or move, a position
-        with pytest.raises(MissingContext, match=f"less than {held + 1} tokens"):
+        with pytest.raises(MissingContext, match=f"fewer than {held + 1} tokens"):
             ends(2, 0, 1, given={"past_key_values": Cache(held)}, halves=halves)
         assert ends(2, 0, 1, given={"past_key_values": Cache(held + 1)}, halves=halves) is None
 
@@ -178,7 +180,7 @@ def test_what_a_cache_holds_is_counted_or_refused(inside: Inside) -> None:
 
 def test_masks_that_do_not_tell_padding_are_refused(inside: Inside) -> None:
     inside({"attention_mask": torch.ones(1, 2)})
-    with pytest.raises(SequenceError, match="tells padding from tokens"):
+    with pytest.raises(SequenceError, match="separates padding from tokens"):
         ends(1, 0, 5)
 
 
@@ -214,5 +216,5 @@ def test_the_stack_that_is_given_the_prompt() -> None:
     assert stack_of("t5", "decoder.block.*.q") == ("encoder", 16, True)
     assert stack_of("vit", "attn.q") is None
     two = torch.nn.ModuleDict({name: HOSTS[name].build()[0] for name in ("llama", "bert")})
-    with pytest.raises(UnsupportedSite, match=r"llama.*\bbert.*given different tokens"):
+    with pytest.raises(UnsupportedSite, match=r"llama.*\bbert.*get different tokens"):
         stack_of(two, ["llama.model.layers.*.q_proj", "bert.bert.encoder.layer.*.query"])

@@ -102,8 +102,8 @@ def test_a_copy_leaves_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_stacks_whose_head_predicts_no_next_token_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedSite, match="predicts no tokens"):
+    with pytest.raises(UnsupportedSite, match="does not predict tokens"):
         peftcore.apply(HOSTS[name].build()[0], Scored)
     base = HOSTS["llama"].build()[0]
-    with pytest.raises(UnsupportedSite, match="predicts no tokens"):
+    with pytest.raises(UnsupportedSite, match="does not predict tokens"):
         peftcore.apply(base.model, Scored)

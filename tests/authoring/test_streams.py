@@ -263,12 +263,12 @@ def test_off_and_removed() -> None:
 
 def test_what_it_refuses() -> None:
     diffusers = pytest.importorskip("diffusers")
-    with pytest.raises(UnsupportedSite, match="the text is no stream"):
+    with pytest.raises(UnsupportedSite, match="the text is not a stream"):
         adapted("pixart", beside_text=True)
     with pytest.raises(UnsupportedSite, match="no diffusion transformer"):
         peftcore.apply(nn.Sequential(nn.Linear(2, 2)), Streams, target="0")
     twice = diffusers.SD3Transformer2DModel(**SIZES, **SHAPES["sd3"][1], dual_attention_layers=(0,))
-    with pytest.raises(UnsupportedSite, match="not one attention"):
+    with pytest.raises(UnsupportedSite, match="not have exactly one self-attention"):
         peftcore.apply(twice, Streams)
     _, model, stream, given = adapted("pixart")
     with pytest.raises(SequenceError, match="attention_mask"):
@@ -277,7 +277,10 @@ def test_what_it_refuses() -> None:
     with pytest.raises(PluginError, match="rows of"):
         model(**given)
     _, model, _, given = adapted("dit", timestep=0.0)
-    with pytest.raises(SequenceError, match="1 streams"), peftcore.call(model, **{IMAGE: given[IMAGE][:1]}):
+    with (
+        pytest.raises(SequenceError, match="2 sequences of tokens, but 1 of rows"),
+        peftcore.call(model, **{IMAGE: given[IMAGE][:1]}),
+    ):
         model(**{**given, "timestep": torch.tensor([3, 5])})
 
 

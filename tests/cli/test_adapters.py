@@ -273,8 +273,8 @@ def test_where_a_model_is_not_written(llama: Path, adapter: str) -> None:
     Path("notes").mkdir()
     Path("notes/a.txt").touch()
     assert "is not empty" in refused("merge", llama, adapter, "--out", "notes")
-    assert "holds other things (a.txt)" in refused("merge", llama, adapter, "--out", "notes", "--overwrite")
-    assert "is no folder" in refused("merge", llama, adapter, "--out", "notes/a.txt")
+    assert "contains other files (a.txt)" in refused("merge", llama, adapter, "--out", "notes", "--overwrite")
+    assert "is not a folder" in refused("merge", llama, adapter, "--out", "notes/a.txt")
     Path("empty").mkdir()
     done("merge", llama, adapter, "--out", "empty")
     assert "--overwrite" in refused("merge", llama, adapter, "--out", "empty")
@@ -307,11 +307,11 @@ def test_a_failure_while_writing_leaves_what_was_there(
 
 def test_what_cannot_be_merged(llama: Path, causal: nn.Module, encoder: Path, adapter: str) -> None:
     saved(causal, "prefix", "prefix_tuning")
-    assert "prefix_tuning makes no change of weights" in refused("merge", llama, "prefix", "--out", "x")
+    assert "prefix_tuning changes no weights" in refused("merge", llama, "prefix", "--out", "x")
     assert "belongs to another base" in refused("merge", encoder, adapter, "--out", "x")
     assert "does not exist" in refused("merge", llama, "nothing", "--out", "x")
-    assert "holds no model" in refused("merge", adapter, adapter, "--out", "x")
-    assert "is no pipeline" in refused("merge", llama, adapter, "--out", "x", "--component", "unet")
+    assert "contains no model" in refused("merge", adapter, adapter, "--out", "x")
+    assert "is not a pipeline" in refused("merge", llama, adapter, "--out", "x", "--component", "unet")
     for weights in ("1,2", "a", "nan", ""):
         assert "--weights" in refused("merge", llama, adapter, "--out", "x", "--weights", weights)
 
@@ -321,31 +321,31 @@ def test_heads_that_do_not_fit_together(encoder: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder)
     saved(model, "one", "lora", train=["classifier"])
     saved(model, "two", "lora", "peft", train=["classifier"])
-    assert "two of the adapters bring classifier" in refused("merge", encoder, "one", "two", "--out", "x")
-    assert "its weight has to be 1" in refused("merge", encoder, "one", "--out", "x", "--weights", "0.5")
+    assert "two of the adapters have values of classifier" in refused("merge", encoder, "one", "two", "--out", "x")
+    assert "its weight in --weights has to be 1" in refused("merge", encoder, "one", "--out", "x", "--weights", "0.5")
     options = json.loads(Path("two/adapter_config.json").read_text())
     Path("two/adapter_config.json").write_text(json.dumps({**options, "auto_mapping": None}))
     assert "--model-class" in refused("merge", encoder, "two", "--out", "x")
     saved(model, "bare", "lora")
     message = refused("merge", encoder, "bare", "--out", "x", "--model-class", "BertForSequenceClassification")
-    assert "do not fit its config; missing or misshaped: classifier" in message
-    assert "no model class" in refused("merge", encoder, "one", "--out", "x", "--model-class", "pipeline")
+    assert "do not fit its config; missing or of another shape: classifier" in message
+    assert "not a model class" in refused("merge", encoder, "one", "--out", "x", "--model-class", "pipeline")
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama", "architectures": ["os"]}, "no model class of transformers"),
-        ({"model_type": "llama", "architectures": ["AutoModel"]}, "no model class of transformers"),
-        ({"model_type": "llama", "architectures": {"LlamaModel": 0}}, "no model class of transformers"),
+        ({"model_type": "llama", "architectures": ["os"]}, "not a model class of transformers"),
+        ({"model_type": "llama", "architectures": ["AutoModel"]}, "not a model class of transformers"),
+        ({"model_type": "llama", "architectures": {"LlamaModel": 0}}, "not a model class of transformers"),
         ({"model_type": "llama", "architectures": ["LlamaModel"], "hidden_size": "x"}, "cannot load a model"),
         ({"model_type": "llama", "architectures": ["LlamaModel"], "num_attention_heads": 0}, "cannot load a model"),
         ({"_class_name": "UNet2DConditionModel", "block_out_channels": 3}, "cannot load a model"),
         ({"architecture": ["vit"]}, "timm has no model"),
         ({"_class_name": "DiffusionPipeline"}, "diffusers exports no model"),
         ({"architecture": "os"}, "timm has no model"),
-        ({"hidden_size": 3}, "is of no model of transformers"),
-        ([], "holds no JSON object"),
+        ({"hidden_size": 3}, "does not belong to a model of transformers"),
+        ([], "does not contain a JSON object"),
     ],
 )
 def test_models_that_are_none(config: Any, message: str, adapter: str) -> None:
@@ -366,7 +366,7 @@ def test_weights_that_are_damaged_or_pickled(llama: Path, adapter: str) -> None:
 def test_parts_of_a_pipeline_are_told_apart(pipeline: Path, adapter: str) -> None:
     shutil.copytree(pipeline, "pipeline")
     message = refused("merge", "pipeline", adapter, "--out", "x")
-    assert "fits on none" in message and "unet:" in message and "text_encoder:" in message
+    assert "fits none" in message and "unet:" in message and "text_encoder:" in message
     text = transformers.CLIPTextModel.from_pretrained("pipeline/text_encoder")
     saved(text, "text", "lora")
     shutil.copytree("pipeline/text_encoder", "pipeline/text_encoder_2")
@@ -375,7 +375,7 @@ def test_parts_of_a_pipeline_are_told_apart(pipeline: Path, adapter: str) -> Non
     Path("pipeline/model_index.json").write_text(
         json.dumps({**index, "text_encoder_2": index["text_encoder"], "../text_encoder": index["text_encoder"]})
     )
-    assert "fits on text_encoder and on text_encoder_2; say" in refused("merge", "pipeline", "text", "--out", "x")
+    assert "fits text_encoder and text_encoder_2; choose" in refused("merge", "pipeline", "text", "--out", "x")
     assert "has no component 'vae'" in refused("merge", "pipeline", "text", "--out", "x", "--component", "vae")
     assert "inside the pipeline" in refused(
         "merge", "pipeline", "text", "--out", "pipeline/x", "--component", "text_encoder"
@@ -432,7 +432,7 @@ def test_the_base_is_the_one_that_the_file_names(llama: Path, causal: nn.Module)
     assert config["base_model_name_or_path"] == str(llama)
     Path("there/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "meta/llama"}))
     message = refused("convert", "there", "--to", "native", "--out", "x")
-    assert "give --model" in message and "'meta/llama'" in message
+    assert "pass --model" in message and "'meta/llama'" in message
     done("convert", "there", "--to", "native", "--out", "back", "--model", llama)
     assert json.loads(Path("back/adapter.json").read_text())["base"] == "meta/llama"
 
@@ -446,12 +446,12 @@ def test_weights_are_loaded_where_a_conversion_depends_on_them(llama: Path, caus
 
 def test_what_another_format_cannot_hold(llama: Path, causal: nn.Module) -> None:
     saved(causal, "adapter", "prefix_tuning")
-    assert "files of kohya" in refused("convert", "adapter", "--to", "kohya", "--out", "x")
-    assert "not written to them" in refused("convert", "adapter", "--to", "adapterhub", "--out", "x")
+    assert "kohya files" in refused("convert", "adapter", "--to", "kohya", "--out", "x")
+    assert "does not write them" in refused("convert", "adapter", "--to", "adapterhub", "--out", "x")
     assert "there are: native, peft" in refused("convert", "adapter", "--to", "nativ", "--out", "x")
     assert "no part 'vae'" in refused("convert", "adapter", "--to", "diffusers/vae", "--out", "x")
     saved(causal, "lora", "lora")
-    assert "is a folder" in refused("convert", "lora", "--to", "peft", "--out", "x.safetensors")
+    assert "needs a folder" in refused("convert", "lora", "--to", "peft", "--out", "x.safetensors")
     assert "is read" in refused("convert", "adapter", "--to", "peft", "--out", "adapter", "--overwrite")
 
 
@@ -479,9 +479,11 @@ def test_an_error_above_the_bound_writes_nothing(llama: Path, causal: nn.Module)
 
 def test_methods_without_deltas_have_no_lora(llama: Path, causal: nn.Module, encoder: Path) -> None:
     saved(causal, "prefix", "prefix_tuning")
-    assert "makes no change of weights" in refused("export-lora", llama, "prefix", "--rank", 4, "--out", "x")
+    assert "changes no weights" in refused("export-lora", llama, "prefix", "--rank", 4, "--out", "x")
     saved(causal, "norms", "ln_tuning")
-    assert "vectors have no low-rank form" in refused("export-lora", llama, "norms", "--rank", 4, "--out", "x")
+    assert "vectors (biases, norms) have no low-rank form" in refused(
+        "export-lora", llama, "norms", "--rank", 4, "--out", "x"
+    )
 
 
 def test_a_head_is_left_out_and_that_is_said(encoder: Path) -> None:

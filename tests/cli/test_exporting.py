@@ -37,7 +37,7 @@ def test_check_says_what_is_read_by_its_exit_code_and_in_words() -> None:
     assert data["rules"]["source"].startswith("vllm-project/vllm@") and data["rules"]["files"] and data["notes"]
     changed = run("check", "a", "--for", "llama.cpp")
     assert changed.exit_code == 1 and "option use_rslora" in changed.stdout and "changed" in changed.stdout
-    assert "no rules of what 'ollama' reads" in refused("check", "a", "--for", "ollama")
+    assert "no rules for the program 'ollama'" in refused("check", "a", "--for", "ollama")
     assert "does not exist" in refused("check", "none", "--for", "vllm")
 
 
@@ -81,7 +81,7 @@ def test_what_needs_a_projection_is_refused_until_there_is_one() -> None:
 def test_data_wants_a_projection_texts_and_a_tokenizer() -> None:
     noisy(llama(), "dora").save("a")
     command = ("export", "a", "out", "--for", "vllm", "--model", "base")
-    assert "give --project RANK" in refused(*command, "--data", "texts.txt")
+    assert "pass --project RANK" in refused(*command, "--data", "texts.txt")
     assert "cannot be read" in refused(*command, "--project", 3, "--data", "texts.txt")
     Path("texts.txt").write_text("\n\n")
     assert "no lines of text" in refused(*command, "--project", 3, "--data", "texts.txt")
@@ -98,12 +98,12 @@ def test_data_wants_a_projection_texts_and_a_tokenizer() -> None:
 
 def test_the_base_may_be_named_by_the_file_and_a_part_of_a_pipeline_is_refused() -> None:
     noisy(llama(), "lora").save("a", format="peft")
-    assert "give --model" in refused("export", "a", "out", "--for", "vllm")
+    assert "pass --model" in refused("export", "a", "out", "--for", "vllm")
     model = llama()
     model.config._name_or_path = "base"
     noisy(model, "lora").save("b", format="peft")
     assert run("export", "b", "out", "--for", "vllm").exit_code == 0
-    assert "leave out --component" in refused("export", "b", "o", "--for", "vllm", "--component", "unet")
+    assert "remove --component" in refused("export", "b", "o", "--for", "vllm", "--component", "unet")
 
 
 def test_the_readers_in_the_help_are_those_with_rules() -> None:

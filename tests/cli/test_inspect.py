@@ -152,9 +152,9 @@ def test_a_long_table_is_cut_and_json_is_not() -> None:
 def test_what_is_no_adapter() -> None:
     assert "does not exist" in refused("nothing")
     Path("empty").mkdir()
-    assert "no adapter of a known format" in refused("empty")
+    assert "not an adapter in a known format" in refused("empty")
     Path("adapter.safetensors").write_bytes(b"garbage")
-    assert "no adapter of a known format" in refused("adapter.safetensors")
+    assert "not an adapter in a known format" in refused("adapter.safetensors")
     torch.save({}, "lora.pt")
     assert "a pickle" in refused("lora.pt")
     saved("lora")

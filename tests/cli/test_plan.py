@@ -176,8 +176,8 @@ def test_bad_options(folders: Folders) -> None:
     assert "no option 'rnk'; did you mean 'rank'" in refused(bert, "lora", "--option", "rnk=1")
     assert "rank=0: Input should be greater than 0" in refused(bert, "lora", "--option", "rank=0")
     assert "did you mean" in refused(bert, "lore")
-    assert "there are float64, float32" in refused(bert, "lora", "--dtype", "int8")
-    assert "--length 65: the model has 64 positions" in refused(bert, "lora", "--length", 65)
+    assert "use one of float64, float32" in refused(bert, "lora", "--dtype", "int8")
+    assert "--length 65 is too long: the model has 64 positions" in refused(bert, "lora", "--length", 65)
     assert "matches nothing" in refused(bert, "lora", "--target", "nowhere")
     assert "'nowhere' matches nothing" in refused(bert, "lora", "--target", "attn.q", "--target", "nowhere")
     assert "--batch-size" in refused(bert, "lora", "--batch-size", 0)
@@ -203,4 +203,4 @@ def test_blocks_that_run_again(folders: Folders) -> None:
     assert again["memory"]["adapted"]["activations"] < plain["memory"]["adapted"]["activations"]
     assert again["memory"]["adapted"]["peak"] < plain["memory"]["adapted"]["peak"]
     assert again["flops"]["adapted"] > plain["flops"]["adapted"]
-    assert "no blocks of this model run again" in refused(folders("vit"), "lora", "--checkpoint-gradients")
+    assert "does not support gradient checkpointing" in refused(folders("vit"), "lora", "--checkpoint-gradients")

@@ -106,6 +106,6 @@ def test_without_the_lab_its_commands_say_how_to_install_it(
 
 def test_a_lab_that_is_not_loaded_is_told_of(install: Install) -> None:
     install()
-    assert "whose plugin was not loaded: see peftcore doctor" in run("train").stderr
+    assert "whose plugin was not loaded: run peftcore doctor" in run("train").stderr
     found = run("schema", "train")
     assert found.exit_code == 2 and "whose plugin was not loaded" in found.stderr

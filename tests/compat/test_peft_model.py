@@ -140,7 +140,7 @@ def test_adapters_are_added_chosen_routed_and_deleted(tmp_path: Path) -> None:
     close(ours(input_ids=IDS, adapter_names=names).logits, theirs(input_ids=IDS, adapter_names=names).logits)
     mixed = ours.generate(input_ids=IDS, adapter_names=names, max_new_tokens=4, do_sample=False)
     assert torch.equal(mixed, theirs.generate(input_ids=IDS, adapter_names=names, max_new_tokens=4, do_sample=False))
-    with pytest.warns(UserWarning, match="'default' acts now"):
+    with pytest.warns(UserWarning, match="'default' is active now"):
         ours.delete_adapter("second")
     theirs.set_adapter("default")
     close(logits(ours), logits(theirs))

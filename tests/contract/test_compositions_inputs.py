@@ -199,7 +199,7 @@ def test_a_merged_part_is_refused(host: Any) -> None:
 
 def test_an_operator_that_says_what_it_does_not_do_is_found_out(host: Any, x: Tensor) -> None:
     peftcore.activate(host, Fuse("a", "untrue", by="by"))
-    with pytest.raises(CompositionError, match="says `only_inputs` returned what no call"):
+    with pytest.raises(CompositionError, match="with `only_inputs` returned another output"):
         host(x)
 
 

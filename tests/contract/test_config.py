@@ -200,7 +200,7 @@ class OneConfig(SharedConfig):
         (
             SharedConfig,
             {"rank": 2},
-            ["sharing", "rank cannot change at single sites", "it can change scale and dropout"],
+            ["sharing", "rank cannot change at single sites", "overrides can change scale and dropout"],
         ),
         (SharedConfig, {"scale": 2.0, "rank": 2}, ["rank cannot change"]),
         (SharedConfig, {"overrides": {}}, ["overrides cannot change"]),

@@ -179,7 +179,7 @@ def test_a_base_that_was_saved_with_its_new_rows_has_them(base_at: Any, tmp_path
     model: Any = opened(base_at("untied"), "untied")
     injection = moved(peftcore.apply(model, "lora", rank=2))
     for format in ("kohya", "diffusers"):
-        with pytest.raises(ExportError, match=r"2 rows were added to model\.embed_tokens, for which files of"):
+        with pytest.raises(ExportError, match=r"2 rows were added to .* files cannot hold"):
             injection.save(tmp_path / format, format=format)
         assert not (tmp_path / format).exists()
     model.save_pretrained(tmp_path / "resized")
@@ -198,7 +198,9 @@ def test_a_base_of_another_length_is_told_what_to_do(base_at: Any, tmp_path: Pat
     for rows in (0, 40):
         other = opened(base_at("tied"), "tied", rows)
         before = run_of_known(other)
-        with pytest.raises(HostMismatch, match=r"had 34 when .* stores 2 .*model\.resize_token_embeddings\(34\) first"):
+        with pytest.raises(
+            HostMismatch, match=r"had 34 when .* 2 of them: call model\.resize_token_embeddings\(34\) first"
+        ):
             peftcore.load(other, tmp_path / "adapter")
         assert torch.equal(run_of_known(other), before)
         assert not peftcore.injections(other)

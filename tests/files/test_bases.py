@@ -103,7 +103,7 @@ def test_a_base_that_the_caller_names(llama: Path, tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(llama)
     moved(peftcore.apply(model, "lora", rank=2)).save(tmp_path / "adapter")
     changed(tmp_path / "adapter", base=None)
-    with pytest.raises(CheckpointError, match="names no base; name it: base="):
+    with pytest.raises(CheckpointError, match="names no base; pass base="):
         peftcore.load_base(tmp_path / "adapter")
     assert torch.equal(logits(peftcore.load_base(tmp_path / "adapter", base=llama)), logits(model))
 
@@ -111,9 +111,9 @@ def test_a_base_that_the_caller_names(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("updates", "words"),
     [
-        ({"base": "/nowhere/at/all"}, "is not here; say where it is: base="),
-        ({"base": "someone/base"}, "someone/base is not in the cache of the hub, .*fetch=True fetches it"),
-        ({"base": "someone/base", "base_revision": "../../x"}, "no revision of the base"),
+        ({"base": "/nowhere/at/all"}, "does not exist; pass base="),
+        ({"base": "someone/base"}, "someone/base is not in the hub's cache; pass fetch=True"),
+        ({"base": "someone/base", "base_revision": "../../x"}, "not a valid revision of the base"),
         ({"host": "os.system"}, "made on 'os.system', which no Auto class"),
         ({"host": "transformers.models.bert.modeling_bert.BertModel"}, "BertModel', which no Auto class"),
         ({"host": "torch.nn.modules.container.Sequential"}, "no Auto class"),
@@ -144,14 +144,14 @@ def test_no_code_of_the_base_runs(known: bool, llama: Path, tmp_path: Path) -> N
     if known:
         assert torch.equal(logits(peftcore.load_base(tmp_path / "adapter")), logits(model))
     else:
-        with pytest.raises(CheckpointError, match="brings code of its own, which is not run here"):
+        with pytest.raises(CheckpointError, match="contains its own code, which load_base does not run"):
             peftcore.load_base(tmp_path / "adapter")
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "code_revision", "use_safetensors", "local_files_only"])
 def test_what_the_caller_may_not_change(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"{name}= is none of load_base's arguments"):
+    with pytest.raises(CheckpointError, match=f"load_base does not accept {name}="):
         peftcore.load_base(tmp_path, **{name: True})
 
 

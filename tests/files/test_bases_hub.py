@@ -137,7 +137,7 @@ def test_configuration_and_safetensors_are_fetched_at_the_commit(found: dict[str
 
 def test_another_commit_is_told(found: dict[str, Any]) -> None:
     """A cache that has another one is not taken in silence."""
-    assert f"base_revision='{found['second']}' takes the one that is there" in found["moved on"][1]
+    assert f"base_revision='{found['second']}' for the cached revision" in found["moved on"][1]
     assert found["there"] != found["expected"] == found["two"]
     (words,) = [each for each in found["told"] if "commit" in each]
     assert found["first"][:12] in words and found["second"][:12] in words
@@ -145,7 +145,7 @@ def test_another_commit_is_told(found: dict[str, Any]) -> None:
 
 def test_a_file_from_a_hub_names_no_folders_here(found: dict[str, Any]) -> None:
     kind, words = found["folder"]
-    assert kind == "CheckpointError" and "names no folders here" in words and "base=" in words
+    assert kind == "CheckpointError" and "names no local folder" in words and "base=" in words
     assert found["folder by name"] == found["expected"]
 
 

@@ -48,7 +48,7 @@ def test_an_adapter_is_like_itself_applied_again(method: str) -> None:
 def test_what_differs_is_named(options: dict[str, Any], words: str) -> None:
     record = record_of(applied(llama(), "lora", "a"))
     other = peftcore.apply(llama(), "lora", **{"dtype": torch.float64, **options})
-    with pytest.raises(CheckpointError, match=f"here was written of another adapter than 'lora': .*{words}"):
+    with pytest.raises(CheckpointError, match=f"here belongs to another adapter than 'lora': .*{words}"):
         check_record(record, other, "here")
 
 

@@ -128,7 +128,7 @@ def test_what_is_newer_is_refused_with_the_line_that_helps(saved_toy: Path) -> N
     model, _ = host()
     before = trace(model)
     _edit(saved_toy, config_version=4, plugin_version="peftcore-toys 1.0")
-    with pytest.raises(NewerFormat, match=r"version 4 of third_version.*knows 3.*pip install -U peftcore-toys$"):
+    with pytest.raises(NewerFormat, match=r"version 4 of third_version.*reads up to 3.*pip install -U peftcore-toys$"):
         peftcore.load(model, saved_toy)
     _edit(saved_toy, format=2)
     with pytest.raises(NewerFormat, match=r"format 2.*reads up to 1.*pip install -U peftcore$"):

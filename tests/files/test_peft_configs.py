@@ -117,7 +117,7 @@ def test_the_seed_is_torchs_own_unless_one_is_given() -> None:
     [
         (
             peft.LoraConfig(target_modules=["nothing"]),
-            "peft does not take this LoraConfig for this model: Target",
+            "peft does not accept this LoraConfig for this model: Target",
         ),
         (peft.LoraConfig(target_modules=["q_proj"], use_qalora=True, qalora_group_size=4), "use_qalora"),
         (peft.XLoraConfig(hidden_size=32, adapters={}), "XLora|XLORA"),

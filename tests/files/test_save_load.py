@@ -72,7 +72,7 @@ def test_what_is_nothing_without_values_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_knows_its_base_by_values_needs_them(tmp_path: Path) -> None:
     peftcore.apply(host(), "lora", target=["0"]).save(tmp_path / "adapter", weights=True)
-    with pytest.raises(NoWeights, match="values of its weights"):
+    with pytest.raises(NoWeights, match="its weights are needed"):
         peftcore.load(without_values(), tmp_path / "adapter")
 
 
@@ -105,12 +105,12 @@ def test_a_path_with_the_ending_of_a_file_is_one_file(format: str, tmp_path: Pat
 def test_what_is_no_file_of_its_own_is_refused(tmp_path: Path) -> None:
     injection = peftcore.apply(host(), "lora", target=["0", "2"], rank=2)
     for name, formats, why in (
-        ("style.safetensors", "peft", "an adapter of peft is several"),
-        ("style.safetensors", ["kohya", "peftcore"], "an adapter of kohya and peftcore is several"),
-        ("style.pt", "kohya", "no pickles are written"),
-        ("style.bin", "peft", "no pickles are written"),
+        ("style.safetensors", "peft", "an adapter in the format peft has several files"),
+        ("style.safetensors", ["kohya", "peftcore"], "an adapter in the format kohya and peftcore has several files"),
+        ("style.pt", "kohya", "peftcore writes no pickles"),
+        ("style.bin", "peft", "peftcore writes no pickles"),
     ):
-        with pytest.raises(ExportError, match=rf"style\..* is the name of a file, and {why}; name a folder"):
+        with pytest.raises(ExportError, match=rf"style\..* is the name of a file, and {why}; pass a folder"):
             injection.save(tmp_path / name, format=formats)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ExportError, match="no format 'zip'"):
@@ -146,7 +146,7 @@ def test_what_was_trained_before_the_model_changed_is_saved_with_a_warning(
     if changed:
         model[2] = nn.Linear(8, 8)
     injection.save(tmp_path)
-    assert [record.message.startswith("saved as it was") and "2 was replaced" in record.message
+    assert [record.message.startswith("the adapter is saved") and "2 was replaced" in record.message
             for record in caplog.records] == [True] * changed  # fmt: skip
     again = peftcore.load(host(), tmp_path)
     assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())

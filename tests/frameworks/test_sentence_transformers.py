@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_run_is_refused(trainer: Callable[..., Any], tmp
             (tmp_path / "other/checkpoint-3").rename(tmp_path / "moved")
             shutil.rmtree(tmp_path / "run/checkpoint-3")
         where = tmp_path / "moved" if step == "moved" else tmp_path / "other" / step
-        with pytest.raises(TrainingError, match="it has to lie in output_dir"):
+        with pytest.raises(TrainingError, match="has to stay in output_dir"):
             trainer().train(resume_from_checkpoint=str(where))
     with pytest.raises(CheckpointError, match="rank was 8 and is 2"):
         (tmp_path / "moved").rename(tmp_path / "other/checkpoint-3")

@@ -94,7 +94,9 @@ PEAKS: dict[str, Peak] = {
     "merge, weight=0.5": Peak(one, lambda host, _: a(host).merge(weight=0.5), 1, 1, 3),
     "merge of DoRA": Peak(lambda host, _: adapt(host, method="dora"), lambda host, _: a(host).merge(), 1, 1, 2.5),
     "merge of int8": Peak(packed, lambda host, _: a(host).merge(), 1, 2, 2.5),
-    "merge of int8, into='same'": Peak(packed, lambda host, _: a(host).merge(into="same", max_error=9.0), 1, 3.25, 4.75),
+    "merge of int8, into='same'": Peak(
+        packed, lambda host, _: a(host).merge(into="same", max_error=9.0), 1, 3.25, 4.75
+    ),
     "unmerge": Peak(merged("cpu"), lambda host, _: a(host).unmerge(), 0, 0),
     "unmerge, keep='record'": Peak(merged("record"), lambda host, _: a(host).unmerge(), 1, 3, 2.5),
     "bake": Peak(one, lambda host, _: a(host).bake(), 1, 0, 2),

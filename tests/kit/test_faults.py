@@ -151,17 +151,17 @@ def a_temporary_file(scene: Scene) -> None:
 
 
 HALF: dict[Callable[[Scene], Any], tuple[Kind, str]] = {
-    two_attributes: ("line", "not as before: first.one"),
-    two_tensors: ("tensor", "not as before: first.weight"),
+    two_attributes: ("line", "differs from the state before the operation: first.one"),
+    two_tensors: ("tensor", "differs from the state before the operation: first.weight"),
     a_hook: ("tensor", "_forward_hooks of first"),
     another_object: ("tensor", "object at first.weight"),
     frozen: ("tensor", "first.weight"),
     evaluated: ("tensor", "training of"),
     of_an_optimizer: ("tensor", "optimizer 0, group 0, lr"),
     random_numbers: ("tensor", "torch's random numbers"),
-    a_mode: ("tensor", "gradients: not as before"),
-    a_thread: ("tensor", "threads: not as before"),
-    an_open_file: ("tensor", "open files: not as before"),
+    a_mode: ("tensor", "gradients: differs from before"),
+    a_thread: ("tensor", "threads: differs from before"),
+    an_open_file: ("tensor", "open files: differs from before"),
     swallowed: ("tensor", "the interrupt was swallowed"),
     another_error: ("tensor", "the error became LookupError: where"),
     once_only: ("tensor", "the next try raises LookupError: tried before"),

@@ -42,7 +42,7 @@ def test_it_compares_and_leaves_the_file_alone(script: Path, capsys: pytest.Capt
 def test_without_a_file_nothing_is_written(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(script), str(script.parent)])
-    assert "--write makes it" in capsys.readouterr().err and not script.with_suffix(".json").exists()
+    assert "pass --write to create it" in capsys.readouterr().err and not script.with_suffix(".json").exists()
 
 
 def test_numbers_are_equal_up_to_rounding() -> None:

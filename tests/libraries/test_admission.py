@@ -44,5 +44,5 @@ def test_copies_have_a_mark_of_their_own(way) -> None:
     twin = way(host)
     mark = vars(twin)["_hf_peft_config_loaded"]
     assert isinstance(mark, Admitted) and mark.model is twin
-    with pytest.raises(TypeError, match="no function"):
+    with pytest.raises(TypeError, match="not a function"):
         mark()

@@ -106,7 +106,10 @@ def test_adapters_that_are_left_out_are_named(
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
     monkeypatch.setattr(notices, "told", set())
     model.push_to_hub("a/b")
-    assert len(caplog.messages) == 2 and "without 'lora', which trains: injection.save(folder)" in caplog.text
+    assert (
+        len(caplog.messages) == 2
+        and "without the adapter 'lora', which trains: save it with injection.save(folder)" in caplog.text
+    )
 
 
 def test_an_adapter_beside_the_base_in_one_folder(tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_a_packed_model_with_baked_weights_says_what_it_is(dense: Path, target: 
     injection = adapted(model, target)
     injection.merge()
     expected = logits(model)
-    with pytest.raises(ExportError, match=r"dense, and the model's config says quantized.*bake\(\)"):
+    with pytest.raises(ExportError, match=r"dense, but the model's config says quantized.*bake\(\)"):
         model.save_pretrained(tmp_path / "merged")
     injection.bake()
     if target == "some":

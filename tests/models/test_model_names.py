@@ -38,16 +38,16 @@ def test_a_folder_counts_before_a_name_on_the_hub(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_around_a_model_says_which_one_to_name(names: Any, tmp_path: Path) -> None:
     package = names["package"].removesuffix("/model")
-    with pytest.raises(BadInput, match=f"{package}: holds no model, but {package}/model does"):
+    with pytest.raises(BadInput, match=f"{package}: contains no model, but {package}/model does"):
         find(package)
-    with pytest.raises(BadInput, match=r"holds no model; a model is a folder with config\.json or a GGUF file"):
+    with pytest.raises(BadInput, match=r"contains no model; a model is a folder with config\.json or a GGUF file"):
         find(tmp_path)
 
 
 def test_a_folder_of_several_files_wants_one_of_them(tmp_path: Path) -> None:
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(BadInput, match=r"name one of its files: a\.gguf, b\.gguf"):
+    with pytest.raises(BadInput, match=r"pass one of these files: a\.gguf, b\.gguf"):
         find(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")  # then it is a folder of transformers that has them besides
     assert find(str(tmp_path)).place() == tmp_path
@@ -69,7 +69,7 @@ def test_architectures_of_timm_without_weights(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BadInput, match="Invalid pretrained tag"):
         find("timm:test_vit.nope").origin()
     monkeypatch.setattr("timm.get_pretrained_cfg", lambda name: None)
-    with pytest.raises(BadInput, match="timm has no weights of it on the Hub"):
+    with pytest.raises(BadInput, match="timm has no weights for it on the Hub"):
         find("timm:test_vit").origin()
 
 

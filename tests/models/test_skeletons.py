@@ -98,7 +98,7 @@ def test_packed_weights_are_noted(tmp_path: Path) -> None:
 def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "modeling.py").write_text("raise SystemExit('it ran')")
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}}
-    assert "it brings code of its own, which is not run here" in reason(written(tmp_path, config))
+    assert "its code is in its repository, and peftcore does not run that" in reason(written(tmp_path, config))
     assert skeleton(written(tmp_path, llama(auto_map=config["auto_map"], architectures=None))).model is not None
 
 
@@ -106,8 +106,8 @@ def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
     ("config", "says"),
     [
         ("{oops", "config.json: cannot be read"),
-        ("[1]", "holds no JSON object"),
-        ({}, "has none of _class_name, model_type, architecture"),
+        ("[1]", "does not contain a JSON object"),
+        ({}, "has none of the keys _class_name, model_type, architecture"),
         ({"model_type": "unheard_of"}, "no configuration that transformers reads"),
         ({"model_type": "bert", "hidden_size": -3}, "no model can be built from its configuration"),
         ({"architecture": "vit_tiny_patch16_2244"}, "did you mean vit_tiny_patch16_224"),
@@ -124,8 +124,10 @@ def test_configurations_that_make_no_model(config: Any, says: str, tmp_path: Pat
 
 def test_places_without_a_model(tmp_path: Path) -> None:
     assert "no such folder" in reason(tmp_path / "none")
-    assert "holds no model; a model is a folder with config.json" in reason(tmp_path)
-    assert "no such folder, and no model of the Hub" in reason("someone/model")  # the tests are offline
+    assert "contains no model; a model is a folder with config.json" in reason(tmp_path)
+    assert "no such folder, and no model that could be fetched from the Hub" in reason(
+        "someone/model"
+    )  # the tests are offline
     assert "timm has no model '../resnet10t'" in reason("timm:../resnet10t")
 
 
@@ -136,5 +138,5 @@ def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_inputs_that_no_configuration_speaks_of(tmp_path: Path) -> None:
     prior = {"_class_name": "PriorTransformer", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
-    with pytest.raises(UnknownInputs, match="forward wants hidden_states, proj_embedding"):
+    with pytest.raises(UnknownInputs, match="the shape of hidden_states, proj_embedding"):
         skeleton(written(tmp_path, {**prior, "embedding_dim": 8})).inputs(Size(1))

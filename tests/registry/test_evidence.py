@@ -55,7 +55,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     for number, text in enumerate(("[]", '{"a": [{"paper": 1}]}', '{"a": [{"name": "b", "compared": ["end"]}]}', "{")):
         file = tmp_path / f"{number}.json"
         file.write_text(text)
-        with pytest.raises(PluginError, match="is no evidence"):
+        with pytest.raises(PluginError, match="is not a valid evidence file"):
             read(file)
 
 

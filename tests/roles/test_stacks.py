@@ -159,10 +159,10 @@ def test_what_is_in_front_and_the_text_are_no_more_than_the_positions() -> None:
     stack = TokenStack("text", "text", "text", "table", positions=8)
     stack.check_positions(3, 5, None)
     stack.check_positions(3, 9, torch.tensor([[0, 0, 7]]))
-    with pytest.raises(SequenceError, match="text has 8 positions, and 3 keys in front of a text of 6 tokens take 9"):
+    with pytest.raises(SequenceError, match="text has 8 positions, but 3 keys in front of a text of 6 tokens need 9"):
         stack.check_positions(3, 6, None, "keys")
     counts = TokenStack("", "", "", "table", positions=8, position_padding=1)  # from 2 on
     counts.check_positions(3, 3, None)
-    with pytest.raises(SequenceError, match="the host has 6 positions, and 3 rows in front of a text of 4 tokens take"):
+    with pytest.raises(SequenceError, match="the host has 6 positions, but 3 rows in front of a text of 4 tokens need"):
         counts.check_positions(3, 9, torch.tensor([[1, 8]]))
     TokenStack("", "", "", "table").check_positions(3, 1000, None)

@@ -108,9 +108,9 @@ def test_what_the_user_names_is_taken_and_nothing_is_said() -> None:
 
 def test_what_is_excluded_is_not_taken_and_no_alternative_instead() -> None:
     assert planned(residual(), "lora", exclude="*.conv1")[0] == ["1.0.conv2", "1.1.conv2"]
-    with pytest.raises(TargetError, match="leaves nothing"):
+    with pytest.raises(TargetError, match="excludes everything"):
         planned(residual(), "lora", exclude=nn.Conv2d)
-    with pytest.raises(TargetError, match="leaves nothing"):
+    with pytest.raises(TargetError, match="excludes everything"):
         planned(transformer(), "lora", exclude="attn.*")
 
 

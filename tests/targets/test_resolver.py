@@ -146,7 +146,7 @@ def test_name_that_only_begins_alike_is_not_excluded() -> None:
 
 
 def test_excluding_everything_is_an_error() -> None:
-    with pytest.raises(TargetError, match="leaves nothing"):
+    with pytest.raises(TargetError, match="excludes everything"):
         paths(transformer(), target="attn.q", exclude="layers")
 
 
@@ -185,7 +185,7 @@ def test_what_is_no_target_at_all_is_a_target_error() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (["q_proj", "v_porj"], r"target 'v_porj' matches nothing in this Transformer; close: v_proj, "),
+        (["q_proj", "v_porj"], r"target 'v_porj' matches nothing in this Transformer; similar names: v_proj, "),
         (["q_proj", "v_porj", nn.Conv2d], r"target 'v_porj', Conv2d matches nothing"),
         (["attn.q", "cross.q"], r"target 'cross.q' matches nothing .*: it has no such roles\..*'all-layers'"),
     ],
@@ -202,14 +202,14 @@ def test_one_part_that_matches_nothing_is_an_error(target: Any, message: str) ->
 
 
 def test_near_names_are_said_once() -> None:
-    with pytest.raises(TargetError, match=r"close: q_proj, \w+, \w+\. Its roles"):
+    with pytest.raises(TargetError, match=r"similar names: q_proj, \w+, \w+\. Its roles"):
         paths(transformer(), target=["q_porj", "q_proj_"])
 
 
 def test_an_exclusion_that_matches_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """It is no error: one list of what to leave out serves several models."""
     peftcore.apply(transformer(), Shift, target="attn.*", exclude=["k_proj", "v_porj"])
-    assert [each for each in caplog.messages if "v_porj" in each and "close: v_proj" in each] == caplog.messages
+    assert [each for each in caplog.messages if "v_porj" in each and "similar names: v_proj" in each] == caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_part_of_a_fused_projection_is_excluded() -> None:
     model = gpt2()
     fused = "transformer.h.0.attn.c_attn"
     assert paths(model, target=["attn.q", "attn.v"], exclude="attn.q") == [f"{fused}:attn.v"]
-    with pytest.raises(TargetError, match="leaves nothing"):
+    with pytest.raises(TargetError, match="excludes everything"):
         paths(model, target=["attn.q", "attn.v"], exclude="c_attn")
 
 

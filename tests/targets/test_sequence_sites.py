@@ -26,5 +26,5 @@ def test_a_stack_knows_its_table_and_its_other_sites() -> None:
 def test_a_module_that_embeds_no_ids_is_refused() -> None:
     model: Any = host("gpt2")[0]
     resolver = Resolver(model, host_map(model), layer_of)
-    with pytest.raises(UnsupportedSite, match="is no stack of tokens; those of this host are 'transformer'"):
+    with pytest.raises(UnsupportedSite, match="is not a stack of tokens; those of this host are 'transformer'"):
         locate_stack(resolver.module_site("transformer.h.0"), resolver)

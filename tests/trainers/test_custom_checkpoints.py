@@ -82,10 +82,10 @@ def test_a_checkpoint_that_is_not_found_by_its_step_is_refused(tmp_path: Path) -
     run(tmp_path / "one")[0].train()
     run(tmp_path / "two", learning_rate=0.01)[0].train()
     other = str(tmp_path / "two/checkpoint-3")
-    with pytest.raises(TrainingError, match="it has to lie in output_dir"):  # that of this step is another run's
+    with pytest.raises(TrainingError, match="has to stay in output_dir"):  # that of this step is another run's
         run(tmp_path / "one")[0].train(resume_from_checkpoint=other)
     shutil.rmtree(tmp_path / "one/checkpoint-3")
-    with pytest.raises(TrainingError, match="it has to lie in output_dir"):
+    with pytest.raises(TrainingError, match="has to stay in output_dir"):
         run(tmp_path / "one")[0].train(resume_from_checkpoint=other)
     shutil.copytree(other, tmp_path / "one/checkpoint-3")
     run(tmp_path / "one")[0].train(resume_from_checkpoint=str(tmp_path / "one/checkpoint-3"))
@@ -110,7 +110,7 @@ def test_what_lies_beside_is_of_this_adapter(tmp_path: Path) -> None:
     before = copied(injection)
     for wrong in ({name: torch.zeros(1)}, {"elsewhere": torch.zeros(1)}):
         save_beside(wrong, tmp_path)
-        with pytest.raises(TrainingError, match="of other adapters"):
+        with pytest.raises(TrainingError, match="to other adapters"):
             read_beside(model, tmp_path)
     (tmp_path / FILE).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=FILE):

@@ -33,4 +33,4 @@ def test_the_error_about_the_lab_says_what_to_do(monkeypatch: pytest.MonkeyPatch
         "x is part of peftcore-lab, which is not installed. Run: pip install peftcore-lab"
     )
     monkeypatch.setattr(packages, "has_lab", lambda: True)
-    assert "see peftcore doctor" in str(packages.lab_is_missing("x"))
+    assert "run peftcore doctor" in str(packages.lab_is_missing("x"))

@@ -1,4 +1,4 @@
-"""The model that an adapter is for: found, opened, checked to be whole, and written again."""
+"""Finds the model that an adapter is for, opens it, checks that it is complete, and saves it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.models.opening import MadeOn, OpenedModel, components, open_model
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The user's options about the model."""
+    """The user's options for the model."""
 
     model: Named
     component: str | None = None
@@ -27,18 +27,18 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The place of a model, and its known properties."""
+    """The folder of a model, and its known properties."""
 
     folder: Path
     """The folder of the model, or a GGUF file."""
     made_on: MadeOn
     pipeline: Path | None = None
-    """The folder of the pipeline that it is a part of."""
+    """The folder of the pipeline that contains the model; None if there is no pipeline."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file, and the description that it contains."""
+    """An adapter file, and its description."""
 
     path: str
     about: Description
@@ -49,15 +49,16 @@ class AdapterFile:
 
 
 def find_source(wanted: ModelOptions, adapter: AdapterFile) -> ModelSource:
-    """Return the folder of the model that an adapter is for: of a pipeline, the one part on which it fits.
+    """Return the folder of the model that an adapter is for; for a pipeline, the folder of the only component that it
+    fits.
 
     Raises:
-        BadInput: it fits on none, or on several.
+        BadInput: it fits no component, or several.
     """
     model, made_on, component = wanted.model.place(), adapter.made_on(wanted), wanted.component
     if not (model / PIPELINE).is_file():
         if component is not None:
-            raise BadInput(f"{wanted.model.said} is no pipeline (it has no {PIPELINE}); leave out --component")
+            raise BadInput(f"{wanted.model.said} is not a pipeline (it has no {PIPELINE}); remove --component")
         return ModelSource(model, replace(made_on, base=made_on.base or wanted.model.origin()[0]))
     parts = components(model)
     if component is not None and component not in parts:
@@ -66,14 +67,14 @@ def find_source(wanted: ModelOptions, adapter: AdapterFile) -> ModelSource:
     fitting = [component] if component is not None else [name for name, reason in reasons.items() if not reason]
     if not fitting:
         said = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        raise BadInput(f"{adapter.path} fits on none of the models in {model}:{said}")
+        raise BadInput(f"{adapter.path} fits none of the models in {model}:{said}")
     if len(fitting) > 1:
-        raise BadInput(f"{adapter.path} fits on {' and on '.join(fitting)}; say which is meant, with --component")
+        raise BadInput(f"{adapter.path} fits {' and '.join(fitting)}; choose one with --component")
     return ModelSource(parts[fitting[0]], made_on, model)
 
 
 def misfit(folder: Path, made_on: MadeOn, adapter: AdapterFile) -> str:
-    """Return why an adapter is not for a model; nothing where it is."""
+    """Return the reason why an adapter does not fit a model; empty if it fits."""
     try:
         peftcore.load(open_model(folder, False, made_on).model, adapter.path, name="adapter")
     except NoWeights:
@@ -84,33 +85,37 @@ def misfit(folder: Path, made_on: MadeOn, adapter: AdapterFile) -> str:
 
 
 def base_of(adapter: AdapterFile) -> Named:
-    """Return the model that an adapter's own file names; nothing is fetched because a file names it."""
+    """Return the model that an adapter's file names, if it is a local folder; nothing is downloaded because a file
+    names it."""
     base = adapter.about.base
     if base and Path(base).is_dir():
         return find(Path(base))
-    named = f"its file names {base!r}, which is no folder here" if base else "its file names none"
-    raise BadInput(f"give --model, the model that {adapter.path} is for: {named}")
+    named = f"its file names {base!r}, which is not a folder here" if base else "its file names none"
+    raise BadInput(f"pass --model, the base model of {adapter.path}: {named}")
 
 
 def check_complete(
     opened: OpenedModel, folder: Path, injections: Sequence[Injection], weights: Sequence[float]
 ) -> None:
-    """Raise unless the adapters have all parameters that the folder lacks, each parameter in exactly one adapter."""
+    """Raise an error unless the adapters contain all parameters that the model's folder lacks, each in only one
+    adapter."""
     brought: dict[str, float] = {}
     for injection, weight in zip(injections, weights, strict=True):
         for path in injection.trained_along:
             if path in brought:
-                raise BadInput(f"two of the adapters bring {path}, and the model has one; merge one of them")
+                raise BadInput(f"two of the adapters have values of {path}; merge only one of them")
             brought[path] = weight
     if lacking := sorted(set(opened.fresh) - brought.keys()):
         raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {', '.join(lacking[:4])}")
     partly = [path for path in opened.fresh if brought[path] != 1.0]
     if partly:
-        raise BadInput(f"the model has no {partly[0]}, so all of it comes from the adapter: its weight has to be 1")
+        raise BadInput(
+            f"the model has no {partly[0]}, so the adapter supplies all of it: its weight in --weights has to be 1"
+        )
 
 
 def write(opened: OpenedModel, source: ModelSource, folder: Path) -> None:
-    """Write a model, or the pipeline that it is a part of with all others as they are."""
+    """Save a model; if it belongs to a pipeline, save the whole pipeline, with the other components unchanged."""
     if source.pipeline is None:
         opened.write(folder)
         return

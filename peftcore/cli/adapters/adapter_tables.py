@@ -23,11 +23,11 @@ from peftcore.files.readers.check import ReaderReport
 from peftcore.files.readers.reader import Verdict
 
 MOST = 20
-"""Rows of a long table that are shown; JSON has all."""
+"""The number of rows of a long table that are shown; JSON has all rows."""
 
 
 def plain(value: object, most: int = 200) -> Text:
-    """Return a text from a file, not read as markup, and cut where it is endless."""
+    """Return a text from a file so that it is not read as markup; very long texts are cut."""
     text = str(value)
     return Text(printable(text if len(text) <= most else f"{text[:most]}..."))
 
@@ -37,7 +37,7 @@ def as_json(data: Any) -> str:
 
 
 def description_data(about: Description) -> dict[str, Any]:
-    """Return all that is known of a file."""
+    """Return all known facts about a file, as JSON values."""
     return {
         "format": shown_format(about.format),
         "methods": about.methods,
@@ -81,7 +81,7 @@ def show_description(about: Description, console: Console) -> None:
 
 
 def merged_data(model: str, out: Path, merged: Sequence[MergedAdapter]) -> dict[str, Any]:
-    """Return what a merge did."""
+    """Return the results of a merge, as JSON values."""
     adapters = [
         {
             "adapter": each.adapter,
@@ -115,7 +115,7 @@ def show_merged(out: Path, merged: Sequence[MergedAdapter], console: Console) ->
 
 
 def converted_data(done: Converted) -> dict[str, Any]:
-    """Return what a conversion did."""
+    """Return the results of a conversion, as JSON values."""
     return {
         "adapter": done.adapter,
         "from": done.was,
@@ -141,7 +141,7 @@ def show_converted(done: Converted, console: Console) -> None:
 
 
 def exported_data(done: Exported) -> dict[str, Any]:
-    """Return what became a LoRA, and how near it is."""
+    """Return the results of an export as a LoRA, with its errors, as JSON values."""
     return {
         "adapter": done.adapter,
         "method": done.method,
@@ -166,7 +166,7 @@ def show_exported(done: Exported, console: Console) -> None:
 
 
 def report_data(report: ReaderReport) -> dict[str, Any]:
-    """Return what a program reads of a file."""
+    """Return the report of what a program reads from a file, as JSON values."""
     reader = report.reader
     return {
         "for": reader.name,
@@ -200,7 +200,7 @@ def show_report(report: ReaderReport, console: Console) -> None:
 
 
 def export_data(done: ForReader) -> dict[str, Any]:
-    """Return what was written for a program."""
+    """Return the results of an export for a program, as JSON values."""
     return {
         "adapter": done.adapter,
         "method": done.method,

@@ -1,4 +1,4 @@
-"""The jobs of the commands that work on adapter files: merge, convert, export as a LoRA or for a program."""
+"""The work of the commands on adapter files: merge, convert, and export as a LoRA or for a program."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from peftcore.models.opening import open_model
 
 
 class JobDisplay(Protocol):
-    """A display of a job's progress."""
+    """Shows the progress of a job."""
 
     def phase(self, name: str, total: int | None) -> None:
-        """Begin a stretch of work."""
+        """Begin the next phase of the work."""
 
 
 def read(path: str) -> AdapterFile:
-    """Read an adapter file; one that cannot be loaded is refused before a model is."""
+    """Read the description of an adapter file; a file that cannot be loaded is refused before any model is loaded."""
     about = describe(path)
     if about.problem:
         raise CheckpointError(about.problem).about(about.files[0].path)
@@ -56,7 +56,7 @@ def merge(
     max_error: float,
     display: JobDisplay,
 ) -> list[MergedAdapter]:
-    """Fold adapters into a model, in this order, and write it."""
+    """Merge adapters into a model, in this order, and save the model."""
     check_mergeable(adapters)
     source = find_source(wanted, adapters[0])
     if source.pipeline is not None and source.pipeline.resolve() in output.path.parents:
@@ -88,7 +88,7 @@ def merge(
 def convert(
     wanted: ModelOptions, adapter: AdapterFile, to: str, output: AdapterOutput, display: JobDisplay
 ) -> Converted:
-    """Write an adapter in another format."""
+    """Save an adapter in another format."""
     display.phase("reading", None)
     source = find_source(wanted, adapter)
     try:
@@ -110,10 +110,10 @@ def convert(
 
 
 def converted(source: ModelSource, adapter: AdapterFile, to: str, output: AdapterOutput, weights: bool) -> Injection:
-    """Load an adapter on a model with or without its weights, and write it.
+    """Load an adapter on a model, with or without the model's weights, and save it in the other format.
 
     Raises:
-        NoWeights: it takes the weights.
+        NoWeights: the conversion needs the model's weights.
     """
     injection = peftcore.load(open_model(source.folder, weights, source.made_on).model, adapter.path, name="adapter")
     with output.filled() as folder:
@@ -122,7 +122,7 @@ def converted(source: ModelSource, adapter: AdapterFile, to: str, output: Adapte
 
 
 def load_whole(wanted: ModelOptions, adapter: AdapterFile, display: JobDisplay) -> Injection:
-    """Load an adapter on its model, with all weights, for jobs that depend on them."""
+    """Load an adapter on its model with all weights, for jobs that need them."""
     check_mergeable([adapter])
     source = find_source(wanted, adapter)
     display.phase("loading", None)
@@ -135,7 +135,7 @@ def load_whole(wanted: ModelOptions, adapter: AdapterFile, display: JobDisplay) 
 def export_lora(
     injection: Injection, adapter: AdapterFile, rank: int, to: str, output: AdapterOutput, max_error: float | None
 ) -> Exported:
-    """Write the LoRA that is nearest to an adapter's change of the weights."""
+    """Save the LoRA that is nearest to an adapter's change of the weights."""
     lora, errors = peftcore.to_lora(injection, rank)
     worst = max(errors, key=errors.__getitem__)
     if max_error is not None and not errors[worst] <= max_error:
@@ -152,14 +152,14 @@ def export_lora(
 
 @dataclass(frozen=True)
 class NearestLoraOptions:
-    """The user's options about the nearest LoRA."""
+    """The user's options for the nearest LoRA."""
 
     rank: int | None = None
-    """Rank of the nearest LoRA; None refuses an adapter that is not a LoRA."""
+    """The rank of the nearest LoRA; None accepts only adapters that are equal to a LoRA."""
     texts: Path | None = None
-    """A file of examples, by whose outputs nearest is meant."""
+    """A file of texts; if it is set, the LoRA is nearest in the outputs for these texts instead of in the weights."""
     max_error: float | None = None
-    """The largest relative error of a site."""
+    """The largest accepted relative error of a site."""
 
 
 def export(
@@ -170,9 +170,9 @@ def export(
     projection: NearestLoraOptions,
     display: JobDisplay,
 ) -> ForReader:
-    """Write what another program reads, from the model's configuration alone where that is enough."""
+    """Save an adapter for another program; the model's weights are loaded only if its configuration is not enough."""
     if projection.texts is not None and projection.rank is None:
-        raise BadInput("--data says what the nearest LoRA is; give --project RANK with it")
+        raise BadInput("--data only changes which LoRA is nearest; pass --project RANK too")
     display.phase("reading", None)
     source = find_source(wanted, adapter)
     try:
@@ -217,32 +217,33 @@ def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
 
 
 def check_mergeable(adapters: Sequence[AdapterFile]) -> None:
-    """Refuse adapters that change no weights before a model is loaded; cases that depend on options are found later."""
+    """Raise an error, before a model is loaded, for methods that cannot be merged; cases that depend on options are
+    found later."""
     for adapter in adapters:
         for name in adapter.about.methods:
             if not peftcore.method(name).tags.mergeable:
-                raise NotMergeable(f"{adapter.path}: {name} makes no change of weights that could be merged")
+                raise NotMergeable(f"{adapter.path}: {name} changes no weights, so it cannot be merged")
 
 
 def save(injection: Injection, to: str, folder: Path, output: AdapterOutput) -> None:
-    """Write an adapter; an output of one file must be complete by itself."""
+    """Save an adapter. If the output is a single file, the adapter must be complete in it."""
     save_folder(injection, folder, (to,), False, home=output.path)
     if output.single:
         [file] = folder.glob("*.safetensors")
         try:
             recognize(file)
         except CheckpointError as error:
-            what = f"an adapter in the format {to} is a folder, for its tensors do not say what they are"
+            what = f"an adapter in the format {to} needs a folder, as the tensors alone do not describe it"
             raise BadInput(f"--out {output.shown}: {what}") from error
 
 
 def numbers(injection: Injection) -> int:
-    """Count the numbers that an adapter's tensors hold."""
+    """Return the number of values in an adapter's tensors."""
     return sum(each.numel() for each in injection.state_dict().values())
 
 
 def files_of(output: AdapterOutput) -> tuple[str, ...]:
-    """Return the files that were written."""
+    """Return the names of the files that were written."""
     if output.path.is_file():
         return (str(output.shown),)
     return tuple(str(output.shown / each.name) for each in sorted(output.path.iterdir()))

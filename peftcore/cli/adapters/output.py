@@ -1,4 +1,5 @@
-"""The output of a command on adapter files: put in place whole, at the end, and never over what the command reads."""
+"""The output of a command on adapter files: it is moved to its path as a whole when the command ends, and never
+replaces files that the command reads."""
 
 from __future__ import annotations
 
@@ -15,19 +16,19 @@ from peftcore.files.safe_io import discard
 
 SUFFIX = ".safetensors"
 SHARED = ("README.md", ".gitattributes")
-"""Files that any folder may have: they do not show that the folder is the result of an earlier run."""
+"""Files that any folder may contain, so that they do not prove that the folder is the result of an earlier run."""
 
 
 class AdapterOutput:
-    """A folder to be written, or one ``.safetensors`` file.
+    """A folder, or a single ``.safetensors`` file, that a command writes.
 
     Args:
-        path: where it will be.
-        overwrite: whether it may take the place of an earlier result.
+        path: the path of the folder or file.
+        overwrite: True if it may replace an earlier result.
         sources: the files and folders that the command reads.
 
     Raises:
-        BadInput: it cannot be written there, or something would be lost.
+        BadInput: it cannot be written to this path, or would replace other files.
     """
 
     def __init__(self, path: Path, overwrite: bool, sources: Sequence[Path]) -> None:
@@ -35,27 +36,26 @@ class AdapterOutput:
         self.shown = path
         for source in map(Path, map(os.path.realpath, sources)):
             if self.path in (source, *source.parents):
-                raise BadInput(f"--out {path} is, or holds, {source}, which is read; choose another folder")
+                raise BadInput(f"--out {path} is or contains {source}, which is read; choose another folder")
         if self.path.exists() and self._filled():
             kind = "exists" if self.path.is_file() else "is not empty"
             if self.path.is_dir() == self.single:
-                raise BadInput(f"--out {path} exists and is no {'file' if self.single else 'folder'}")
+                raise BadInput(f"--out {path} exists and is not a {'file' if self.single else 'folder'}")
             if not overwrite:
-                raise BadInput(f"--out {path} {kind}; choose another one, or say --overwrite")
+                raise BadInput(f"--out {path} {kind}; choose another one, or pass --overwrite")
         self._above = next(each for each in self.path.parents if each.exists())
         if not self._above.is_dir() or not os.access(self._above, os.W_OK):
             raise BadInput(f"--out {path}: cannot write into {self._above}")
 
     @property
     def single(self) -> bool:
-        """Whether the output is one file."""
+        """True if the output is a single file."""
         return self.path.suffix == SUFFIX and not self.path.is_dir()
 
     @contextmanager
     def filled(self) -> Iterator[Path]:
-        """Yield a new folder to write into. When the block ends its contents are put in place; on an error nothing is.
-
-        Of a result that is one file, the folder's only tensors' file is it.
+        """Yield a new folder to write into. At the end of the block its contents are moved to `path`; after an error
+        nothing is moved. If the output is a single file, only the file with the tensors is moved.
         """
         partial = self._above / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
         try:
@@ -85,7 +85,9 @@ class AdapterOutput:
         names = {each.name for each in ready.iterdir()} - set(SHARED)
         if not any((self.path / name).exists() for name in names):
             held = ", ".join(sorted(each.name for each in self.path.iterdir())[:4])
-            raise BadInput(f"--out {self.shown} holds other things ({held}); --overwrite replaces earlier results only")
+            raise BadInput(
+                f"--out {self.shown} contains other files ({held}); --overwrite only replaces earlier results"
+            )
 
     def _put(self, ready: Path) -> None:
         if not self.path.is_dir():

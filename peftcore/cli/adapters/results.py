@@ -1,4 +1,4 @@
-"""Results of the jobs on adapter files; light to import, for the code that prints them."""
+"""Results of the jobs on adapter files; the module imports no heavy libraries, for the code that prints results."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from peftcore.injection.merging import MergeReport
 
 NATIVE = "native"
 OURS = "peftcore"
-"""The name in `formats()` of the files that we call native."""
+"""The name in `formats()` of the format that the command line calls native."""
 
 
 def shown_format(name: str) -> str:
-    """Return a format as the command line calls it."""
+    """Return the command line's name for a format."""
     return NATIVE if name == OURS else name
 
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter that is merged into the weights now."""
+    """An adapter that was merged into the weights."""
 
     adapter: str
     method: str
@@ -31,7 +31,7 @@ class MergedAdapter:
 
 @dataclass(frozen=True)
 class Converted:
-    """One adapter that was written in another format."""
+    """An adapter that was saved in another format."""
 
     adapter: str
     was: str
@@ -41,27 +41,27 @@ class Converted:
     values: int
     model: Path
     weights: bool
-    """Whether the model's weights had to be loaded."""
+    """True if the model's weights had to be loaded."""
     files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One adapter that was written as a LoRA."""
+    """An adapter that was saved as a LoRA."""
 
     adapter: str
     method: str
     rank: int
     format: str
     errors: dict[str, float]
-    """Relative errors by site: norm of the lost part over norm of the change."""
+    """Relative errors by site: the norm of the lost part over the norm of the weight change."""
     values: int
     files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ForReader:
-    """One adapter that was written for another program."""
+    """An adapter that was saved for another program."""
 
     adapter: str
     method: str

@@ -1,4 +1,4 @@
-"""A plugin to start from: ``peftcore new`` and its templates.
+"""``peftcore new``, which writes a new plugin package, and its templates.
 
-It may import the core and `peftcore.cli.pages`. It holds `new`, and as `templates` what that writes.
+It may import the core and `peftcore.cli.pages`. It contains the module `new`, and the files to write in `templates`.
 """

@@ -1,7 +1,8 @@
-"""``peftcore new``: a plugin package to start from, written whole or not at all.
+"""The work of ``peftcore new``: writes a new plugin package, whole or not at all.
 
-Its files are in `templates/`, as a tree like that of the result: `common` and the template's own folder,
-where PACKAGE and NAME in a path are replaced by those of the plugin. `steps.txt` is printed instead: what to do next.
+The files are in `templates/`, in the folder `common` and a folder for each template, with the same structure as the
+result. PACKAGE and NAME in their paths are replaced by the plugin's names. `steps.txt`, the next steps for the author,
+is printed instead of written.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ SUFFIX = ".jinja"
 STEPS = "steps.txt"
 SHAPE = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 LONGEST = 28
-"""Characters of a name: with more of them lines of the templates would not fit."""
+"""The largest number of characters of a name, so that lines of the templates do not get too long."""
 
 
 @dataclass(frozen=True)
 class NewPlugin:
-    """A plugin to write.
+    """The plugin package to write.
 
     Attributes:
-        given: the name as the user wrote it.
+        given: the name that the user passed.
         template: "method" or "quantizer".
-        activations: whether the method acts on activations; on weights otherwise.
+        activations: True if the method changes activations, False if it changes weights.
         category: one of `CATEGORIES`.
     """
 
@@ -57,7 +58,7 @@ class NewPlugin:
 
     @property
     def name(self) -> str:
-        """The name in Python: of the method, of its module and of the entry point."""
+        """The name in Python, of the method, its module and the entry point."""
         return self.given.replace("-", "_")
 
     @property
@@ -76,20 +77,20 @@ class NewPlugin:
         return f"peftcore_{self.name}"
 
     def check(self) -> None:
-        """Refuse a name that could not be installed next to the installed distributions.
+        """Check that the name is valid, and that no installed distribution uses it.
 
         Raises:
-            BadInput: saying what is wrong with it.
+            BadInput: the name is invalid or taken; the message says why.
         """
         if not SHAPE.fullmatch(self.given) or len(self.given) > LONGEST:
             raise BadInput(
-                f"{self.given!r} is no name for a {self.template}: lower case letters, digits and single dashes, a "
-                f"letter first, at most {LONGEST} characters; such as my-method"
+                f"{self.given!r} is not a name for a {self.template}: use lower case letters, digits and single "
+                f"dashes, a letter first, at most {LONGEST} characters; such as my-method"
             )
         if self.name.split("_")[0] == "peftcore":
-            raise BadInput(f"{self.given!r}: leave peftcore away, the package is called peftcore-NAME by itself")
+            raise BadInput(f"{self.given!r}: remove peftcore, the package is called peftcore-NAME anyway")
         if keyword.iskeyword(self.name) or _clashes(self.files()[f"{self.package}/{self.name}.py"]):
-            raise BadInput(f"{self.given!r} means something else in Python or in peftcore; choose another name")
+            raise BadInput(f"{self.given!r} is reserved in Python or in peftcore; choose another name")
         if self.name in CATEGORIES or self.scheme in RESERVED or self.name in RESERVED:
             raise BadInput(f"{self.given!r} is a plugin of peftcore itself; choose another name")
         for owner, what, names in _installed():
@@ -99,7 +100,7 @@ class NewPlugin:
             raise BadInput(f"a package called {self.package} is installed already; choose another name")
 
     def files(self) -> Mapping[str, str]:
-        """Return the texts by path in the folder."""
+        """Return the texts of all files, by path in the folder."""
         trees = [TREES / "common", TREES / self.template]
         environment = Environment(loader=FileSystemLoader(trees), undefined=StrictUndefined, keep_trailing_newline=True)
         environment.trim_blocks = environment.lstrip_blocks = True
@@ -150,10 +151,10 @@ def _author() -> str:
 
 
 def write(plugin: NewPlugin, folder: Path) -> RenderableType:
-    """Write the package into a folder that is not there yet, or empty. Returns what to do next, for a console.
+    """Write the package into a new or empty folder. Returns the next steps for the author, to print.
 
     Raises:
-        BadInput: the name is taken, or the folder cannot be had; nothing was written.
+        BadInput: the name is taken, or the folder is not empty or cannot be written; nothing was written.
     """
     plugin.check()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

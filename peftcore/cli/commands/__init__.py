@@ -1,7 +1,8 @@
-"""The core's commands, each in the module of its kind: it reads options, calls its job and prints the result.
+"""The commands of the core, in one module for each kind: each command parses options, calls its job and prints the
+result.
 
-They may import all of the command line and the layers below it, inside their functions, so that the command line starts
-quickly. In the order of reading: `listing`, `inspecting`, `adapters`, `program_exports`, `authoring`;
+They may import all of the command line and the layers below it, but inside of their functions, so that the command line
+starts quickly. In the order of reading: `listing`, `inspecting`, `adapters`, `program_exports`, `authoring`;
 `_adapter_options` holds the options that commands on adapter files share, `_method_options` the options of methods as
 flags.
 """

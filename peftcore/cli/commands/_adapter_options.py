@@ -1,4 +1,4 @@
-"""Options that commands on adapter files have in common, and how they report."""
+"""Options and error output that the commands on adapter files share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; 
 
 @contextmanager
 def at_work() -> Iterator[Any]:
-    """Print errors as one message and warnings as one line each; yield what makes the progress display."""
+    """Context manager that prints an error as one message and warnings as one line each; yields a function that creates
+    the progress display."""
 
     def told(message: Warning | str, *place: Any, **more: Any) -> None:
         print(f"Warning: {printable(message)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Options of methods as flags of a command: ``--rank 8``, in addition to the command's own."""
+"""Lets commands accept options of methods as flags, ``--rank 8``, in addition to their own flags."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peftcore.errors import BadInput
 
 GIVEN = "peftcore.options"
 PLACES = ("target", "exclude", "train")
-"""Arguments of `peftcore.apply` that all methods have."""
+"""Arguments of `peftcore.apply` that are the same for all methods."""
 
 
 class WithMethodOptions(TyperCommand):
-    """A command that takes each option of a method as a flag; `for_methods` says what they are."""
+    """A command that accepts each option of a method as a flag; `for_methods` parses these flags."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put aside the flags that the command does not have, with their values."""
+        """Parse the command's own flags, and store all other flags with their values."""
         own = {name: each for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
         rest, found, left = [], [], [*args]
         while left:
@@ -44,17 +44,18 @@ class WithMethodOptions(TyperCommand):
 def for_methods(
     context: typer.Context, methods: Sequence[Mapping[str, Any]], bare: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Return for each method those of the given flags that it has, their values read as YAML; a flag that is given
-    several times is a list. Flags that a method does not have are reported, and it keeps its defaults.
+    """Return for each method the passed flags that are options of it, with values parsed as YAML; a flag that is passed
+    several times becomes a list. A message reports flags that a method lacks; the method is then used without them.
 
     Args:
-        context: that of the command.
-        methods: mappings with a "name", as files have them.
+        context: the click context of the command.
+        methods: mappings with the key "name", as in files.
         bare: names that are not methods and take no options, such as that of full fine-tuning.
 
     Raises:
-        BadInput: a flag is neither of the command nor of any of the methods.
-        ConfigError: the same for a single method, which knows other libraries' names of its options.
+        BadInput: a flag belongs neither to the command nor to any of the methods.
+        ConfigError: the same for a single method; the message may suggest the option's name if the flag is a name of
+            another library.
     """
     from peftcore.utils.yaml_values import parse
 

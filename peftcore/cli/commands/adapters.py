@@ -97,7 +97,7 @@ def convert(
 ) -> None:
     """Write an adapter in another format.
 
-    Of the model only its configuration is read; its weights are loaded where the conversion depends on them.
+    Only the model's configuration is read; its weights are loaded if the conversion depends on them.
     """
     with at_work() as display:
         from rich.console import Console
@@ -133,7 +133,7 @@ def export_lora(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write the LoRA that is nearest to the weight change of an adapter of any method, and say how near it is."""
+    """Write the LoRA that is nearest to the weight change of an adapter of any method, and report its error."""
     with at_work() as display:
         to = _format(format)
         named = find(model)

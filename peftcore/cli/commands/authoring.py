@@ -29,7 +29,7 @@ def new(
         bool | None, typer.Option("--activations/--weights", help="What a method changes (weights).")
     ] = None,
 ) -> None:
-    """Write a plugin package that installs and passes the conformance kit as it is, for a method of your own."""
+    """Write a plugin package for a new method, which can be installed and passes the conformance kit as it is."""
     with answered():
         from peftcore.utils.packages import require
 
@@ -39,7 +39,7 @@ def new(
         from peftcore.contract.method import CATEGORIES
 
         if template is Template.quantizer and (category is not None or activations is not None):
-            raise BadInput("--category, --activations and --weights are for methods; leave them out for a quantizer")
+            raise BadInput("--category, --activations and --weights are for methods; remove them for a quantizer")
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
         usual = "additive" if activations else "reparameterized"

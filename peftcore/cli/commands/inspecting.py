@@ -41,12 +41,12 @@ def plan(
     resident: Annotated[int, typer.Option(min=1, help="Adapters that are on the model at once, to serve.")] = 1,
     json: Json = False,
 ) -> None:
-    """Show the parameters that a method would train in a model, and the memory and operations of a step. Each option of
-    the method is a flag too: --rank 8.
+    """Show the parameters that a method would train in a model, and the memory and operations of a step. Options of the
+    method are flags too: --rank 8.
 
-    The model is built from its configuration alone. A forward and its backward run on tensors that have shapes only,
-    with the kernels of a CPU: the saved memory, the peak, and the operations of products are counted. Full fine-tuning
-    is shown for comparison.
+    The model is built from its configuration, without weights. A forward and a backward run on tensors without values,
+    with the kernels of a CPU, to count the saved memory, the peak, and the operations of matrix products. Full
+    fine-tuning is shown for comparison.
     """
     with answered():
         [flags] = for_methods(context, [{"name": method}])
@@ -82,9 +82,9 @@ def tree(
     exclude: Exclude = None,
     json: Json = False,
 ) -> None:
-    """Show the modules of a model by role, with equal ones folded, and the changes that methods would make in it.
+    """Show the modules of a model with their roles, equal modules as one line, and the changes that methods would make.
 
-    Options, --target and --exclude apply to each of the methods.
+    Options of methods, --target and --exclude apply to all methods.
     """
     with answered():
         options = settings(option, "--option", "rank=16")

@@ -75,9 +75,9 @@ def schema(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Report the installed parts: plugins, versions, extras, quantization schemes, devices; and those that are broken.
+    """Report installed and broken parts: plugins, versions, extras, quantization schemes, devices.
 
-    Exit code 0: all is well. 1: no methods are installed, a plugin or a method is broken, or a name means several
+    Exit code 0: no problems. 1: no methods are installed, a plugin or a method is broken, or a name means several
     methods.
     """
     with answered():

@@ -20,9 +20,9 @@ def check(
     reader: Annotated[str, typer.Option("--for", help=f"The program that is to read it: {READER}")],
     json: Json = False,
 ) -> None:
-    """Say what another program would read, change, drop or refuse of an adapter's file, without any model.
+    """Report which parts of an adapter's file another program would read, change, drop or refuse, without a model.
 
-    Exit code 0: it reads all as it was trained. 1: it does not.
+    Exit code 0: the program reads the whole file as it was trained. 1: it does not.
     """
     with at_work():
         from rich.console import Console
@@ -60,10 +60,10 @@ def export(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write what another program reads as it was trained, from an adapter of any method: as it is, as a LoRA that
-    computes the same, or with --project the nearest LoRA and its error. Anything else is refused.
+    """Write an adapter of any method in a form that another program reads as it was trained: unchanged, as a LoRA that
+    computes the same, or with --project as the nearest LoRA, with its error. Anything else is refused.
 
-    Of the model only its configuration is read, until a LoRA is made of another method.
+    Only the model's configuration is read; its weights are loaded if another method is converted to a LoRA.
     """
     with at_work() as display:
         from rich.console import Console

@@ -1,5 +1,4 @@
-"""The job of ``peftcore doctor``: the installed parts, those that are broken, and the requirements to install for the
-rest."""
+"""The work of ``peftcore doctor``: finds the installed parts, the broken parts, and the missing requirements."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class PluginStatus:
 
 @dataclass(frozen=True)
 class Broken:
-    """A plugin that could not be loaded, or a method of one that was."""
+    """A plugin that could not be loaded, or a method or scheme that could not be imported."""
 
     name: str
     distribution: str
@@ -48,7 +47,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Ambiguous:
-    """A name that several methods have."""
+    """A name that means several methods."""
 
     name: str
     write: tuple[str, ...]
@@ -57,7 +56,7 @@ class Ambiguous:
 
 @dataclass(frozen=True)
 class MissingRequirements:
-    """The missing requirements of a distribution, or of an extra of one."""
+    """The missing requirements of a distribution, or of one of its extras."""
 
     distribution: str
     extra: str
@@ -92,7 +91,8 @@ class Findings:
 
     @property
     def healthy(self) -> bool:
-        """Whether there are methods, no plugin, method or scheme is broken, and every name means one method."""
+        """True if methods are installed, no plugin, method or scheme is broken, and every name means only one
+        method."""
         return self.methods > 0 and not self.broken and not self.ambiguous
 
     @property
@@ -106,7 +106,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Look at everything; failures are reported, not raised."""
+    """Collect all findings; failures are reported, not raised."""
     with quiet():
         found = registry()
         plugins = tuple(
@@ -128,7 +128,7 @@ def examine() -> Findings:
 
 
 def unimportable() -> Iterator[Broken]:
-    """Yield methods that are listed and are not what their plugin says."""
+    """Yield the methods that plugins list but that cannot be imported."""
     for info in peftcore.methods():
         try:
             peftcore.method(f"{info.plugin}/{info.name}")
@@ -137,7 +137,7 @@ def unimportable() -> Iterator[Broken]:
 
 
 def ambiguous() -> Iterator[Ambiguous]:
-    """Yield names, and further names, that more than one method has."""
+    """Yield the names, and alternative names, that mean more than one method."""
     owners: dict[str, list[str]] = {}
     for info in peftcore.methods():
         for name in (info.name, *info.aliases):
@@ -146,7 +146,8 @@ def ambiguous() -> Iterator[Ambiguous]:
 
 
 def packings() -> tuple[tuple[SchemeStatus, ...], list[Broken]]:
-    """Return the quantization schemes; and those that cannot be imported, or are called alike."""
+    """Return the quantization schemes, and those that cannot be imported. If two schemes have the same name, there is
+    only one entry, for this error."""
     found, broken = [], []
     try:
         names = sorted(peftcore.schemes())
@@ -186,7 +187,8 @@ def versions() -> dict[str, str | None]:
 
 
 def needs() -> Iterator[MissingRequirements]:
-    """Yield each of our distributions and each extra, with the missing requirements."""
+    """Yield each distribution of peftcore with missing requirements, and each of its extras with the requirements that
+    are missing for it, if any."""
     for name in distributions():
         if version_of(name) is None:
             continue
@@ -199,7 +201,7 @@ def needs() -> Iterator[MissingRequirements]:
 
 
 def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:
-    """Yield the requirements under an extra; without an extra, the unconditional requirements."""
+    """Yield the requirements that an extra adds, or without an extra the unconditional requirements."""
     for each in wanted:
         always = each.marker is None or each.marker.evaluate({"extra": ""})
         if always != bool(extra) and (each.marker is None or each.marker.evaluate({"extra": extra})):
@@ -219,7 +221,7 @@ def satisfied(wanted: Requirement) -> bool:
 
 
 def devices() -> Iterator[str]:
-    """Yield the devices that can compute here."""
+    """Yield the devices of this machine on which torch can compute."""
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield f"cuda:{index} {card.name}, {size(card.total_memory)}"
@@ -229,7 +231,7 @@ def devices() -> Iterator[str]:
 
 
 def page(found: Findings) -> RenderableType:
-    """Return the report for people: problems are last, where they are read."""
+    """Return the report for people; problems are last."""
     parts: list[RenderableType] = [
         *titled("Versions", versions_table(found)),
         *titled("Plugins", plugins_table(found)),

@@ -1,4 +1,4 @@
-"""Folds paths that differ in numbers only into one: ``layers.{0..23}.self_attn.q_proj``."""
+"""Joins paths that differ only in numbers into one: ``layers.{0..23}.self_attn.q_proj``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ Numbers = tuple[frozenset[int], ...]
 
 
 def fold(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the paths by their folded form. Only whole components that are numbers fold, and nothing is in a fold that
-    is not among the paths."""
+    """Return the paths by their joined form. Only path components that are numbers are joined, and a joined form never
+    covers paths that are missing."""
     alike: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for path in paths:
         steps = path.split(".")

@@ -1,4 +1,5 @@
-"""The job of ``peftcore tree``: a model as a folded tree with roles, and in it what methods would change."""
+"""The work of ``peftcore tree``: shows a model as a tree with roles and the changes that methods would make; equal
+modules are one line."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.tree import TreeLine, tree_lines
 
 COLOURS = ("green", "magenta", "yellow", "cyan", "blue", "red")
-"""Colours of the methods, in turn."""
+"""Colours of the methods, used in turn."""
 
 
 @dataclass(frozen=True)
 class ModelTree:
-    """A model, and the record of each method."""
+    """A model, and for each method the record of its changes."""
 
     skeleton: Skeleton
     host: HostMap
@@ -38,7 +39,7 @@ class ModelTree:
         }
 
     def page(self) -> RenderableType:
-        """Return the tree for people: changed lines carry the method's colour."""
+        """Return the tree for people; changed lines have the colour of the method."""
         colours = dict(zip((recorded.name for recorded in self.methods), cycle(COLOURS), strict=False))
         table = columns("module", "role", "weight", "")
         for line in tree_lines(self.host, self._marks()):
@@ -58,7 +59,7 @@ class ModelTree:
 
 
 def shown(source: str, wanted: Sequence[RequestedMethod]) -> ModelTree:
-    """Look at a model that is never loaded.
+    """Return the tree of a model, whose weights are not loaded.
 
     Raises:
         BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite: the model does not exist, or a method cannot
@@ -76,7 +77,8 @@ def entry_as_dict(entry: HostEntry) -> dict[str, Any]:
 
 
 def mark(method: str, place: PlannedSite) -> str:
-    """Return what a method puts at a place: ``lora A 8×64, B 64×8``, of slices of a fused weight with their role."""
+    """Return the tensors of a method at a site as text, ``lora A 8×64, B 64×8``; for slices of a fused weight, with
+    their role."""
     part = f" [{place.role}]" if place.rows else ""
     return f"{method}{part} {tensors(place.tensors)}"
 

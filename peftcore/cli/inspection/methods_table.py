@@ -1,4 +1,4 @@
-"""The output of `peftcore methods`: the survey's table, made from tags and plans."""
+"""The output of `peftcore methods`: a table of all methods, built from their tags and plans."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS, MethodInfo
 
 
 def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
-    """Return one record a method; a method that cannot be imported says why. `sizes` plans it in the reference
-    hosts."""
+    """Return one record for each method; for a method that cannot be imported, it has the error. With `sizes`, each
+    method is planned on the reference hosts."""
     listed = list(infos)
     shown = track(listed, "planning", transient=True, disable=not sizes)
     return [_record(info, sizes) for info in shown]
@@ -51,7 +51,8 @@ def as_json(found: list[dict[str, Any]]) -> str:
 
 
 def tally(found: list[dict[str, Any]]) -> str:
-    """Return how many methods do what, without presets, which are names for options of methods."""
+    """Return text with the number of methods of each kind and ability; presets, which are names for options of methods,
+    are not counted."""
     methods = [record for record in found if "error" not in record and "preset" not in record]
     kinds = Counter(record["kind"] for record in methods)
     merges, rows, data, checked = (
@@ -65,7 +66,8 @@ def tally(found: list[dict[str, Any]]) -> str:
 
 
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
-    """Return a table for people. Parameters are those in the first reference host that the method has a place in."""
+    """Return a table for people. The number of parameters is that on the first reference host to which the method can
+    be applied."""
     checked = Column("checked against", min_width=len("equation only"))
     table = Table("method", "category", "paper", "merges", "per sample", "data", checked)
     if sizes:

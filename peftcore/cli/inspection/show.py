@@ -1,5 +1,5 @@
-"""The job of ``peftcore show``: the complete description of a method, and its trainable parameters in well-known
-models."""
+"""The work of ``peftcore show``: the complete description of a method, and its numbers of trainable parameters in
+well-known models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TAGS = {
     "reentrant": "trains under reentrant checkpoints",
     "exact_gradient": "its gradients are those of what it computes",
 }
-"""Meanings of the tags, in the order in which they are shown."""
+"""The meaning of each tag, in the order in which tags are shown."""
 RULES = {
     "exclusiveMinimum": "> {}",
     "minimum": "≥ {}",
@@ -56,7 +56,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method, as its schema has it."""
+    """One option of a method, from its JSON schema."""
 
     name: str
     type: str
@@ -78,14 +78,14 @@ class Option:
 
 @dataclass(frozen=True)
 class MethodDescription:
-    """A method, described from its class."""
+    """The description of a method, made from its class."""
 
     info: MethodInfo
     cls: type[Method]
 
     @classmethod
     def of(cls, name: str) -> MethodDescription:
-        """Return the method of a name.
+        """Return the description of the method with this name.
 
         Raises:
             UnknownMethod, AmbiguousMethod, PluginError: the method does not exist, or the name is ambiguous.
@@ -102,12 +102,13 @@ class MethodDescription:
 
     @property
     def sections(self) -> dict[str, str]:
-        """Return the text under each heading of the docstring, and the part in front of them under ``""``."""
+        """Return the text below each heading of the docstring, by heading; the part before the first heading has the
+        key ``""``."""
         return sections(self.text)
 
     @property
     def link(self) -> str:
-        """Return the address of the paper; or its reference, if it is not on arXiv."""
+        """Return the link to the paper; or its reference, if it is not on arXiv."""
         paper = self.cls.tags.paper
         return f"https://arxiv.org/abs/{paper}" if ARXIV.fullmatch(paper) else paper
 
@@ -127,7 +128,7 @@ class MethodDescription:
 
     @cached_property
     def budgets(self) -> Mapping[str, int]:
-        """Return how many parameters train by default in the reference models."""
+        """Return the number of trainable parameters, with default options, on each reference model."""
         if self.info.preset is not None and self.info.preset.workflow:
             return {}
         with quiet():
@@ -140,7 +141,8 @@ class MethodDescription:
 
     @property
     def alternatives(self) -> list[list[str]]:
-        """Return the default targets for models that lack all of `targets`, in order."""
+        """Return the default targets that are tried, in this order, on models that have none of the roles in
+        `targets`."""
         return [[each] if isinstance(each, str) else list(each) for each in self.cls.alternatives]
 
     def as_dict(self) -> dict[str, Any]:
@@ -186,7 +188,7 @@ class MethodDescription:
         )
 
     def facts(self) -> Table:
-        """Return a table of tags and other things that take a line each."""
+        """Return a table of tags and other facts, one line each."""
         tags = self.cls.tags
         table = columns("", "", header=False)
         table.add_row("acts at", ", ".join(self.targets) or "what its options say")
@@ -210,8 +212,8 @@ class MethodDescription:
         yield "checked against", ", ".join(self.sources()) or "no other code: equation only"
 
     def sources(self) -> Iterator[str]:
-        """Yield the sources of the numbers that tests compare with, and the compared parts, if those are not outputs
-        alone."""
+        """Yield the sources of the numbers with which tests compare, and the compared parts unless only outputs are
+        compared."""
         for source, parts in self.info.compared.items():
             yield source if parts == ("outputs",) else f"{source} ({', '.join(parts)})"
 
@@ -224,7 +226,8 @@ def section(heading: str, text: str) -> Iterator[RenderableType]:
 
 
 def paragraphs(text: str) -> Iterator[RenderableType]:
-    """Yield prose in the width that there is; lines that are set in (equations, mostly) stay lines."""
+    """Yield paragraphs of prose, to be wrapped to the width of the console; indented lines, such as equations, are kept
+    as lines."""
     for paragraph in text.split("\n\n"):
         for indented, lines in groupby(paragraph.splitlines(), lambda line: line.startswith(" ")):
             if indented:
@@ -235,8 +238,7 @@ def paragraphs(text: str) -> Iterator[RenderableType]:
 
 
 def preset_lines(info: MethodInfo) -> list[str]:
-    """Return the meaning of a preset, and the parts of its paper that it leaves out, a line each; nothing for a
-    method."""
+    """Return lines with the meaning of a preset and the parts of its paper that it leaves out; empty for a method."""
     if info.preset is None:
         return []
     return [f"a preset: {info.preset}", *([info.preset.note] if info.preset.note else [])]
@@ -255,7 +257,7 @@ def options_table(options: list[Option]) -> Table:
 
 
 def budgets_table(budgets: Mapping[str, int]) -> RenderableType:
-    """Return a table of how many parameters train by default in the reference models."""
+    """Return a table of the numbers of trainable parameters, with default options, on the reference models."""
     if not budgets:
         return "What it trains depends on its options, or it has no target module in the models that are planned here."
     table = columns("trained by default in", "parameters", right=frozenset({"parameters"}))
@@ -265,7 +267,7 @@ def budgets_table(budgets: Mapping[str, int]) -> RenderableType:
 
 
 def type_of(schema: Mapping[str, Any]) -> str:
-    """Return a type of JSON schema, as Python would have it."""
+    """Return the Python name for a type in a JSON schema."""
     if "anyOf" in schema:
         return " | ".join(dict.fromkeys(type_of(each) for each in schema["anyOf"]))
     if "enum" in schema:
@@ -288,11 +290,11 @@ NAMED = {
     "null": "none",
     "object": "dict",
 }
-"""Types of JSON schema, as people who write Python call them."""
+"""Python's names for types of JSON schema."""
 
 
 def rule_of(schema: Mapping[str, Any]) -> str:
-    """Return the rules that a value must fulfil, in short; of alternatives, that of each."""
+    """Return the rules for a value as short text; for alternatives, the rules of each."""
     own = [text.format(schema[rule]) for rule, text in RULES.items() if rule in schema]
     inner = [rule_of(each) for each in (*schema.get("anyOf", ()), schema.get("items")) if isinstance(each, Mapping)]
     return ", ".join(dict.fromkeys(filter(None, (*own, *inner))))

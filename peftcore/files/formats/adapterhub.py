@@ -1,10 +1,10 @@
-"""Folders of AdapterHub's `adapters`: ``adapter_config.json`` and ``adapter.safetensors``, for reading.
+"""Reads folders of AdapterHub's library `adapters`: ``adapter_config.json`` and ``adapter.safetensors``.
 
-A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has the path where that library wraps a
-model, a holder, the adapter's name, and a tensor. A `HubArchitecture` translates one of its architectures into one of
-our methods; the plugin of the method registers it under ``"adapterhub/ARCHITECTURE"`` in the hook
-`peftcore_translations`. The architectures of a union are distinguished by their holders, and read as our
-`config_union`.
+A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has four parts: the path of the module
+that the library wraps, the holder (``adapters``), the adapter's name, and the tensor. A `HubArchitecture` translates
+one of its architectures into one of our methods; the plugin of the method registers it under
+``"adapterhub/ARCHITECTURE"`` in the hook `peftcore_translations`. The architectures of a union are distinguished by
+their holders, and read as our method `config_union`.
 """
 
 from __future__ import annotations
@@ -34,52 +34,53 @@ from peftcore.targets.sites import Site
 
 CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter.safetensors", "model_head.safetensors"
 PLAIN, UNION = "bottleneck", "union"
-"""The architecture of files that name none, and that of several."""
+"""The architecture of files that do not name one, and the architecture that combines several."""
 
 
 @dataclass(frozen=True)
 class HubPlace:
-    """One site of ours, with the tensors of the file that belong to it."""
+    """One of our sites, with the tensors of the file that belong to it."""
 
     site: Site
     """The target module."""
     names: Mapping[str, str]
-    """Full names of the tensors, by their names behind the adapter's."""
+    """Full names of the tensors, by the rest of each name after the adapter's name."""
     index: int = 0
-    """The site's number among those whose values the same tensors hold."""
+    """The index of the site among the sites that share these tensors of the file."""
     count: int = 1
-    """How many such sites there are."""
+    """The number of sites that share these tensors."""
 
 
 class HubArchitecture(ABC):
     """The translation of one architecture of AdapterHub's files into one of our methods."""
 
     holder: ClassVar[str]
-    """The step of the path in front of the adapter's name: ``"adapters"``."""
+    """The name in front of the adapter's name in the names of tensors: ``"adapters"``."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
-        """Returns our options with "method", from theirs, the shapes of the tensors at one place, and the host.
+        """Returns our options, with "method", from the options in the file, the shapes of the tensors at one place, and
+        the host.
 
         Raises:
-            CheckpointError: our method cannot compute theirs.
+            CheckpointError: our method cannot compute the same.
         """
 
     def module(self, place: str) -> str:
-        """Returns the path of the module that a place refers to."""
+        """Returns the path of the host's module for a place, which is the part of a tensor's name before the holder."""
         return place
 
     def role(self, place: str) -> str | None:
-        """Returns the role by which our site is found in the block of a place; None where the place is the module."""
+        """Returns the role of our site in the block that contains the place; None if the place is the module itself."""
         return None
 
     def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
-        """Returns our sites with their tensors, from the names of tensors by their place: one site a place, unless an
-        architecture has its tensors elsewhere.
+        """Returns our sites with their tensors, from the tensors' names grouped by place. By default each place is one
+        site; architectures whose tensors are stored differently override this method.
 
         Raises:
             HostMismatch: the host lacks the modules.
-            CheckpointError: our method does not act where the options say.
+            CheckpointError: the options install the adapter at places that our method does not support.
         """
         roles = {place: self.role(place) for place in groups}
         modules = {place: self.module(place) if roles[place] is None else _block(place) for place in groups}
@@ -94,13 +95,15 @@ class HubArchitecture(ABC):
                 continue
             inside = [site for site in resolver.sites(role) if f"{site.module_path}.".startswith(f"{path}.")]
             if not inside:
-                raise HostMismatch(f"the adapter of {keys.where} stands at {place}, but {path} has no {role} here")
+                raise HostMismatch(
+                    f"the adapter of {keys.where} acts at {place}, but {path} of this model has no {role}"
+                )
             found.append(HubPlace(inside[0], groups[place]))
         return found
 
     @abstractmethod
     def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
-        """Returns one operator's tensors by our names."""
+        """Returns the tensors of one operator by our names, read from the file."""
 
 
 class AdapterHub(Format):
@@ -129,7 +132,7 @@ class AdapterHub(Format):
                 f"{path} has no {TENSORS}, only {held}: in adapters, save with use_safetensors=True; a .bin is a "
                 "pickle, which can run any code when it is read. If you trust it, convert it once: safetensors.torch"
                 ".save_file({k: v.clone() for k, v in torch.load(file, weights_only=True).items()}, "
-                f'"{TENSORS}"), which also does for prefixes, that adapters saves in no other way'
+                f'"{TENSORS}"), for prefix tuning too, which adapters saves only as a pickle'
             )
         head = TensorFile(path / HEAD) if (path / HEAD).exists() else None
         described = [(keys, architecture) for (keys, _), architecture in zip(parts, architectures, strict=True)]
@@ -235,7 +238,7 @@ class HubContent(Content):
             CheckpointError: a holder has none, or two architectures share one.
         """
         if len(set(holders)) < len(holders):
-            raise CheckpointError(f"{where}: parts of this union have their tensors in one place, {sorted(holders)}")
+            raise CheckpointError(f"{where}: parts of this union use the same tensor names, {sorted(holders)}")
         found: dict[str, dict[str, dict[str, str]]] = {holder: {} for holder in holders}
         for full in self.file.shapes:
             for holder, groups in found.items():
@@ -246,7 +249,7 @@ class HubContent(Content):
             else:
                 self.wrong.append(f"unknown {full}")
         if not all(found.values()):
-            raise CheckpointError(f"{self.file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
+            raise CheckpointError(f"{self.file.path} has no tensors of {name!r}, which {CONFIG} describes")
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""New words next to the adapters of a pipeline in one file: ``bundle_emb.<word>.clip_l`` has the word's vectors,
-``[vectors, width]``, for the table of tokens of one text encoder.
+"""New words in one file with the adapters of a pipeline: ``bundle_emb.<word>.clip_l`` has the word's embedding vectors,
+``[vectors, width]``, for the token embedding of one text encoder.
 
-AUTOMATIC1111's webui, LyCORIS and OneTrainer bundle words so. A file has no ids of tokens: the caller that loads it
-says which ids each word has in the tokenizer.
+AUTOMATIC1111's webui, LyCORIS and OneTrainer write such files. A file contains no token ids: the caller of `load`
+passes the ids of each word in the tokenizer.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from peftcore.roles.token_tables import tables_by_path
 
 FRONT = "bundle_emb."
 ANY = "string_to_param.*"
-"""Vectors for the one text encoder of a pipeline."""
+"""The encoder's name in files of pipelines with only one text encoder."""
 ENCODERS: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("lora_te", "lora_te1", "text_encoders.clip_l.transformer"),
     "clip_g": ("lora_te2", "text_encoders.clip_g.transformer"),
     "t5": ("lora_te3", "text_encoders.t5xxl.transformer"),
     ANY: ("lora_te",),
 }
-"""Names of vectors, and those of the models that they are for."""
+"""By the last part of a tensor's name: the names of the models that its vectors are for."""
 OUTPUTS = "_out"
-"""The ending of vectors that OneTrainer puts behind an encoder."""
+"""The suffix of vectors that OneTrainer inserts into the output of an encoder instead of its input."""
 PICTURES = frozenset({"lora_unet", "lora_transformer", "oft_unet", "diffusion_model"})
-"""Prefixes of models that read no words."""
+"""Prefixes of models without a tokenizer."""
 
 
 def is_word(name: str) -> bool:
-    """Whether a tensor is one of a word."""
+    """True if the tensor of this name has the vectors of a word."""
     return name.startswith(FRONT)
 
 
 def taken_apart(name: str) -> tuple[str, str]:
-    """Returns the word and the name of its vectors, from the name of a tensor."""
+    """Returns the word and the name of the encoder from a tensor's name, such as ``("cat", "clip_l")``."""
     word, _, kind = name.removeprefix(FRONT).partition(".")
     return word, kind
 
 
 def is_known(name: str) -> bool:
-    """True if the name of a tensor determines the encoder of its vectors."""
+    """True if the tensor's name has the name of a known encoder."""
     kind = taken_apart(name)[1]
     return kind in ENCODERS or kind.removesuffix(OUTPUTS) in ENCODERS
 
 
 def counts(shapes: Mapping[str, Size]) -> dict[str, int]:
-    """Returns the number of vectors of each word in a file, the largest of all encoders."""
+    """Returns the number of vectors of each word in a file; the maximum, if it differs between encoders."""
     found: dict[str, int] = {}
     for name, shape in shapes.items():
         if is_word(name):
@@ -62,43 +62,46 @@ def counts(shapes: Mapping[str, Size]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Read:
-    """The words of a file for one table of a host."""
+    """The words that were read from a file for the token embedding of a host."""
 
     path: str
-    """The path of the table."""
+    """The path of the token embedding."""
     vectors: Tensor
     """All vectors, ``[vectors, width]``."""
     tokens: tuple[tuple[str, int], ...]
-    """The word and the token id of each vector."""
+    """The word and the token id for each vector."""
     names: frozenset[str]
-    """The names of their tensors in the file."""
+    """The names of the tensors in the file from which the vectors were read."""
 
 
 def only_table(model: nn.Module, file: TensorFile) -> tuple[str, int]:
-    """Returns the path and the width of the one table of tokens for which a file has vectors.
+    """Returns the path and the width of the host's only token embedding.
 
     Raises:
-        HostMismatch: the host has none, or several of different weights.
+        HostMismatch: the host has no token embedding, or several with different weights.
     """
     tables = tables_by_path(model)
     if not tables:
-        raise HostMismatch(f"{file.path}: words are for a text encoder, and this host has no table of tokens")
+        raise HostMismatch(f"{file.path}: words= needs a text encoder, and this host has no token embedding")
     if len({id(each.get_parameter("weight")) for each in tables.values()}) > 1:
-        raise HostMismatch(f"{file.path}: words are for one table of tokens, and here are {', '.join(tables)}")
+        raise HostMismatch(
+            f"{file.path}: words= needs a host with one token embedding, this one has {', '.join(tables)}"
+        )
     path, table = next(iter(tables.items()))
     return path, table.get_parameter("weight").shape[1]
 
 
 def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> Read:
-    """Returns the words that are wanted of a file.
+    """Returns the vectors of the words in `ids`, read from a file.
 
     Args:
-        ids: the ids of each word, one for each vector.
-        part: the name in files of the model at hand; empty where the file has no other adapter for it.
+        ids: the token ids of each word, one for each of its vectors.
+        part: the name of the host in files; empty if the file contains no adapter for the host, so that the name is
+            unknown.
 
     Raises:
-        CheckpointError: the file has no such word, or another number of its vectors.
-        HostMismatch: it has none for this model, or for several that this could be.
+        CheckpointError: the file lacks a word, or has another number of vectors for it.
+        HostMismatch: the file has no vectors for this host, or vectors for several encoders that fit it.
     """
     path, width = only_table(model, file)
     some = any(part in parts for parts in ENCODERS.values())
@@ -115,14 +118,14 @@ def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[in
         fitting = [name for name in held.get(word, {}).values() if file.shapes[name][-1:] == (width,)]
         if not fitting:
             shown = ", ".join(f"{name} {tuple(file.shapes[name])}" for name in file.shapes if is_word(name))
-            raise HostMismatch(f"{file.path}: no vectors of {word!r} are for {path}, of width {width}: {shown}")
+            raise HostMismatch(f"{file.path}: no vectors of {word!r} have the width {width} of {path}; it has {shown}")
         if len(fitting) > 1:
-            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; keep each in a file of its own")
+            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; put each in a separate file")
         shape = file.shapes[fitting[0]]
         count = shape[0] if len(shape) == 2 else 1
         if len(shape) > 2 or len(own) != count:
             raise CheckpointError(
-                f"{file.path}: {fitting[0]} has shape {tuple(shape)}, one id is needed for each vector, and words has "
+                f"{file.path}: {fitting[0]} has shape {tuple(shape)}: words= needs one id for each vector, and has "
                 f"{len(own)} for {word!r}"
             )
         names += fitting
@@ -133,24 +136,26 @@ def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[in
 
 
 def bundled(part: str, tokens: Iterable[tuple[str, int]], vectors: Tensor) -> dict[str, Tensor]:
-    """Returns the tensors of words by their names in a file.
+    """Returns the tensors to write for words, by their names in the file.
 
     Args:
-        part: the name in files of the model at hand.
-        tokens: the word and the id of each vector.
+        part: the name of the host in files.
+        tokens: the word and the token id for each vector.
         vectors: all vectors, ``[vectors, width]``.
 
     Raises:
-        ExportError: the file has no words for such a model, or a name would be read as another.
+        ExportError: such files hold no words for this model, or the name of a word is empty or has a dot.
     """
     kind = next((kind for kind in (ANY, *ENCODERS) if part in ENCODERS[kind]), None)
     if kind is None:
-        named = ", ".join(f'"kohya/{each[0]}"' for each in ENCODERS.values())
-        raise ExportError(f"files of kohya have words for a text encoder, and not for {part!r}; name it: {named}")
+        named = ", ".join(dict.fromkeys(f'"kohya/{each[0]}"' for each in ENCODERS.values()))
+        raise ExportError(f"kohya files hold words of text encoders, not of {part!r}; use one of the formats {named}")
     rows: dict[str, list[int]] = {}
     for row, (word, _) in enumerate(tokens):
         rows.setdefault(word, []).append(row)
     for word in rows:
         if not word or "." in word:
-            raise ExportError(f"{word!r} cannot be the name of a word in a file of kohya, which ends at the first dot")
+            raise ExportError(
+                f"{word!r} cannot name a word in a kohya file: a name is not empty and has no dot; rename it"
+            )
     return {f"{FRONT}{word}.{kind}": vectors.detach()[own].contiguous() for word, own in rows.items()}

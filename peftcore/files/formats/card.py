@@ -19,15 +19,15 @@ from peftcore.surgery.planning import size_of
 CARD = "README.md"
 MARK = "<!-- written by peftcore; remove this line to keep your own text -->"
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-"""The names of models on a hub, with an owner or, of the oldest, without."""
+"""Names of models on the hub, "owner/name"; the oldest ones have no owner."""
 Metrics = Mapping[str, Any]
-"""Numbers by name, or by a set of data and name."""
+"""Numbers by name, or by data set and name."""
 SOME, OTHER = "unknown", "other"
-"""The names of a data set and of a task that the user did not name: the form of model indexes wants one."""
+"""Placeholders for a data set and a task that the user did not name, since the model index requires both."""
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a card may be written: the folder has no card, or the user has not taken it over."""
+    """True if peftcore may write the card: the folder has none, or one that still contains our mark."""
     return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -75,7 +75,7 @@ def _is_of_a_hub(base: str) -> bool:
 
 
 def metric_rows(metrics: Metrics) -> list[tuple[str, str, float]]:
-    """Returns the set of data, the name and the value of each metric.
+    """Returns the data set, the name and the value of each metric.
 
     Raises:
         ExportError: metrics are not a mapping from names to numbers.
@@ -91,7 +91,7 @@ def metric_rows(metrics: Metrics) -> list[tuple[str, str, float]]:
                 found = math.nan
             text = all(isinstance(each, str) and each.isprintable() and each for each in (data, name))
             if not text or not math.isfinite(found):
-                wrong = f"metric {shown(name)}={shown(number)} is no finite number by name"
+                wrong = f"metric {shown(name)}={shown(number)} is not a finite number with a name"
                 raise ExportError(f'{wrong}; write metrics={{"accuracy": 0.93}}')
             rows.append((data, name, found))
     return rows

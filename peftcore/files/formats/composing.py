@@ -1,5 +1,5 @@
-"""Composes an envelope from another library's file: options that differ from place to place, and several methods at
-once."""
+"""Builds an envelope from the file of another library, also if options differ between places, or if the file has
+several methods."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def literally(path: str) -> str:
 
 
 def with_overrides(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a method's options from those of each place, by path: the most frequent values, and overrides for the
-    others."""
+    """Returns a method's options from the options of each place, by path: the most frequent values, and overrides for
+    places with other values."""
     values: dict[str, Counter[str]] = {}
     for each in options.values():
         for name, value in each.items():
@@ -49,14 +49,14 @@ def composed(
 
     Args:
         configs: the options of each method, with its name under "method".
-        selections: the selections of each.
+        selections: the selections of sites of each method.
         dtypes: the dtypes of the tensors.
-        target: paths of modules, for people to read.
+        target: paths of modules, for information only.
         train: the host's parameters that are replaced.
         untied: the modules that each have separate values for these parameters, even if other modules hold the same
             tensors.
         rows: by path of a token table, the range ``(start, stop)`` of its rows that are saved too.
-        host: the file's name for its base, for people to read.
+        host: the file's name for its base, for information only.
     """
     several = len(configs) > 1
     name = "config_union" if several else configs[0]["method"]

@@ -1,4 +1,4 @@
-"""The description in an adapter file, for people who have the file and no host."""
+"""The description of an adapter from its file alone, without a host."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from peftcore.files.safe_io import TensorFile
 
 @dataclass(frozen=True)
 class Description:
-    """The description of one adapter. Values of tensors were not read."""
+    """The description of one adapter, made without reading the values of its tensors."""
 
     format: str
     """The name of the format."""
     files: tuple[TensorFile, ...]
     """The files of its tensors."""
     methods: tuple[str, ...] = ()
-    """Our methods that compute the adapter; empty if no method does, or if that depends on the host."""
+    """Names of our methods that compute the adapter; empty if no method does, or if that depends on the host."""
     kind: str = ""
     """The other library's name for the method."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the method, as the file has them."""
     base: str = ""
-    """The file's name for the weights that it belongs to; empty if the file does not name them."""
+    """The name of the base in the file; empty if the file does not name it."""
     base_revision: str = ""
-    """The commit, or branch, of the repository with these weights; empty if the file does not name it."""
+    """The commit or branch of the base's repository; empty if the file does not name it."""
     tokens: int = 0
-    """The number of rows that token tables had to which rows were added; 0 if the file does not contain it."""
+    """The number of rows of the token tables if rows were added to them; 0 if the file does not contain it."""
     host: str = ""
-    """The class of the model that it was made on; empty where the file does not name it."""
+    """The class of the model that it was made on; empty if the file does not name it."""
     classes: tuple[str, ...] = ()
-    """Names of the classes of the head that it was trained with, in the order of their numbers; empty where the file
-    names none."""
+    """Class names of the classification head that it was trained with, in the order of their ids; empty if the file has
+    none."""
     task: str = ""
-    """Peft's name for the kind of model that it was made on."""
+    """Peft's task type of the model that it was made on, such as "CAUSAL_LM"."""
     parts: tuple[str, ...] = ()
-    """The models of a pipeline that the file is for; empty where it is for no pipeline."""
+    """The models of a pipeline that the file is for; empty if it is not for a pipeline."""
     sites: tuple[str, ...] = ()
-    """The places of its operators, as the file spells them; empty where the method finds its place itself."""
+    """The paths of its operators, as the file spells them; empty if the method chooses its sites itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that it replaces, with their shapes."""
+    """Parameters of the host that the adapter replaces, with their shapes."""
     words: Mapping[str, int] = field(default_factory=dict)
-    """New words next to the adapter, whose ids have to be passed to `load`, and the number of vectors of each."""
+    """New words in the file, whose token ids have to be passed to `load`, with the number of vectors of each."""
     problem: str = ""
-    """Why it cannot be loaded here, where that shows without a host."""
+    """The reason why it cannot be loaded, if that is known without a host; otherwise empty."""
 
     @property
     def values(self) -> int:
@@ -71,7 +71,7 @@ def tensor_files(path: Path) -> tuple[TensorFile, ...]:
 
 
 def trouble(attempt: Callable[[], object]) -> str:
-    """Returns the message of the error with which `attempt` is refused; empty where it is not."""
+    """Returns the message of the error that `attempt` raises; empty if it raises none."""
     try:
         attempt()
     except PeftcoreError as error:

@@ -1,9 +1,10 @@
-"""LoRA files of diffusers: ``pytorch_lora_weights.safetensors``, for one model of a pipeline or for several.
+"""Reads and writes LoRA files of diffusers, ``pytorch_lora_weights.safetensors``, for one or several models of a
+pipeline.
 
-Its tensors are those of peft, behind the name of a model (``unet.``, ``text_encoder.``) or behind nothing. Since 2025
-the header has peft's options too, and they are read as in a folder of peft. Files without them say alpha by tensors of
-that name, or mean alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down``
-and, in text encoders, ``q_proj.lora_linear_layer.down``.
+Tensors have peft's names, with the name of a model in front (``unet.``, ``text_encoder.``) or without it. Since 2025
+the header also has peft's options, which are read as in a folder of peft. Files without these options have tensors
+named alpha, or else alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down`` and, in
+text encoders, ``q_proj.lora_linear_layer.down``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from peftcore.injection.injection import Injection
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-"""The key of peft's options in the header: each has the name of its model in front, as the tensors do."""
+"""The header's key of peft's options. Each option has the name of its model in front, as the tensors do."""
 A, B, BIAS, ALPHA, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha", "lora_magnitude_vector"
 LEAVES = {
     A: A,
@@ -45,14 +46,15 @@ LEAVES = {
     "lora_linear_layer.down.weight": A,
     "lora_linear_layer.up.weight": B,
 }
-"""Names below a module, and peft's names for them."""
+"""Names of tensors below a module, with peft's names for them."""
 OF_PROCESSORS = {"down.weight": A, "up.weight": B, ALPHA: ALPHA}
-"""Names below ``processor.to_q_lora``, from before peft, and peft's names for them."""
+"""Older names of tensors below ``processor.to_q_lora``, with peft's names for them."""
 LAYERS: tuple[dict[str, str], ...] = (
     {"to_out": "to_out.0"},
     {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 )
-"""The layers of ``to_q_lora`` and the others: in diffusers' attention, and in that of text encoders."""
+"""The layers that ``to_q_lora`` and its siblings belong to: in diffusers' attention, and in the attention of text
+encoders."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class DiffusersTensorName:
 
     path: str
     layer: str
-    """The last name of the path where it is one of a processor: ``to_q``."""
+    """The layer that a processor's name means, ``to_q``; empty for other names."""
     leaf: str
 
     def at(self, layers: Mapping[str, str]) -> tuple[str, str]:
@@ -71,7 +73,7 @@ class DiffusersTensorName:
 
 
 def understood(name: str) -> DiffusersTensorName | None:
-    """Returns the parsed name; None if it is not a name of a LoRA's tensor."""
+    """Returns the parsed name; None if it is not the name of a tensor of a LoRA."""
     name = name.replace(".processor.", ".")
     for leaf, ours in LEAVES.items():
         if name.endswith(f".{leaf}") and not name.removesuffix(f".{leaf}").endswith("_lora"):
@@ -145,9 +147,11 @@ class Diffusers(Format):
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
         if options["peft_type"] != "LORA":
-            raise ExportError(f"diffusers loads LoRA and DoRA, and no {injection.method.name}")
+            raise ExportError(f"diffusers loads only LoRA and DoRA, not {injection.method.name}")
         if injection.trained_along:
-            raise ExportError(f"diffusers' files hold no {injection.trained_along[0]}, which was trained along")
+            raise ExportError(
+                f"diffusers' files cannot hold {injection.trained_along[0]}, which trains with the adapter"
+            )
         check_no_rows(injection, "diffusers")
         model = injection.model
         guess = "unet" if is_unet(model) else "text_encoder" if is_text_encoder(model) else "transformer"
@@ -175,8 +179,8 @@ def _said(file: TensorFile, part: PipelinePart) -> tuple[dict[str, Any], dict[st
 
 
 def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[PipelinePart], list[str]]:
-    """Returns the models that a file has adapters of, in all ways of reading old names; and the names that are of
-    none."""
+    """Returns the models of a pipeline for which a file has adapters, once for each possible reading of old names; and
+    the names that belong to no model."""
 
     full = list(file.shapes)
     whole = _part("", full, file, LAYERS[0])
@@ -220,7 +224,7 @@ def _inferred(file: TensorFile, names: dict[str, str]) -> tuple[dict[str, Any], 
         exact[path] = {"r": shape[0], "lora_alpha": shape[0]}
     for path, full in alphas.items():
         if values[full].numel() != 1 or path not in exact:
-            raise CheckpointError(f"{file.path}: {full} is no alpha of a LoRA in this file")
+            raise CheckpointError(f"{file.path}: {full} is not the alpha of a LoRA in this file")
         exact[path]["lora_alpha"] = float(values[full])
     first: dict[str, Any] = next(iter(exact.values()), {})
     said = {

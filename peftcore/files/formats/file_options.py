@@ -1,4 +1,5 @@
-"""Options in another library's file: each is taken, ignored as harmless, or refused by name."""
+"""Reads the options of another library's file: each option is read, ignored as harmless, or refused with an error that
+names it."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from peftcore.errors import CheckpointError, shown
 
 T = TypeVar("T")
 OFF: tuple[Any, ...] = (None, False, "", [], {})
-"""Values with which an unknown option does nothing."""
+"""Values that switch an unknown option off."""
 REQUIRED: Any = ...
-"""The default of an option that a file has to have."""
+"""The default that marks an option as required in the file."""
 
 
 class Keys:
-    """The options of one file, taken one by one."""
+    """The options of one file. Each is read by a method such as `take`; `check_known` finds options that nothing
+    read."""
 
     def __init__(self, data: Mapping[str, Any], where: Path) -> None:
         self.data = dict(data)
@@ -26,14 +28,14 @@ class Keys:
         self.told: set[str] = set()
 
     def take(self, key: str, kind: type[T] | tuple[type, ...], default: Any = REQUIRED) -> Any:
-        """Returns the value of an option.
+        """Returns the value of an option, and marks the option as read.
 
         Args:
-            kind: the types that it may have; whole numbers count as float, truth values not as whole numbers.
-            default: its value where it is missing or null; without one it has to be there.
+            kind: the types that it may have. An int is accepted as a float, but a bool not as an int.
+            default: the value if the option is missing or null; without a default the option is required.
 
         Raises:
-            CheckpointError: it is missing, or of another kind.
+            CheckpointError: it is missing, or has another type.
         """
         self.known.add(key)
         value = self.data.get(key)
@@ -49,7 +51,7 @@ class Keys:
         return value
 
     def names(self, key: str) -> list[str]:
-        """Returns an option that holds a list of names, or one of them; an empty list where it is missing.
+        """Returns the names in an option that is a list of names or a single name; an empty list if it is missing.
 
         Raises:
             CheckpointError: it holds something else.
@@ -61,7 +63,7 @@ class Keys:
         return found
 
     def table(self, key: str) -> dict[str, Any]:
-        """Returns an option that holds values by name; an empty dictionary where it is missing.
+        """Returns the values by name of an option that is a JSON object; an empty dictionary if it is missing.
 
         Raises:
             CheckpointError: it holds something else.
@@ -70,21 +72,22 @@ class Keys:
         return found
 
     def pass_over(self, *keys: str) -> None:
-        """Ignore options about the file's origin, or how training began: they change nothing that is computed."""
+        """Ignore options that do not change the adapter's outputs, such as the origin of the file or the
+        initialization."""
         self.known.update(keys)
 
     def warn(self, message: str) -> None:
-        """Warn the user of something in the file, once."""
+        """Warn about something in the file; a repeated message is shown only once."""
         if message not in self.told:
             self.told.add(message)
             warnings.warn(f"{self.where}: {message}", UserWarning, stacklevel=2)
 
     def only(self, key: str, *values: Any) -> None:
-        """Take an option of which only these values are understood here; what is missing or null is the first one. A
-        value that is off will do as well, but not for an option that is to be on.
+        """Check that an option has one of `values`, the only ones that peftcore supports. A missing option counts as
+        the first value. A value that switches the option off (`OFF`) is accepted too, unless `values` contains True.
 
         Raises:
-            CheckpointError: it has another value.
+            CheckpointError: the option has another value.
         """
         self.known.add(key)
         value = self.data.get(key, values[0])
@@ -92,22 +95,24 @@ class Keys:
         if value not in values and not off:
             raise CheckpointError(
                 f"{self.where}: {key!r} is {shown(value)}, which changes what the adapter computes in a way that "
-                f"peftcore does not know; it reads {' and '.join(map(repr, values))}"
+                f"peftcore does not support; it supports {' and '.join(map(repr, values))}"
             )
 
     def patched(self, changes: Mapping[str, Any]) -> Keys:
-        """Returns the same options with other values of some."""
+        """Returns a copy of the options with the values in `changes`; both count the same options as read."""
         found = Keys({**self.data, **changes}, self.where)
         found.known, found.told = self.known, self.told
         return found
 
     def check_known(self) -> None:
-        """Refuse options that were not taken and are not off.
+        """Raise an error if the file has options that nothing read and that are not switched off.
 
         Raises:
-            CheckpointError: naming every such option.
+            CheckpointError: there are such options; the message names them.
         """
         strange = [key for key in sorted(self.data.keys() - self.known) if self.data[key] not in OFF]
         if strange:
             said = ", ".join(f"{key} = {shown(self.data[key])}" for key in strange[:8])
-            raise CheckpointError(f"{self.where}: peftcore does not know these options, which may matter: {said}")
+            raise CheckpointError(
+                f"{self.where}: peftcore does not know these options, which may change the outputs: {said}"
+            )

@@ -1,5 +1,5 @@
-"""Tensors in another library's file: taken one by one with the shape that they must have, so that all that are missing,
-misshaped or left over are known at the end."""
+"""Reads tensors of another library's file one by one, each with its expected shape, and collects all missing, misshaped
+and unused tensors for one error at the end."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from torch import Size, Tensor
 
 @dataclass
 class Found:
-    """The tensors of one place: of a module, or of the whole adapter."""
+    """The tensors that a file has for one place: a module, or the whole adapter."""
 
     names: Mapping[str, str]
     """Full names of the tensors in the file, by their names below the place: ``"lora_A.weight"``."""
     shapes: Mapping[str, Size]
     """Shapes of all tensors in the file, by full name."""
     read: Callable[[str], Tensor]
-    """The values of one tensor, by full name."""
+    """Returns the values of a tensor, by its full name."""
     wrong: list[str]
-    """The errors in the file, collected by all places."""
+    """The errors found in the file so far; all places share this list."""
     used: set[str] = field(default_factory=set)
-    """Full names that were taken, collected by all places."""
+    """Full names of the tensors that were read; all places share this set."""
 
     def has(self, name: str) -> bool:
         """Whether the place has such a tensor."""
         return name in self.names
 
     def shape(self, name: str) -> Size:
-        """Returns the shape of a tensor that is there."""
+        """Returns the shape of a tensor, which has to exist."""
         return self.shapes[self.names[name]]
 
     def take(self, name: str, *shapes: Sequence[int]) -> Tensor:
-        """Returns the values of a tensor, in the first of `shapes`; others that the file may have must hold as many
-        values.
+        """Returns the values of a tensor in the first of `shapes`. The file may have any of `shapes`, which all have
+        the same number of values.
 
-        A missing tensor, or one of another shape, is recorded, and zeros are returned, which take no memory: the
-        file is refused later, when all of it was read, or the place left as it is.
+        If the tensor is missing or has another shape, the error is recorded, and zeros that need no memory are
+        returned. Later the whole file is refused, or with `strict=False` the place keeps its fresh values.
         """
         expected = tuple(shapes[0])
         full = self.names.get(name)
         if full is None:
-            self.wrong.append(f"missing {name} beside {min(self.names.values(), default='the others')}")
+            self.wrong.append(f"missing {name} next to {min(self.names.values(), default='the others')}")
             return torch.zeros(()).expand(expected)
         self.used.add(full)
         if tuple(self.shapes[full]) not in [tuple(shape) for shape in shapes]:

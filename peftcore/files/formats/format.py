@@ -1,6 +1,6 @@
 """`Format`, the base class of file formats: it recognizes its files, reads an adapter from them, and writes one.
 
-A plugin registers more by the hook `peftcore_formats`.
+A plugin registers further formats by the hook `peftcore_formats`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import imported, named_places
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""Endings of pickles that hold tensors."""
+"""Suffixes of pickled files that contain tensors."""
 TRAINER = "trainer_state.json"
-"""The file by which a checkpoint of transformers' Trainer is known."""
+"""The file that identifies a checkpoint of transformers' Trainer."""
 STATE = re.compile(r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states)[\w-]*\.\w+")
-"""Files with the state of a training, next to the tensors: they contain no adapter."""
+"""Names of files with the state of a training, such as that of the optimizer; they contain no adapter."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,27 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Placed:
-    """The content of a text file that contains its own path, for readers that look up its names elsewhere."""
+    """The content of a text file that has to contain the path of its own folder, for programs that look up the names in
+    it from another folder."""
 
     text: Callable[[Path], str]
-    """The text, from the folder in which the adapter will be."""
+    """Returns the text, given the final folder of the adapter."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """The content of a file that another library writes."""
+    """A file that another library writes."""
 
     write: Callable[[Path], None]
-    """Write the file to a path that does not exist yet."""
+    """Writes the file to a path that does not exist yet."""
 
 
 Files = Mapping[str, str | Tensors | Placed | Made]
 
 
 class Content(ABC):
-    """The content of an adapter file in our terms: the envelope, and the tensors once the operators are known."""
+    """The content of an adapter file in peftcore's terms: the envelope, and the tensors, which are read once the
+    operators are known."""
 
     def __init__(self, envelope: Envelope, where: Path) -> None:
         self.envelope = envelope
@@ -71,11 +73,11 @@ class Content(ABC):
         """Returns the adapter's tensors by our own names.
 
         Args:
-            surgeon: the recorded operators for the host, on the meta device.
+            surgeon: has the operators that were recorded for the host, on the meta device.
             strict: False accepts missing and unknown tensors.
 
         Raises:
-            CheckpointError: naming every tensor that is missing, unknown, misshaped or not finite.
+            CheckpointError: tensors are missing, unknown, misshaped or not finite; the message names all of them.
         """
 
 
@@ -83,11 +85,11 @@ class Format(ABC):
     """Base class of file formats."""
 
     name: ClassVar[str]
-    """The name of the format, by which `save` takes it."""
+    """The name of the format, as passed to `save`."""
     file: ClassVar[str] = ""
-    """The name of the file that holds an adapter by itself; empty where that takes several files."""
+    """The name of the file if one file holds a whole adapter; empty if an adapter needs several files."""
     parts: ClassVar[tuple[str, ...]] = ()
-    """Models of a pipeline that a file of this format can hold adapters of, by the names that it has for them."""
+    """The models of a pipeline whose adapters a file of this format can hold, by the format's names for them."""
 
     def __init__(self, part: str = "") -> None:
         self.part = part
@@ -96,32 +98,33 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
-        """Whether a folder or file is of this format. Reads names and headers, and raises nothing for files of other
-        formats."""
+        """True if a folder or file is of this format. Reads only names and headers, and raises no error for files of
+        other formats."""
 
     @abstractmethod
     def open(self, path: Path, model: nn.Module) -> Content:
-        """Read the content of a folder or file for `model`, and no values yet.
+        """Open a folder or file as an adapter for `model`, without reading values yet.
 
         Raises:
-            CheckpointError: it is damaged, or has options that are not known.
+            CheckpointError: it is damaged, or has unknown options.
             HostMismatch: it belongs to another base.
             NewerFormat: it was written by a newer version.
             UnknownMethod: no installed plugin has its method.
         """
 
     def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
-        """Read the content with the new words that it has next to the adapter, given the ids of each in the tokenizer.
+        """Open a folder or file as `open` does, with the new words that it contains; `ids` are the token ids of each
+        word in the tokenizer.
 
         Raises:
             CheckpointError: as `open`; or it has no such words.
             HostMismatch, NewerFormat, UnknownMethod: as `open`.
         """
-        raise CheckpointError(f"{path}: files of {self.name} have no words that need ids; leave out words=")
+        raise CheckpointError(f"{path}: files of {self.name} contain no words; remove words=")
 
     def describe(self, path: Path) -> Description:
-        """Returns the description in a folder or file without a host. Formats that know more than the tensors override
-        it.
+        """Returns the description of the adapter in a folder or file, without a host. Formats whose files describe more
+        than tensors override this method.
 
         Raises:
             CheckpointError: it is damaged.
@@ -130,7 +133,8 @@ class Format(ABC):
         return Description(self.name, tensor_files(path))
 
     def options(self, path: Path) -> Mapping[str, Any]:
-        """Returns the options in a folder or file by which other programs read its tensors; none where these tell all.
+        """Returns the options in a folder or file that other programs need to read its tensors; empty if the tensors
+        are enough.
 
         Raises:
             CheckpointError: it is damaged.
@@ -139,25 +143,26 @@ class Format(ABC):
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         """Returns the contents of the files to write for an injection, by name, in the order in which they are written;
-        a name may have folders, ``"0/adapter.json"``.
+        a name may contain a folder, ``"0/adapter.json"``.
 
         Args:
-            weights: record a digest of the base's values at the sites, where the format has a place for it.
+            weights: record a digest of the base's values at the sites, if the format can hold it.
 
         Raises:
             ExportError: the format cannot hold it.
-            PluginError: the adapter's tensors cannot be saved by name, since one has two.
+            PluginError: the adapter's tensors cannot be saved by name, since one of them has two names.
         """
-        raise ExportError(f"adapters are read from files of {self.name}, not written to them")
+        raise ExportError(f"peftcore reads files of {self.name}, but does not write them; choose another format")
 
 
 def formats() -> dict[str, type[Format]]:
-    """Returns the formats of the core and of all plugins, by name, in the order in which they are asked."""
+    """Returns the formats of the core and of all plugins, by name, in the order in which `recognize` tries them."""
     return {name: imported(place) for name, place in named_places("peftcore_formats", "format").items()}
 
 
 def format_named(name: str) -> Format:
-    """Returns the format of that name; after a slash, the model of the pipeline: ``"diffusers/text_encoder_2"``.
+    """Returns the format with this name, which may end with a model of a pipeline after a slash:
+    ``"diffusers/text_encoder_2"``.
 
     Raises:
         ExportError: the format does not exist, or it has no name for such a model.
@@ -176,31 +181,31 @@ def recognize(path: Path) -> Format:
     """Returns the format of a folder or file.
 
     Raises:
-        CheckpointError: it is of none, or there is nothing.
+        CheckpointError: it has no known format, or does not exist.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     for kind in formats().values():
         if kind.recognizes(path):
             return kind()
-    raise CheckpointError(f"{path} is no adapter of a known format ({', '.join(formats())}); {held_by(path)}")
+    raise CheckpointError(f"{path} is not an adapter in a known format ({', '.join(formats())}); {held_by(path)}")
 
 
 def held_by(path: Path) -> str:
-    """Returns what a folder holds in place of an adapter's file, for a message: adapters further down, a checkpoint of
-    a training, or other files.
+    """Returns text for an error message about a folder without an adapter's file: that it contains adapters in
+    subfolders, a checkpoint of a training, or other files.
 
     Raises:
-        CheckpointError: tensors in a pickle, saying how to convert it.
+        CheckpointError: it contains pickled tensors; the message says how to convert them.
     """
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     if below := [each.name for each in inside if each.is_dir() and any(map(_of(each), formats().values()))]:
-        return f"there are adapters in it: {', '.join(below[:8])}"
+        return f"it contains adapters: {', '.join(below[:8])}"
     held = [each.name for each in inside]
     if TRAINER in held:
         return (
-            "it is a checkpoint of transformers' Trainer, for train(resume_from_checkpoint=...), and there is no "
-            "adapter's file in it: injection.save(folder) writes one"
+            "it is a checkpoint of transformers' Trainer without a file of an adapter: pass it to "
+            "train(resume_from_checkpoint=...), or write an adapter with injection.save(folder)"
         )
     pickled = [name for name in held if name.endswith(PICKLES) and not STATE.fullmatch(name)]
     if pickled:

@@ -1,7 +1,7 @@
-"""Files of llama.cpp with a LoRA, ``adapter.gguf``. They are written and described, not loaded.
+"""Writes and describes LoRA files of llama.cpp, ``adapter.gguf``. They cannot be loaded.
 
 A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
-file one alpha, whose quotient with the rank of each is the scale. So lower ranks are filled up to the largest, and
+file has one alpha for all: the scale of each matrix is alpha / rank. So lower ranks are padded to the largest one, and
 scales are multiplied into ``lora_b``.
 """
 
@@ -25,7 +25,7 @@ FILE = "adapter.gguf"
 ARCHITECTURES = Path(__file__).with_name("gguf_architectures.toml")
 FACTORS = (".lora_a", ".lora_b")
 TYPE = "adapter.type"
-ONLY_WRITTEN = "files of llama.cpp are written, not read; load or check the adapter that it was made of"
+ONLY_WRITTEN = "peftcore writes files of llama.cpp, but does not load them; load the adapter that was exported"
 
 
 class GGUF(Format):
@@ -48,7 +48,7 @@ class GGUF(Format):
         file = GGUFFile(path / FILE if path.is_dir() else path)
         kind = file.options.get("general.type")
         if kind != "adapter":
-            raise CheckpointError(f"{file.path} is no adapter: its general.type is {shown(kind)}")
+            raise CheckpointError(f"{file.path} is not an adapter: its general.type is {shown(kind)}")
         names = {name for name in file.shapes if name.endswith(FACTORS)}
         lacking = [name for name in sorted(names) if not names >= {name[:-1] + each[-1] for each in FACTORS}]
         if lacking:
@@ -84,8 +84,8 @@ class GGUF(Format):
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Returns the rows ``[heads * width, ...]`` of a projection with the two that are rotated together side by side in
-    each head, where they are half a head apart."""
+    """Returns the rows ``[heads * width, ...]`` of a projection reordered for llama.cpp: two rows that rotary
+    embeddings rotate together are half a head apart in the input, and next to each other in the result."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, width / 2, ...]
     return halves.transpose(1, 2).reshape(rows.shape)
 
@@ -102,8 +102,8 @@ def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     kind = said.get("model_type")
     if kind not in known:
         raise ExportError(
-            f"GGUF is written for {', '.join(known)}, and this model is {kind or 'none of transformers'}: write "
-            'format="peft", which convert_lora_to_gguf.py of llama.cpp converts'
+            f"peftcore writes GGUF for {', '.join(known)}, not for {kind or 'models outside of transformers'}: save "
+            'with format="peft", and convert that with convert_lora_to_gguf.py of llama.cpp'
         )
     return known[kind], said
 

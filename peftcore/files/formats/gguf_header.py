@@ -1,7 +1,7 @@
-"""The header of a file of llama.cpp: its options, and names, shapes and dtypes of its tensors. Values stay in the file.
+"""Reads the header of a file of llama.cpp: its options, and names, shapes and dtypes of its tensors, without values.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, in little-endian. Nothing is believed of a
-length before the file is as long.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, in little-endian. Each length in the file
+is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from peftcore.files.safe_io import TensorFile
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Kinds of options that are numbers, by the letters that `struct` has for them."""
+"""The types of options that are numbers, with their format characters of `struct`."""
 TEXT, LIST = 8, 9
 DEPTH = 4
 """How deep lists may be nested."""
 DIMS = 4
 DTYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
-"""Dtypes of tensors by the names that safetensors has for them; all other dtypes are packed."""
+"""Dtypes of tensors, with their names in safetensors; all other dtypes are packed."""
 
 
 @dataclass(frozen=True)
 class GGUFFile(TensorFile):
-    """A file of llama.cpp, of which only the header is read."""
+    """A file of llama.cpp. Only its header is read."""
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """The header, as a safetensors file has it.
+        """The header in the form that safetensors files have.
 
         Raises:
             CheckpointError: it is damaged, or of another version.
@@ -75,7 +75,7 @@ class _Cursor:
         if kind == TEXT:
             return self.text()
         if kind != LIST or depth == DEPTH:
-            raise ValueError(f"an option is of an unknown kind, {kind}")
+            raise ValueError(f"an option has the unknown type {kind}")
         inner, count = self.number("I"), self.number("Q")
         if count > self.left:  # each takes a byte at least
             raise ValueError("it is cut off")
@@ -87,7 +87,7 @@ def _header(cursor: _Cursor) -> dict[str, Any]:
         raise ValueError("it does not begin with GGUF")
     version = cursor.number("I")
     if version not in VERSIONS:
-        raise ValueError(f"it is of version {version}; read are {' and '.join(map(str, VERSIONS))}, in little-endian")
+        raise ValueError(f"it has version {version}; peftcore reads {' and '.join(map(str, VERSIONS))}, little-endian")
     tensors, options = cursor.number("Q"), cursor.number("Q")
     if tensors + options > cursor.left:
         raise ValueError("it is cut off")

@@ -1,4 +1,4 @@
-"""Adapters from a model hub and to one, through the package ``huggingface_hub`` and its cache."""
+"""Downloads adapters from a model hub and uploads them, with the package ``huggingface_hub`` and its cache."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 FILES = ["*.safetensors", "adapter.json", "adapter_config.json", "*/adapter_config.json", "head_config.json"]
-"""The files that are fetched of an adapter's repository: nothing that could be a program, and no pickle."""
+"""The files that are downloaded from an adapter's repository: no code, and no pickles."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 IDENTIFIER = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 PATIENCE = 10.0
-"""Seconds in which the hub has to answer the first request, unless ``HF_HUB_ETAG_TIMEOUT`` says another number: most
-requests of the package wait for ever."""
+"""The timeout of the first request to the hub, in seconds, unless ``HF_HUB_ETAG_TIMEOUT`` sets another. Most other
+requests of the package have no timeout."""
 BELOW = ("httpx", "httpx2", "requests", "urllib3")
-"""The libraries that make its requests."""
+"""The libraries that make the requests of ``huggingface_hub``."""
 LOGIN = "log in (hf auth login), or set HF_TOKEN"
 INSTALL = "pip install 'peftcore[interop]'"
 
 
 def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Returns the path of an adapter: the path itself, or, of an identifier such as ``"owner/name"`` or
-    ``"owner/name@revision"`` that is no path here, that in the cache of the hub, fetched first unless it is there or
-    ``HF_HUB_OFFLINE`` is set.
+    """Returns the local path of an adapter. If `path` does not exist and is an identifier such as ``"owner/name"`` or
+    ``"owner/name@revision"``, it returns the folder in the hub's cache, which is downloaded first unless it is cached
+    or ``HF_HUB_OFFLINE`` is set.
 
     Args:
-        revision: a branch, a tag or a commit of the repository; the same as after ``@``.
+        revision: a branch, a tag or a commit of the repository, instead of ``@revision``.
 
     Raises:
-        CheckpointError: there is no such path, the package is missing, or a revision is named twice or of a path.
-        HubError: the hub has nothing of the name, refuses it, or does not answer.
+        CheckpointError: the package is missing, two different revisions are passed, or a revision is passed with a
+            local path.
+        HubError: the hub has no such repository, refuses access, or does not answer.
     """
     place, name = Path(path), os.fspath(path)
     if place.exists() or not isinstance(path, str) or not IDENTIFIER.fullmatch(name):
@@ -50,27 +51,30 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         return place
     repository, _, after = name.partition("@")
     if after and revision is not None and after != revision:
-        raise CheckpointError(f"{name} names the revision {after!r}, and revision= says {revision!r}: name one of them")
-    return fetched(repository, after or revision, FILES, f"{name} is no path here, and cannot be fetched from the hub")
+        raise CheckpointError(f"{name} names the revision {after!r}, and revision= is {revision!r}: pass only one")
+    return fetched(
+        repository, after or revision, FILES, f"{name} is not a local path, and cannot be fetched from the hub"
+    )
 
 
 def is_fetched(folder: Path) -> bool:
-    """Whether a folder is one of the hub's cache, which holds a repository at one commit."""
+    """True if a folder is a snapshot in the hub's cache, which holds a repository at one commit."""
     return COMMIT.fullmatch(folder.name) is not None and folder.parent.name == "snapshots"
 
 
 def fetched(repository: str, revision: str | None, files: Sequence[str], failed: str) -> Path:
-    """Returns the folder in the cache of the hub that holds files of a repository, fetched first unless it is there.
+    """Returns the folder in the hub's cache with the files of a repository; they are downloaded first unless they are
+    cached.
 
     Args:
         repository: its identifier.
         revision: a branch, a tag or a commit; the main branch by default.
-        files: patterns of the names of those that are fetched.
-        failed: the beginning of the message of an error.
+        files: patterns of the names of the files to download.
+        failed: the first part of error messages.
 
     Raises:
         CheckpointError: the package is missing.
-        HubError: the hub has nothing of the name, refuses it, or does not answer and the cache lacks it.
+        HubError: the hub has no such repository, refuses access, or does not answer, and the cache lacks the files.
     """
     try:
         from huggingface_hub import HfApi, constants, snapshot_download
@@ -107,21 +111,21 @@ def upload(
     token: str | bool | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """Put the files of a folder into a repository, which is created if it does not exist; returns the commit. A card of
-    the repository that peftcore did not write is kept.
+    """Upload the files of a folder to a repository, which is created if it does not exist; returns the commit. If the
+    repository has a model card that peftcore did not write, that card is kept.
 
     Args:
-        folder: its files are added to those of the repository, or take their place.
+        folder: its files are added to the repository; files with the same names are replaced.
         repository: its identifier.
-        private: who can see a repository that is made; as the account has it by default.
-        revision: a branch, which is made where it is missing; the main branch by default.
-        message: of the commit.
-        token: as huggingface_hub takes it.
-        create_pr: propose the commit as a pull request.
+        private: whether a new repository is private; the account's default if None.
+        revision: a branch, which is created if it does not exist; the main branch by default.
+        message: the commit message.
+        token: the token, as in huggingface_hub.
+        create_pr: create a pull request with the commit.
 
     Raises:
         CheckpointError: the package is missing.
-        HubError: the hub refuses it, or does not answer.
+        HubError: the hub refuses access, or does not answer.
     """
     failed = f"cannot push to {repository}"
     try:
@@ -131,7 +135,7 @@ def upload(
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{failed}: HF_HUB_OFFLINE is set; unset it to push")
     if token is False or (token in (None, True) and get_token() is None):
-        raise HubError(f"{failed}: there is no token; {LOGIN}, or pass token=, with one that may write")
+        raise HubError(f"{failed}: there is no token; {LOGIN}, or pass token=; it needs write access")
     api = HfApi(token=token)
     with _explained(failed, repository, revision, writing=True):
         try:
@@ -214,7 +218,7 @@ def _reason(error: Exception, repository: str, revision: str | None, writing: bo
         return any(isinstance(each, kinds) for each in chain)
 
     if found(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and the cache lacks it; unset it, or name a folder"
+        return "HF_HUB_OFFLINE is set, and the cache lacks it; unset it, or pass a folder"
     if found(errors.GatedRepoError):
         return f"it is gated; ask for access at {address}, and {LOGIN} of the account that has it"
     if found(errors.RevisionNotFoundError):
@@ -227,7 +231,7 @@ def _reason(error: Exception, repository: str, revision: str | None, writing: bo
     reasons = {
         401: f"the hub does not know the token; {LOGIN} with a valid one (https://huggingface.co/settings/tokens)",
         403: f"the token {who}; {LOGIN} with one that may",
-        429: "the hub had too many requests from here; wait some minutes, and try again",
+        429: "the hub refuses more requests from this address; wait some minutes, and try again",
     }
     if status in reasons:
         return reasons[status]

@@ -1,10 +1,11 @@
-"""Files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or for a pipeline.
+"""Reads and writes files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or a
+pipeline.
 
 A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
-underscores for dots, the tensor. The host's own modules, or their names in the original code (`original_names`),
-determine which underscores are dots. There are no options: rank and form follow from shapes, and the scale is alpha /
-rank with an ``alpha`` for each module. Only the dropouts of its training are in the header, where the training program
-notes them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method registers under
+underscores for dots, the tensor. Which underscores stand for dots is found by comparing with the host's modules, or
+with their names in the original code (`original_names`). Files have no options: the rank and the variant follow from
+shapes, and each module has an ``alpha``, so that its scale is alpha / rank. Only the dropouts used in training may be
+in the header. A `KohyaMethod` translates the tensors of a method; the plugin of the method registers it under
 ``"kohya/NAME"``.
 """
 
@@ -54,13 +55,14 @@ from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
 
 TENSORS = "kohya.safetensors"
-"""The file that we write into a folder; any file that is the only one is read."""
+"""The name of the file that `save` writes into a folder. When reading, any name is accepted if it is the only file."""
 UNET, OURS = "lora_unet", "lycoris"
-"""The model that makes pictures, in its original names where these are known; and in the host's own names."""
+"""The prefix for a diffusion model in which modules have names of the original code, if these are known; and the prefix
+for any model in which modules have the host's own names."""
 
 
 class Kohya(Format):
-    """The format of kohya's sd-scripts, of LyCORIS and for ComfyUI."""
+    """The format of files of kohya's sd-scripts and of LyCORIS, and of files for ComfyUI."""
 
     name = "kohya"
     file = TENSORS
@@ -94,15 +96,19 @@ class Kohya(Format):
             parts=unique(part for full in file.shapes if (part := part_of(full))),
             sites=tuple(stems),
             words=counts(file.shapes),
-            problem=f"no installed plugin reads what is at {', '.join(strange[:4])}" if strange else "",
+            problem=f"no installed plugin reads the tensors at {', '.join(strange[:4])}" if strange else "",
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         if injection.shared:
-            raise ExportError(f"files of kohya have no place for {next(iter(injection.shared))}: only for modules")
+            raise ExportError(
+                f"kohya files hold tensors of modules, not shared ones such as {next(iter(injection.shared))!r}"
+            )
         part = self.part or _guessed(injection.model)
         if part == "oft_unet":
-            raise ExportError("oft_unet is read only, from sd-scripts' networks/oft.py; LyCORIS reads lora_unet")
+            raise ExportError(
+                "peftcore only reads oft_unet, of sd-scripts' networks/oft.py; write lora_unet, for LyCORIS"
+            )
         modules = dict(injection.model.named_modules())
         spelling = Spelling(modules)
         methods, noted = kohya_methods(), set[str]()
@@ -116,26 +122,25 @@ class Kohya(Format):
                 continue
             able = [each for each in methods if owner.method.name in each.methods]
             if not able:
-                raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
+                raise ExportError(f"kohya files have no method that computes the same as {owner.method.name}")
             place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
             method = next((each for each in able if each.writes(place)), able[-1])
             if tokens := method.tokens(place):
                 bundle = bundled(part, tokens, method.write(place)[1][VECTORS])
                 if not words.keys().isdisjoint(bundle):
-                    raise ExportError(f"two tables have the words {', '.join(bundle)}, and files of kohya have one")
+                    raise ExportError(f"two tables have the words {', '.join(bundle)}, and kohya files hold only one")
                 words |= bundle
                 rows |= {each.module_path: [index for _, index in tokens] for each in graft.holders}
                 continue
             one_hot = layer_of(site.module, "weight").one_hot
             if site.tensor not in method.tensors or site.slices is not None or site.batch or one_hot:
                 raise ExportError(
-                    f"files of kohya hold linear maps, convolutions and norms as a whole, and not {site.path}; exclude "
-                    "it"
+                    f"kohya files hold only whole linear layers, convolutions and norms, not {site.path}; exclude it"
                 )
             spelling.only(site.module_path)
             first, taken = standing.setdefault(site.module_path, (graft.part, set()))
             if first != graft.part or site.tensor in taken:
-                raise ExportError(f"files of kohya have one operator for a module; {site.path} has two")
+                raise ExportError(f"kohya files hold one operator for each module, and {site.path} has two")
             taken.add(site.tensor)
             if method.dropouts:
                 noted.add(json.dumps({n: str(v) for n in method.dropouts if (v := getattr(place.config, n))}))
@@ -147,7 +152,7 @@ class Kohya(Format):
                 _add(held, graft)
         check_no_rows(injection, "kohya", rows)
         if len(noted) > 1:
-            raise ExportError("files of kohya have the same dropouts for all modules, and here they differ")
+            raise ExportError("kohya files hold the same dropouts for all modules, and this adapter has different ones")
         (said,) = noted or {"{}"}
         front, tensors = clip_prefix(injection.model) if part.startswith("lora_te") else "", dict(words)
         original = part == DIFFUSION or (part == UNET and not is_unet(injection.model))
@@ -177,8 +182,8 @@ def _add(held: dict[str, tuple[KohyaMethod, Piece]], graft: Graft) -> None:
     name = next((leaf for leaf, tensor in method.beside.items() if tensor == site.tensor), None) if method else None
     if method is None or name is None:
         raise ExportError(
-            f"files of kohya have no place for {site.path}: only for operators at modules, and for the biases beside "
-            "those of LoRA"
+            f"kohya files cannot hold {site.path}, which trains with the adapter: they hold only biases of modules "
+            "that have a LoRA"
         )
     value: Tensor = graft.operator.state_dict()["value"]
     change = value - replace(site, meta=False).base_weight().detach().to(value)
@@ -215,6 +220,6 @@ def _named(
 
 def _not_one(name: str, original: OriginalModule, why: str) -> str:
     return (
-        f"{', '.join(original.paths)} cannot be written as {name}: {why}; the part {OURS!r}, as in "
-        f'format="kohya/{OURS}", keeps the modules of the host'
+        f"{', '.join(original.paths)} cannot be written as {name}: {why}; "
+        f'format="kohya/{OURS}" keeps the modules of the host'
     )

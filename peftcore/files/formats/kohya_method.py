@@ -1,8 +1,9 @@
-"""The base class by which a plugin translates one method for files of kohya and LyCORIS, and the arguments of its
-methods.
+"""`KohyaMethod`, the base class for translations of one method between peftcore and files of kohya and LyCORIS, and the
+classes of its arguments.
 
-A file can have one module for several of the host's, whose outputs are concatenated: q, k and v of Flux. A
-method says by `rows` and `factors` which of its tensors are cut there, and how those of several become one.
+One module of a file can be several modules of the host whose outputs are concatenated, such as q, k and v of Flux. The
+attributes `rows` and `factors` tell which tensors are split when such a module is read, and how tensors are combined
+when it is written.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from peftcore.registry.plugins import imported, named_places
 
 ALPHA = "alpha"
 VECTORS = "vectors"
-"""The vectors of all words, ``[vectors, width]``, which in the file are a tensor for each word."""
+"""The key of the tensor with the vectors of all new words, ``[vectors, width]``. The file has one tensor for each word
+instead."""
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,34 @@ class Held:
     """The tensors that a file has for one module."""
 
     shapes: Mapping[str, Size]
-    """Shapes of its tensors by their names below the module, without alpha."""
+    """Shapes of the tensors by their names below the module, without alpha."""
     given: float | None
-    """The value of alpha, where there is one."""
+    """The value of alpha; None if the file has none for the module."""
     weight: Size
     """The logical shape of the host's weight: ``[out, in, *kernel]``."""
     where: str
-    """The file and the module's name in it, for messages."""
+    """The file and the module's name in it, for error messages."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """The values of its tensors that are one number, by their names below the module."""
+    """The values of tensors that are single numbers, by their names below the module."""
     bias: bool = False
     """Whether the host's module has a bias."""
     tokens: Sequence[tuple[str, int]] = ()
-    """At a table of tokens: the word and the id of each vector of new words, which are ``VECTORS``."""
+    """For a token embedding with new words (``VECTORS``): the word and the token id for each vector."""
 
     def size(self, name: str, dim: int) -> int:
-        """Returns the size of a tensor in one dimension; 1 where it is missing: the file is refused later."""
+        """Returns the size of a tensor in one dimension; 1 if the tensor is missing, since the file is refused later
+        anyway."""
         shape = self.shapes.get(name, ())
         return shape[dim] if dim < len(shape) and shape[dim] else 1
 
     def alpha(self, rank: int) -> float:
-        """Returns alpha, which is the rank if the file does not contain it.
+        """Returns alpha; the default is the rank if the file contains no alpha.
 
         Raises:
-            CheckpointError: it is not above zero.
+            CheckpointError: alpha is not a finite number above zero.
         """
         if self.given is not None and not (self.given > 0 and math.isfinite(self.given)):
-            raise CheckpointError(f"{self.where}: alpha is {self.given}, but peftcore reads only what is above 0")
+            raise CheckpointError(f"{self.where}: alpha is {self.given}, and must be a finite number above 0")
         return float(rank if self.given is None else self.given)
 
 
@@ -72,55 +75,58 @@ class Piece:
 
 
 class KohyaMethod(ABC):
-    """The translation of one method between these files and ours."""
+    """Base class of translations of one method between these files and peftcore."""
 
     methods: ClassVar[tuple[str, ...]]
-    """Our methods that it can hold; the first is the one that is read."""
+    """Names of our methods that can be written this way; files are read as the first of them."""
     below: ClassVar[tuple[str, ...]]
-    """Names of its tensors below a module, without alpha."""
+    """Names of the method's tensors in the file, below a module, without alpha."""
     telling: ClassVar[tuple[str, ...]]
-    """The names of which a file of this method has at least one."""
+    """The names that identify the method: a module's tensors belong to it only if they have at least one of these
+    names."""
     tensors: ClassVar[tuple[str, ...]] = ("weight",)
-    """The host's tensors of a module that it changes."""
+    """Names of the tensors of a host's module that the method can change."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """Tensors that can occur next to its own and are added to others of the host's module: their names, and those of
-    the host's tensors, which are then trained along."""
+    """Names of additional tensors in the file that are added to other tensors of the host's module, with the names of
+    these host tensors, which then train with the adapter."""
     rows: ClassVar[tuple[str, ...]] = ()
-    """Names of its tensors that have the module's outputs first, where each output is computed by itself from these and
-    the other tensors. Without any it cannot be at one module of the file that is several modules of the host."""
+    """Names of tensors whose first dimension is the module's outputs, so that they can be split by outputs: each output
+    depends only on its row of these tensors, and on the other tensors. If empty, the method cannot be used for a module
+    of the file that is several modules of the host."""
     factors: ClassVar[tuple[str, str] | None] = None
-    """The names of two tensors that act as the product of the second, which is in `rows`, with the first, times alpha /
-    rank; None: no such two."""
+    """The names (A, B) of the two factors if the method adds B A · alpha / rank; B has to be in `rows`. None for
+    methods without such factors."""
     dropouts: ClassVar[tuple[str, ...]] = ()
-    """The dropouts of its training that our method has as well, by our names, which are those of the header."""
+    """Names of the dropout options that our method supports; the header uses the same names."""
 
     @abstractmethod
     def options(self, held: Held) -> dict[str, Any]:
         """Returns our options for one module.
 
         Raises:
-            CheckpointError: ours cannot compute it.
+            CheckpointError: our method cannot compute the same.
         """
 
     @abstractmethod
     def outputs(self, shapes: Mapping[str, Size]) -> int:
-        """Returns the number of outputs of a module, from the shapes of its tensors; -1 where the shapes do not
-        determine it."""
+        """Returns the number of outputs of a module from the shapes of its tensors; -1 if the shapes do not determine
+        it."""
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """Returns one operator's tensors by our names."""
+        """Returns the tensors of one operator by our names, read from the file."""
 
     @abstractmethod
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
-        """Returns alpha, or None if the file has no alpha, and one operator's tensors by the file's names.
+        """Returns the alpha to write (None for no alpha), and the tensors of one operator by the file's names.
 
         Raises:
             ExportError: the file cannot hold it.
         """
 
     def tokens(self, place: Place) -> Sequence[tuple[str, int]]:
-        """Returns the word and the id of each vector, in a method that writes the ``VECTORS`` of new words.
+        """Returns the word and the token id for each vector, if the method writes ``VECTORS`` of new words; empty for
+        other methods.
 
         Raises:
             ExportError: the words have no names.
@@ -128,35 +134,37 @@ class KohyaMethod(ABC):
         return ()
 
     def writes(self, place: Place) -> bool:
-        """Whether it can hold the effect of one of its methods at a place. If no translation can, `write` of the last
-        one raises the reason."""
+        """True if the translation can write the operator at a place. If no translation of a method can, the error of
+        the last one's `write` gives the reason."""
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
-        """Whether a module's tensors, of these shapes by their names below it, are of this method."""
+        """True if a module's tensors belong to this method; `shapes` has their shapes by their names below the
+        module."""
         names = set(shapes) - {ALPHA}
         return names <= set(self.below) and not names.isdisjoint(self.telling)
 
     def fits(self, held: Held) -> bool:
-        """Whether it reads what the file has for a module of the host: where several methods of ours share the names of
-        theirs, one of them."""
+        """True if the translation reads the tensors that the file has for a module of the host. Translations that share
+        the same names of tensors override it to choose one of them."""
         return self.reads(held.shapes)
 
     def cut(self, piece: Piece, sizes: Sequence[int]) -> list[Piece | None]:
-        """Returns the effect at each of several modules, whose outputs, `sizes` of them, are concatenated in `piece`;
-        None where it leaves a module as it is.
+        """Returns one `Piece` for each of several modules, whose concatenated outputs `piece` has; `sizes` are their
+        numbers of outputs. None is returned for a module that `piece` does not change.
 
-        Factors whose ranks belong to one module each, as `joined` writes them, are cut there too: with as many ranks
-        for each in their order, as sd-scripts writes them, or with at least one that is not zero.
+        If each rank of the factors belongs to one module only, as in files that `joined` writes, each module gets only
+        its own ranks: an equal number of ranks in the order of the modules, as sd-scripts writes them, or the ranks
+        that are nonzero only for that module.
 
         Raises:
-            CheckpointError: its tensors do not have these outputs, or cannot be cut.
+            CheckpointError: the tensors do not have these outputs, or cannot be split.
         """
         held = piece.tensors
         wrong = [name for name in self.rows if name in held and held[name].shape[:1] != (sum(sizes),)]
         if held.keys().isdisjoint(self.rows) or wrong:
             shown = ", ".join(f"{name} {tuple(value.shape)}" for name, value in held.items())
-            raise CheckpointError(f"{shown} cannot be cut at the outputs {', '.join(map(str, sizes))}")
+            raise CheckpointError(f"{shown} cannot be split into modules with {', '.join(map(str, sizes))} outputs")
         cuts = {name: torch.split(held[name], list(sizes)) for name in self.rows if name in held}
         parts = [
             Piece(piece.alpha, {**held, **{name: each[index] for name, each in cuts.items()}})
@@ -174,19 +182,19 @@ class KohyaMethod(ABC):
         return Piece(alpha, {**part.tensors, **factors})
 
     def swapped(self, piece: Piece) -> Piece:
-        """Returns the effect at a module whose outputs are in two halves, with the halves swapped."""
+        """Returns the tensors of a module with the first and second half of its outputs swapped."""
         rows = {name: piece.tensors[name] for name in self.rows if name in piece.tensors}
         halves = {name: torch.cat(list(reversed(value.chunk(2)))) for name, value in rows.items()}
         return Piece(piece.alpha, {**piece.tensors, **halves})
 
     def joined(self, parts: Sequence[Piece | None], sizes: Sequence[int]) -> Piece:
-        """Returns the effect at several modules as one module whose outputs are concatenated; None means a module, of
-        so many outputs, that it leaves as it is.
+        """Returns the tensors of several modules combined into one module whose outputs are concatenated. None in
+        `parts` is a module without an adapter; `sizes` are the numbers of outputs.
 
-        Factors are block-diagonal, each module's ranks next to those of the others, if they do not share the first.
+        If the modules do not share their first factor, ranks are concatenated, and the second factor is block-diagonal.
 
         Raises:
-            ExportError: that is not such a module.
+            ExportError: the modules cannot be combined.
         """
         held = [part for part in parts if part is not None]
         names = {name for part in held for name in part.tensors}
@@ -204,7 +212,7 @@ class KohyaMethod(ABC):
         alike = all(part.tensors.keys() == names for part in held)
         if not beside or not alike or (len(held) < len(parts) and names != factors):
             shown = ", ".join(sorted(shared - factors or names - factors or names))
-            raise ExportError(f"{shown} would have to be at all of these modules, and the same")
+            raise ExportError(f"all of these modules must have the same {shown}")
         return self._blocks(parts, sizes, held)
 
     def _blocks(self, parts: Sequence[Piece | None], sizes: Sequence[int], held: Sequence[Piece]) -> Piece:
@@ -243,8 +251,8 @@ def _owners(parts: Sequence[Piece], first: str, second: str) -> list[Tensor] | N
 
 
 def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns the shapes that a matrix [a, b] may have in a file: pointwise convolutions are written as they are, or
-    flat."""
+    """Returns the shapes that a tensor may have in a file: `shape` itself; for linear layers and pointwise convolutions
+    also ``[a, b]``, alone or followed by one to three dimensions of size 1."""
     if math.prod(shape[2:]) != 1:
         return [tuple(shape)]
     flat = tuple(shape[:2])
@@ -252,8 +260,8 @@ def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def added(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> Mapping[str, str]:
-    """Returns those of a module's tensors that are added to the host's, with these, where the others are of a method
-    that has such beside its own."""
+    """Returns the names of a module's additional tensors (`KohyaMethod.beside`), with the names of the host tensors to
+    which they are added, if the remaining tensors belong to a method that allows them."""
     if any(method.reads(shapes) for method in methods):
         return {}
     for method in methods:
@@ -264,14 +272,15 @@ def added(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> Mapping
 
 
 def method_of(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> KohyaMethod | None:
-    """Returns the first method of which a module's tensors are, without those that are added to the host's."""
+    """Returns the first method to which a module's tensors belong, apart from additional ones (`added`); None if there
+    is no such method."""
     beside = added(methods, shapes)
     own = {leaf: shape for leaf, shape in shapes.items() if leaf not in beside}
     return next((method for method in methods if method.reads(own)), None)
 
 
 def kohya_methods() -> list[KohyaMethod]:
-    """Returns the translations of the installed plugins, the simplest first."""
+    """Returns the translations of the installed plugins, those with the fewest tensors first."""
     places = named_places("peftcore_translations", "translation")
     found: list[KohyaMethod] = [imported(places[name])() for name in sorted(places) if name.startswith("kohya/")]
     return sorted(found, key=lambda method: len(method.below))

@@ -1,8 +1,8 @@
-"""Names of tensors in files of kohya, LyCORIS and ComfyUI: the model, the module's path, the tensor.
+"""Parses names of tensors in files of kohya, LyCORIS and ComfyUI: the model, the module's path, the tensor.
 
-Kohya's have underscores for dots, ``lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight``; those for ComfyUI keep
-them, ``diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight``, as do files that name no model:
-``double_blocks.0.img_attn.qkv.lora_A.weight``. `understood` takes all apart.
+Files of kohya have underscores instead of dots, ``lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight``. Files for
+ComfyUI have dots, ``diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight``, and so do files that name no
+model: ``double_blocks.0.img_attn.qkv.lora_A.weight``. `understood` parses all of these names.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from peftcore.files.formats.bundled_embeddings import is_word
 
 PARTS = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet")
-"""Models in names with underscores."""
+"""Prefixes for models in names with underscores."""
 DIFFUSION = "diffusion_model"
 PEFTS = "base_model.model"
-"""The prefix of names that peft wrote: its own files have it too."""
+"""The prefix of names that peft wrote; files in peft's own format have it too."""
 DOTTED = (DIFFUSION, PEFTS, *(f"text_encoders.{name}.transformer" for name in ("clip_l", "clip_g", "t5xxl")))
-"""Models in names with dots. Only the first is written."""
+"""Prefixes for models in names with dots. Only the first is used for writing."""
 BARE = re.compile(r"(base_model\.model\.)?(double_blocks|single_blocks)\.\d+\.|[^.]+\..*\.lora_(down|up)\.weight$")
-"""A name by which a file of names without any model is recognized."""
+"""Matches names by which a file without names of models is recognized."""
 LEAVES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
@@ -30,7 +30,7 @@ LEAVES = {
     "down.weight": "lora_down.weight",
     "up.weight": "lora_up.weight",
 }
-"""Tensors that other programs call otherwise: peft's names, and those of XLabs."""
+"""Names of tensors used by other programs (peft, XLabs), with kohya's names for them."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class KohyaTensorName:
     """The parsed name of a tensor."""
 
     part: str
-    """The model; empty if the name has no model."""
+    """The prefix for the model; empty if the name has none."""
     stem: str
-    """All in front of the tensor's own name, as the file has it."""
+    """The part before the tensor's own name, as it is in the file."""
     path: str
-    """The module's path with a dot for each dot and each underscore."""
+    """The module's path, with underscores replaced by dots."""
     leaf: str
     """The tensor's name below the module, as kohya and LyCORIS have it."""
 
 
 def part_of(name: str) -> str | None:
-    """Returns the model in front of a tensor's name; None if it has no known model."""
+    """Returns the prefix for a model at the start of a tensor's name; None if the name has no known prefix."""
     stem = name.partition(".")[0]
     found = next((part for part in PARTS if stem.startswith(f"{part}_")), None)
     return found or next((part for part in DOTTED if name.startswith(f"{part}.")), None)
@@ -67,10 +67,10 @@ def understood(name: str, part: str) -> KohyaTensorName:
 
 
 def are_known(names: Collection[str]) -> bool:
-    """Whether a file with these names is one of such a program."""
+    """True if a file with these names of tensors was written by one of these programs."""
     return any(part_of(name) not in (None, PEFTS) or BARE.match(name) or is_word(name) for name in names)
 
 
 def stem_of(part: str, path: str) -> str:
-    """Returns the prefix of the names of a module's tensors."""
+    """Returns the name of a module in a file, which is the prefix of the names of its tensors."""
     return f"{part}.{path}" if part in DOTTED else f"{part}_{path}".replace(".", "_")

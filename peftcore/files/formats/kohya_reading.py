@@ -1,7 +1,8 @@
-"""The content of a kohya file for one host: a method for each module, and the destination of each tensor.
+"""Reads a kohya file for one host: finds the method for each module, and the operator for each tensor.
 
-The spelling of the paths, by the host's modules or by their names in the original code, is the one that fits. Methods
-are recognized by the tensors at a module; fused modules of the original code are cut into the host's.
+Paths in the file are spelled by the host's module names or by their names in the original code; both are tried. A
+method is recognized by the names of a module's tensors. Fused modules of the original code are split into the host's
+modules.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ from peftcore.registry.plugins import layer_of
 from peftcore.roles.token_tables import tables_by_path
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-"""The dropouts that training programs have."""
+"""The dropout options of training programs."""
 ARGUMENTS = "ss_network_args"
-"""The key of the header under which sd-scripts notes the arguments of a network, as JSON of texts."""
+"""The header's key for the network arguments of sd-scripts, a JSON object of texts."""
 
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors at one module."""
+    """The tensors that the file has for one module."""
 
     path: str
     names: Mapping[str, str]
@@ -71,14 +72,14 @@ class ModuleTensors:
 
 @dataclass(frozen=True)
 class MethodGroups:
-    """The modules that one method reads."""
+    """The modules of the file that belong to one method."""
 
     method: KohyaMethod
     groups: list[ModuleTensors]
 
 
 class KohyaContent(Content):
-    """An adapter of such a file for one host."""
+    """The content of a kohya file for one host."""
 
     def __init__(self, file: TensorFile, model: nn.Module, words: Mapping[str, Sequence[int]] = {}) -> None:
         self.file = file
@@ -97,7 +98,7 @@ class KohyaContent(Content):
         if stems.keys() <= PICTURES and words:  # nothing else is for a text encoder
             readings = [(PipelinePart("", {}, {}), Spelling(modules))]
         elif not stems:
-            raise CheckpointError(f"{file.path} has words alone: {_how_to_load(counts(file.shapes))}")
+            raise CheckpointError(f"{file.path} contains only words: {_how_to_load(counts(file.shapes))}")
         part, move = fitting([each for each, _ in readings], model, file.path)
         spelling = next(spelling for each, spelling in readings if each is part)
         names: dict[str, dict[str, str]] = {}
@@ -116,7 +117,7 @@ class KohyaContent(Content):
         for stem, below in names.items():
             for path in meant[stem].paths:
                 if not spelling.has_weight(path):
-                    raise HostMismatch(f"{file.path}: {stem} stands at {path}, which has no weight here")
+                    raise HostMismatch(f"{file.path}: {stem} is for {path}, which has no weight here")
             if not meant[stem].whole:
                 groups += self._cut(stem, below, numbers[stem].get(ALPHA), meant[stem], modules)
                 continue
@@ -183,7 +184,7 @@ class KohyaContent(Content):
         beside = added(self.methods, {leaf: self._shape(full) for leaf, full in below.items()})
         for leaf, tensor in beside.items():
             if not layer_of(module, "weight").has(module, tensor):
-                raise HostMismatch(f"{self.file.path}: {below[leaf]} is added to a {tensor}, which {path} has not")
+                raise HostMismatch(f"{self.file.path}: {below[leaf]} is for a {tensor}, and {path} has no {tensor}")
             self.added[f"{path}.{tensor}"] = below[leaf]
         return {leaf: full for leaf, full in below.items() if leaf not in beside}
 
@@ -252,8 +253,8 @@ class KohyaContent(Content):
         lacking = [f"{name} = {told[name]}" for name in told if name in DROPOUTS and name not in method.dropouts]
         if lacking:
             warnings.warn(
-                f"{self.file.path} was trained with {', '.join(lacking)}, which {method.methods[0]} has not in this "
-                "form: outputs are the same without, further training is not",
+                f"{self.file.path} was trained with {', '.join(lacking)}, which {method.methods[0]} does not support "
+                "in this form: outputs are the same, further training differs",
                 UserWarning,
                 stacklevel=2,
             )

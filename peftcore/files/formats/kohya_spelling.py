@@ -1,4 +1,4 @@
-"""A host's modules by how files of kohya spell their paths, with underscores for dots."""
+"""Finds a host's modules by their paths in files of kohya, which have underscores instead of dots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from peftcore.registry.plugins import layer_of
 
 
 class Spelling:
-    """A host's modules by their paths, or by names of the original code, with dots and underscores taken as one."""
+    """A host's modules by their paths, or by their names in the original code. Dots and underscores count as the
+    same."""
 
     def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, OriginalModule] = {}) -> None:
         self.modules = modules
@@ -23,24 +24,24 @@ class Spelling:
 
     @property
     def places(self) -> dict[str, str]:
-        """One path for each spelling; see `only`."""
+        """By each spelling: the path of the first module with it. `only` also checks that there is no second one."""
         return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
 
     def only(self, path: str) -> OriginalModule:
-        """Returns the module with a weight for the spelling of `path`.
+        """Returns the only module with a weight whose path is spelled like `path`.
 
         Raises:
-            HostMismatch: there are several.
+            HostMismatch: several modules have this spelling.
         """
         meant = self.meant[path.replace("_", ".")]
         if len(meant) > 1:
             weighty = [each for each in meant if self.has_weight(each.paths[0])]
             if len(weighty) > 1:
                 several = " and ".join(each.paths[0] for each in weighty)
-                raise HostMismatch(f"with underscores for dots {several} are one name")
+                raise HostMismatch(f"{several} have the same name with underscores for dots")
             meant = weighty or meant
         return meant[0]
 
     def has_weight(self, path: str) -> bool:
-        """Whether the host's module has a weight."""
+        """True if the host's module has a weight."""
         return layer_of(self.modules[path], "weight").has(self.modules[path], "weight")

@@ -1,8 +1,8 @@
 """Names of a UNet's modules in the original code of Stable Diffusion, which files for SDXL use.
 
-There the blocks on the way down are one list, ``input_blocks``, in which every resnet (with the attention behind it)
-and every downsampler is an entry; those on the way up, ``output_blocks``, have their upsampler in the last entry of a
-block.
+In that code, the down blocks are one list, ``input_blocks``, in which every resnet (with the attention after it) and
+every downsampler is a separate entry. In the list of up blocks, ``output_blocks``, the upsampler belongs to the last
+entry of its block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AROUND = {
 
 
 def ldm_names(paths: Collection[str]) -> dict[str, str]:
-    """Returns paths of a UNet's modules by their original names; nothing for hosts that are not UNets."""
+    """Returns the paths of a UNet's modules by their original names; empty for hosts that are not UNets."""
     if "up_blocks.0.resnets.0" not in paths:
         return {}
     blocks = dict(AROUND)

@@ -1,8 +1,9 @@
-"""Folders of mlx-lm: ``adapters.safetensors`` and an ``adapter_config.json`` of its own. They are written, not read.
+"""Writes folders of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` that differs from peft's. They
+cannot be loaded.
 
-All modules of a name have a LoRA of one rank and one scale in the last ``num_layers`` blocks, ``lora_a`` ``[in, rank]``
-and ``lora_b`` ``[rank, out]``; those that lack tensors start with zeros in ``lora_b``. So ranks that differ are filled
-up with zeros, and scales are multiplied into ``lora_b``.
+In the last ``num_layers`` blocks, all modules with a given name have a LoRA, all with the same rank and scale:
+``lora_a`` ``[in, rank]`` and ``lora_b`` ``[rank, out]``; modules without tensors in the file have zeros in ``lora_b``.
+So lower ranks are padded with zeros, and scales are multiplied into ``lora_b``.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class MLX(Format):
             return False
 
     def open(self, path: Path, model: nn.Module) -> Content:
-        raise CheckpointError(f"{path}: folders of mlx-lm are written, not read; load the adapter that it was made of")
+        raise CheckpointError(
+            f"{path}: peftcore writes folders of mlx-lm, but does not load them; load the adapter that was exported"
+        )
 
     def describe(self, path: Path) -> Description:
         options = read_json(path / CONFIG)
-        problem = "folders of mlx-lm are written, not read"
+        problem = "peftcore writes folders of mlx-lm, but does not load them"
         kind = str(options.get("fine_tune_type", "lora"))
         return Description(self.name, tensor_files(path), kind=kind, options=options, problem=problem)
 
@@ -77,6 +80,6 @@ def _blocks(model: nn.Module, indices: list[int]) -> int:
     stacks = [each for path, each in model.named_modules() if path.rpartition(".")[2] == "layers"]
     if len(stacks) != 1:
         raise ExportError(
-            "mlx-lm counts blocks from the last one, and this model has no one list of them called layers"
+            f"mlx-lm counts blocks from the last one, in the list called layers; this model has {len(stacks)} of them"
         )
     return len(list(stacks[0].children())) - min(indices)

@@ -1,7 +1,8 @@
-"""Adapters whose file names the folders of other adapters: the paths of those folders, and their tensors in the whole.
+"""For adapters whose file lists the folders of other adapters: finds these folders, and renames their tensors for the
+whole adapter.
 
-A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; the folder is
-read like any adapter.
+A name in a file is only looked up as a local folder: nothing is downloaded, imported or executed. The folder is read
+like any other adapter.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from peftcore.files.formats.hub import IDENTIFIER, is_fetched
 
 
 def named_folder(name: str, beside: Path, where: Path) -> Path:
-    """Returns the folder that a file means by a name: of that path; or, in a file that was moved together with the
-    folders in it, of the name's last step next to the file. A relative path starts from the file's folder or from the
-    working directory.
+    """Returns the folder with the path `name`, which may be relative to the file's folder or to the working directory.
+    If the file was moved together with the folders, it is the folder next to the file with the last part of `name`.
 
     Args:
-        beside: the folder of the file.
-        where: the file, for messages.
+        beside: the folder that contains the file.
+        where: the file, for error messages.
 
     Raises:
-        CheckpointError: the folder does not exist, or two match; or the file came from a hub, and names a folder
-            outside of it.
+        CheckpointError: the folder does not exist, or two match; or the file was downloaded from a hub and names a
+            folder outside of its own.
     """
     path, own, from_elsewhere = Path(name), beside.resolve(), is_fetched(beside)
 
@@ -41,24 +41,26 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
         return found[0]
     if found:
         both = " and ".join(map(str, found))
-        raise CheckpointError(f"{where} names the adapter {shown(name)}, which is {both}: write the whole path of one")
+        raise CheckpointError(
+            f"{where} names the adapter {shown(name)}, which matches {both}: write the full path of one"
+        )
     if IDENTIFIER.fullmatch(name):
         raise CheckpointError(
-            f"{where} names the adapter {shown(name)}, which is no folder here; if that is a repository on a hub, "
-            f"fetch it (hf download {name} --local-dir FOLDER) and write FOLDER in its place"
+            f"{where} names the adapter {shown(name)}, which is not a folder here; if it is a repository on the "
+            f"hub, fetch it (hf download {name} --local-dir FOLDER) and write FOLDER instead"
         )
     raise CheckpointError(
-        f"{where} names the adapter {shown(name)}, and there is no such folder, neither as given nor beside the file; "
-        "write the path where it is"
+        f"{where} names the adapter {shown(name)}, and no such folder exists, neither as given nor next to the file; "
+        "write its full path"
     )
 
 
 def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[str, Tensor]:
-    """Returns the tensors of one part of a hybrid by their names in the whole, from their names in a file of the part
-    alone. Operators may be inside the operators of the whole.
+    """Returns the tensors of one part of a hybrid by their names in a file of the hybrid, from their names in a file of
+    the part alone. The part's operators may be submodules of the hybrid's operators.
 
     Args:
-        part: its name.
+        part: the name of the part.
     """
     owners = {id(inner): f"{graft.key}.{path}".removesuffix(".") for graft in whole.grafts
               for path, inner in graft.operator.named_modules()}  # fmt: skip

@@ -1,5 +1,6 @@
-"""Our own file format: ``adapter.safetensors``, whose header holds the envelope too, so that the one file is whole or
-is not there, also after a save that was killed; and ``adapter.json``, the envelope for people and tools to read."""
+"""The file format of peftcore. ``adapter.safetensors`` has the tensors, and the envelope (the description) in its
+header, so that one file is enough, and a save that is killed leaves no half of an adapter. ``adapter.json`` repeats the
+envelope for people and tools to read."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ METADATA = "peftcore"
 
 
 class Native(Format):
-    """Our own file format."""
+    """The file format of peftcore."""
 
     name = "peftcore"
     file = TENSORS
@@ -74,8 +75,8 @@ class Native(Format):
         held = [tensor for _, module in injection.modules() for tensor in module.state_dict(keep_vars=True).values()]
         if len(set(map(id, held))) != len(held):
             raise PluginError(
-                f"{injection.method.name} registers a tensor twice: keep what surgeon.own returns, do not make it a "
-                "child"
+                f"{injection.method.name} registers a tensor twice: keep the object that surgeon.own returns, and do "
+                "not register its module as a child"
             )
         rows = added_rows(injection)
         envelope = envelope_of(injection, weights, spans(rows))
@@ -93,7 +94,7 @@ def _tensors_of_rows(rows: Mapping[str, AddedRows], dtype: torch.dtype) -> dict[
 def _read(path: Path) -> tuple[TensorFile, Envelope]:
     file = TensorFile(path / TENSORS if path.is_dir() else path)
     if METADATA not in file.metadata:
-        raise CheckpointError(f"{file.path} does not say what adapter it holds")
+        raise CheckpointError(f"{file.path} lacks the metadata {METADATA!r}, which describes an adapter of peftcore")
     return file, parse_envelope(parse_json(file.metadata[METADATA], file.path), file.path)
 
 
@@ -105,7 +106,7 @@ def _place(site: SavedSite) -> str:
 
 
 class NativeContent(Content):
-    """The content of a file of our own, whose tensors have our own names."""
+    """The content of a file in peftcore's own format, whose tensors need no translation of names."""
 
     def __init__(self, envelope: Envelope, file: TensorFile, move: Move, left: tuple[str, ...] = ()) -> None:
         super().__init__(envelope, file.path)
@@ -127,7 +128,7 @@ class NativeContent(Content):
 
 
 def moved(envelope: Envelope, move: Move) -> Envelope:
-    """Returns the envelope with the host's own paths."""
+    """Returns the envelope with its paths moved to those of the host."""
     if move == Move():
         return envelope
     selections = {

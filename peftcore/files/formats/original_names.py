@@ -1,7 +1,7 @@
 """Names of modules in the original code of Flux, Wan and Stable Diffusion, which files of LoRA use.
 
-Several modules of diffusers can be one module there, whose outputs are concatenated: ``to_q``, ``to_k`` and
-``to_v`` of Flux are ``img_attn.qkv``, and in single blocks, with ``proj_mlp``, ``linear1``.
+Several modules of diffusers can be one module of the original code, whose outputs are concatenated: ``to_q``, ``to_k``
+and ``to_v`` of Flux are ``img_attn.qkv``, and in single blocks, with ``proj_mlp``, ``linear1``.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from peftcore.files.formats.ldm_names import ldm_names
 
 @dataclass(frozen=True)
 class OriginalModule:
-    """A module of the original code, as the host has it."""
+    """A module of the original code, as the modules of the host that it corresponds to."""
 
     paths: tuple[str, ...]
-    """The host's modules, whose outputs are concatenated in this order in the original's."""
+    """The host's modules; the original module's output is the concatenation of their outputs in this order."""
     swapped: bool = False
-    """Whether its outputs are in two halves that the host has the other way round: shift and scale."""
+    """True if the host has the two halves of the outputs, shift and scale, in the opposite order."""
 
     @property
     def whole(self) -> bool:
-        """Whether it is one module of the host as it is."""
+        """True if it is exactly one module of the host."""
         return len(self.paths) == 1 and not self.swapped
 
 
 Names = Mapping[str, str]
-"""Original names, and the host's; several with spaces between them, one with a ``~`` in front where it is swapped."""
+"""Original names, with the host's names for them: several names are separated by spaces, and a ``~`` in front means
+that the halves are swapped."""
 IMAGE, TEXT = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 FLUX_DOUBLE: Names = {
     "img_attn.qkv": IMAGE,
@@ -104,15 +105,15 @@ WAN_AROUND: Names = {
 }
 FLUX = {"time_text_embed.text_embedder.linear_1", "time_text_embed.timestep_embedder.linear_1", "norm_out.linear"}
 FLUX_BLOCKS = "transformer_blocks.0.norm1_context.linear", "single_transformer_blocks.0.proj_mlp"
-"""Paths of which Flux has at least one; besides, its `x_embedder` is a single layer."""
+"""Paths by which Flux is recognized: it has at least one of them, and its `x_embedder` is a single layer."""
 WAN = {"blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "blocks.0.ffn.net.0.proj", "condition_embedder.time_proj"}
 QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q_proj", "txt_norm", "norm_out.linear"}
-"""Paths by which a host is known."""
+"""Paths by which Qwen-Image is recognized."""
 
 
 def original_names(paths: Collection[str]) -> dict[str, OriginalModule]:
-    """Returns what original names mean on a host of these paths, the names that are written first; nothing if the
-    original code is unknown, or has the same names as the host."""
+    """Returns the modules of the original code by their names, for a host with these paths; names that are used for
+    writing are first. Empty if the original code is unknown, or has the same names as the host."""
     if _is_flux(paths):
         double, single = ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")
         found = [
@@ -130,8 +131,8 @@ def original_names(paths: Collection[str]) -> dict[str, OriginalModule]:
 
 
 def is_transformer(paths: Collection[str]) -> bool:
-    """Whether a host is a transformer of diffusers whose original names are known: Flux, Wan, or Qwen-Image, where they
-    are the host's own."""
+    """True if a host is a transformer of diffusers whose original names are known: Flux, Wan, or Qwen-Image, whose
+    original names are the host's own."""
     return _is_flux(paths) or set(paths) >= WAN or set(paths) >= QWEN_IMAGE
 
 
@@ -141,7 +142,7 @@ def _is_flux(paths: Collection[str]) -> bool:
 
 
 def written_names(names: Mapping[str, OriginalModule]) -> dict[str, str]:
-    """Returns the original name of each path, the first where there are several."""
+    """Returns the original name for each path of the host; the first if there are several."""
     found: dict[str, str] = {}
     for name, original in names.items():
         for path in original.paths:

@@ -1,5 +1,5 @@
-"""Names and regular expressions for modules, as in peft's files. An expression from a file is untrusted, so it gets one
-second, and all of a file together get not much more."""
+"""Matches module paths with names and regular expressions, as in peft's files. Expressions from files are untrusted, so
+all expressions of a file share a time limit of one second."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ SECONDS = 1.0
 LONGEST = 100_000
 """The largest number of characters in an expression."""
 GROUPS = 500
-"""The largest number of parentheses in an expression: the time to parse nested groups grows with the square of how deep
-they are, and no limit ends it."""
+"""The largest number of opening parentheses in an expression: the time to parse nested groups grows with the square of
+their depth, and the time limit does not apply to parsing."""
 _left: ContextVar[list[float] | None] = ContextVar("left", default=None)
 
 
 @contextmanager
 def one_file() -> Iterator[None]:
-    """Context manager in which all expressions share their time: a file may have many."""
+    """Context manager in which all expressions share one time limit, since a file may have many."""
     with holding(_left, [SECONDS]):
         yield
 
 
 def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool = False) -> set[str]:
-    """Returns the paths that match an expression as a whole; with `endings`, also those of which an end after a dot
-    does.
+    """Returns the paths that match a regular expression in full; with `endings`, also paths in which the part after
+    some dot matches in full.
 
     Raises:
-        CheckpointError: it is not a regular expression, takes too long, or the package ``regex``, which can stop in
-            time, is not installed.
+        CheckpointError: it is not a regular expression, takes too long, or the package ``regex``, which supports a time
+            limit, is not installed.
     """
     if re.fullmatch(r"[\w.-]+", pattern):  # a name: its dots are meant as dots
         return {path for path in paths if path == pattern or (endings and path.endswith(f".{pattern}"))}
@@ -44,18 +44,22 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
         import regex
     except ImportError:
         raise CheckpointError(
-            f"{where} has the regular expression {pattern!r}, which is only matched within a time limit: "
+            f"{where} has the regular expression {pattern!r}, which peftcore matches within a time limit: "
             "pip install regex"
         ) from None
     if len(pattern) > LONGEST:
-        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters")
+        raise CheckpointError(
+            f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters, more than {LONGEST}"
+        )
     if pattern.count("(") > GROUPS:
-        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {pattern.count('('):,} groups")
+        raise CheckpointError(
+            f"{where}: {shown(pattern)} cannot be matched: it has {pattern.count('('):,} groups, more than {GROUPS}"
+        )
     left = _left.get() or [SECONDS]
     found, start = set(), time.monotonic()
     try:
         if left[0] <= 0:  # each by itself may be quick; reading so many is not
-            raise TimeoutError("the expressions before it in the file took all of their time")
+            raise TimeoutError("the expressions before it in the file used up the time limit")
         re.compile(pattern)  # the extensions of `regex` (recursion) mean nothing to peft
         compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})" if endings else pattern)
         for path in paths:
@@ -68,6 +72,6 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
 
 
 def ending(paths: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns the paths that are one of the names, or end with one after a dot."""
+    """Returns the paths that are equal to one of the names, or end with a dot and one of the names."""
     names = tuple(names)
     return {path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)}

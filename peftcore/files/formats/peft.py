@@ -1,7 +1,7 @@
-"""Folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reads and writes folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-This module and `peft_writing` hold what all of peft's types have in common: names of tensors, targets, patterns,
-modules that train along. A `PeftMethod` translates the options and tensors of one type.
+This module and `peft_writing` handle the parts that all of peft's types have in common: names of tensors, targets,
+patterns, and modules that train with the adapter. A `PeftMethod` translates the options and tensors of one type.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ NEUTRAL = (
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "fan_in_fan_out", "runtime_config", "init_weights", "megatron_core",
 )  # fmt: skip
-"""Options that change nothing that is computed: origin, start, and properties of the host's layers."""
+"""Options that do not change the adapter's outputs: origin, initialization, and properties of the host's layers."""
 
 TABLES = ("embed_tokens", "lm_head")
-"""The names of token tables that peft saves with an adapter for every model."""
+"""Names of the token tables that peft saves with the adapters of any model."""
 
 COUNT = "num_batches_tracked"
-"""The buffer of a norm that changes nothing of what it computes."""
+"""The buffer of a norm that does not change its outputs."""
 
 
 class Peft(Format):
@@ -129,21 +129,21 @@ def _named(method: PeftMethod, keys: Keys) -> dict[str, Path]:
     for name, path in method.named(keys).items():
         folder = named_folder(path, keys.where.parent, keys.where)
         if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"{keys.where} names {folder}, which is no adapter of peft; {held_by(folder)}")
+            raise CheckpointError(f"{keys.where} names {folder}, which is not an adapter of peft; {held_by(folder)}")
         kind = read_json(folder / CONFIG).get("peft_type")
         if kind not in method.part_kinds:
             known = " and ".join(method.part_kinds)
-            raise CheckpointError(f"{keys.where} names {folder}, which is {shown(kind)}, and takes {known} alone")
+            raise CheckpointError(f"{keys.where} names {folder}, which is {shown(kind)}, but has to be {known}")
         found[name] = folder
     return found
 
 
 def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:
-    """Returns the description in options and names of tensors, without a host.
+    """Returns the description of an adapter from its options and the names of its tensors, without a host.
 
     Args:
-        name: of the format.
-        names: as of `PeftContent`.
+        name: the name of the format.
+        names: as in `PeftContent`.
     """
     kind = keys.take("peft_type", str)
     about = Description(
@@ -182,7 +182,7 @@ def _class_of(keys: Keys) -> str:
 
 @dataclass
 class PeftPart:
-    """The part of a file that one of our methods reads; nearly always all of it."""
+    """The part of a file that one of our methods reads; nearly always the whole file."""
 
     method: PeftMethod
     keys: Keys
@@ -195,8 +195,8 @@ class PeftContent(Content):
     """The content of a peft adapter for one host.
 
     Args:
-        names: the adapter's tensors: their names in the file, by peft's names for them.
-        exact: other values of options at some modules, by the paths that `names` have for them.
+        names: the names of the adapter's tensors in the file, by the names that peft itself would use.
+        exact: values of options that differ at some modules, by the modules' paths in `names`.
     """
 
     def __init__(
@@ -266,7 +266,9 @@ class PeftContent(Content):
         """
         held = content.envelope
         if beside := [*held.train, *held.rows]:
-            raise CheckpointError(f"{content.where}: as a part ({name}) it cannot have what trains along: {beside[0]}")
+            raise CheckpointError(
+                f"{content.where}: as the part {name} it cannot have values of other modules, such as {beside[0]}"
+            )
         return held
 
     def _options(self, part: PeftPart) -> dict[str, Any]:
@@ -311,7 +313,7 @@ class PeftContent(Content):
             elif self.file.shapes[full] != parameters[path].shape or not torch.equal(
                 self.file.read([full])[full].to(parameters[path]), parameters[path]
             ):
-                self.sorted.wrong.append(f"{full} is none of the adapter's modules and differs from the host's {path}")
+                self.sorted.wrong.append(f"{full} does not belong to the adapter and differs from the host's {path}")
         return found
 
     def _copied(self, path: str, names: Collection[str]) -> str | None:
@@ -333,7 +335,9 @@ class PeftContent(Content):
             self.repeated.add(full)
             same = own.is_meta or leaf == COUNT or torch.equal(self.file.read([full])[full].to(own), own)
             if not same:
-                self.sorted.wrong.append(f"{full} differs from the host's {path}, and only parameters are replaced")
+                self.sorted.wrong.append(
+                    f"{full} differs from the host's buffer {path}, and only parameters can be replaced"
+                )
 
     def _is_table(self, path: str) -> bool:
         module = self.model.get_submodule(path)
@@ -351,11 +355,11 @@ class PeftContent(Content):
             rows = len(held.get("weight", ()))
             strange = [leaf for leaf in held if leaf not in own or held[leaf].shape != (rows, *own[leaf].shape[1:])]
             if strange or not rows:
-                self.sorted.wrong.append(f"{names[(strange or list(names))[0]]} is none of the host's {path}")
+                self.sorted.wrong.append(f"{names[(strange or list(names))[0]]} does not fit the host's {path}")
             elif rows != len(own["weight"]):
                 self.sorted.wrong.append(
                     f"{names['weight']} has {rows} rows and the host's {path} {len(own['weight'])}: "
-                    f"model.resize_token_embeddings({rows}) first"
+                    f"call model.resize_token_embeddings({rows}) first"
                 )
             elif (start := min(_first_difference(held[leaf], own[leaf]) for leaf in held)) < rows:
                 found[path] = AddedRows(start, rows, held["weight"], held.get("bias", own.get("bias")))

@@ -1,4 +1,4 @@
-"""Layers as peft distinguishes them, and the cases in which its arithmetic differs from the layer's."""
+"""Classes of layers that peft distinguishes, and layers for which peft computes something else than peftcore."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from peftcore.layers.layer import plain_class
 
 
 def is_one_of(site: Any, kinds: Iterable[type]) -> bool:
-    """Whether a site is the weight of one whole layer of these kinds: classes of modules, or of our layers."""
+    """True if a site is the whole weight of a layer of one of `kinds`, which are classes of modules or of our
+    layers."""
     plain = site.slices is None and not site.batch and site.tensor == "weight"
     return plain and (isinstance(site.module, tuple(kinds)) or type(site.layer) in kinds)
 
 
 def not_added(site: Any) -> str:
-    """Returns the reason why a layer's output plus that of an update is not the output with the updated weight.
-
-    It is empty where the two are equal: peft's additive types compute the sum, ours the second where the two differ.
+    """Returns the reason why, for a layer, the sum of its output and the update's output differs from the output with
+    the updated weight; empty if both are equal. peft's additive types compute the former, our methods the latter.
     """
     module, forward = site.module, plain_class(site.module).forward
     if isinstance(module, _ConvNd) and module.padding_mode != "zeros":
@@ -31,13 +31,13 @@ def not_added(site: Any) -> str:
     utils = sys.modules.get("transformers.pytorch_utils")  # without transformers no module can be one of theirs
     known = [nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *([utils.Conv1D] if utils else [])]
     if not site.layer.packed and all(forward is not kind.forward for kind in known):
-        return "a forward of the layer's own"
+        return "the layer's own forward"
     return ""
 
 
 def uneven(module: nn.Module) -> str:
-    """Returns the reason why peft's rotations do not fit a convolution in two dimensions: they take one number for the
-    kernel, the stride and the padding, and ignore dilation. Empty for other layers."""
+    """Returns the reason why peft's rotations do not support a 2D convolution; empty for other layers. peft assumes
+    equal kernel sizes, strides and paddings in both dimensions, and no dilation."""
     if not isinstance(module, nn.Conv2d):
         return ""
     pairs = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}

@@ -1,7 +1,7 @@
-"""`PeftMethod`, the translation between one of our methods and one type of peft.
+"""`PeftMethod`, the base class of translations between one of our methods and one adapter type of peft.
 
-The plugin of our method registers it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant
-to another's type registers it under ``"peft/TYPE/NAME"``.
+The plugin of our method registers it under ``"peft/TYPE"`` in the hook `peftcore_translations`; a plugin that adds a
+variant to a type of another plugin registers it under ``"peft/TYPE/NAME"``.
 """
 
 from __future__ import annotations
@@ -26,51 +26,58 @@ from peftcore.registry.plugins import imported, named_places
 
 
 class PeftMethod(ABC):
-    """Base class of translations between one of our methods and one type of peft."""
+    """Base class of translations between one of our methods and one adapter type of peft, such as ``"LORA"``."""
 
     methods: tuple[str, ...]
-    """Our methods that it can hold; the first is the one that is read."""
+    """Names of our methods that can be written as this type; files are read as the first of them."""
     below: tuple[str, ...] = ()
-    """Names of its tensors below a module: ``"lora_A.weight"``."""
+    """Names of the type's tensors below a module: ``"lora_A.weight"``."""
     root: ClassVar[tuple[str, ...]] = ()
-    """Names of its tensors that belong to the adapter as a whole; a name that ends with a dot is a beginning."""
+    """Names of the type's tensors that belong to the whole adapter, not to a module; a name that ends with a dot is a
+    prefix."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """Names of its tensors in a file of another type, by their names in one of its own."""
+    """By the names of the type's tensors in its own files: their names in a file that holds two types, of which the
+    other is the main one."""
     stem: ClassVar[str] = PREFIXES[0]
-    """The prefix of the host's paths."""
+    """The prefix of the host's paths in the file."""
     kinds: ClassVar[tuple[type, ...]] = ()
-    """Layers that peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
+    """The classes of layers that peft adapts with this type: classes of modules, or of our layers. If empty, layers are
+    not checked."""
     adds: ClassVar[bool] = False
-    """Whether peft adds an update's output to the layer's: layers are refused where the output with the updated weight,
-    which is ours, is another."""
+    """True if peft adds the output of the update to the output of the layer. peftcore uses the updated weight instead,
+    so layers for which the two outputs differ are refused."""
     bias: ClassVar[str] = ""
-    """The value of the option `bias` with which biases of adapted modules train, in types that have the option."""
+    """The value of peft's option `bias` with which the biases of adapted modules train; empty for types without the
+    option."""
     ties: ClassVar[str] = ""
-    """The option that keeps an embedding and its heads tied where they train along; empty in types without one."""
+    """The option of peft that keeps an embedding and its heads tied while they train; empty for types without such an
+    option."""
     trained_beside: ClassVar[bool] = True
-    """Whether its files can have modules and token tables of the host that train along."""
+    """True if files of the type can contain modules and token tables of the host that train with the adapter."""
     folders: ClassVar[str] = ""
-    """The option in which a file names the folders of other adapters, by name; empty if it uses no other adapters.
-    These adapters are the parts of our method, each a part of its name."""
+    """The option with which a file lists the folders of other adapters by name; empty if the type uses no other
+    adapters. The adapters become the parts of our method, with the same names."""
     part_kinds: ClassVar[tuple[str, ...]] = ()
-    """The types of peft that they can be."""
+    """The types of peft that the adapters in `folders` may have."""
     patterns: ClassVar[Mapping[str, str]] = {}
-    """Options that hold values by pattern of path, and the option that each of them changes."""
+    """Options with values by pattern of module path, such as `rank_pattern`, each with the option whose value it
+    changes."""
     advice: ClassVar[Mapping[str, str]] = {}
-    """What to write in peftcore for options of this type, ``{"init_r": "use rank="}``, shown to users who write peft's
-    name; options that many types share have advice in the core."""
+    """Hints for users who pass an option of peft by its name to peftcore, ``{"init_r": "use rank="}``. The core has the
+    hints for options that many types share."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        """Returns our options with "method", from peft's and from shapes of the tensors at one place, by `below` or
-        `root`.
+        """Returns our options, with "method", from peft's options and from the shapes of the tensors at one place;
+        `shapes` has them by the names in `below` or `root`.
 
         Raises:
-            CheckpointError: our method cannot compute the options, or they do not fit the shapes.
+            CheckpointError: our method cannot compute the same with these options, or they do not fit the shapes.
         """
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Returns other values of peft's options for some places, by path in the file: `options` gets them there.
+        """Returns the values of peft's options that differ from the general ones, by path in the file; `options` is
+        called with them for these places.
 
         Raises:
             CheckpointError: a pattern is not a regular expression, or takes too long; or a value is not valid for this
@@ -87,134 +94,133 @@ class PeftMethod(ABC):
         return found
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
-        """Returns the modules that the options target, of those at `paths`; None where they do not say."""
+        """Returns the modules among `paths` that the options target; None if the options do not specify targets."""
         return modules_meant(keys, paths)
 
     def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
-        """Returns the places of the file that our method has as well. A place that repeats another is left out, once it
-        is verified to be equal."""
+        """Returns the places of the file that our method has too. A place that peft stores as a copy of another place
+        is left out after a check that both are equal."""
         return list(groups)
 
     def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
-        """Returns our method's selections, from the places that have tensors; none for a method that finds its place
-        itself."""
+        """Returns the selections of sites of our method, from the places that have tensors; empty for a method that
+        chooses its sites itself."""
         return {"": tuple(sites)} if self.below else {}
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-        """Returns other types of peft that the same file holds besides this one, with their options.
+        """Returns the other types of peft that the same file contains, with their options.
 
         Raises:
-            CheckpointError: they cannot be understood.
+            CheckpointError: the options for them cannot be understood.
         """
         return []
 
     def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-        """Returns the options by which a file of this type holds others, from theirs: the inverse of `companions`.
-
-        None where it does not hold them.
-        """
+        """Returns the options of a file of this type that also contains other types, from the options of each; None if
+        this type cannot be combined with them. The inverse of `companions`."""
         return None
 
     def named(self, keys: Keys) -> dict[str, str]:
-        """Returns the paths of the adapters that the file names in `folders`, by name.
+        """Returns the paths of the other adapters that the file lists in the option `folders`, by name.
 
         Raises:
-            CheckpointError: they are not paths, or peft would not take them for these parts.
+            CheckpointError: the option does not contain paths, or peft would not use the adapters for these parts.
         """
         found = keys.table(self.folders) if self.folders else {}
         if strange := [name for name, path in found.items() if not isinstance(path, str)]:
-            raise CheckpointError(f"{keys.where}: {self.folders!r} has {shown(found[strange[0]])}, which is no path")
+            raise CheckpointError(f"{keys.where}: {self.folders!r} has {shown(found[strange[0]])}, which is not a path")
         return found
 
     def parts_options(self, keys: Keys, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Returns our options of the parts, from the options of the adapters that the file names.
+        """Returns the option ``parts`` of our method, from our options of the adapters that the file lists.
 
         Raises:
-            CheckpointError: our method cannot compute them as parts.
+            CheckpointError: our method cannot use them as parts.
         """
         return {"parts": list(parts)} if self.folders else {}
 
     def part_differs(self, options: Mapping[str, Any]) -> str:
-        """Returns the reason why peft computes something else with a part that has these options of peft's, which is
-        to be written as an adapter that the file names; empty where it does not."""
+        """Returns the reason why peft would compute something else with a part whose adapter has these options of peft;
+        empty if it computes the same."""
         return ""
 
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
-        """Returns the parameters below a module that are replaced besides, such as a bias."""
+        """Returns the names of the module's parameters that the adapter replaces in addition, such as ``"bias"``."""
         return ()
 
     def differs(self, place: Place) -> str:
-        """Returns the reason why peft computes something else at a place of a kind that it takes; empty where it does
-        not. An adapter with such a place is neither read nor written."""
+        """Returns the reason why peft computes something else at a place, although it adapts layers of this kind; empty
+        if it computes the same. An adapter with such a place is neither read nor written."""
         return not_added(place.site) if self.adds else ""
 
     def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
-        """Refuse a place where peft computes something else.
+        """Raise `error` if peft computes something else at a place.
 
         Raises:
-            CheckpointError, ExportError: whichever is wanted.
+            CheckpointError, ExportError: peft computes something else; `error` is the class that is raised.
         """
         if self.kinds and not is_one_of(place.site, self.kinds):
             known = ", ".join(each.__name__ for each in self.kinds)
-            raise error(f"{where}{place.site.path} is none of what peft adapts so: {known}")
+            raise error(f"{where}{place.site.path} is not a layer that peft adapts this way: {known}")
         if other := self.differs(place):
             raise error(f"{where}{place.site.path}: peft computes something else with {other}")
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """Returns one operator's tensors by our names, from those at its module (or of the whole, for a method
-        without).
+        """Returns the tensors of one operator by our names, read from the tensors of its module, or from those of the
+        whole adapter if the method has no tensors at modules.
 
         Raises:
-            CheckpointError: their values cannot be ours.
+            CheckpointError: our method cannot have these values.
         """
 
     def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of shared state by our names, from those of the whole adapter."""
+        """Returns the tensors of shared state (`name`) by our names, read from the tensors of the whole adapter."""
         return {}
 
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
-        """Returns the value of a parameter that `trains` named; `config` are our options."""
+        """Returns the value of a parameter that `trains` names; `config` are our options."""
         raise NotImplementedError
 
     def pattern(self, path: str, paths: Collection[str]) -> str:
-        """Returns a pattern that matches exactly one of all adapted modules.
+        """Returns a pattern of peft that matches only `path` among the adapted modules.
 
         Raises:
-            ExportError: none does.
+            ExportError: there is no such pattern.
         """
         return f"^{re.escape(path)}"
 
     def holds(self, config: Any) -> bool:
-        """Whether this type is the one that has our method with these options, where several types have the method."""
+        """True if our method with these options is written as this type, if several types have the method."""
         return True
 
     def write_options(self, config: Any) -> dict[str, Any]:
         """Returns peft's options from ours, for one place.
 
         Raises:
-            ExportError: peft cannot compute them.
+            ExportError: peft cannot compute the same with any options.
         """
         return {}
 
     def write_options_at(self, place: Place) -> dict[str, Any]:
-        """Returns peft's options for one place, where these depend on the place; options left out do not matter there.
+        """Returns peft's options for one place, if they depend on the place. Options that do not matter at the place
+        are left out.
 
         Raises:
-            ExportError: peft cannot compute it there.
+            ExportError: peft cannot compute the same at this place.
         """
         return self.write_options(place.config)
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
-        """Returns options that the file has once, from all operators and the host.
+        """Returns options that the file has once for the whole adapter, from all operators and the host.
 
         Raises:
-            ExportError: they differ where peft has one for all.
+            ExportError: operators differ in an option that peft has once for all.
         """
         return {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
-        """Returns one operator's tensors by peft's names.
+        """Returns the tensors of one operator by peft's names.
 
         Raises:
             ExportError: peft has no names for its tensors.
@@ -225,23 +231,23 @@ class PeftMethod(ABC):
         """Returns tensors that several operators share in the file, by peft's names.
 
         Raises:
-            ExportError: the operators differ where the file has one tensor.
+            ExportError: the operators have different values of a tensor that the file has once.
         """
         return {}
 
     def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Returns shared state by peft's names."""
+        """Returns the tensors of shared state (`name`) by peft's names."""
         return {}
 
 
 def peft_methods() -> dict[str, str]:
-    """Returns peft's types that plugins can read, with the classes of their translations."""
+    """Returns the types of peft that installed plugins can read, each with the path of its translation's class."""
     return {kind: place for kind, place in _named_below("peft/").items() if "/" not in kind}
 
 
 def peft_variants(kind: str) -> dict[str, str]:
-    """Returns the variants that plugins add to one type of peft, with their classes: the type's translation says what
-    these are to be."""
+    """Returns the variants that plugins add to one type of peft, each with the path of its class; the type's
+    translation defines the base class of variants."""
     return _named_below(f"peft/{kind}/")
 
 

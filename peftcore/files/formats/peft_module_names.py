@@ -1,4 +1,4 @@
-"""Names in peft's files: the modules of the host that tensors belong to, and the modules that options target."""
+"""Names in peft's files: finds the host's modules for tensors, and the modules that options target."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from peftcore.files.formats.rebasing import Move, find_move
 from peftcore.files.safe_io import TensorFile
 
 PREFIXES = ("base_model.model.", "base_model.")
-"""The prefixes that peft writes: of modules of the host, and of its own shared state."""
+"""The prefixes of names in peft's files: for modules of the host, and for shared state of the adapter."""
 WRAPPER = "base_layer"
-"""Peft's name for the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
+"""Peft's name for the module inside of its wrapper; if several parameters of a module are adapted, the wrappers are
+nested."""
 
 TOKENS = "token_adapter"
-"""Peft's name for the module by which LoRA trains single tokens, which wraps a table too."""
+"""Peft's name for the wrapper of a token table by which LoRA trains single tokens."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors at one module, or at one parameter of a module."""
+    """The tensors of the file that belong to one module, or to one parameter of a module."""
 
     site: SavedSite
-    """The record of the module in our file."""
+    """The site, as recorded in our own files."""
     written: str
     """The module's path in the file."""
     names: Mapping[str, str]
     """Full names by their names below the module."""
     parameter: bool = False
-    """Whether `target_parameters` matches it."""
+    """True if it is a parameter, targeted by `target_parameters`."""
 
     @property
     def path(self) -> str:
@@ -44,7 +45,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The path that patterns of peft match."""
+        """The path to match with patterns of peft."""
         return f"{self.written}.{self.site.tensor}" if self.parameter else self.written
 
     @property
@@ -70,7 +71,7 @@ class Sorted:
 
 
 def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
-    """Returns names in a file of peft by the names without peft's prefix.
+    """Returns the names of tensors in a file of peft, by the same names without peft's prefix.
 
     Args:
         stem: the prefix of the host's paths.
@@ -82,7 +83,7 @@ def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
 
 
 def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
-    """Returns names in a file by the names that they mean.
+    """Returns the names of tensors in a file by their translated names, which have to be unique.
 
     Raises:
         CheckpointError: two tensors have one name.
@@ -106,9 +107,10 @@ Grouped = tuple[dict[tuple[str, int], dict[str, str]], dict[str, str], dict[str,
 
 
 def grouped_names(names: Mapping[str, str], below: Iterable[str], root: Iterable[str]) -> Grouped:
-    """Returns full names by path and depth of the wrapper, and by the name below; those of the whole; and the others.
+    """Returns the full names of tensors in three groups: of modules, by the module's path and the number of wrappers in
+    it, and by the name below; of the whole adapter, by name; and all others, by name.
 
-    Args: as of `sort_names`.
+    The arguments are those of `sort_names`.
     """
     below, root = sorted(below, key=len, reverse=True), tuple(root)
     grouped: dict[tuple[str, int], dict[str, str]] = {}
@@ -139,12 +141,12 @@ def sort_names(
     """Sort a file's tensors by the modules of the host.
 
     Args:
-        names: the tensors to sort: their names in the file, by peft's names for them.
-        below: names of tensors below a module.
-        root: names of tensors of the whole.
+        names: the names of the tensors in the file, by the names that peft itself would use.
+        below: the names that tensors of modules can have below their module.
+        root: the names of tensors that belong to the whole adapter.
 
     Raises:
-        HostMismatch: the host lacks their modules.
+        HostMismatch: the host lacks a module of the file.
     """
     modules = dict(model.named_modules())
     grouped, whole, rest = grouped_names(names, below, root)
@@ -181,36 +183,39 @@ def sort_names(
 
 
 def written_path(path: str, move: Move) -> str:
-    """Returns the path in the file of a module or parameter of the host."""
+    """Returns the path that a module or parameter of the host has in the file."""
     return f"{move.old}.{path}".strip(".") if move.old else path.removeprefix(move.new).removeprefix(".")
 
 
 def written_paths(found: Sorted, model: nn.Module) -> list[str]:
-    """Returns the paths of the host's modules as the file would have them."""
+    """Returns the paths that the host's modules would have in the file."""
     return [written_path(path, found.move) for path in dict(model.named_modules()) if path]
 
 
 def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sorted, groups: Iterable[Group]) -> None:
-    """Record where the options and the tensors do not name the same places.
+    """Record an error for each place that the options target and that has no tensors in the file, or the reverse.
 
-    Peft puts an operator at every place that the options name; one without tensors in the file would stay as it was
-    drawn there, so such a file is damaged.
+    Peft adapts every place that the options target. A place without tensors in the file would keep its random initial
+    values, so such a file is damaged.
 
     Args:
-        meant: the modules that the options target; None where they do not say.
-        parameters: the parameters that they target.
+        meant: the modules that the options target; None if the options do not specify targets.
+        parameters: the parameters that the options target.
     """
     for option, wanted, held in (
         ("target_parameters", set(parameters), {group.key for group in groups if group.parameter}),
         ("target_modules", meant, {group.written for group in groups if not group.parameter}),
     ):
         if wanted is not None:
-            found.wrong += [f"missing tensors for {path}, which {option} means" for path in sorted(wanted - held)]
-            found.wrong += [f"unknown tensors for {path}, which {option} leaves out" for path in sorted(held - wanted)]
+            found.wrong += [f"missing tensors for {path}, which {option} matches" for path in sorted(wanted - held)]
+            found.wrong += [
+                f"unknown tensors for {path}, which {option} does not match" for path in sorted(held - wanted)
+            ]
 
 
 def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
-    """Returns the parameters of the host that `target_parameters` matches, as the file would have their paths."""
+    """Returns the parameters of the host that `target_parameters` matches, by the paths that they would have in the
+    file."""
     paths = [
         f"{written_path(path, found.move)}.{name}"
         for path, module in model.named_modules()
@@ -220,7 +225,7 @@ def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
 
 
 def modules_meant(keys: Keys, paths: Iterable[str]) -> set[str] | None:
-    """Returns the modules that the options target; None where they do not say."""
+    """Returns the modules that the options target; None if the options do not specify targets."""
     target = keys.take("target_modules", (list, str), None)
     only, lists = keys.take("layers_to_transform", (list, int), None), keys.names("layers_pattern")
     exclude = keys.take("exclude_modules", (list, str), None)

@@ -1,4 +1,5 @@
-"""Soft prompts in folders of peft: one tensor for the whole adapter, and the sizes of the host that peft saves."""
+"""Translates soft prompts in folders of peft, which have one tensor for the whole adapter, and sizes of the host in
+their options."""
 
 from __future__ import annotations
 
@@ -34,24 +35,24 @@ TASKS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
 }
-"""Peft's tasks, and where transformers lists the models that are made for them."""
+"""Peft's task types, with the Auto classes' mappings in which transformers lists the models for each."""
 
 
 class SoftPrompt(PeftMethod):
-    """Base class for types of peft whose tensors belong to the sequence, and not to modules.
+    """Base class for types of peft whose tensors extend the sequence instead of changing modules.
 
-    Peft classifies by the first row of the prompt, where ours uses the first token. So prompts of encoders that
-    classify are refused.
+    With a classifying encoder, peft pools the first row of the prompt, and peftcore the first token. Prompts of such
+    encoders are refused.
     """
 
     stem = PREFIXES[-1]
     root: ClassVar[tuple[str, ...]] = (ROWS,)
-    """Names of its tensors that belong to the adapter as a whole."""
+    """Names of the type's tensors that belong to the whole adapter."""
     most_stacks: ClassVar[int] = 1
-    """2 where peft may have rows in front of a decoder too, besides its encoder."""
+    """The largest number of stacks: 2 if peft supports a prompt for the decoder in addition to the encoder."""
 
     def shared_options(self, keys: Keys) -> int:
-        """Take the options that all soft prompts have; returns the number of rows."""
+        """Read the options that all soft prompts have; returns the number of rows of the prompt."""
         keys.pass_over("token_dim", "num_layers", "num_attention_heads")
         halves(keys)
         length: int = keys.take("num_virtual_tokens", int)
@@ -61,29 +62,31 @@ class SoftPrompt(PeftMethod):
         """Verify that the file has as many rows as its options say.
 
         Raises:
-            CheckpointError: it has not.
+            CheckpointError: the file has another number of rows.
         """
         rows = keys.take("num_virtual_tokens", int) * halves(keys)
         if ROWS in shapes and shapes[ROWS][0] != rows:
             raise CheckpointError(f"{keys.where} has {shapes[ROWS][0]} rows, but its options say {rows}")
 
     def stacks(self, keys: Keys, model: nn.Module, roles: Sequence[str] = ("stack",)) -> tuple[SavedSite, ...]:
-        """Returns the stacks in front of which the prompt is inserted, one for each of `roles`.
+        """Returns the stacks of blocks (encoder, decoder) that get the prompt, one for each of `roles`.
 
         Raises:
-            HostMismatch: the host has other ones, or peft computes something else with it.
+            HostMismatch: the host has other stacks, or peft computes something else with the prompt.
         """
         resolver = resolver_of(model)
         sites = [site for role in roles for site in _at(resolver, role)]
         if len(sites) != len(roles):
             paths = ", ".join(site.module_path for site in sites)
-            raise HostMismatch(f"{keys.where} has a soft prompt for one stack of tokens; this host has {paths}")
+            raise HostMismatch(
+                f"{keys.where} has a soft prompt for {len(roles)} stack(s) of blocks; this host has {paths or 'none'}"
+            )
         for site in sites:
             stack = locate_stack(site, resolver).stack
             if keys.take("task_type", str, "") == "SEQ_CLS" and not stack.causal:
                 raise HostMismatch(
-                    f"{keys.where} is for classification by an encoder: peft pools the prompt's first row there, and "
-                    "not the first token; peftcore does not"
+                    f"{keys.where} is for classification by an encoder: peft pools the first row of the prompt instead "
+                    "of the first token; peftcore does not support that"
                 )
         return tuple(map(SavedSite.of, sites))
 
@@ -93,13 +96,15 @@ class SoftPrompt(PeftMethod):
         task = task_of(model)
         if task is None:
             name = plain_class(model).__name__
-            raise ExportError(f"peft has no task for {name}, and runs soft prompts for its tasks only")
+            raise ExportError(f"peft has no task type for {name}, and needs one for a soft prompt")
         if task == "SEQ_CLS" and not all(site.stack.causal for site in stacks):
-            raise ExportError("peft classifies by the prompt's first row, and not by the first token as peftcore does")
+            raise ExportError("peft classifies by the first row of the prompt, peftcore by the first token")
         reading = sorted(site.stack.reads for site in stacks)
         if len(stacks) > self.most_stacks or reading != [False, True][: len(stacks)]:
             where = ", ".join(site.module_path for site in stacks)
-            raise ExportError(f"peft has no prompts of this type in front of {where}: of one stack, first the encoder")
+            raise ExportError(
+                f"peft has no prompts of this type for {where}: at most {self.most_stacks} stack(s), the encoder first"
+            )
         heads, layers = _sizes(model, stacks[0].module_path) if stacks else (None, None)
         return {
             "task_type": task,
@@ -114,7 +119,7 @@ def halves(keys: Keys) -> int:
     """Returns the number of stacks (encoder, decoder) for which peft has a prompt: 1 or 2.
 
     Raises:
-        CheckpointError: the options say another number.
+        CheckpointError: the options have another number.
     """
     count: int = keys.take("num_transformer_submodules", int, 2 if keys.take("task_type", str, "") == BOTH else 1)
     if count not in (1, 2):
@@ -123,12 +128,13 @@ def halves(keys: Keys) -> int:
 
 
 def task_of(model: nn.Module) -> str | None:
-    """Returns peft's task of a model of transformers, which decides how peft runs it; None for others."""
+    """Returns peft's task type for a model of transformers, which decides how peft runs the model; None for other
+    models."""
     return next((task for task, listed in TASKS.items() if is_listed(model, listed)), None)
 
 
 def is_listed(model: nn.Module, *mappings: str) -> bool:
-    """Whether transformers lists the class of a model in one of these mappings, by their names in its Auto classes."""
+    """True if transformers lists the class of a model in one of these mappings of its Auto classes."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto") if "transformers" in sys.modules else None
     for listed in mappings if auto is not None else ():
         made = getattr(auto, listed).get(type(vars(model).get("config")), ())

@@ -1,6 +1,6 @@
-"""Tied tables in peft's files. Peft trains a copy of each module that `modules_to_save` names, so each named module has
-separate values from then on, even if the host ties it to other modules. LoRA's `ensure_weight_tying` keeps an embedding
-and its heads together."""
+"""Translates tied token tables in peft's files. Peft trains a copy of each module in `modules_to_save`, so that each of
+them has separate values, even if the host ties it to other modules. LoRA's option `ensure_weight_tying` keeps an
+embedding and its heads tied."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from peftcore.errors import ExportError
 from peftcore.roles.token_tables import token_tables
 
 UNTIED = (
-    "which are tied and train here as one. peft would train copies of them apart. Keep our own format; or give each a "
-    "tensor of its own before you adapt the model (tie_word_embeddings=False in the config of one of transformers)"
+    "are tied and train as one tensor, of which peft would train separate copies. Save in peftcore's own format; or "
+    "untie them before you adapt the model (tie_word_embeddings=False in a config of transformers)"
 )
 
 
 def holders_of(model: nn.Module) -> dict[int, list[str]]:
-    """Returns the paths of all parameters of a host, by their identity."""
+    """Returns all paths of each parameter of a host, by the parameter's `id`."""
     found: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), []).append(path)
@@ -29,40 +29,40 @@ def holders_of(model: nn.Module) -> dict[int, list[str]]:
 
 
 def kept_tied(model: nn.Module, held: Collection[str], ensured: bool) -> set[str]:
-    """Returns the paths of parameters that a file has for all modules that hold them, and keeps together.
+    """Returns the paths of tied parameters that a file keeps tied: it has values for all modules that share them.
 
     Args:
         held: the paths of the parameters that the file has.
-        ensured: whether the file says that ties are kept.
+        ensured: True if the file's options keep ties.
     """
     groups = holders_of(model).values() if ensured else ()
     return {path for paths in groups if len(paths) > 1 and set(paths) <= set(held) for path in paths}
 
 
 def one_update_for_several(model: nn.Module, paths: Collection[str], option: str) -> list[str]:
-    """Returns an error for a file that says that ties are kept, and has updates at modules that are tied: peft trains
-    one update for all of them.
+    """Returns the errors of a file whose options keep ties and which adapts modules that are tied: peft trains one
+    update for all of these modules, peftcore one for each.
 
     Args:
         paths: the modules that the file adapts.
-        option: the option that says so.
+        option: the name of the option that keeps ties.
     """
     for held in holders_of(model).values():
         tied = sorted({path.rpartition(".")[0] for path in held} & set(paths))
         if tied[1:]:
             return [
-                f"with {option} peft trains one update for {' and '.join(tied)}, which are tied; here each has one of "
-                f"its own: set {option} to false in the file's options, and name all of them in target_modules"
+                f"with {option} peft trains one update for {' and '.join(tied)}, which are tied; peftcore trains one "
+                f"for each: set {option} to false in the file's options, and name all of them in target_modules"
             ]
     return []
 
 
 def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection[str]) -> tuple[str, ...]:
-    """Returns the modules that have separate values in a file, though the host ties them to modules outside of them.
+    """Returns the modules that have separate values in a file, although the host ties them to other modules.
 
     Args:
-        copied: the parameters that the file has, each with the module that peft copied.
-        tied: those that the file keeps together.
+        copied: the parameters in the file, each with the module that peft copied.
+        tied: the parameters that the file keeps tied.
     """
     by_path = {path: paths for paths in holders_of(model).values() for path in paths}
     found = {
@@ -76,22 +76,21 @@ def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection
 def tying(
     model: nn.Module, grafts: Collection[Graft], ties: Mapping[str, tuple[str, ...]], option: str
 ) -> dict[str, Any]:
-    """Returns the option with which peft keeps together the tied parameters that are trained along; nothing if there
-    are none.
+    """Returns the option of peft that keeps the trained parameters tied; empty if no trained parameters are tied.
 
     Args:
-        grafts: the values of modules that are trained along.
-        ties: the other parameters that have them, by key.
-        option: the option of the type, if it has one.
+        grafts: the records of the trained parameters of modules.
+        ties: the paths of other parameters tied to them, by the graft's key.
+        option: the option of peft's type that keeps ties; empty if it has none.
 
     Raises:
-        ExportError: peft would untie it.
+        ExportError: peft would untie a parameter.
     """
     tied = [graft for graft in grafts if graft.key in ties]
     for graft in tied:
         others = {path.rpartition(".")[0] for path in ties[graft.key]}
         if not option or not _ties_again(model, {graft.site.module_path, *others}):
-            raise ExportError(f"these are {', '.join([graft.key, *ties[graft.key]])}, {UNTIED}")
+            raise ExportError(f"{', '.join([graft.key, *ties[graft.key]])} {UNTIED}")
     return {option: True} if tied else {}
 
 

@@ -31,12 +31,12 @@ def module_key(site: Site) -> str:
     """Returns the path of the module that peft wraps for a site.
 
     Raises:
-        ExportError: peft adapts whole tensors only.
+        ExportError: the site is a part of a tensor, and peft adapts only whole tensors.
     """
     if site.slices is not None:
         raise ExportError(
-            f"{site.path} is a part of a fused projection; peft adapts whole modules only, so apply with target= the "
-            "module's name, or keep our own format"
+            f"{site.path} is a part of a fused projection; peft adapts only whole modules: pass the module's name as "
+            "target=, or save in peftcore's own format"
         )
     if site.tensor == "out_proj.weight":  # the attention around it is
         return site.module_path
@@ -45,8 +45,8 @@ def module_key(site: Site) -> str:
 
 
 def is_parameter(site: Site) -> bool:
-    """Whether peft reaches the site by `target_parameters` only: a tensor of a module that peft does not treat as a
-    layer."""
+    """True if peft can adapt the site only by `target_parameters`, as for a tensor of a module that peft does not treat
+    as a layer."""
     name, module = site.tensor.rpartition(".")[2], site.module
     if site.slices is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
         return site.slices is None
@@ -59,7 +59,8 @@ def is_parameter(site: Site) -> bool:
 
 
 def stem_of(site: Site, all_sites: Iterable[Site]) -> str:
-    """Returns the prefix of a site's tensors: peft wraps the parameters of one module one around the other."""
+    """Returns the prefix of the names of a site's tensors; peft nests the wrappers of several parameters of one
+    module."""
     if not is_parameter(site):
         inside = [WRAPPER, "out_proj"] if site.tensor == "out_proj.weight" else []
         return ".".join([module_key(site), *inside])
@@ -73,13 +74,14 @@ def common(
     patterns: Mapping[str, str],
     name_of: Callable[[str, Collection[str]], str],
 ) -> dict[str, Any]:
-    """Returns peft's options for all places, from those of each, by path: values that differ go into patterns.
+    """Returns peft's options for the whole file from the options of each place, by path; values that differ are written
+    as patterns.
 
     Args:
-        name_of: returns a pattern that matches one path of all of them.
+        name_of: returns a pattern that matches only one of the paths.
 
     Raises:
-        ExportError: something differs that peft has no pattern for.
+        ExportError: options differ for which peft has no patterns.
     """
     names = {name for each in options.values() for name in each}
     found: dict[str, Any] = {}
@@ -90,7 +92,7 @@ def common(
         found[name] = json.loads(most)
         if others and name not in by_option:
             raise ExportError(
-                f"peft has one {name} for all modules; here they are {', '.join([most, *map(str, others)])}"
+                f"peft has one {name} for all modules, this adapter has {', '.join([most, *map(str, others)])}"
             )
         if name in by_option:
             other = {path: value for path, value in values.items() if value != found[name]}
@@ -99,7 +101,8 @@ def common(
 
 
 def targets(applied: AppliedMethod, grafts: Iterable[Graft]) -> dict[str, Any]:
-    """Returns `target_modules` by the last names, where these match no other module, and by whole paths elsewhere."""
+    """Returns `target_modules`: the last name of each path if it matches no other module, and the whole path
+    otherwise."""
     sites = [graft.site for graft in grafts]
     parameters = sorted({f"{s.module_path}.{s.tensor}".lstrip(".") for s in sites if is_parameter(s)})
     paths = {module_key(site) for site in sites if not is_parameter(site)}
@@ -117,11 +120,11 @@ def _adapted(injection: Injection) -> set[str]:
 
 
 def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the modules and biases trained along, as peft's `modules_to_save` and `bias`, and the tensors by peft's
-    names.
+    """Returns peft's options `modules_to_save` and `bias` for the modules and biases that train with the adapter, and
+    their tensors by peft's names.
 
     Raises:
-        ExportError: it was a part of a module, or some biases; or tied modules, which peft would untie.
+        ExportError: only parts of modules or some biases train, or tied modules that peft would untie.
     """
     only, stem = method.bias, method.stem
     grafts = [graft for graft in injection.grafts if graft.trained_along]
@@ -138,7 +141,7 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
     mode = "none" if not partly else only if partly == beside else "all" if partly == everywhere else ""
     if (not only and mode != "none") or not mode:
         shown = ", ".join(".".join(key) for key in sorted(partly)[:4])
-        raise ExportError(f"peft trains along whole modules, or all biases, and not {shown}")
+        raise ExportError(f"with an adapter, peft trains whole modules or all biases, not {shown}")
     copied = {id(graft): graft for (path, _), graft in replaced.items() if path in whole}.values()
     tied = tying(injection.model, copied, injection.ties, method.ties)
     tensors = {}
@@ -153,7 +156,8 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
 
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
-    """Returns token tables to which rows were added, whole and by peft's names: peft saves them with any adapter."""
+    """Returns the whole token tables to which rows were added, by peft's names; peft saves such tables with any
+    adapter."""
     adapted = _adapted(injection)
     found = {}
     for path, rows in added_rows(injection).items():
@@ -165,7 +169,7 @@ def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
 
 
 def whole(injection: AppliedMethod, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all options, with those that every type of peft has."""
+    """Returns all options of the file: `options`, and those that every type of peft has."""
     return {
         "peft_type": kind,
         "base_model_name_or_path": base_name(injection.model),
@@ -177,8 +181,8 @@ def whole(injection: AppliedMethod, kind: str, options: Mapping[str, Any]) -> di
 
 
 def with_class(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Returns the options with the class of the base, by which peft's ``AutoPeftModel`` opens it where they name no
-    task, and the commit from which it was loaded."""
+    """Returns the options with the class of the base, which peft's ``AutoPeftModel`` needs if they have no task type,
+    and the commit from which the base was loaded."""
     cls = plain_class(model)
     named = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     commit = base_revision(model)
@@ -203,12 +207,12 @@ class WrittenPeftType:
 
     @property
     def modules(self) -> set[str]:
-        """The paths of the modules that it adapts."""
+        """The paths of the modules that the type adapts."""
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Returns its tensors by peft's names: as in a separate file, or, with `beside`, as in a file of another
-        type."""
+        """Returns the type's tensors by peft's names: as in a separate file, or with `beside`, as in a file whose main
+        type is another one."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
             stem = f"{method.stem}{stem_of(place.site, sites)}." if method.below else ""
@@ -232,7 +236,7 @@ def _written(applied: AppliedMethod) -> WrittenPeftType:
         key, here = module_key(place.site), method.write_options_at(place)
         method.check(place, ExportError)
         if by_path.setdefault(key, here) != here:
-            raise ExportError(f"peft has the same options for all of {key}, and here they differ")
+            raise ExportError(f"peft has the same options for all of {key}, this adapter has several")
     options = common(by_path, method.patterns, method.pattern)
     if method.below:
         options |= targets(applied, [place.graft for place in places])
@@ -266,14 +270,14 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
     values |= tables(injection, main.method.stem)
     if not main.method.trained_beside:
         if values:
-            raise ExportError(f"peft's {main.kind} has no place for what trains along: {min(values)}")
+            raise ExportError(f"peft's {main.kind} cannot hold {min(values)}, which trains with the adapter")
         trained = {}
     return whole(injection, main.kind, options | trained), tensors | values
 
 
 def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]]:
-    """Returns the option in which a file names the folders of other adapters, and the contents of each folder's two
-    files, by name; nothing for an injection whose file names no folders.
+    """Returns the option with which a file lists the folders of other adapters, and by name the contents of the two
+    files in each folder; empty for methods whose files list no folders.
 
     Raises:
         ExportError: peft cannot hold a part.
@@ -285,7 +289,9 @@ def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, 
     for name, part in injection.parts.items():
         each = _written(part)
         if each.kind not in method.part_kinds:
-            raise ExportError(f"part {name} is {part.method.name}, and peft takes {' and '.join(method.part_kinds)}")
+            raise ExportError(
+                f"part {name} is {part.method.name}, and peft only allows {' and '.join(method.part_kinds)}"
+            )
         if other := method.part_differs(each.options):
             raise ExportError(f"part {name}: peft computes something else with {other}")
         folders[name] = whole(part, each.kind, each.options), each.tensors()
@@ -306,4 +312,4 @@ def _joined(each: list[WrittenPeftType]) -> tuple[WrittenPeftType, dict[str, Any
         if (held := main.method.joined(others)) is not None:
             return main, main.options | held
     kinds = " and ".join(sorted({one.kind for one in each}))
-    raise ExportError(f"peft has no type whose file holds {kinds} together")
+    raise ExportError(f"peft cannot hold several parts of the types {kinds} in one file")

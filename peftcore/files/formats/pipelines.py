@@ -1,5 +1,5 @@
-"""Files with adapters of several models of one pipeline, distinguished by the prefixes of names: finding the part for a
-host, and the prefix when an adapter is saved."""
+"""Files with adapters of several models of one pipeline, which are distinguished by the prefixes of names: finds the
+part of a file that is for a host."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from peftcore.registry.plugins import layer_of, registry
 
 @dataclass(frozen=True)
 class PipelinePart:
-    """The tensors of one model in a file, in one way of reading their names."""
+    """The tensors of one model in a file, for one possible reading of their names."""
 
     name: str
-    """The model's name in the pipeline; empty where names have no prefix."""
+    """The model's name in the pipeline; empty if names have no prefix."""
     names: Mapping[str, str]
-    """Names in the file, by the names that they mean."""
+    """Names in the file, by their names after parsing."""
     outputs: Mapping[str, int]
-    """The number of outputs of the module at a path; -1 where the tensors do not determine it."""
+    """The number of outputs of each module, by path; -1 if the tensors do not determine it."""
     places: Mapping[str, str] = field(default_factory=dict)
-    """Paths on the host, by the way in which the file spells them, where it is not the host's own."""
+    """Paths on the host, by their spelling in the file; empty if the file has the host's own spelling."""
 
 
 def fitting(parts: Sequence[PipelinePart], model: nn.Module, file: Path) -> tuple[PipelinePart, Move]:
-    """Returns the part of a file that is for `model`, and the move of its paths to the host's.
-
-    By the names of the modules; where these fit several parts, as those of two text encoders do, by their sizes.
+    """Returns the part of a file that is for `model`, and the move from its paths to the host's. Parts are compared
+    with the host by the names of modules, and if several fit, as for two text encoders, by the modules' sizes.
 
     Raises:
-        HostMismatch: none fits, or several do.
+        HostMismatch: no part fits, or several do.
     """
     modules = dict(model.named_modules())
     found, reasons = [], []
@@ -53,7 +52,7 @@ def fitting(parts: Sequence[PipelinePart], model: nn.Module, file: Path) -> tupl
         found = [(part, move) for part, move in found if _sized(part, move, modules)] or found
     names = list(dict.fromkeys(repr(part.name) for part, _ in found))
     if len(names) > 1:
-        raise HostMismatch(f"{' and '.join(names)} of {file} all fit this host; keep each in a file of its own")
+        raise HostMismatch(f"{' and '.join(names)} of {file} all fit this host; put each in a separate file")
     return found[0]
 
 
@@ -68,7 +67,7 @@ def _sized(part: PipelinePart, move: Move, modules: Mapping[str, nn.Module]) -> 
 
 
 def split(names: Sequence[str], known: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """Returns names by the part that they belong to; ``""`` for names without the prefix of a known part."""
+    """Returns names grouped by the part that they belong to; ``""`` for names without a known prefix."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(known(name) or "", []).append(name)
@@ -76,23 +75,25 @@ def split(names: Sequence[str], known: Callable[[str], str | None]) -> dict[str,
 
 
 def is_unet(model: nn.Module) -> bool:
-    """Whether a host is a UNet, by its blocks down and up."""
+    """True if a host has down and up blocks, as a UNet has."""
     return {"down_blocks", "up_blocks"} <= {name for name, _ in model.named_children()}
 
 
 def is_text_encoder(model: nn.Module) -> bool:
-    """Whether a host is a text encoder, that is takes token ids."""
+    """True if a host is a text encoder, with token ids as input."""
     return "stack" in registry().hook.peftcore_map(model=model).roles()
 
 
 def clip_prefix(model: nn.Module) -> str:
-    """Returns the prefix of a CLIP text encoder's modules in files, which newer versions of transformers leave out."""
+    """Returns the prefix that modules of a CLIP text encoder have in files, if the host's modules lack it, as in newer
+    versions of transformers."""
     modules = dict(model.named_modules())
     return "text_model." if {"encoder.layers.0.self_attn.q_proj", "final_layer_norm"} <= modules.keys() else ""
 
 
 def only_file(path: Path, preferred: str) -> Path | None:
-    """Returns the file to read: `path` itself, or in a folder the one of that name, or the only one."""
+    """Returns the file to read: `path` itself, or the file in the folder with the preferred name, or the only file
+    there; None if there is no such file."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     held = sorted(path.glob("*.safetensors")) if path.is_dir() else []
@@ -101,7 +102,7 @@ def only_file(path: Path, preferred: str) -> Path | None:
 
 
 def names_in(path: Path | None) -> list[str]:
-    """Returns the names of a file's tensors; nothing where it cannot be read."""
+    """Returns the names of a file's tensors; empty if the file cannot be read."""
     try:
         return [] if path is None else list(TensorFile(path).shapes)
     except CheckpointError:

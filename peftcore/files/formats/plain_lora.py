@@ -1,4 +1,4 @@
-"""An adapter as low-rank updates of matrices only, for programs that can read only LoRA."""
+"""Converts an adapter to low-rank updates of matrices, for programs that read only plain LoRA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 @dataclass(frozen=True)
 class LowRankPair:
-    """The update of one module: B A, with its scale in B."""
+    """The update of one module, B A; its scale is multiplied into B."""
 
     A: Tensor
     """``[rank, in]``."""
@@ -27,8 +27,9 @@ class LowRankPair:
     """``[out, rank]``."""
 
     def filled(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns A and B of a rank that is not smaller. B is padded with zeros, so that the product is the same, and A
-        with the initial values of a new LoRA, the same each time, so that a training of the file trains all ranks."""
+        """Returns A and B padded to a rank that is at least as large. B is padded with zeros, so the product is the
+        same; A is padded with the initial values of a new LoRA (always the same ones), so that all ranks can be trained
+        further."""
         bound = 1 / math.sqrt(self.A.shape[1])
         drawn = torch.rand(rank, self.A.shape[1], generator=torch.Generator().manual_seed(0))
         A, B = bound * (2 * drawn - 1).to(self.A), self.B.new_zeros(self.B.shape[0], rank)
@@ -44,20 +45,20 @@ def plain_lora(injection: Injection, program: str) -> dict[str, LowRankPair]:
         program: the program that reads only LoRA, for messages.
 
     Raises:
-        ExportError: it is more than that: another method, a convolution, something that trains along.
+        ExportError: the adapter is another method, adapts a convolution, or has other trained tensors.
     """
     options, tensors = written(injection)
     beside = [name for name in tensors if not name.endswith(FACTORS)]
     if options["peft_type"] != "LORA" or options.get("use_dora") or beside:
-        what = f"{min(beside)} is no such factor" if beside else f"{injection.method.name} is another method"
+        what = f"{min(beside)} is another tensor" if beside else f"{injection.method.name} is another method"
         raise ExportError(
-            f"{program} reads low-rank factors of matrices alone, and {what}: peftcore.to_lora makes them"
+            f"{program} reads only low-rank factors of matrices, and {what}: convert it with peftcore.to_lora"
         )
     pairs = {}
     for place in places_of(injection):
         path, factors = module_key(place.site), place.operator.factors()
         if factors is None or factors[0].dim() != 2 or f"{PREFIXES[0]}{path}{FACTORS[0]}" not in tensors:
-            raise ExportError(f"{program} reads low-rank factors of matrices alone, and {path} has other ones")
+            raise ExportError(f"{program} reads only low-rank factors of matrices, and {path} has other ones")
         A, B, scale = factors
         pairs[path] = LowRankPair(A.detach().float(), scale * B.detach().float())
     return pairs

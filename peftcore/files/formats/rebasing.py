@@ -1,4 +1,4 @@
-"""Moves an adapter of a bare encoder to a host that has the encoder below a name, and the other way round."""
+"""Moves the paths of an adapter between a bare encoder and a host that contains the encoder as a submodule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from peftcore.errors import HostMismatch
 
 @dataclass(frozen=True)
 class Move:
-    """The prefix of the paths in a file (`old`) and of the same modules on the host (`new`); one is empty."""
+    """The prefix of paths in a file (`old`), and the prefix of the same modules on the host (`new`); at least one is
+    empty."""
 
     old: str = ""
     new: str = ""
@@ -22,17 +23,18 @@ class Move:
         return f"{self.new}.{path}".strip(".")
 
     def covers(self, path: str) -> bool:
-        """Whether the path has the prefix in the file."""
+        """True if a path in the file starts with the prefix `old`."""
         return not self.old or f"{path}.".startswith(f"{self.old}.")
 
 
 def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
     """Returns the move from the paths of modules in a file to the host's.
 
-    Only a whole prefix is left out or put in front, never exchanged: an adapter of one tower never ends in another.
+    A whole prefix is removed or added, but never replaced by another one, so that an adapter of one tower cannot be
+    loaded into another tower.
 
     Raises:
-        HostMismatch: they are not here, or at several places.
+        HostMismatch: the host lacks the modules, or they fit at several places.
     """
     paths = sorted(set(paths))
     missing = [path for path in paths if path not in here]
@@ -52,6 +54,6 @@ def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
         places = ", ".join(repr(move.new) for move in fitting)
         raise HostMismatch(f"{what} fits at several places of this host: {places}; load it on one of these submodules")
     raise HostMismatch(
-        f"{what} belongs to another base: there is no {', '.join(missing[:8])} here"
+        f"{what} belongs to another base: this model has no {', '.join(missing[:8])}"
         + (f" (and {len(missing) - 8} more)" if len(missing) > 8 else "")
     )

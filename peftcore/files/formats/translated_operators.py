@@ -1,4 +1,4 @@
-"""Our operators as translations read and write them."""
+"""Records of our operators, from which translations read and to which they write."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peftcore.contract.surgeon_protocol import Graft, Surgeon
 
 @dataclass(frozen=True)
 class Place:
-    """One operator of ours, for a translation to read into or write from."""
+    """One of our operators, whose tensors a translation reads from a file or writes to one."""
 
     graft: Graft
     """The record of the operator and the tensors that it acts on."""
     index: int
-    """The operator's number among those of its kind."""
+    """The index of the operator among the operators of its kind."""
     count: int
     """How many operators of its kind there are."""
     config: Any
@@ -30,7 +30,7 @@ class Place:
 
     @property
     def operator(self) -> Any:
-        """The operator; while reading, on the meta device."""
+        """The operator; it is on the meta device while a file is read."""
         return self.graft.operator
 
 

@@ -1,7 +1,8 @@
-"""Rules of how other programs read an adapter's file: peft, servers of language models, image generators.
+"""Rules for how other programs (peft, servers of language models, image generators) read an adapter's file.
 
 It may import `files.formats`, and what is below. In the order of reading:
 
-- `reader`: how one program treats each option and tensor, as data; one file of ``rules/`` a program.
-- `check`: the parts of a file that a program would read, change, drop or refuse, without any model.
+- `reader`: the rules by which one program treats each option and tensor, as data; ``rules/`` has one file for each
+  program.
+- `check`: finds the parts of a file that a program would read, change, drop or refuse, without a model.
 """

@@ -1,5 +1,5 @@
-"""The check of an adapter's file for a program: which parts it would read, change, drop or refuse, from the file
-alone."""
+"""Checks an adapter's file for a program: which parts the program would read, change, drop or refuse, without a
+model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MADE = (
     "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config", "init_weights",
 )  # fmt: skip
-"""Options of peft that say where an adapter is installed, which its tensors say too, and how it was made and
-trained."""
+"""Options of peft that do not change how an adapter's tensors are used: its targets, which the tensors' names show too,
+and how it was initialized and trained."""
 FILLS = "; peftcore export adapts {} too, by an update of zero"
 RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.weight")
-"""Endings of tensors ``[rank, ...]``."""
+"""Suffixes of the names of tensors ``[rank, ...]``."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class ReaderReportRow:
     """A part of a file, and how the program treats it."""
 
     what: str
-    """An option, a tensor, or the module of tensors that are read."""
+    """The name of an option or a tensor, or of a module whose tensors are read."""
     verdict: Verdict
     why: str = ""
     tensors: tuple[str, ...] = ()
-    """The names of the tensors; none: an option, or the file as a whole."""
+    """The names of the tensors; empty for an option, or for the file as a whole."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ReaderReport:
     format: str
     rows: tuple[ReaderReportRow, ...]
     needs: str = ""
-    """The flag with which the program has to be started; empty where it needs none."""
+    """The flag with which the program has to be started; empty if it needs none."""
 
     @property
     def verdict(self) -> Verdict:
@@ -59,12 +59,12 @@ class ReaderReport:
 
     @property
     def as_trained(self) -> bool:
-        """Whether all of it is read as it was trained."""
+        """True if the program reads the whole file as it was trained."""
         return self.verdict is Verdict.READ
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the file is not read as it was trained, each reason once."""
+        """The reasons why the file is not read as it was trained, each once."""
         found: dict[tuple[Verdict, str], list[str]] = {}
         for row in self.rows:
             if row.verdict is not Verdict.READ:
@@ -88,13 +88,13 @@ def check(path: str | Path, reader: Reader) -> ReaderReport:
     """Returns what a program does with each option and tensor of an adapter, without a model.
 
     Raises:
-        CheckpointError: it is not an adapter of a known format, or is damaged.
+        CheckpointError: the file is not an adapter in a known format, or is damaged.
     """
     file = _opened(Path(path))
     if file.format not in reader.formats:
         known = " and ".join(reader.formats)
-        of = " of the adapter that it was made of" * file.made
-        why = f"{reader.name} is given files of {known}: peftcore export writes one{of}"
+        of = " from the original adapter" * file.made
+        why = f"{reader.name} reads files of {known}: peftcore export writes one{of}"
         return ReaderReport(
             reader, file.format, (ReaderReportRow(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),)
         )
@@ -109,7 +109,7 @@ def check(path: str | Path, reader: Reader) -> ReaderReport:
     rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
     rank = _rank(file)
     if reader.ranks is not None and rank > reader.ranks.most:
-        why = f"{reader.name} takes {reader.ranks.most} at most: peftcore export --project writes fewer"
+        why = f"{reader.name} reads at most {reader.ranks.most}: peftcore export --project writes a lower rank"
         rows.append(ReaderReportRow(f"rank {rank}", Verdict.REFUSED, why))
         return ReaderReport(reader, file.format, tuple(rows))
     return ReaderReport(reader, file.format, tuple(rows), reader.ranks.needed(rank) if reader.ranks else "")

@@ -1,8 +1,8 @@
 """The rules by which one program treats each option and each tensor of an adapter's file, as data.
 
-``rules/`` has a file for each program, with the version, the repository, the commit and the files in which it was read.
-A program treats a part of a file in one of four ways: it reads it as it was trained, reads something else from it
-(*changed*), continues without it and says little or nothing (*dropped*), or does not load the file (*refused*).
+``rules/`` has a file for each program, with its version, and the repository, commit and source files from which the
+rules were read. A program treats a part of a file in one of four ways: it reads the part as it was trained, reads it
+differently (*changed*), ignores it with little or no warning (*dropped*), or does not load the file (*refused*).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
 WHERE = ("dims", "first", "format")
-"""Keys of a rule of tensors in addition to the name: number of dimensions, size of the first one, format of the
-file."""
+"""Keys of a rule for tensors in addition to the name: the number of dimensions, the size of the first dimension, and
+the format of the file."""
 BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
-"""The first number in a path, which is that of the block."""
+"""Matches the first number in a path, which is the index of the block."""
 
 
 class Verdict(StrEnum):
@@ -43,73 +43,73 @@ class Rule:
     verdict: Verdict
     why: str = ""
     but: tuple[Any, ...] = ()
-    """Values of an option with which it changes nothing, and is read."""
+    """Values of an option for which the rule does not apply, since the option then has no effect."""
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """The rule for tensors with a name, and perhaps a shape and a file format."""
+    """The rule for tensors whose name matches, and optionally also their shape and the file's format."""
 
     name: re.Pattern[str]
-    """An expression that is found in the name. The text before its group `below`, or of what it finds, is the
-    module's path."""
+    """A regular expression to search for in the name. The module's path is the text before the group `below`, or before
+    the match if there is no such group."""
     rule: Rule
     dims: int | None = None
-    """The number of dimensions that a tensor must have for the rule; None: any."""
+    """The number of dimensions that the tensor must have; None: any."""
     first: int | None = None
-    """The size that its first dimension must have; None: any."""
+    """The size that the tensor's first dimension must have; None: any."""
     format: str | None = None
-    """The format of the files that it is for; None: any."""
+    """The format that the file must have; None: any."""
 
     def fits(self, shape: Sequence[int], format: str) -> bool:
-        """Whether a tensor of a shape in a file of a format is one that the rule is for."""
+        """True if the rule applies to a tensor of this shape in a file of this format."""
         of_shape = self.dims in (None, len(shape)) and (self.first is None or tuple(shape[:1]) == (self.first,))
         return of_shape and self.format in (None, format)
 
 
 @dataclass(frozen=True)
 class CompanionRule:
-    """The rule for a module that is adapted without another one next to it."""
+    """The rule for a module that is adapted while another module with the same parent is not."""
 
     module: str
-    """The last name of its path."""
+    """The last name of the adapted module's path."""
     wants: str
     """The last name of the other module's path; both have the same parent."""
     rule: Rule
     filled: bool = False
-    """Whether an export adapts the other too, by an update of zero."""
+    """True if an export also adapts the other module, with an update of zero."""
     within: re.Pattern[str] = re.compile("")
-    """An expression that is found in the path of the module that has both."""
+    """A regular expression to search for in the path of their parent."""
 
     def other(self, path: str) -> str | None:
-        """Returns the path of the other of a module that is adapted; None for a module that needs none."""
+        """Returns the path of the other module for an adapted one; None for modules that need no other."""
         parent, dot, leaf = path.rpartition(".")
         return f"{parent}{dot}{self.wants}" if leaf == self.module and self.within.search(parent) else None
 
 
 @dataclass(frozen=True)
 class SomeBlocks:
-    """The rule for a module that is adapted in some blocks and not in others before the last one."""
+    """The rule for a module that is adapted in some blocks, but not in all blocks before the last adapted one."""
 
     rule: Rule
     filled: bool = False
-    """Whether an export adapts it in the others too, by an update of zero."""
+    """True if an export also adapts the module in the other blocks, with an update of zero."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that a program takes."""
+    """The ranks that a program accepts."""
 
     most: int
     default: int
-    """The largest that it takes without the flag; 0: any up to `most`."""
+    """The largest rank that it accepts without the flag; 0: any rank up to `most`."""
     flag: str = ""
-    """The flag by which the program is given a larger rank."""
+    """The flag for larger ranks."""
     sizes: tuple[int, ...] = ()
-    """The values that the flag takes; empty: any."""
+    """The values that the flag accepts; empty: any."""
 
     def needed(self, rank: int) -> str:
-        """Returns the flag with which a server has to be started for a rank; empty where it needs none."""
+        """Returns the flag with which a server has to be started for this rank; empty if it needs none."""
         if not self.default or rank <= self.default:
             return ""
         return f"{self.flag} {min((size for size in self.sizes if size >= rank), default=rank)}"
@@ -122,33 +122,33 @@ class Reader:
     name: str
     version: str
     source: str
-    """Where its code was read: ``owner/repository@commit``."""
+    """The source code from which the rules were read: ``owner/repository@commit``."""
     files: tuple[str, ...]
-    """The files there; ``path@commit`` was read at a separate commit."""
+    """The source files in that repository; ``path@commit`` for files that were read at another commit."""
     formats: tuple[str, ...]
     """The formats of adapters that it reads, by our names."""
     writes: tuple[str, ...]
-    """The formats in which it is given an adapter: the first that can hold it."""
+    """The formats to export an adapter in; the first one that can hold the adapter is used."""
     types: tuple[str, ...]
-    """Types of peft that it reads."""
+    """The types of peft that it reads."""
     other_types: Rule
     """The rule for files of types that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
     """The rules for peft's options, by name."""
     other_options: Rule
-    """The rule for options that are not in `options` and are on."""
+    """The rule for options that are not in `options` and are switched on."""
     tensors: tuple[TensorRule, ...]
-    """The first that fits counts; the last one fits all."""
+    """The rules for tensors: the first one that fits is used; the last one fits all tensors."""
     more_types: Mapping[str, Rule] = field(default_factory=dict)
-    """The rules for files of some types that it does not know and reads all the same, by type."""
+    """The rules, by type, for files of types that the program does not know but reads anyway."""
     beside: tuple[CompanionRule, ...] = ()
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
-    """Remarks on what depends on the base or on how the program is started, so that no file determines it."""
+    """Remarks on behaviour that depends on the base or on how the program is started, and not on the file."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
-        """Returns the module's part of the name of a tensor in a file of a format, and the rule for the tensor."""
+        """Returns the module's path from a tensor's name in a file of this format, and the rule for the tensor."""
         for each in self.tensors:
             found = each.name.search(name)
             if found is not None and each.fits(shape, format):
@@ -157,11 +157,11 @@ class Reader:
         raise AssertionError(f"the last rule of {self.name} fits all names")
 
     def lacking(self, adapted: Collection[str], known: Collection[str]) -> list[str]:
-        """Returns the modules of a model that an export has to adapt too, by an update of zero, so that the program
-        reads those that are adapted.
+        """Returns the modules that an export has to adapt in addition, with an update of zero, so that the program can
+        read the adapter.
 
         Args:
-            adapted: the paths of these.
+            adapted: the paths of the adapted modules.
             known: the paths of all modules of the model.
         """
         held = dict.fromkeys(adapted)
@@ -190,14 +190,14 @@ def readers() -> dict[str, Reader]:
 
 
 def reader_named(name: str) -> Reader:
-    """Returns one program.
+    """Returns the rules of the program with this name.
 
     Raises:
-        ExportError: no rules say what it reads.
+        ExportError: there are no rules for this program.
     """
     known = _readers()
     if name not in known:
-        raise ExportError(f"there are no rules of what {name!r} reads; there are those of {', '.join(known)}")
+        raise ExportError(f"there are no rules for the program {name!r}; there are rules for {', '.join(known)}")
     return known[name]
 
 

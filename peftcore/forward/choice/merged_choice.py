@@ -3,7 +3,7 @@ every choice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.operators import changes_bias
@@ -80,3 +80,23 @@ def places(injection: AppliedMethod) -> set[str]:
             tensors = [site.tensor, *([bias_name(site.tensor)] if changes_bias(graft.operator) else [])]
             found |= {f"{site.module_path}.{tensor}".lstrip(".") for tensor in tensors}
     return found
+
+
+def check_unread(reader: AppliedMethod, merged: str, changed: Collection[str]) -> None:
+    """Verify that no operator of an injection computes with tensors into which another injection is merged.
+
+    Args:
+        reader: the injection.
+        merged: the name of the other injection.
+        changed: the paths of the tensors that the other injection changes.
+
+    Raises:
+        MergeError: an operator reads one of these tensors.
+    """
+    read = {path for graft in reader.grafts for path in graft.operator.reads}
+    if both := sorted(read & set(changed)):
+        raise MergeError(
+            f"{reader.method.name} computes with the base's {both[0]}, and {merged!r} merged into it would change the "
+            f"outputs of {reader.method.name}: keep {merged!r} active and unmerged, or bake() it before "
+            f"{reader.method.name} is applied"
+        )

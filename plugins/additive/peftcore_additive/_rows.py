@@ -19,7 +19,7 @@ def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) ->
         ConfigError: an id is outside of the vocabulary.
     """
     if unknown := [each for each in ids if each >= site.in_features]:
-        raise ConfigError(f"init_ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")
+        raise ConfigError(f"init_ids= has ids outside of the vocabulary of {site.in_features} tokens: {unknown[:4]}")
     chosen = torch.tensor(ids).repeat(-(-length // len(ids)))[:length] if ids else None
     if chosen is None:
         enough = length <= site.in_features

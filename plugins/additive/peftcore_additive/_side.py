@@ -131,7 +131,7 @@ def held_by(layers: list[SideLayer], held: int) -> int:
     mine = layers[0].get_seq_length() if layers else 0
     if mine != held and not torch.compiler.is_compiling():  # compilers are not told what static caches hold
         raise SequenceError(
-            f"this cache holds {held} tokens, of which the side network has seen {mine}; start with an empty cache, "
-            "and leave the injection active while it fills"
+            f"the cache holds {held} tokens, but the side network has seen {mine} of them; start with an empty cache, "
+            "and keep the injection active while the cache fills"
         )
     return int(mine)

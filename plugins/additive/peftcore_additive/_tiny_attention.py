@@ -77,7 +77,7 @@ def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
         return BranchSite(**vars(site), width=width_of(site), places=(norm,)), False
     if end is None or (end.rest and end.left is None):
         raise UnsupportedSite(
-            f"{site.path}: the block drops or scales what attention returns by code of its own, so the stream behind "
-            "it is not known; exclude this block"
+            f"{site.path}: the block's own code drops or scales the attention's output, so the stream after it cannot "
+            "be located; exclude this block"
         )
     return branch(surgeon, site, before_norm=True), bool(end.rest)

@@ -114,7 +114,8 @@ class Draws(nn.Module):
     def _anew(self, call: ForwardContext) -> int:
         if not call.inputs:
             raise TrainingError(
-                "this method draws once for each forward of the host: train the host itself, not a part"
+                "adapterdrop draws the number of skipped layers once for each forward of the host; call the host "
+                "itself, not a part of it"
             )
         self.count += 1
         number = random.Random(f"{self.seed} {self.count}").randint(0, self.most)
@@ -124,7 +125,10 @@ class Draws(nn.Module):
 
     def _again(self) -> int:
         if len(self.blind) != 1:
-            raise AmbiguousBackward("several forwards drew before this backward: run backward after each of them")
+            raise AmbiguousBackward(
+                "several forwards ran before this backward, each with its own number of skipped layers; run backward "
+                "after each forward"
+            )
         self.repeated = True
         return min(self.blind)
 
@@ -184,7 +188,10 @@ class AdapterDrop(Method):
         if dropped is None:
             dropped = max(top - 1, 0) if config.robust else 5
         if dropped > top and not config.robust:
-            raise TargetError(f"drop_first_layers={dropped} leaves none of {top + 1} layers an adapter")
+            raise TargetError(
+                f"drop_first_layers={dropped} leaves no layer with an adapter: the model has {top + 1} layers; use at "
+                f"most {top}"
+            )
         draws = surgeon.own("draws", lambda: Draws(min(dropped, top))) if config.robust else None
         for site, depth in found:
             if config.robust or depth >= dropped:
@@ -196,7 +203,7 @@ class AdapterDrop(Method):
         block = next((entry.block for entry in surgeon.resolver.host.at(site.module_path)), None)
         if block is None:
             raise UnsupportedSite(
-                f"{site.path} stands in none of the host's layers, so there is no layer to drop it by"
+                f"{site.path} is outside of the host's layers, so it has no layer number to be dropped by; exclude it"
             )
         return numbers[block]
 

@@ -98,7 +98,10 @@ class AdaptivePrefix(PrefixOperator):
     ) -> None:
         super().__init__(site, config, encoder)
         if "q" not in site.projections or site.projections["q"].in_features != block.width:
-            raise UnsupportedSite(f"{site.path}: no matrix makes its queries of the {block.width} numbers of its block")
+            raise UnsupportedSite(
+                f"{site.path}: no single matrix computes its queries from its block's input of width {block.width}; "
+                "exclude it"
+            )
         self.token_gates = nn.Parameter(0.02 * torch.randn(config.length, block.width))
         self.layer_gate = nn.Parameter(torch.ones(1))
         self.given, self.visible, self.room = given, visible, Room(1, block.blocks)
@@ -111,7 +114,10 @@ class AdaptivePrefix(PrefixOperator):
         """
         opened = self.opened()
         if len(opened) != batch:
-            raise UnsupportedSite(f"a block of {len(opened)} texts attends within {batch} windows, which have no gates")
+            raise UnsupportedSite(
+                f"a block of {len(opened)} texts attends within {batch} windows, so a window has no gate of its own; "
+                "exclude this block"
+            )
         key, value = super().made(batch)  # [batch, kv_heads, length, width]
         return opened * key, opened * value
 
@@ -123,7 +129,9 @@ class AdaptivePrefix(PrefixOperator):
         """
         read = self.given.get()
         if read is None:
-            raise MissingContext("the attention was called by itself: call its block, whose input opens the gates")
+            raise MissingContext(
+                "the attention was called by itself; call its block, from whose input the gates are computed"
+            )
         x, given, held = read
         (weight,) = self.cast(x, self.token_gates)
         scores = nn.functional.linear(x, weight)  # [batch, tokens, length]

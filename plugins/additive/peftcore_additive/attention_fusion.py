@@ -53,7 +53,7 @@ class AttentionFusionConfig(MethodConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.project and self.key_width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide key_width={self.key_width}")
+            raise ValueError(f"key_width={self.key_width} is not divisible by heads={self.heads}")
         return self
 
 
@@ -107,7 +107,8 @@ class AttentionFusion(Method):
         last = places[-1][0]
         if last.width % config.heads:
             raise ConfigError(
-                f"{config.heads} heads do not divide the stream of {type(model).__name__}, {last.width} wide"
+                f"the width {last.width} of the blocks of {type(model).__name__} is not divisible by "
+                f"heads={config.heads}"
             )
         fusion = surgeon.own("fusion", lambda: Fusion(last.width, config))
         for site, taps in places:

@@ -73,7 +73,9 @@ class CartridgeConfig(MethodConfig):
     @model_validator(mode="after")
     def _some_train(self) -> CartridgeConfig:
         if self.frozen >= self.length:
-            raise ValueError(f"frozen={self.frozen} leaves nothing to train of length={self.length}")
+            raise ValueError(
+                f"frozen={self.frozen} leaves no trainable token of length={self.length}; set frozen below length"
+            )
         return self
 
 
@@ -92,11 +94,17 @@ def cross_entropy(teacher: Any, output: Any, inputs: Mapping[str, Any]) -> Tenso
     """
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise ConfigError(f"teacher= is for logits [batch, tokens, vocabulary]; a {type(output).__name__} has none")
+        raise ConfigError(
+            "teacher= needs a model that returns logits [batch, tokens, vocabulary]; this one returns "
+            f"{type(output).__name__} without them"
+        )
     largest = not isinstance(teacher, Tensor)
     said, places = teacher if largest else (teacher, None)
     if said.shape[:2] != logits.shape[:2] or (places is None and said.shape != logits.shape):
-        raise ConfigError(f"teacher= is {tuple(said.shape)}, and the logits are {tuple(logits.shape)}: of other tokens")
+        raise ConfigError(
+            f"teacher= has shape {tuple(said.shape)}, but the model's logits have shape {tuple(logits.shape)}; pass "
+            "the teacher's logits of the same tokens"
+        )
     logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     said = said.to(logs)
     counts = said.isfinite().any(-1)
@@ -179,8 +187,8 @@ class Cartridge(Method):
             for path, front in fronts.items():
                 if (front.seen or 0) < (length := len(front.flat())):
                     raise CalibrationError(
-                        f"{path} saw {front.seen} tokens in the first row of the data, and {length} are asked for: "
-                        "give a longer text, without padding before it, or a smaller length="
+                        f"{path} read {front.seen} tokens in the first row of data=, but length={length}: pass a "
+                        "longer text without padding in front, or set a smaller length="
                     )
         finally:
             for front in fronts.values():

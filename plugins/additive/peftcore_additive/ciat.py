@@ -151,7 +151,8 @@ class CIAT(Method):
             first |= {each.block: place.width for each in entries if depths.get(each.block) == 0}
         if config.embeddings and not first:
             raise UnsupportedSite(
-                "no target is in a first block, which reads embeddings; embeddings=False adapts branches alone"
+                "no target is in the first block of a stack, whose input embeddings=True adapts; target the first "
+                "block too, or set embeddings=False to adapt branches only"
             )
         for block, width in first.items() if config.embeddings else ():
             surgeon.graft(_block(surgeon, block or "", width), EmbeddingsOperator, config)
@@ -171,6 +172,8 @@ def _block(surgeon: Surgeon, path: str, width: int) -> BlockSite:
     """
     host = surgeon.resolver.host
     if host.on_grid(path) or any(each.block == path and each.stream == "context" for each in host.entries):
-        raise UnsupportedSite(f"{path} reads no single sequence of embeddings; embeddings=False adapts branches alone")
+        raise UnsupportedSite(
+            f"{path} does not read one sequence of embeddings; set embeddings=False to adapt branches only"
+        )
     once = not surgeon.resolver.check_runs_once(path)
     return BlockSite(**vars(replace(surgeon.resolver.site(path, "weight", "block"), once=once)), width=width)

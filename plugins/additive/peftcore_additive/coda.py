@@ -120,8 +120,8 @@ def arguments_of(given: Mapping[str, Any], chosen: Tensor, count: int, idle: Ten
     """
     if cache_in(given) is not None or given.get("is_causal") or given.get("src_mask") is not None:
         raise SequenceError(
-            "this block is given a cache, or a mask by which tokens see only some others: tokens that come later would "
-            "decide which ones go through it"
+            "this block is called with a cache or an attention mask that hides tokens: later tokens would influence "
+            "which earlier ones are chosen; use coda in encoders without a cache"
         )
     found = {name: _cut(name, value, chosen, count) for name, value in given.items()}
     if idle is not None:
@@ -129,7 +129,10 @@ def arguments_of(given: Mapping[str, Any], chosen: Tensor, count: int, idle: Ten
         if name is not None:
             found[name] = _hiding(found[name], idle, padding=name == PADDING[0])
         elif not torch.compiler.is_compiling() and idle.any():  # hosts leave a mask out that hides nothing
-            raise SequenceError("the batch has padding, of which the block is not told")
+            raise SequenceError(
+                "the batch has padding, but the block receives no mask for it; pass batches without padding, or "
+                "exclude the block"
+            )
     return found
 
 
@@ -148,7 +151,10 @@ def _cut(name: str, value: Any, chosen: Tensor, count: int) -> Any:
             return value
     elif not any(isinstance(each, Tensor) for each in _inside(value)):
         return value
-    raise SequenceError(f"nobody knows how to cut {name} ({type(value).__name__}) for the chosen tokens")
+    raise SequenceError(
+        f"coda cannot select the chosen tokens in the block's argument {name} ({type(value).__name__}); exclude the "
+        "block"
+    )
 
 
 def _inside(value: Any) -> list[Any]:
@@ -192,7 +198,7 @@ class ConditionalOperator(Operator):
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.dim() != 3:
             raise SequenceError(
-                f"CoDA chooses among tokens [batch, tokens, width], and a block is given {list(x.shape)}"
+                f"coda needs block inputs [batch, tokens, width], but this block got {list(x.shape)}; exclude the block"
             )
         given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
         count = x.shape[1]
@@ -240,11 +246,17 @@ class CoDA(Method):
         for site in block_sites(surgeon):
             stack = stacks.of(site)
             if stack is not None and (stack.causal or stack.reads):
-                raise UnsupportedSite(f"{site.path}: its tokens see only earlier ones, so later ones would choose")
+                raise UnsupportedSite(
+                    f"{site.path} is causal: later tokens would influence which earlier ones are chosen; target the "
+                    "blocks of an encoder"
+                )
             inside = [each for each in surgeon.resolver.host.entries if each.block == site.path]
             makes = [each.path for each in inside if each.role == "embed.pos"]
             if makes:
-                raise UnsupportedSite(f"{makes[0]} counts the tokens of its block, which would be others")
+                raise UnsupportedSite(
+                    f"{makes[0]} computes positions inside its block, which would count only the chosen tokens; "
+                    "exclude this block"
+                )
             visible = VisibleTokens(stack)
             surgeon.graft(site, ConditionalOperator, config, visible=visible)
 

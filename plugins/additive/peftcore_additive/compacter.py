@@ -84,9 +84,9 @@ class CompacterConfig(MethodConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.bottleneck % self.phm_dim:
-            raise ValueError(f"bottleneck={self.bottleneck} is no multiple of phm_dim={self.phm_dim}")
+            raise ValueError(f"bottleneck={self.bottleneck} is not a multiple of phm_dim={self.phm_dim}")
         if not self.rules and self.phm_dim > 1:
-            raise ValueError("rules=False leaves one product in a matrix, so phm_dim=1 goes with it")
+            raise ValueError("rules=False makes each matrix one product; set phm_dim=1 with it")
         return self
 
 
@@ -131,7 +131,10 @@ class CompacterOperator(AtBranchEnd):
     def __init__(self, site: Site, config: CompacterConfig, rule: Shared | None) -> None:
         super().__init__(site)
         if site.out_features % (n := config.phm_dim):
-            raise UnsupportedSite(f"{site.path}: {site.out_features} features are no multiple of phm_dim={n}")
+            raise UnsupportedSite(
+                f"{site.path}: its {site.out_features} features are not a multiple of phm_dim={n}; set another "
+                "phm_dim, or exclude it"
+            )
         self.down = KroneckerLinear(site.out_features, config.bottleneck, config, rule)
         self.activation = ACTIVATIONS[config.activation]()
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)

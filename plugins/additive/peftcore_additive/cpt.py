@@ -80,7 +80,9 @@ class CPTConfig(MethodConfig):
     @model_validator(mode="after")
     def _one_type_each(self) -> CPTConfig:
         if self.types and len(self.types) != len(self.ids):
-            raise ValueError(f"types are {len(self.types)}, and ids {len(self.ids)}: one for each")
+            raise ValueError(
+                f"types= has {len(self.types)} entries, but ids= has {len(self.ids)}; pass one type for each id"
+            )
         return self
 
     def kinds(self) -> list[int]:
@@ -135,7 +137,7 @@ class CPTOperator(SequenceOperator):
 
     def __init__(self, site: SequenceSite, config: CPTConfig) -> None:
         if unknown := [each for each in config.ids if each >= site.in_features]:
-            raise ConfigError(f"ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")
+            raise ConfigError(f"ids= has ids outside of the vocabulary of {site.in_features} tokens: {unknown[:4]}")
         super().__init__(site, len(config.ids))
         part = [0.0, config.format_epsilon, config.epsilon, config.format_epsilon]
         self.bounds = [part[kind % 4] * (self.width / 2048) ** 0.5 for kind in config.kinds()]

@@ -111,7 +111,9 @@ def _inputs_of(site: Site) -> int:
         UnsupportedSite: it reads token ids, or it is a slice of a matrix, whose slices all read the same input.
     """
     if site.layer.one_hot or site.slices is not None:
-        raise UnsupportedSite(f"{site.path}: nothing stands in front of it alone; an adapter can stand behind it")
+        raise UnsupportedSite(
+            f'{site.path} has no input that an adapter could change for it alone; adapt its output (side="outputs")'
+        )
     return site.in_features
 
 

@@ -60,7 +60,7 @@ class IA3Operator(Operator):
         super().__init__(site)
         self.on_input = self.changes_inputs = scales_input(site, config)
         if self.on_input and self.layer.one_hot:
-            raise UnsupportedSite(f"{site.path}: inputs of embeddings are not scaled; leave it out of scale_inputs")
+            raise UnsupportedSite(f"{site.path} reads token ids, which cannot be scaled; remove it from scale_inputs")
         self.gain = nn.Parameter(torch.ones(*site.batch, gain_width(site, config)))
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:

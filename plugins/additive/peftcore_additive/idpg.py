@@ -98,8 +98,8 @@ class IDPGOperator(InstanceOperator):
             return
         if width % n or hidden % n:
             raise UnsupportedSite(
-                f"phm={n} does not divide the width {width} of {site.path}, or hidden={hidden}: choose one that does, "
-                "or phm=None"
+                f"phm={n} does not divide both the width {width} of {site.path} and hidden={hidden}; set a phm that "
+                "does, or phm=None"
             )
         self.down = KroneckerSum(width, hidden, n, torch.randn(hidden) * 0.05)
         self.up = KroneckerSum(hidden, outputs, n, torch.rand(outputs) - 0.5)

@@ -219,7 +219,9 @@ class InfoPrompt(Method):
                 continue
             head = max(heads, key=lambda each: each.out_features)
             if unknown := [each for each in own.outputs if each >= head.out_features]:
-                raise ConfigError(f"outputs: {unknown[:4]} are none of the {head.out_features} of {head.path}")
+                raise ConfigError(
+                    f"outputs= has indices outside of the {head.out_features} outputs of {head.path}: {unknown[:4]}"
+                )
             options: dict[str, Any] = {"weight": own.head_weight, "outputs": own.outputs, "ceiling": own.ceiling}
             surgeon.graft(head, HeadLoss, told=told, **options)
 

@@ -87,10 +87,10 @@ class KAdapterConfig(MethodConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.layers is not None and any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
-            raise ValueError("layers= are numbers in ascending order, each once")
+            raise ValueError("layers= must be numbers in ascending order, without repetition")
         if self.identity and self.fusion == "add":
             raise ValueError(
-                "a sum with the chain's state is never the model's own: identity=True wants fusion='concat'"
+                "identity=True needs fusion='concat': the sum of fusion='add' always differs from the model's state"
             )
         return self
 
@@ -198,7 +198,7 @@ class KAdapter(Method):
         count, width = len(sites), sites[0].width
         layers = config.layers or sorted({number * count // 24 for number in (0, 11, 22)})
         if layers[-1] >= count:
-            raise TargetError(f"layers={layers[:9]}: there are the layers 0 to {count - 1}")
+            raise TargetError(f"layers={layers[:9]}: the layers of this model are 0 to {count - 1}")
         states = {number: Tap(until_backward=True) for number in layers}
         adapters = [surgeon.own(f"adapter_{number}", lambda: Adapter(width, config)) for number in layers]
         joins = surgeon.own("joint", lambda: joint(width, config.identity)) if config.fusion == "concat" else None

@@ -62,7 +62,10 @@ class LlamaAdapterOperator(AttentionOperator):
         sizes = site.geometry
         made = {part: projection.out_features for part, projection in site.projections.items()}
         if (made.get("k"), made.get("v")) != (sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim):
-            raise UnsupportedSite(f"{site.path} makes its keys and values of more than one matrix each, or of none")
+            raise UnsupportedSite(
+                f"{site.path} does not compute its keys and values by one matrix each, which llama_adapter needs; "
+                "exclude it"
+            )
         self.prompt = nn.Parameter(torch.randn(config.length, site.projections["k"].in_features))
         self.gate = nn.Parameter(torch.zeros(sizes.heads))
         self.tanh = config.tanh

@@ -81,9 +81,12 @@ class LoReFTConfig(MethodConfig):
     @model_validator(mode="after")
     def _somewhere(self) -> Self:
         if not self.prefix_positions + self.suffix_positions:
-            raise ValueError("prefix_positions and suffix_positions are both 0: there is nothing to intervene on")
+            raise ValueError("prefix_positions and suffix_positions are both 0; set at least one to a positive number")
         if self.identity and self.activation and self.kind != "direft":
-            raise ValueError("identity=True starts at W = R, which does nothing only without an activation")
+            raise ValueError(
+                "identity=True starts at W = R, which is an identity only without an activation; set activation=None "
+                "or identity=False"
+            )
         return self
 
 
@@ -108,7 +111,7 @@ class Intervention(Checked):
         if self.orthonormal and R is not None:
             R = R.to(torch.promote_types(R.dtype, torch.float32))
             if torch.linalg.cholesky_ex(R @ R.mT).info:
-                yield "R holds rows that span no subspace of their number"
+                yield "R has linearly dependent rows"
 
     def rotation(self) -> Tensor:
         """Return R, with orthonormal rows where they have to be (in float32 at least: torch factors no half
@@ -136,7 +139,7 @@ class ReftOperator(Operator):
     def __init__(self, site: BlockSite, config: LoReFTConfig, generates: bool) -> None:
         super().__init__(site)
         if config.rank > site.width:
-            raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
+            raise UnsupportedSite(f"{site.path} has width {site.width}, less than rank={config.rank}; lower the rank")
         self.names = site.arguments
         first, last, short = config.prefix_positions, config.suffix_positions, config.short_prompts
         self.prompt = PromptPositions(site.depth, generates, first, last, short == "half", last_wins=short == "last")
@@ -188,5 +191,5 @@ def _chosen(surgeon: Surgeon, stacks: TokenStacks, config: LoReFTConfig) -> list
     sites = stacks.prompted(block_sites(surgeon, each_run=True), surgeon.wishes.target is not None)
     there = {site.depth for site in sites}
     if not there.issuperset(config.layers or ()):
-        raise TargetError(f"layers={config.layers}: there are the layers {min(there)} to {max(there)}")
+        raise TargetError(f"layers={config.layers}: the layers of this model are {min(there)} to {max(there)}")
     return [site for site in sites if config.layers is None or site.depth in config.layers]

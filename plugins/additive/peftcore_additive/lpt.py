@@ -118,15 +118,18 @@ class LPTOperator(InnerRows):
         running, batch = forward_context(), states.shape[:2]
         told, labels = running.context.get("prompt_length"), running.inputs.get("labels")
         if isinstance(told, int) and self.causal and told > batch[1]:
-            raise SequenceError(f"{batch[1]} tokens are less than a prompt of {told}, which has to come at once")
+            raise SequenceError(
+                f"this call has {batch[1]} tokens, but the prompt has prompt_length={told}; pass the whole prompt in "
+                "one call"
+            )
         found = self.positions.positions(states, given, self.training)
         every = torch.ones(batch, dtype=torch.bool, device=states.device)
         chosen = found[0].logical_or(found[1]).expand(batch) if found else every
         whole = told is None and self.positions.generates and isinstance(labels, Tensor) and labels.shape == batch
         if whole and not torch.compiler.is_compiling() and bool((chosen & (labels != -100)).any()):
             raise MissingContext(
-                "labels begin with the first token, and a prompt made of what they say would give it away: label the "
-                "prompt -100, or say where it ends: with peftcore.call(model, prompt_length=...): ..."
+                "labels cover the first token, so a prompt generated from these tokens would contain the answer: "
+                "label the prompt -100, or pass its length: with peftcore.call(model, prompt_length=...): ..."
             )
         return chosen
 
@@ -164,7 +167,7 @@ class LPT(Method):
         for site in surgeon.sites():
             stack = surgeon.sequence_site(site)
             if stack.stack.reads:
-                raise UnsupportedSite(f"{stack.path} reads what an encoder made of the prompt; target the encoder")
+                raise UnsupportedSite(f"{stack.path} reads an encoder's output of the prompt; target the encoder")
             own = config.at(stack.path)
             layer = surgeon.blocks_of(site) // 2 if own.layer is None else own.layer
             surgeon.sequence(site, LPTOperator, config, blocks=[layer])

@@ -144,6 +144,6 @@ def _embeddings(surgeon: Surgeon) -> Iterator[tuple[Site, list[Site], list[Site]
             found += 1
     if not found:
         raise UnsupportedSite(
-            f"{', '.join(tables)}: an invertible adapter stands behind the embeddings of a stack of tokens, which this "
-            "does not make; pfeiffer_adapter adapts the layers of any model"
+            f"{', '.join(tables)}: an invertible adapter needs the embedding table of a stack of tokens, and these are "
+            "not; use pfeiffer_adapter to adapt the layers of any model"
         )

@@ -156,12 +156,17 @@ def _block_of(site: Site, host: HostMap) -> str:
     """Return the path of the block whose feed-forward a site ends."""
     block = next((each.block for each in host.at(site.module_path) if each.role in ("mlp.down", "mlp")), None)
     if block is None:
-        raise UnsupportedSite(f'{site.path} is no feed-forward of a layer; placement="branch" adapts what it returns')
+        raise UnsupportedSite(
+            f'{site.path} is not the feed-forward of a layer; set placement="branch" to adapt its output'
+        )
     inside = [entry for entry in host.entries if entry.block == block]
     mixes = any(each.role.partition(".")[0] in MIXERS for each in inside)
     last = site.layer.channel_dim == -1 and not host.on_grid(block)
     if not last or not mixes or any(each.stream == "context" for each in inside):
-        raise UnsupportedSite(f"{block}: a Pfeiffer adapter needs one stream of tokens, with features last")
+        raise UnsupportedSite(
+            f"{block}: pfeiffer_adapter needs a block with one stream of tokens and features in the last dimension; "
+            'set placement="branch"'
+        )
     return block
 
 
@@ -174,5 +179,5 @@ def _place(surgeon: Surgeon, block: str, wish: str) -> tuple[Placement, Site]:
     if norms and (wish == "post" or (wish == "auto" and is_post_norm(surgeon.resolver, block))):
         return "post", surgeon.resolver.site(norms[-1], "weight", "norm")
     if wish == "post":
-        raise UnsupportedSite(f'{block}: no norm ends this block; choose placement="pre" or "branch"')
+        raise UnsupportedSite(f'{block} does not end with a norm; set placement="pre" or "branch"')
     return "pre", surgeon.resolver.site(block, "weight", "block")

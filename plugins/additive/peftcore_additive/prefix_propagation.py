@@ -110,7 +110,10 @@ class PrefixPropagation(Method):
         for site in surgeon.sites():
             blocks = range(surgeon.blocks_of(site))
             if not blocks:
-                raise UnsupportedSite(f"{site.path}: no blocks are known there at which to add to rows")
+                raise UnsupportedSite(
+                    f"{site.path}: the blocks of this stack are unknown, so prefixes cannot be added to their rows; "
+                    "use prefix_tuning or prompt_tuning"
+                )
             surgeon.sequence(site, PropagationOperator, config, blocks=blocks, counted=True)
 
     @staticmethod

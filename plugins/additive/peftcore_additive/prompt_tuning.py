@@ -67,7 +67,7 @@ class PromptTuningConfig(MethodConfig):
     @model_validator(mode="after")
     def _factors_start_uniform(self) -> Self:
         if self.rank is not None and (self.init != "uniform" or self.init_ids):
-            raise ValueError('factors of a rank start uniform, and not as tokens: say init="uniform", and no init_ids')
+            raise ValueError('rank= starts its factors uniform, not from tokens; set init="uniform", and no init_ids')
         return self
 
 

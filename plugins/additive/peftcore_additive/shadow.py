@@ -177,10 +177,13 @@ class ShadowOperator(InputOperator):
         x, shadow = given[self._names[0]], self.shadow.get()  # [batch, tokens, d]
         if shadow is None:
             raise MissingContext(
-                "a block was called by itself, and not the model, whose tokens the guest network reads"
+                "a block was called by itself; call the whole model, whose tokens the guest network reads"
             )
         if shadow.shape != x.shape:
-            raise SequenceError(f"a block is given {tuple(x.shape)}, and the guest network saw {tuple(shadow.shape)}")
+            raise SequenceError(
+                f"a block got states {tuple(x.shape)}, but the guest network read tokens {tuple(shadow.shape)}; pass "
+                "the same tokens to all blocks"
+            )
         read = x.to(self.down.weight.dtype)
         shadow = shadow.to(read)
         if self.before is not None:
@@ -220,7 +223,10 @@ class Shadow(Method):
         sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
         stack = TokenStacks(surgeon).around(sites)
         if sites[0].width != stack.out_features:
-            raise UnsupportedSite(f"{stack.path} embeds tokens {stack.out_features} wide, blocks are {sites[0].width}")
+            raise UnsupportedSite(
+                f"{stack.path} embeds tokens with width {stack.out_features}, but its blocks have width "
+                f"{sites[0].width}; shadow needs equal widths"
+            )
         guest = guest_network(surgeon, stack, {**config.sizes, "num_hidden_layers": config.layers}, config.own_table)
         states = [Tap(until_backward=True) for _ in sites]  # what the shadow was at each block
         surgeon.graft(stack, GuestOperator, guest=guest, states=states[0])

@@ -107,10 +107,13 @@ class BlendOperator(Operator):
         side = self.states.get()  # [batch, tokens, d]
         if side is None:
             raise MissingContext(
-                "a part of the model was called by itself, and not the model, whose tokens the side network reads"
+                "a part of the model was called by itself; call the whole model, whose tokens the side network reads"
             )
         if side.shape != base.shape:
-            raise SequenceError(f"here states are {tuple(base.shape)}, and the side network saw {tuple(side.shape)}")
+            raise SequenceError(
+                f"the model's states have shape {tuple(base.shape)}, but the side network's have {tuple(side.shape)}; "
+                "target a module that keeps one state for each token"
+            )
         merge = self.merge.module if isinstance(self.merge, Shared) else self.merge
         blended: Tensor = merge(base.to(side.dtype), side)
         return blended.to(base.dtype)

@@ -60,7 +60,7 @@ class SMoPConfig(MethodConfig):
     @model_validator(mode="after")
     def _enough_prompts(self) -> Self:
         if self.top_k > self.prompts:
-            raise ValueError(f"top_k is {self.top_k}, and there are {self.prompts} prompts")
+            raise ValueError(f"top_k={self.top_k} is larger than prompts={self.prompts}")
         return self
 
 

@@ -90,7 +90,10 @@ class SparseAdapterConfig(MethodConfig):
     @model_validator(mode="after")
     def _ranks(self) -> Self:
         if self.score != "random" and not (self.init_std and self.up_init_std):
-            raise ValueError(f"score={self.score!r} ranks nothing where a matrix starts at zero; take score='random'")
+            raise ValueError(
+                f"score={self.score!r} cannot rank the weights of a matrix that starts at zero; set score='random', or "
+                "positive init_std and up_init_std"
+            )
         return self
 
 
@@ -116,7 +119,7 @@ class Kept(Checked):
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         index = values.get("index")
         if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
-            yield f"index does not hold ascending places in {self.total} weights"
+            yield f"index must hold ascending positions in {self.total} weights"
 
     def between(self, first: int, size: int, device: torch.device) -> Tensor:
         """Return `size` of all weights, from the first on, with zeros where they were pruned."""
@@ -168,7 +171,7 @@ def grasp(weights: list[Tensor], data: Batches) -> list[Tensor]:
             try:
                 product.backward()  # the whole graph: without it, what has no second derivative would count as zero
             except RuntimeError as error:
-                raise CalibrationError(f"the model has no second derivative ({error}); take score='snip'") from error
+                raise CalibrationError(f"the model has no second derivative ({error}); use score='snip'") from error
     return [torch.zeros_like(w) if w.grad is None else w.detach() * w.grad for w in weights]
 
 
@@ -234,7 +237,7 @@ class SparseAdapter(Method):
         total = sum(sizes)
         count = total - math.ceil(config.sparsity * total)
         if not count:
-            raise ConfigError(f"sparsity={config.sparsity} leaves none of {total} weights; lower it")
+            raise ConfigError(f"sparsity={config.sparsity} leaves none of the {total} weights; lower it")
         kept = surgeon.own("kept", lambda: Kept(total, count))
         self.starts = []
         for place, first in zip(places, accumulate(sizes, initial=0), strict=False):
@@ -257,7 +260,9 @@ class SparseAdapter(Method):
         kept: Any = injection.shared["kept"]
         start, score = (torch.cat([each.detach().to(kept.values) for each in held]) for held in (weights, found))
         if not (score.isfinite().all() and score.any()):
-            raise CalibrationError(f"{config.score}: the loss has no finite gradient in any adapter; give other data")
+            raise CalibrationError(
+                f"{config.score}: the loss has no finite, non-zero gradient in any adapter; pass other data"
+            )
         kept.take(start, score)
 
     @staticmethod

@@ -49,7 +49,7 @@ class SPTSelectiveConfig(MethodConfig):
     @model_validator(mode="after")
     def _once(self) -> Self:
         if self.layers is not None and len({*self.layers}) < len(self.layers):
-            raise ValueError(f"layers={self.layers} names a block twice")
+            raise ValueError(f"layers={self.layers} names a block twice; name each block once")
         return self
 
 
@@ -81,11 +81,12 @@ def chosen(injection: Injection, count: int) -> list[int]:
     searches = [op.alpha for op in operators if op.alpha is not None]
     if len(searches) != 1:
         raise ConfigError(
-            f"{injection.name!r} has {len(searches)} searches for prompts, not one: apply it without layers"
+            f"{injection.name!r} has {len(searches)} searches over blocks, not one; apply spt_selective to one stack, "
+            "with layers=None"
         )
     alpha = searches[0]
     if not 0 < count <= len(alpha):
-        raise ConfigError(f"{count} of {len(alpha)} blocks cannot be chosen")
+        raise ConfigError(f"count={count} is not a number from 1 to {len(alpha)}, the number of blocks")
     return sorted(alpha.detach().topk(count).indices.tolist())
 
 
@@ -105,7 +106,7 @@ class SPTSelective(Method):
         for site in surgeon.sites():
             stack = surgeon.sequence_site(site)
             if stack.stack.reads:
-                raise UnsupportedSite(f"{stack.path} reads what an encoder made of the rows; target the encoder")
+                raise UnsupportedSite(f"{stack.path} reads an encoder's output of the rows; target the encoder")
             layers = config.at(stack.path).layers
             blocks = list(range(surgeon.blocks_of(site))) if layers is None else sorted(layers)
             surgeon.sequence(site, SelectiveOperator, config, blocks=blocks)

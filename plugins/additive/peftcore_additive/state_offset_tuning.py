@@ -54,7 +54,7 @@ class StateOffsetTuningConfig(MethodConfig):
     @model_validator(mode="after")
     def _of_states(self) -> Self:
         if self.rank is not None and self.offset == "output":
-            raise ValueError("rank= is of an offset of states; one of outputs is a vector")
+            raise ValueError('rank= needs offset="state": the offset of outputs is a vector, which has no factors')
         return self
 
 
@@ -95,7 +95,7 @@ def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
     children = [each for each in surgeon.resolver.host.entries if path and each.path.rpartition(".")[0] == path]
     outs = [each for each in children if each.role == "ssm.out"]
     if len(outs) != 1:
-        raise UnsupportedSite(f"{path or 'the host'} is no state-space mixer; target the role ssm")
+        raise UnsupportedSite(f"{path or 'the host'} is not a state-space mixer; target the role ssm")
     known = {**vars(site), "form": "activation", "channels": outs[0].shape[-1]}
     places = _selective(surgeon, children, outs[0])
     if places is not None:
@@ -103,8 +103,8 @@ def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
     norms = [each for each in children if _is_gated_norm(surgeon, each, outs[0].shape[-1])]
     if len(norms) != 1:
         raise UnsupportedSite(
-            f"{path}: nothing tells where this mixer gates what it reads of its states; Mamba, FalconMamba, Jamba and "
-            "Mamba-2 tell, exclude others"
+            f"{path}: peftcore does not know where this mixer gates its output; supported are Mamba, FalconMamba, "
+            "Jamba and Mamba-2; exclude others"
         )
     return MixerSite(**known, places=(_place(surgeon, norms[0], OUT),))
 
@@ -156,7 +156,9 @@ class OffsetOperator(Operator):
         super().__init__(site)
         channels, states = site.channels, site.states
         if config.offset == "state" and not states:
-            raise UnsupportedSite(f'{site.path} makes C inside, where nothing reads it; say offset="output"')
+            raise UnsupportedSite(
+                f'{site.path} computes C inside the mixer, where it cannot be read; set offset="output"'
+            )
         self.path, self.channels, self.states, self.gated = site.path, channels, states, site.gates_first
         self.gate, self.readout, self.added = Tap(), Tap(), Tap()
         if config.rank is not None:
@@ -178,8 +180,8 @@ class OffsetOperator(Operator):
         output = call(*args, **kwargs)
         if self.added.take() is None:
             raise TrainingError(
-                f"{self.path} ran as one kernel, which passes over the offset: give the model use_cache=True, or put "
-                "its mixers into eval() (they drop nothing), then only the scan is a kernel"
+                f"{self.path} ran as one fused kernel, which ignores the offset: call the model with use_cache=True, "
+                "or put its mixers into eval() (they have no dropout), so that only the scan is a kernel"
             )
         return output
 

@@ -75,7 +75,7 @@ class TinyAttentionAdapterConfig(MethodConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is no multiple of heads={self.heads}")
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         return self
 
 
@@ -96,7 +96,9 @@ class TinyAttentionOperator(Bypass):
     ) -> None:
         super().__init__(site)
         if site.order is not None:
-            raise UnsupportedSite(f"{site.path}: attention joins the stream in another order of dimensions")
+            raise UnsupportedSite(
+                f"{site.path}: the attention's output has another order of dimensions than the stream; exclude it"
+            )
         self.names, self.depth = block.arguments, depth
         self.visible, self.sums = visible, sums
         self.series = nn.ModuleList(TinyAttention(width_of(site), config) for _ in range(config.modules))
@@ -122,7 +124,10 @@ class TinyAttentionOperator(Bypass):
     def _at_first(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         norm = self.norm.get()
         if norm is not None and norm[1] is not x:
-            raise UnsupportedSite(f"{type(self).__name__}: attention reads something else than its norm returns")
+            raise UnsupportedSite(
+                f"{type(self).__name__}: the attention's input differs from the output of the norm in front of it; "
+                "exclude this block"
+            )
         return super()._at_first(call, x, *args, **kwargs)
 
     def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
@@ -137,7 +142,7 @@ class TinyAttentionOperator(Bypass):
         """
         around = self.around.get()
         if around is None:
-            raise MissingContext("the attention was called by itself: call its block, which is given masks and caches")
+            raise MissingContext("the attention was called by itself; call its block, which receives masks and caches")
         given, held = around
         caches = self.room.layers(given)
         visible = self.visible.mask(held_by(caches, held), h.shape[1], given, h.device)
@@ -171,7 +176,9 @@ class TinyAttentionAdapter(Method):
             entry = next((each for each in entries if each.role in ("attn", "attn.out")), None)
             path = None if entry is None else entry.block
             if path is None or path == site.module_path or resolver.host.on_grid(path):
-                raise UnsupportedSite(f"{site.path} ends no self-attention of a block of tokens; target attn.output")
+                raise UnsupportedSite(
+                    f"{site.path} is not the output of a self-attention in a block of tokens; target attn.output"
+                )
             block = replace(resolver.site(path, "weight", "block"), form=AROUND)
             blocks = sum(stack_path(other or "") == stack_path(path) for other in depths)
             visible = VisibleTokens(stacks.of(site))

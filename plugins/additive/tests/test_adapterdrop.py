@@ -213,7 +213,9 @@ def test_where_few_layers_are_all_that_there_are(layers: int) -> None:
     sizes = {"num_hidden_layers": layers, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes))
     assert peftcore.apply(model, "adapterdrop", robust=True).shared["draws"].most == 0
-    with pytest.raises(TargetError, match=f"drop_first_layers=5 leaves none of {layers} layers"):
+    with pytest.raises(
+        TargetError, match=f"drop_first_layers=5 leaves no layer with an adapter: the model has {layers} layers"
+    ):
         peftcore.apply(model, "adapterdrop", name="another")
 
 
@@ -228,7 +230,7 @@ def test_stages_of_a_pyramid_count_as_one_stack() -> None:
 
 def test_dropping_every_layer_is_refused() -> None:
     model, _ = host("llama")
-    with pytest.raises(TargetError, match="none of 4 layers"):
+    with pytest.raises(TargetError, match="no layer with an adapter: the model has 4 layers"):
         apply(model, drop_first_layers=4)
     assert not peftcore.injections(model)
 

@@ -125,7 +125,9 @@ def test_no_gradient_enters_the_backbone() -> None:
 
 
 def test_heads_have_to_divide() -> None:
-    with pytest.raises(ConfigError, match="3 heads do not divide key_width=8"):
+    with pytest.raises(ConfigError, match="key_width=8 is not divisible by heads=3"):
         peftcore.apply(HOSTS["bert"].build()[0], "attention_fusion", key_width=8, heads=3)
-    with pytest.raises(ConfigError, match="3 heads do not divide the stream of BertForSequenceClassification, 16 wide"):
+    with pytest.raises(
+        ConfigError, match="the width 16 of the blocks of BertForSequenceClassification is not divisible by heads=3"
+    ):
         peftcore.apply(HOSTS["bert"].build()[0], "attention_fusion", key_width=9, heads=3)

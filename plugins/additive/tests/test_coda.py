@@ -174,11 +174,11 @@ def test_with_all_tokens_it_starts_as_the_model() -> None:
 @pytest.mark.parametrize(
     ("name", "target", "reason"),
     [
-        ("llama", None, "later ones would choose"),
-        ("gpt2", None, "later ones would choose"),
-        ("t5", "encoder.block.0", "counts the tokens"),
-        ("t5", "decoder.block.1", "later ones would choose"),
-        ("convnet", "last", "no block"),
+        ("llama", None, "later tokens would influence"),
+        ("gpt2", None, "later tokens would influence"),
+        ("t5", "encoder.block.0", "computes positions inside its block"),
+        ("t5", "decoder.block.1", "later tokens would influence"),
+        ("convnet", "last", "not a block"),
     ],
 )
 def test_where_it_cannot_be(name: str, target: str | None, reason: str) -> None:
@@ -193,7 +193,7 @@ def test_arguments_that_nobody_can_cut_are_refused() -> None:
         run("t5", model, inputs)
     layers: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1).eval()
     peftcore.apply(layers, "coda")
-    with pytest.raises(SequenceError, match="come later"):
+    with pytest.raises(SequenceError, match="later tokens would influence"):
         layers(torch.randn(2, 5, 8), mask=nn.Transformer.generate_square_subsequent_mask(5))
 
 

@@ -206,7 +206,7 @@ def test_a_fresh_one_is_near_the_identity() -> None:
 
 
 def test_widths_must_be_multiples() -> None:
-    with pytest.raises(ConfigError, match="no multiple of phm_dim=4"):
+    with pytest.raises(ConfigError, match="not a multiple of phm_dim=4"):
         peftcore.apply(host("llama")[0], "compacter", bottleneck=6)
-    with pytest.raises(UnsupportedSite, match="16 features are no multiple of phm_dim=3"):
+    with pytest.raises(UnsupportedSite, match="16 features are not a multiple of phm_dim=3"):
         peftcore.plan(host("llama")[0], "compacter", bottleneck=6, phm_dim=3)

@@ -371,19 +371,19 @@ def test_a_cache_that_the_chain_has_not_seen_is_refused() -> None:
     injection = adapted(model)
     with injection.disabled():
         cache = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
-    with pytest.raises(SequenceError, match="5 tokens, of which the side network has seen 0"):
+    with pytest.raises(SequenceError, match="5 tokens, but the side network has seen 0"):
         model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "error", "reason"),
     [
-        ("llama", {"layers": [0, 2]}, TargetError, "there are the layers 0 to 1"),
+        ("llama", {"layers": [0, 2]}, TargetError, "the layers of this model are 0 to 1"),
         ("llama", {"layers": [1, 1]}, ConfigError, "ascending order"),
         ("llama", {"layers": []}, ConfigError, "layers"),
         ("llama", {"fusion": "add", "identity": True}, ConfigError, "identity"),
         ("llama", {"overrides": {"*": {"width": 4}}}, ConfigError, "no overrides"),
-        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "no block"),
+        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "not a block"),
         ("t5", {"target": r"re:(en|de)coder\.block\.\d+"}, UnsupportedSite, "no stream in common"),
         ("convnet", {}, TargetError, "matches nothing"),
     ],

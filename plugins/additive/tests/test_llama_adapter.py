@@ -229,7 +229,7 @@ def test_keys_of_two_matrices_are_refused() -> None:
         v_head_dim=8,
         first_k_dense_replace=1,
     )
-    with pytest.raises(UnsupportedSite, match="more than one matrix"):
+    with pytest.raises(UnsupportedSite, match="by one matrix each"):
         peftcore.apply(transformers.DeepseekV3ForCausalLM(config), "llama_adapter")
 
 

@@ -59,5 +59,5 @@ def test_it_has_no_rules(rank: int) -> None:
 
 
 def test_several_products_have_rules() -> None:
-    with pytest.raises(ConfigError, match="phm_dim=1 goes with it"):
+    with pytest.raises(ConfigError, match="set phm_dim=1 with it"):
         peftcore.apply(HOSTS["llama"].build()[0], "compacter", rules=False)

@@ -298,7 +298,7 @@ def test_a_cache_that_the_side_network_has_not_seen_is_refused() -> None:
     injection = apply(model)
     with injection.disabled():
         cache = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
-    with pytest.raises(SequenceError, match="5 tokens, of which the side network has seen 0"):
+    with pytest.raises(SequenceError, match="5 tokens, but the side network has seen 0"):
         model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
 
 
@@ -317,7 +317,7 @@ def test_some_blocks_only() -> None:
     [
         ("t5", {}, None, ""),
         ("t5", {"target": r"re:(en|de)coder\.block\.\d+"}, UnsupportedSite, "no stream in common"),
-        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "no block"),
+        ("llama", {"target": "model.layers.0.mlp"}, UnsupportedSite, "not a block"),
         ("llama", {"overrides": {"*": {"reduction": 4}}}, ConfigError, "no overrides"),
         ("convnet", {}, TargetError, "matches nothing"),
     ],

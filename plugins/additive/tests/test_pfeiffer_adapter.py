@@ -173,7 +173,7 @@ def test_start_is_normal() -> None:
 def test_what_has_no_stream_behind_it() -> None:
     with pytest.raises(UnsupportedSite, match="branch"):
         peftcore.apply(host("llama")[0], "pfeiffer_adapter", target="q_proj")
-    with pytest.raises(UnsupportedSite, match="no norm ends"):
+    with pytest.raises(UnsupportedSite, match="does not end with a norm"):
         peftcore.plan(tiny("OlmoForCausalLM"), "pfeiffer_adapter", placement="post")
     with torch.device("meta"):
         grid = pytest.importorskip("timm").create_model("maxvit_rmlp_pico_rw_256", img_size=64)

@@ -227,7 +227,7 @@ def test_what_it_refuses() -> None:
         injection.merge()
     with pytest.raises(RouteError), peftcore.route(model, ["prefix_propagation", None]):
         model(**inputs)
-    with pytest.raises(UnsupportedSite, match="no stack of tokens"):
+    with pytest.raises(UnsupportedSite, match="not a stack of tokens"):
         peftcore.apply(host("bert")[0], "prefix_propagation", target="bert.encoder")
     with pytest.raises(TargetError, match="no such roles"):
         peftcore.apply(HOSTS["vit"].build()[0], "prefix_propagation")

@@ -164,7 +164,7 @@ def test_prefix_and_text_are_no_more_than_the_positions(method: str, family: str
     injection = peftcore.apply(model, method, length=LENGTH)
     ids = torch.randint(3, 38, (2, 13 - LENGTH))
     model(input_ids=ids[:, :-1])
-    error = f"12 positions, and {LENGTH} keys in front of a text of {13 - LENGTH} tokens take 13: shorten the text"
+    error = f"12 positions, but {LENGTH} keys in front of a text of {13 - LENGTH} tokens need 13: shorten the text"
     with pytest.raises(SequenceError, match=error):
         model(input_ids=ids)
     with injection.disabled():
@@ -177,7 +177,7 @@ def test_prefix_and_text_from_a_cache_are_counted_whole() -> None:
     peftcore.apply(model := without_room("GPT2"), "prefix_tuning", length=LENGTH)
     ids = torch.randint(3, 38, (2, 12 - LENGTH))
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(SequenceError, match=f"{LENGTH} keys in front of a text of {13 - LENGTH} tokens take 13"):
+    with pytest.raises(SequenceError, match=f"{LENGTH} keys in front of a text of {13 - LENGTH} tokens need 13"):
         model(input_ids=ids[:, :1], past_key_values=cache)
 
 

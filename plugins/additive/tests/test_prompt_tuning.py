@@ -224,13 +224,13 @@ def test_behind_the_embeddings_it_has_no_positions(embedded: bool) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_behind_embeddings_stand_encoders_alone(name: str) -> None:
     model, _ = host(name)
-    with pytest.raises(UnsupportedSite, match="no place behind its embeddings"):
+    with pytest.raises(UnsupportedSite, match="cannot insert rows without positions after its embeddings"):
         peftcore.apply(model, "prompt_tuning", behind_embeddings=True)
     assert not peftcore.injections(model)
 
 
 def test_what_it_cannot_do() -> None:
-    with pytest.raises(UnsupportedSite, match="no stack of tokens"):
+    with pytest.raises(UnsupportedSite, match="not a stack of tokens"):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt_tuning", target="0")
     model, _ = host("llama")
     injection, _ = prompted(model)
@@ -288,7 +288,7 @@ def test_the_preset_has_the_rank_of_the_authors() -> None:
 @pytest.mark.parametrize("options", [{}, {"init": "uniform", "init_ids": [3]}])
 def test_factors_of_tokens_are_refused(options: dict[str, Any]) -> None:
     model, _ = host("llama")
-    with pytest.raises(ConfigError, match="factors of a rank start uniform"):
+    with pytest.raises(ConfigError, match="starts its factors uniform"):
         peftcore.apply(model, "prompt_tuning", rank=2, **options)
     assert not peftcore.injections(model)
 

@@ -97,7 +97,7 @@ def test_conformance_behind_blocks() -> None:
 
 def test_a_block_without_a_sequence_is_refused() -> None:
     model, _ = HOSTS["unet"].build()
-    with pytest.raises(UnsupportedSite, match="has no sequence"):
+    with pytest.raises(UnsupportedSite, match="does not process a sequence"):
         peftcore.apply(model, "residual_adapter_nmt")
     assert not peftcore.injections(model)
 

@@ -207,7 +207,7 @@ def test_what_files_cannot_hold(tmp_path: Path) -> None:
     theirs(base).save_pretrained(str(tmp_path))
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"mirror"', '"somebody/small"'))
-    with pytest.raises(CheckpointError, match="'somebody/small', and no name in a file is followed"):
+    with pytest.raises(CheckpointError, match="'somebody/small', which peftcore does not download"):
         peftcore.load(deepcopy(base), tmp_path)
     for number, size in (("num_hidden_layers", 10**9), ("hidden_size", 10**9)):
         config.write_text(config.read_text().replace('"somebody/small"', '"mirror"'))
@@ -217,7 +217,7 @@ def test_what_files_cannot_hold(tmp_path: Path) -> None:
         (tmp_path / "large/adapter_model.safetensors").write_bytes(
             (tmp_path / "adapter_model.safetensors").read_bytes()
         )
-        with pytest.raises((CheckpointError, ConfigError), match="no larger than the model"):
+        with pytest.raises((CheckpointError, ConfigError), match="a guest cannot be larger"):
             peftcore.load(deepcopy(base), tmp_path / "large")
     injection = peftcore.apply(deepcopy(base), "shadow", sizes={"num_key_value_heads": 1})
     with pytest.raises(ExportError, match="no option for num_key_value_heads"):
@@ -287,7 +287,7 @@ def test_generation_keeps_what_the_guest_saw(name: str) -> None:
     assert len(cache.layers) == model.config.num_hidden_layers + 2
     with injection.disabled():
         model(ids[1:, :1], cache=cache)
-    with pytest.raises(SequenceError, match="1 tokens that were seen with the adapter off"):
+    with pytest.raises(SequenceError, match="1 tokens that were processed with the adapter off"):
         model(ids[1:, :1], cache=cache)
 
 
@@ -406,7 +406,7 @@ def test_some_blocks_and_other_adapters(tmp_path: Path) -> None:
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     injection = adapted(model, target=["model.layers.1", "model.layers.3"])
     assert [path for path in injection.operators if "layers" in path] == ["model.layers.1", "model.layers.3"]
-    with pytest.raises(ExportError, match="these leave some out"):
+    with pytest.raises(ExportError, match="some blocks between the targets are left out"):
         injection.save(tmp_path / "peft", format="peft")
     assert (model(**ids).logits - base(**ids).logits).abs().max() > 1e-3
     expected = model(**ids).logits
@@ -431,18 +431,18 @@ def test_some_blocks_and_other_adapters(tmp_path: Path) -> None:
 def test_what_is_refused() -> None:
     model, inputs = host()
     for sizes, said in (
-        ({"hidden_size": 64}, "no larger than the model, which has hidden_size 16"),
-        ({"vocabulary": 3}, "vocabulary is no size"),
-        ({"tie_word_embeddings": 1}, "is no size"),
-        ({"vocab_size": 4}, "is no size"),
-        ({"pad_token_id": 1}, "is no size"),
-        ({"_attn_implementation": 1}, "is no size"),
+        ({"hidden_size": 64}, "hidden_size=64 is too large for a guest network: the model has 16"),
+        ({"vocabulary": 3}, "vocabulary is not a size"),
+        ({"tie_word_embeddings": 1}, "is not a size"),
+        ({"vocab_size": 4}, "is not a size"),
+        ({"pad_token_id": 1}, "is not a size"),
+        ({"_attn_implementation": 1}, "is not a size"),
     ):
         with pytest.raises(ConfigError, match=said):
             peftcore.apply(deepcopy(model), "shadow", sizes=sizes)
     with pytest.raises(ConfigError, match="layers cannot change at single sites"):
         peftcore.apply(deepcopy(model), "shadow", overrides={"model.layers.1": {"layers": 2}})
-    with pytest.raises(ConfigError, match="num_hidden_layers 4, not 5"):
+    with pytest.raises(ConfigError, match="num_hidden_layers=5 is too large for a guest network: the model has 4"):
         peftcore.apply(deepcopy(model), "shadow", layers=5)
     for name in ("bert", "t5", "vit", "dit", "encoder", "mlp"):
         with pytest.raises((UnsupportedSite, TargetError)):
@@ -454,6 +454,6 @@ def test_what_is_refused() -> None:
     other, inputs = host()
     prompt = peftcore.apply(other, "prompt_tuning", length=2)
     adapted(other)
-    with pytest.raises(SequenceError, match="the guest network saw"):
+    with pytest.raises(SequenceError, match="the guest network read"):
         other(**inputs)
     assert prompt.active

@@ -275,8 +275,8 @@ def test_each_blends_what_those_before_left_and_another_place() -> None:
     ("name", "options", "error", "reason"),
     [
         ("llama", {"overrides": {"*": {"alpha": 1.0}}}, ConfigError, "no overrides"),
-        ("llama", {"layers": 3}, ConfigError, "no larger than the model"),
-        ("llama", {"sizes": {"colour": 3}}, ConfigError, "colour is no size"),
+        ("llama", {"layers": 3}, ConfigError, "a guest cannot be larger"),
+        ("llama", {"sizes": {"colour": 3}}, ConfigError, "colour is not a size"),
         ("llama", {"alpha": float("inf")}, ConfigError, "alpha"),
         ("t5", {}, UnsupportedSite, "one stack of tokens"),
         ("encoder", {}, UnsupportedSite, "one stack of tokens"),
@@ -296,5 +296,5 @@ def test_parts_of_the_model_alone_and_other_numbers_of_tokens_are_refused() -> N
     with pytest.raises(MissingContext, match="by itself"):
         model.model.norm(torch.randn(1, 3, 16).double())
     model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, 1:])
-    with pytest.raises(SequenceError, match="the side network saw"):
+    with pytest.raises(SequenceError, match="but the side network's have"):
         model(**inputs)

@@ -143,7 +143,7 @@ def test_count() -> None:
 
 def test_what_it_refuses() -> None:
     model, _ = host("t5")
-    with pytest.raises(ConfigError, match="top_k is 5"):
+    with pytest.raises(ConfigError, match="top_k=5 is larger than prompts=4"):
         peftcore.apply(model, "smop", top_k=5)
     with pytest.raises(UnsupportedSite, match="target the encoder"):
         peftcore.apply(model, "smop", target="decoder")

@@ -263,7 +263,7 @@ def test_refused_before_anything_changes() -> None:
             ConfigError,
             "sparsity cannot change at single",
         ),
-        ({"data": [lambda host: host(x).sum() * 0.0]}, CalibrationError, "no finite gradient"),
+        ({"data": [lambda host: host(x).sum() * 0.0]}, CalibrationError, "no finite, non-zero gradient"),
         ({"score": "grasp", "data": [lambda host: Once.apply(host(x)) ** 2]}, CalibrationError, "no second derivative"),
     ):
         with pytest.raises(error, match=words):

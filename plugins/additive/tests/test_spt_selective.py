@@ -122,8 +122,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="target the encoder"):
         peftcore.apply(host("t5")[0], "spt_selective", target="stack.decoder")
     injection = peftcore.apply(model, "spt_selective", layers=[1])
-    with pytest.raises(ConfigError, match="0 searches for prompts, not one"):
+    with pytest.raises(ConfigError, match="0 searches over blocks, not one"):
         chosen(injection, 1)
     injection.remove()
-    with pytest.raises(ConfigError, match="3 of 2 blocks cannot be chosen"):
+    with pytest.raises(ConfigError, match="count=3 is not a number from 1 to 2"):
         chosen(peftcore.apply(model, "spt_selective"), 3)

@@ -287,9 +287,9 @@ def test_an_identity_and_what_it_counts() -> None:
 
 def test_what_is_refused() -> None:
     model, _ = built("t5")
-    with pytest.raises(UnsupportedSite, match="ends no self-attention"):
+    with pytest.raises(UnsupportedSite, match="is not the output of a self-attention"):
         peftcore.apply(model, "tiny_attention_adapter", target="decoder.block.0.layer.1.EncDecAttention.o")
-    with pytest.raises(UnsupportedSite, match="not known"):
+    with pytest.raises(UnsupportedSite, match="cannot be located"):
         peftcore.apply(HOSTS["dit"].build()[0], "tiny_attention_adapter")
     with pytest.raises(ConfigError, match="heads=2"):
         peftcore.apply(model, "tiny_attention_adapter", heads=2)

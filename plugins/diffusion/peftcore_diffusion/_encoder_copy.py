@@ -1,4 +1,4 @@
-"""A UNet's encoder a second time, as a copy that trains or as one that borrows the UNet's layers, and the operators
+"""A second encoder for a UNet, either a trained copy or one that reuses the UNet's own layers, and the operators
 through which its features control the decoder."""
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftcore.author import Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
+from peftcore.author import BorrowedLayer, Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
 from peftcore.errors import NoWeights, UnsupportedSite
 from peftcore_diffusion._told import cast, told
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
-"""The inputs of the UNet that the copy gets."""
+"""Names of the UNet's inputs that the second encoder receives."""
 
 
 class Options(Protocol):
-    """Options that methods with a second encoder have."""
+    """The common options of methods with a second encoder."""
 
     scale: float
     guess_mode: bool
@@ -36,17 +36,17 @@ class Copy:
 
     network: Shared
     inputs: Tap | None
-    """The inputs of the UNet; None where it is the host, whose inputs are known."""
+    """The inputs of the UNet; None if the UNet is the host itself, whose inputs the forward context holds."""
     lender: Tap | None
-    """The UNet, where the network borrows its layers."""
+    """The UNet, if the second encoder reuses its layers."""
     controls: Tap = dataclasses.field(default_factory=lambda: Tap(until_backward=True))
 
     def ready(self, sample: Tensor) -> tuple[nn.Module, Tensor]:
-        """Return the network for a sample, and a tensor of the dtype in which it computes: its own, or where layers are
-        borrowed the sample's, which is that of the UNet.
+        """Return the network for a sample, and a tensor of the dtype in which it computes: the network's own dtype, or,
+        if it reuses the UNet's layers, the sample's, which is the UNet's dtype.
 
         Raises:
-            NoWeights: values that have to be cast are offloaded.
+            NoWeights: weights that would have to be cast are offloaded.
         """
         network = self.network.module
         if self.lender is None:
@@ -56,21 +56,26 @@ class Copy:
         if any(each.dtype is not sample.dtype for each in own.values()):
             if any(each.is_meta for each in own.values()) and not sample.is_meta:
                 raise NoWeights(
-                    f"what borrows the UNet's layers is offloaded, and would be cast to {sample.dtype}: apply with "
-                    "dtype= that of the UNet, or offload whole models"
+                    f"the adapter uses the UNet's offloaded layers, which would have to be cast to {sample.dtype}: "
+                    "apply it with dtype= of the UNet, or offload whole models"
                 )
             network = with_tensors(network, {name: each.to(sample.dtype) for name, each in own.items()})
         return network, sample
 
 
 class InputsOperator(Operator):
-    """Stores the inputs of a UNet for the copy, and the UNet itself where that borrows its layers."""
+    """Stores the inputs of a UNet for the second encoder, and the UNet itself if that encoder reuses its layers."""
 
     observes = frozenset({"activation"})
 
     def __init__(self, site: Site, copy: Copy) -> None:
         super().__init__(site)
         self.names, self.copy = tuple(inspect.signature(site.module.forward).parameters), copy
+        if copy.lender is not None:
+            lent = [each.path for each in copy.network.module.modules() if isinstance(each, BorrowedLayer)]
+            self.reads = frozenset(
+                f"{site.module_path}.{path}.{name}".lstrip(".") for path in lent for name in ("weight", "bias")
+            )
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -117,13 +122,14 @@ class ControlsOperator(Operator):
 
 
 def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module], borrows: bool = False) -> None:
-    """Let a second encoder of each UNet control the blocks of the decoder that are target modules.
+    """Install a second encoder for each UNet; it controls the decoder blocks that are targets.
 
     Args:
-        surgeon: of the method.
-        config: its options, which are `Options`.
-        make: makes the second encoder of a UNet; the tap has that UNet when it runs, if it borrows layers.
-        borrows: whether it does.
+        surgeon: the method's surgeon.
+        config: the method's options, a subclass of `Options`.
+        make: a function that makes the second encoder of a UNet; if the encoder reuses layers, the tap holds that UNet
+            during a forward.
+        borrows: True if the encoder reuses the UNet's layers.
 
     Raises:
         UnsupportedSite: a target module is not a UNet block behind the encoder.

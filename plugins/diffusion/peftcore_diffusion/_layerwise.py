@@ -1,4 +1,5 @@
-"""A separate text for each cross-attention of a UNet: finds the attentions and selects the states of each."""
+"""Separate text states for each cross-attention of a UNet: functions that find the attentions, and an operator that
+selects the states of each."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ STATES = "encoder_hidden_states"
 
 
 class LayerReader(InputOperator):
-    """Gives a cross-attention its own states ``[batch, tokens, dim]`` of a text's ``[batch, layers, tokens, dim]``;
-    states without layers are for all of them alike.
+    """Passes to a cross-attention its own states ``[batch, tokens, dim]`` out of a text's ``[batch, layers, tokens,
+    dim]``; states without a dimension of layers are passed to all cross-attentions.
 
     Args:
         site: the attention.
-        layer: its number.
-        layers: how many there are.
-        left_out: whether merging leaves it out; the model then takes states without layers alone.
+        layer: the number of the attention.
+        layers: the number of cross-attentions.
+        left_out: True if merging leaves this operator out; a merged model then accepts only states without layers.
     """
 
     def __init__(self, site: Site, layer: int, layers: int, left_out: bool) -> None:
@@ -40,8 +41,8 @@ class LayerReader(InputOperator):
             return given
         if states.shape[1] != self.layers:
             raise ConfigError(
-                f"{STATES} has {states.shape[1]} layers, and the UNet {self.layers} cross-attentions: give "
-                f"[batch, {self.layers}, tokens, dim], or one text for all of them, [batch, tokens, dim]"
+                f"{STATES} has {states.shape[1]} layers, but the UNet has {self.layers} cross-attentions: pass [batch, "
+                f"{self.layers}, tokens, dim], or one text for all of them, [batch, tokens, dim]"
             )
         return {**given, STATES: states[:, self.index]}
 
@@ -56,8 +57,8 @@ def cross_attentions(surgeon: Surgeon) -> list[Site]:
 
 
 def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: bool = False) -> tuple[int, set[str]]:
-    """Let cross-attentions read their own states: those whose matrices for keys are given, or all. Return the number of
-    cross-attentions in the host, and the paths of the selected ones."""
+    """Make cross-attentions read separate states: the attentions of the given key matrices, or all if None. Return the
+    number of cross-attentions in the host, and the paths of the selected ones."""
     every = cross_attentions(surgeon)
     wanted = {site.module_path for site in every} if keys is None else {around(site) for site in keys}
     reading = [(layer, site) for layer, site in enumerate(every) if site.module_path in wanted]
@@ -67,20 +68,21 @@ def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: 
 
 
 def check_words(tokens: Sequence[int], layers: int) -> None:
-    """Check that there is a token for each cross-attention, where one model has words and cross-attentions.
+    """Check that the number of tokens is a multiple of the number of cross-attentions; without cross-attentions nothing
+    is checked.
 
     Raises:
-        ConfigError: there are more or fewer.
+        ConfigError: a word would have too many or too few tokens.
     """
     if layers and len(tokens) % layers:
         raise ConfigError(
-            f"{len(tokens)} ids are no words of {layers} tokens: a word takes one for each cross-attention, of which "
-            f"the UNet has {layers}"
+            f"{len(tokens)} ids are not a multiple of {layers}: a word needs one token id for each cross-attention, of "
+            f"which the UNet has {layers}"
         )
 
 
 def around(site: Site) -> str:
-    """Return the path of the attention that a matrix belongs to."""
+    """Return the path of the attention that contains a matrix."""
     return site.module_path.rpartition(".")[0]
 
 

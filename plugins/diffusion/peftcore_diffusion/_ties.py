@@ -1,4 +1,4 @@
-"""Sites of one tensor that several modules hold: an embedding that is also the head."""
+"""Sites of one tensor that several modules share, such as an embedding that is also the head."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ def alike(sites: Iterable[Site]) -> list[list[Site]]:
 
 
 def holders(surgeon: Surgeon, site: Site) -> list[Site]:
-    """Return all sites that hold the site's tensor, whether they are targets or not."""
+    """Return all sites that share the site's tensor, including sites that are not targets."""
     tensor = site.layer.held(site.module, site.tensor)
     found = surgeon.resolver.holders(tensor) if isinstance(tensor, nn.Parameter) else []
     return [dataclasses.replace(surgeon.resolver.site(*each), meta=site.meta) for each in found] or [site]
 
 
 def foremost(sites: list[Site]) -> Site:
-    """Return a site of the group that is called for sure: the first may be a mere store (T5's `shared`)."""
+    """Return a site of the group whose module is called in a forward: the first one may only store the tensor (T5's
+    `shared`)."""
     return [site for site in sites if site.layer.called or site is sites[0]][-1]
 
 
 def stored_as(site: Site, layer: Layer) -> Site:
-    """Return the site with its tensor read and acted on as that of another kind of layer."""
+    """Return the site with its tensor treated as the weight of another kind of layer."""
     return dataclasses.replace(site, form="weight", layer=layer)

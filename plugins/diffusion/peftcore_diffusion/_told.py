@@ -1,4 +1,4 @@
-"""Tensors that a call gives to a method, such as the image of a condition."""
+"""Tensors that a call passes to a method, such as a condition image."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from peftcore.errors import RouteError
 
 
 def told(name: str, rows: int) -> Tensor:
-    """Return the tensor of that name in ``peftcore.call(model, ...)``, one entry for each of so many rows: repeated
-    where a module sees several rows of one (frames), where one image is for all, or as calls say that the batch does.
+    """Return the tensor of that name in ``peftcore.call(model, ...)`` with one entry for each of the given number of
+    rows. Entries are repeated if a module gets several rows for one entry (frames), if one image is for all rows, or if
+    the call declares that rows of the batch repeat (guidance).
 
     Raises:
         MissingContext: the call does not pass the tensor.
@@ -28,8 +29,8 @@ def _each(value: Tensor, rows: int) -> Tensor:
 
 
 def timesteps(rows: int, device: torch.device) -> Tensor:
-    """Return the timestep of diffusion of each of so many rows, [rows]: what ``peftcore.call(model, timestep=...)``
-    says, a number or one for each row, and otherwise the argument of that name with which the host was called.
+    """Return the diffusion timestep of each row, [rows]. It is the value of ``peftcore.call(model, timestep=...)``, a
+    number or one number for each row, or else the host's argument ``timestep``.
 
     Raises:
         MissingContext: neither the call nor the host's arguments contain the timestep.
@@ -40,7 +41,7 @@ def timesteps(rows: int, device: torch.device) -> Tensor:
     if said is None and given is not None:  # by the host's caller, of the operator's own rows
         value = torch.as_tensor(given, device=device).flatten()
         if rows % len(value):
-            raise RouteError(f"timestep has {len(value)} entries, and a module is given {rows} rows; exclude it")
+            raise RouteError(f"timestep has {len(value)} entries, but a module gets {rows} rows; exclude this module")
         return _each(value, rows)
     value = torch.as_tensor(running.need("timestep") if said is None else said, device=device).flatten()
     return _each(running.for_rows("timestep", rows, value), rows)

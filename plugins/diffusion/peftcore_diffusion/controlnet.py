@@ -6,21 +6,22 @@ Equation:
 E' is a trained copy of the encoder and the middle block of the base, Z_i are 1x1 convolutions, H is eight convolutions.
 The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). The call passes the image, ``with
 peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large as the latents
-with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=`` in a call
-takes the place of `scale`. `guess_mode` lets the controls count less the shallower they are, from 0.1 on.
+with four `widths`; the option `input` sets another name for the image, for use with several adapters, and
+``condition_scale=`` in a call replaces `scale`. `guess_mode` scales the controls down: from 0.1 for the shallowest to 1
+for the deepest.
 
-The copy is diffusers' ControlNetModel with the weights of this UNet, so a published one of the same sizes can be loaded
-into it; the UNet is a UNet2DConditionModel. It cannot be merged. Rows of a batch cannot go to different injections: the
-controls enter whole blocks of the decoder.
+The copy is diffusers' ControlNetModel with the weights of this UNet, so a published ControlNet of the same sizes can be
+loaded into the copy. The UNet must be a UNet2DConditionModel. The method cannot be merged. Rows of a batch cannot go to
+different injections: the controls enter whole blocks of the decoder.
 
 Parameters: those of the encoder and the middle block, H, and c_i^2 + c_i for each skip of c_i channels.
 
-Start: E' at the weights of the base, Z_i and the last convolution of H at zero: the identity. The first step moves the
-Z_i alone.
+Start: E' at the weights of the base, Z_i and the last convolution of H at zero: the identity. The first step changes
+only the Z_i.
 
 Differs from the authors' code: That code was not compared; no difference from diffusers is known.
 
-Use it: `peftcore.apply(model, "controlnet")`, for control to the pixel, with tens of thousands of images.
+Use it: `peftcore.apply(model, "controlnet")`, for control of single pixels, with tens of thousands of training images.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ class ControlNetConfig(MethodConfig):
 
     method: Literal["controlnet"] = "controlnet"
     scale: NonNegativeFloat = 1.0
-    """By how much the controls count, where the call says nothing else."""
+    """The factor on the controls, unless a call passes ``condition_scale=``."""
     guess_mode: bool = False
-    """Let shallow controls count less than deep ones: for sampling without a prompt."""
+    """Scale the controls of shallow layers down, for sampling without a prompt."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels inside H; all but the first halve the resolution."""
+    """Channels of the convolutions of H; each width after the first halves the resolution."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 class ControlNet(Method):

@@ -1,28 +1,29 @@
-"""ControlNet-LLLite: small networks that bend what attention reads to an image.   Kohya S. 2023, kohya-ss/sd-scripts.
+"""ControlNet-LLLite: small networks that change the inputs of attention to follow an image.   Kohya S. 2023,
+kohya-ss/sd-scripts.
 
 Equation:
     y = W (x + scale * (U relu(M [e; relu(D x + d)] + m) + u)) + b,   e = relu-convolutions of the image, at x's places
 
-at the matrices that read the image in attention of a UNet's encoder and its middle: queries, keys and values of
+at those matrices of attention, in a UNet's encoder and middle block, that read the latents: queries, keys and values of
 self-attention, queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D [hidden, in], M [hidden,
 condition_dim + hidden], U [in, hidden]. Each matrix has a separate network and separate convolutions: one of 4x4 with
 stride 4 to condition_dim / 2 channels, and then one or two whose strides reduce the image to the grid of the matrix's
-tokens: 2 where the latents are whole, 4 where they were halved once, 4 and 2 where twice. Deeper ones are not made (the
-middle of Stable Diffusion 1.5: exclude it).
+tokens: 2 at the full resolution of the latents, 4 after one halving, 4 and 2 after two. Matrices after more halvings
+are not supported (exclude the middle block of Stable Diffusion 1.5).
 
 The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents, scaled to [-1, 1]; the option `input` gives it another name, and ``condition_scale=`` in
-a call takes the place of `scale`.
+times as large as the latents, scaled to [-1, 1]; the option `input` sets another name for the image, and
+``condition_scale=`` in a call replaces `scale`.
 
 It cannot be merged. Parameters, with h = hidden, c = condition_dim, k = c / 2: h (2 in + h + c + 2) + in, and of
 convolutions 16 channels k + k, with 4 k c + c, 16 k c + c, or 16 k^2 + k + 4 k c + c.
 
-Start: U at zero and u as torch's layers do, so no start is an identity, but for a scale of 0.
+Start: U at zero and u as torch's layers do, so only a scale of 0 starts as an identity.
 
-Differs from the authors' code: Theirs computes e once an image, here each forward does.
+Differs from the authors' code: The authors' code computes e once for each image; here each forward does.
 
 Use it: `peftcore.apply(model, "controlnet_lllite")`, for control on SDXL where a ControlNet is too large; not to learn
-a style, for which it is too small. Its nearest kin, t2i_adapter, adds features to whole blocks.
+a style, for which it is too small. The similar t2i_adapter adds features to whole blocks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._told import told
 
 STRIDES = ((4, 2), (4, 4), (4, 4, 2))
-"""Strides of the convolutions, by how often the latents were halved."""
+"""Strides of the convolutions, by the number of times that the latents were halved."""
 
 
 class ControlNetLLLiteConfig(MethodConfig):
@@ -50,28 +51,28 @@ class ControlNetLLLiteConfig(MethodConfig):
 
     method: Literal["controlnet_lllite"] = "controlnet_lllite"
     scale: NonNegativeFloat = 1.0
-    """By how much the networks count, where the call says nothing else."""
+    """The factor on the networks' outputs, unless a call passes ``condition_scale=``."""
     condition_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 16
-    """Features of the image at each token."""
+    """Number of features of the image at each token."""
     hidden: PositiveInt = 16
-    """Width of a network."""
+    """Width of the hidden layers of a network."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
     dropout: Share = 0.0
     """Probability with which hidden values are dropped in training."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LLLiteSite(Site):
-    """A matrix in attention, and how often the latents were halved that it reads."""
+    """A matrix in attention, with the number of times that its input was halved in resolution."""
 
     halved: int = dataclasses.field(kw_only=True)
 
 
 class LLLiteOperator(Operator):
-    """Bends the inputs of one matrix."""
+    """Adds the output of a small network to the inputs of one matrix."""
 
     changes_inputs, only_inputs = True, True
 
@@ -105,14 +106,15 @@ class LLLiteOperator(Operator):
         embedded = image.flatten(2).transpose(1, 2)  # [batch, tokens, condition_dim]
         if embedded.shape[1] != x.shape[1]:
             raise ConfigError(
-                f"{self.name} gives {embedded.shape[1]} places, and a matrix is given {x.shape[1]} tokens: resize the "
-                "image to 8 times the latents, whose sides are multiples of what the UNet halves"
+                f"{self.name} has {embedded.shape[1]} positions after its network, but a matrix gets {x.shape[1]} "
+                "tokens: resize the image to 8 times the latents, whose sides must be multiples of the UNet's total "
+                "downsampling"
             )
         return embedded
 
 
 class ControlNetLLLite(Method):
-    """Small networks that bend what attention reads.
+    """Small networks that change the inputs of attention to follow an image.
 
     Example:
         injection = peftcore.apply(model, "controlnet_lllite", hidden=64, condition_dim=32)
@@ -147,7 +149,7 @@ def _halved(surgeon: Surgeon, site: Site) -> int:
     """Return how often the latents were halved that a matrix reads."""
     found = re.fullmatch(r"((?:.*\.)?)(?:down_blocks\.(\d+)|mid_block)\..*", site.module_path)
     if found is None or site.form != "activation" or len(site.weight_shape) != 2:
-        raise UnsupportedSite(f"{site.path or 'the host'} is no matrix in the encoder or the middle of a UNet")
+        raise UnsupportedSite(f"{site.path or 'the host'} is not a matrix in the encoder or the middle block of a UNet")
     halving = re.compile(rf"{re.escape(found[1])}down_blocks\.(\d+)\.downsamplers")
     levels = [int(each[1]) for path in surgeon.resolver.modules if (each := halving.fullmatch(path))]
     halved = sum(found[2] is None or level < int(found[2]) for level in levels)

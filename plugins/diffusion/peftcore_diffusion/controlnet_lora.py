@@ -5,16 +5,16 @@ Equation:
     W' = W + up down   for each matrix and convolution W of E' and the middle block
 
 As in `controlnet`, Z_i are 1x1 convolutions and H is eight convolutions. W is the UNet's own tensor, read when the
-encoder runs: neither memory nor the file holds a second copy. Other adapters of the UNet do not act in E'; one that is
-merged is in W. The rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, as
-Stability's files store them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load`` reads
-Stability's files, ``save(format="control_lora")`` writes them.
+encoder runs, so neither memory nor the file contains a second copy. Other adapters of the UNet do not act in E', except
+merged ones, which are part of W. The rank of a layer is at most its number of inputs or outputs. Biases and norms of E'
+train whole, as Stability's files store them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2.
+``load`` reads Stability's files, ``save(format="control_lora")`` writes them.
 
 The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents with four `widths`; the option `input` gives it another name, where several act, and
-``condition_scale=`` in a call takes the place of `scale`. `guess_mode` lets the controls count less the shallower they
-are, from 0.1 on. The UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections. It cannot be
-merged.
+times as large as the latents with four `widths`; the option `input` sets another name for the image, for use with
+several adapters, and ``condition_scale=`` in a call replaces `scale`. `guess_mode` scales the controls down: from 0.1
+for the shallowest to 1 for the deepest. The UNet must be a UNet2DConditionModel. Rows of a batch cannot be routed to
+different injections. The method cannot be merged.
 
 Parameters: for a kernel k x k, rank (in k^2 + out) + out of each matrix, 2 c of each norm of c channels; H; and
 c_i^2 + c_i for each skip of c_i channels.
@@ -23,8 +23,9 @@ Start: up, Z_i and the last convolution of H at zero: the identity.
 
 Differs from the authors' code: That code was not compared; no difference from diffusers is known.
 
-Use it: `peftcore.apply(model, "controlnet_lora")`, for control to the pixel where a whole `controlnet` does not fit, in
-memory or in files; not where few images are there (`controlnet_xs` is the other small one, from scratch).
+Use it: `peftcore.apply(model, "controlnet_lora")`, for control of single pixels where a whole `controlnet` is too large
+for memory or files; not where training images are few. `controlnet_xs` is another small method, whose encoder starts at
+random.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ class ControlNetLoRAConfig(MethodConfig):
     rank: PositiveInt = 128
     """Rank of the updates."""
     vectors: bool = True
-    """Train biases and norms of the encoder, too."""
+    """Train biases and norms of the second encoder, too."""
     scale: NonNegativeFloat = 1.0
-    """By how much the controls count, where the call says nothing else."""
+    """The factor on the controls, unless a call passes ``condition_scale=``."""
     guess_mode: bool = False
-    """Let shallow controls count less than deep ones: for sampling without a prompt."""
+    """Scale the controls of shallow layers down, for sampling without a prompt."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels inside H; all but the first halve the resolution."""
+    """Channels of the convolutions of H; each width after the first halves the resolution."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 class ControlNetLoRA(Method):
-    """The UNet's encoder once more, with low-rank updates, whose features control the decoder.
+    """A second encoder, the UNet's own with low-rank updates, whose features control the decoder.
 
     Example:
         injection = peftcore.apply(model, "controlnet_lora", rank=128)

@@ -4,28 +4,28 @@ Equation:
     h <- h + scale * CN(c, h),   CN(c, h) = (c - mean(c)) * std(h) / (std(c) + 1e-12) + mean(h),   c = pool(F(image, t))
 
 h [batch, width, rows, columns] is the first encoder block's output that the next block reads; its outputs for the
-decoder's skips are unchanged. Means and deviations are those of a row over all of its channels and places (cross
-normalization). F halves the image three times: three convolutions, two residual blocks that read the timestep, one more
-residual of two convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) to the size of h. With
-``before`` h is the block's input, for SDXL.
+decoder's skips are unchanged. Means and standard deviations are taken over all channels and pixels of a row (cross
+normalization). F halves the image three times: it has three convolutions, two residual blocks that read the timestep,
+one more residual block of two convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) pixels
+to the size of h. With ``before`` h is the block's input, for SDXL.
 
-Some of the base trains along, from its values and `control_rate` times slower than F: the output matrices and biases
-of attention, which ``base="cross"`` makes those of cross-attention alone, as for SDXL; "none" leaves all as it is. The
-call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents; the option `input` gives it another name, and ``condition_scale=`` in a call takes the
-place of `scale` (0.35 for edges in their scripts).
+A part of the base trains too, with a learning rate `control_rate` times lower than that of F: the output matrices and
+biases of all attentions, or with ``base="cross"`` of cross-attention only, as for SDXL; with "none" the base stays
+frozen. The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
+width], 8 times as large as the latents; the option `input` sets another name for the image, and ``condition_scale=`` in
+a call replaces `scale` (0.35 for edges in their scripts).
 
 It cannot be merged. Parameters: in * out + out of a matrix; of F, with widths w, v, u, with c channels of the image and
 d of h: 9w (c + w + v) + 27 v^2 + 11 v u + 38 u^2 + (128 + d) u + 6w + 13v + 15u + d.
 
-Start: F as torch's layers do, some of the base at its values. The feature counts from the first step on: no start is an
-identity, but for a scale of 0.
+Start: F as torch's layers do, the trained part of the base at its weights. The feature has an effect from the first
+step on: only a scale of 0 starts as an identity.
 
 Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "controlnext")`, where a ControlNet is too large or too slow to train; not for a
-picture's style (`ip_adapter`), nor where the base must not train. Its nearest kin `t2i_adapter` adds to all blocks,
-without the timestep.
+picture's style (`ip_adapter`), nor where the base must not train. The similar `t2i_adapter` adds features to all
+blocks, and does not read the timestep.
 """
 
 from __future__ import annotations
@@ -65,21 +65,21 @@ class ControlNeXtConfig(MethodConfig):
 
     method: Literal["controlnext"] = "controlnext"
     scale: NonNegativeFloat = 1.0
-    """By how much the feature counts, where the call says nothing else."""
+    """The factor on the feature, unless a call passes ``condition_scale=``."""
     before: bool = False
     """Add the feature to the block's input instead of its output."""
     base: Literal["attention", "cross", "none"] = "attention"
-    """The output matrices that train along: those of all attention, those of cross-attention, or none."""
+    """The attentions whose output matrices train too: all, cross-attention only, or none."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field(
         default_factory=lambda: [64, 128, 256], min_length=3, max_length=3
     )
-    """Channels of F: of its first convolutions, behind them, and in its second residual block and from there on."""
+    """Channels of F: of its first convolutions, of the layer after them, and from its second residual block on."""
     control_rate: PositiveFloat = 10.0
     """How many times faster F learns than the base's own matrices, whose learning rate is the optimizer's."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class ControlSite(Site):
 
 
 class ControlNeXtOperator(Operator):
-    """Adds the feature of the image to the stream, in front of a block or behind it."""
+    """Adds the feature of the image to the stream, in front of a block or after it."""
 
     def __init__(self, site: ControlSite, config: ControlNeXtConfig) -> None:
         super().__init__(site)
@@ -112,7 +112,7 @@ class ControlNeXtOperator(Operator):
 
 
 class ControlNeXt(Method):
-    """The feature of a condition image at one place of the stream, and a little of the base.
+    """The feature of a condition image, added to the stream after one block, and trained output matrices of attention.
 
     Example:
         injection = peftcore.apply(model, "controlnext")
@@ -136,7 +136,7 @@ class ControlNeXt(Method):
             width = _width(surgeon, site, options.before)
             if place is None or not width:
                 raise UnsupportedSite(
-                    f"{site.path or 'the host'} is no block of a UNet's encoder, such as down_blocks.0"
+                    f"{site.path or 'the host'} is not a block of a UNet's encoder; target one such as down_blocks.0"
                 )
             surgeon.graft(ControlSite(**vars(site), width=width), ControlNeXtOperator, config)
             matrices = (each for role in BASES[options.base] for each in surgeon.at(role))
@@ -172,11 +172,11 @@ def _width(surgeon: Surgeon, site: Site, before: bool) -> int:
 
 
 TIME, GROUPS = 128, (2, 4, 8)
-"""Sines and cosines of a timestep, and the groups of the norms, stage by stage."""
+"""The number of sines and cosines of a timestep, and the numbers of groups of the norms, by stage."""
 
 
 def waves(timesteps: Tensor) -> Tensor:
-    """Return cosines and sines of timesteps [batch], [batch, TIME]."""
+    """Return cosines and sines [batch, TIME] of timesteps [batch]."""
     half = TIME // 2
     exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps.to(torch.float32)[:, None] * exponents.exp()
@@ -243,8 +243,8 @@ class ControlFeatures(nn.Module):
 
 
 def cross_normalized(feature: Tensor, stream: Tensor) -> Tensor:
-    """Return a feature with the mean and the deviation that the stream has, over all values of a row; in the dtype of
-    the feature, since float16 cannot represent 1e-12."""
+    """Return the feature, normalized to the stream's mean and standard deviation over all values of a row. It keeps the
+    feature's dtype, since float16 cannot represent 1e-12."""
     stream = stream.to(feature.dtype)
     over = tuple(range(1, feature.dim()))
     mean, std = (each(feature, dim=over, keepdim=True) for each in (torch.mean, torch.std))

@@ -3,21 +3,20 @@
 Equation:
     k = (W_k + delta_k) c,   v = (W_v + delta_v) c,   c the text,   delta = 0 at first
 
-W + delta is a full matrix. As in the authors' code, the first token of the text, its start, gives delta no gradient.
-With `modifier_tokens`, the words that name the concept train along (`textual_inversion`) in a model that holds its text
-encoder too; a text encoder that is a separate model takes `textual_inversion` by itself.
+delta is a full matrix. As in the authors' code, the first token of the text (start of text) contributes no gradient to
+delta. With `modifier_tokens`, the embeddings of the words that name the concept train too, as in `textual_inversion`,
+if the model contains its text encoder; apply `textual_inversion` to a text encoder that is a separate model.
 
-It merges. Images that keep the class as it is (prior preservation) are the training loop's business: they are more
-data.
+It merges. Prior preservation is up to the training loop: add images of the class to the training data.
 
 Parameters: in * out a matrix; n * dim for the words.
 
 Start: delta at zero: the identity, to the bit.
 
 Differs from the authors' code: The authors' code (adobe-research/custom-diffusion) trains W + delta in place; here the
-change is a separate parameter, so the base stays, and weight decay pulls to the base instead of to zero. The
-closed-form merge of several concepts and the compression of delta are not here. That code was not run: outputs are
-compared with diffusers.
+change is a separate parameter, so the base stays unchanged, and weight decay pulls the weights to the base instead of
+to zero. The closed-form merge of several concepts and the compression of delta are not here. That code was not run:
+outputs are compared with diffusers.
 
 Use it: `peftcore.apply(model, "custom_diffusion")`, to teach a few subjects at once, with lr 1e-5 and few steps.
 """
@@ -40,11 +39,12 @@ class CustomDiffusionConfig(MethodConfig):
 
     method: Literal["custom_diffusion"] = "custom_diffusion"
     hold_first: bool = True
-    """Keys and values of the first token of the text give no gradient."""
+    """Exclude the keys and values of the text's first token from the gradient."""
     modifier_tokens: list[int] = Field(default_factory=list)
-    """Ids of the words for the concepts, whose embeddings train along; negative ones count from the end."""
+    """Ids of the words for the concepts, whose embeddings train too; negative ids count from the end of the table."""
     initializer: NonNegativeInt | None = None
-    """Id of the word from which they start (a rare one is usual); None starts them as they are."""
+    """Id of the word whose embedding the modifier tokens start from (usually a rare word); None keeps their own
+    embeddings."""
 
 
 class CustomDiffusionOperator(Operator):
@@ -69,7 +69,7 @@ class CustomDiffusionOperator(Operator):
 
 
 class CustomDiffusion(Method):
-    """Train what cross-attention reads of the text."""
+    """Train the matrices of cross-attention that read the text."""
 
     name = "custom_diffusion"
     Config = CustomDiffusionConfig

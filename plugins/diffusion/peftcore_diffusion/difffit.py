@@ -3,26 +3,26 @@
 Equation:
     z = x + gamma_1 * Attention(x),   y = z + gamma_2 * FeedForward(z)   in each block;   gamma [d], one at first
 
-Trained are all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A gamma scales
-the output of its branch, before gates (of a DiT) and dropout, with which it commutes. ``scales="matrices"`` has one
-after queries, keys and values too, as mkshing/DiffFit-pytorch has. That code has a second gamma after an attention,
-which is left out here: the first one does the same. All merges: gamma into the matrix and bias that it scales.
+All biases, the gains of norms, and the embedding table of classes train. Cross-attention has a gamma too. A gamma
+scales the output of its branch, before gates (of a DiT) and dropout, with which it commutes. ``scales="matrices"`` adds
+a gamma after queries, keys and values, as in mkshing/DiffFit-pytorch. That code has a second gamma after an attention,
+which has the same effect as the first and is left out here. Everything merges: gamma into the matrix and bias that it
+scales.
 
-An embedding counts as the table of classes if the host takes no tokens: diffusers' DiT has one in each block.
+An embedding counts as the table of classes if the host does not read tokens: diffusers' DiT has one in each block.
 Feed-forwards of stacked experts lack a gamma.
 
 Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
 5 d or 9 d with "matrices").
 
-Start: Tensors of the model at their values, gamma at one: the identity.
+Start: The model's tensors at their pretrained values, gamma at one: the identity.
 
 Differs from the authors' code: The authors' code selects the trained tensors by words in their names (bias, norm,
-gamma, y_embed); here the selection is by the kind of tensor. So the matrices that make a DiT's modulation, which
-diffusers keeps in modules called norm1, stay as they are, as they do in the DiT of the paper. That code was not
-compared.
+gamma, y_embed); here the selection is by the kind of tensor. So the matrices that compute a DiT's modulation, which
+diffusers stores in modules called norm1, stay frozen, as in the paper's DiT. That code was not compared.
 
 Use it: `peftcore.apply(model, "difffit")`, to adapt a diffusion transformer to another domain with a thousandth of its
-parameters. For one subject or style use `lora`, which has more parameters; to keep norms and classes frozen, use
+parameters. For a single subject or style use `lora`, which has more parameters; to keep norms and classes frozen, use
 `bitfit`.
 """
 
@@ -46,10 +46,10 @@ class DiffFitConfig(MethodConfig):
 
     method: Literal["difffit"] = "difffit"
     scales: Literal["branches", "matrices"] = "branches"
-    """Places of gamma: behind attention and feed-forward, or behind queries, keys and values as well."""
+    """The outputs that a gamma scales: those of attention and feed-forward, or of queries, keys and values as well."""
     blocks: PositiveInt | None = None
-    """How many blocks of each stack have a gamma, from the first on (the paper tries the first half too); None for
-    all."""
+    """Number of blocks of each stack, from the first on, that have a gamma (the paper also tries the first half); None:
+    all blocks."""
     classes: bool = True
     """Train the table of classes."""
 
@@ -67,7 +67,7 @@ class ScaleOperator(Operator):
         return on_first(call(*args, **kwargs), self.times_gamma)
 
     def times_gamma(self, y: Tensor) -> Tensor:
-        """Return y with each channel times its factor."""
+        """Return y with each channel multiplied by its factor."""
         (gamma,) = self.cast(y, self.gamma)
         return y * self.layer.along_channels(gamma, y)
 
@@ -79,7 +79,7 @@ class ScaleOperator(Operator):
 
 
 class DiffFit(Method):
-    """Train biases, norms and classes, and scale what attention and feed-forward add to the stream."""
+    """Train biases, norms and class embeddings, and scale the outputs of attention and feed-forward."""
 
     name = "difffit"
     Config = DiffFitConfig

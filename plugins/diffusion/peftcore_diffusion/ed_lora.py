@@ -1,30 +1,31 @@
-"""ED-LoRA: a subject as two layer-wise words and LoRA.   Gu et al. 2023 (Mix-of-Show), arXiv 2305.18292.
+"""ED-LoRA: a subject as two layer-wise words, plus LoRA.   Gu et al. 2023 (Mix-of-Show), arXiv 2305.18292.
 
 Equation:
     y = W x + b + alpha B A x,   A [rank, in], B [out, rank],   in the attentions of text encoder and UNet
     cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with V_rand_l V_class_l)
     V_rand = random_std N(0, 1),   V_class = E[initializer],   each the same vector for all l at first
 
-The prompt names the subject by two words, an unused word and the word of its class. Each word has L tokens, one for
+The prompt names the subject by two words: an unused word, and a word for its class. Each word has L tokens, one for
 each cross-attention. The words learn most of the subject's looks and the LoRA learns less, so that several subjects can
-be fused (`mix_of_show`). The scale is alpha itself, whatever the rank.
+be fused (`mix_of_show`). The scale is alpha itself, independent of the rank.
 
-Apply it to the text encoder with `random_tokens` and `class_tokens`, once the tokenizer knows the placeholders, and to
-the UNet without. A model that holds both takes the words too, and LoRA in both where `target` names the roles. The UNet
-reads a text as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim] for all cross-attentions alike. A
-merged UNet takes these alone, until ``peftcore.apply(unet, "xti", target="cross.k")`` reads layers again.
+Add the placeholders to the tokenizer, then apply the method to the text encoder with `random_tokens` and
+`class_tokens`, and to the UNet without them. For a model that contains both, pass the words too, and set `target` to
+the roles of both for LoRA. The UNet reads a text as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim]
+for all cross-attentions. A merged UNet accepts only the latter, until ``peftcore.apply(unet, "xti", target="cross.k")``
+lets it read states by layer again.
 
 Parameters: rank * (in + out) a matrix; n * dim for the words, n ids.
 
 Start: A ~ U(-1, 1) / sqrt(in), B at zero, the words as above: the identity for other words.
 
-Differs from the authors' code: The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop the words
-once their mean norm is 0.55: the loop does that, ``vectors.requires_grad_(False)``. The loop also has to bring masks of
-the subject in the loss and on maps of attention.
+Differs from the authors' code: The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop training the
+words when their mean norm reaches 0.55; do that in the training loop with ``vectors.requires_grad_(False)``. The loop
+also has to apply masks of the subject to the loss and to attention maps.
 
-Use it: `peftcore.apply(model, "ed_lora")`, for subjects that are to be in one picture together later; not for a single
-one (`lora` and `textual_inversion` do with one text for all layers), nor where the model must stay as it is (`xti`). It
-merges.
+Use it: `peftcore.apply(model, "ed_lora")`, for subjects that will be combined in one picture later; not for a single
+one (`lora` and `textual_inversion` need only one text for all layers), nor where the model must stay unchanged (`xti`).
+It merges.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class EDLoRAConfig(MethodConfig):
     random_std: NonNegativeFloat = 0.013
     """Standard deviation of the vector from which V_rand starts."""
     initializer: NonNegativeInt | None = None
-    """Id of the word of the class, from which V_class starts; None starts it from the rows that it has."""
+    """Id of the word of the class, from whose embedding V_class starts; None starts from the current rows of
+    `class_tokens`."""
     word_lr: PositiveFloat = 1e-3
-    """Learning rate of the words; that of the LoRA is the optimizer's."""
+    """Learning rate of the words; the LoRA uses the optimizer's."""
 
 
 class EDLoRAOperator(Operator):
@@ -77,7 +79,9 @@ class EDLoRAOperator(Operator):
         """
         super().__init__(site)
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} is a table: its words are random_tokens and class_tokens; exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is a token table, which random_tokens= and class_tokens= adapt; exclude it from target="
+            )
         self.scale, inputs = config.alpha, site.in_features * math.prod(site.kernel)
         A = torch.empty(*site.batch, config.rank, site.in_features, *site.kernel)
         self.A = nn.Parameter(A.uniform_(-1, 1) / math.sqrt(inputs))
@@ -104,7 +108,7 @@ class SubjectOperator(TextualInversionOperator):
 
 
 class EDLoRA(Method):
-    """Layer-wise words of a subject, and low-rank adaptation of both models.
+    """Layer-wise words for a subject, and low-rank adaptation of text encoder and UNet.
 
     Example:
         injection = peftcore.apply(model, "ed_lora", random_tokens=[5, 6, 7, 8], class_tokens=[9, 10, 11, 12])

@@ -1,30 +1,30 @@
-"""Hypernetworks of AUTOMATIC1111's webui: networks for what attention makes keys and values of.   2022, no paper.
+"""Hypernetworks of AUTOMATIC1111's webui: networks that change the inputs of keys and values.   2022, no paper.
 
 Equation:
     K = W_k (c + scale * f_k(c)),   V = W_v (c + scale * f_v(c)),   f(c) = W_2 a(W_1 c + b_1) + b_2
 
-c [tokens, width] is the input of keys and values: the text in cross-attention, the latents in self-attention. There
-is one f_k and one f_v for each width, which all attentions with a context of that width share: 768 and 320, 640, 1280
-in Stable Diffusion 1.5, the webui's default. `structure` has the widths inside f, relative to that of c: [1, 2, 1] is
-W_1 [2 width, width] and W_2 [width, 2 width]; a is the activation, with the default "linear" none. Each layer is
-followed, as in the webui, by the activation (behind the last with `activate_output`), a layer norm with `norm`, a
-dropout.
+c [tokens, width] is the input of keys and values: the text in cross-attention, the latents in self-attention. There is
+one f_k and one f_v for each width, which all attentions with a context of that width share: 768, 320, 640 and 1280 in
+Stable Diffusion 1.5, the webui's default. `structure` lists the widths inside f, relative to the width of c: [1, 2, 1]
+is W_1 [2 width, width] and W_2 [width, 2 width]. a is the activation; the default "linear" has none. As in the webui,
+each layer is followed by the activation (after the last layer only with `activate_output`), by a layer norm with
+`norm`, and by dropout.
 
-The webui's own files (.pt) are pickles, and no format here reads them. ``torch.load(file, weights_only=True)[768]`` has
-two state dicts, of f_k and f_v, whose tensors are in the order of ``injection.shared["k768"].parameters()`` and
-``["v768"]``; files without the key activate_output mean True.
+The webui's own files (.pt) are pickles, which peftcore does not read. ``torch.load(file, weights_only=True)[768]``
+contains two state dicts, of f_k and f_v, with tensors in the order of ``injection.shared["k768"].parameters()`` and
+``["v768"]``; for files without the key activate_output set it to True.
 
 Parameters: two f for each width, each the sum of in * out + out over its layers, 8 width^2 + 6 width with the default;
-2 out more for each layer norm.
+each layer norm adds 2 out.
 
-Start: Matrices as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so no start is an identity, but for
-a scale of 0.
+Start: Matrices as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so only a scale of 0 starts as an
+identity.
 
-Differs from the authors' code: The webui has its strength while it samples alone; here `scale` counts in training too.
+Differs from the authors' code: The webui applies its strength only in sampling; here `scale` acts in training too.
 
-Use it: `peftcore.apply(model, "hypernetwork_a1111")`, for a style, where weights are to stay as they are; `lora` says
-more with less and merges, `textual_inversion` is smaller. It acts in any attention that has separate matrices for keys
-and values. It is not merged.
+Use it: `peftcore.apply(model, "hypernetwork_a1111")`, for a style, where the weights must not change; `lora` is
+stronger with fewer parameters and merges, and `textual_inversion` is smaller. It supports any attention with separate
+matrices for keys and values. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -58,29 +58,29 @@ class HypernetworkA1111Config(MethodConfig):
 
     method: Literal["hypernetwork_a1111"] = "hypernetwork_a1111"
     scale: NonNegativeFloat = 1.0
-    """By how much the networks count."""
+    """The factor on the networks' outputs."""
     structure: list[PositiveFloat] = Field(default_factory=lambda: [1.0, 2.0, 1.0], min_length=2, max_length=32)
-    """Widths of a network, relative to that of its context, which is the first and the last: 1."""
+    """Widths of a network's layers, relative to the width of its context; the first and the last must be 1."""
     activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid"] = "linear"
-    """The activation behind each layer but the last; "linear" is the identity, "swish" is Hardswish."""
+    """The activation after each layer except the last; "linear" is the identity, "swish" is Hardswish."""
     activate_output: bool = False
-    """Have the activation behind the last layer too."""
+    """Add the activation after the last layer too."""
     norm: bool = False
-    """Have a layer norm behind each layer."""
+    """Add a layer norm after each layer."""
     dropout: Share = 0.0
-    """Probability with which hidden values are dropped in training; the webui's is 0.3, where it has one."""
+    """Probability with which hidden values are dropped in training; the webui uses 0.3 if dropout is switched on."""
     start: Literal["normal", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"] = "normal"
-    """How matrices start."""
+    """The initialization of the matrices."""
 
     @model_validator(mode="after")
     def _ends(self) -> HypernetworkA1111Config:
         if self.structure[0] != 1 or self.structure[-1] != 1:
-            raise ValueError(f"structure begins and ends with 1, the width of the context, not {self.structure}")
+            raise ValueError(f"structure= must begin and end with 1, the width of the context; it is {self.structure}")
         return self
 
 
 class HypernetworkOperator(Operator):
-    """Changes what one matrix for keys or values is given."""
+    """Changes the input of one matrix for keys or values."""
 
     changes_inputs, only_inputs = True, True
 
@@ -94,7 +94,7 @@ class HypernetworkOperator(Operator):
 
 
 class HypernetworkA1111(Method):
-    """Networks for the contexts of keys and values, one pair a width."""
+    """Networks for the contexts of keys and values, one pair for each width."""
 
     name = "hypernetwork_a1111"
     Config = HypernetworkA1111Config
@@ -114,11 +114,15 @@ class HypernetworkA1111(Method):
         for site in surgeon.sites():
             part, width = (site.role or "").rpartition(".")[2], site.in_features
             if site.slices is not None or part not in ("k", "v") or len(site.weight_shape) != 2:
-                raise UnsupportedSite(f"{site.path or 'the host'} is no matrix that makes keys or values alone")
+                raise UnsupportedSite(
+                    f"{site.path or 'the host'} is not a matrix that computes only keys or only values; target attn.k, "
+                    "attn.v, cross.k or cross.v"
+                )
             widths = [int(width * factor) for factor in config.structure]
             if not all(widths):
                 raise ConfigError(
-                    f"structure={config.structure} leaves nothing of the {width} values that {site.path} reads"
+                    f"structure={config.structure} leaves nothing of the {width} features that {site.path} reads; use "
+                    "larger factors"
                 )
             network = surgeon.own(f"{part}{width}", functools.partial(ContextNetwork, widths, **parts))
             surgeon.graft(site, HypernetworkOperator, scale=config.scale, network=network)
@@ -135,7 +139,7 @@ OF_WEBUI: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "swish": nn.Hardswish,
 }
-"""Functions that make a module of an activation, by the webui's names."""
+"""Functions that create the module of an activation, by the webui's names."""
 STARTS: dict[str, Callable[[Tensor], Any]] = {
     "normal": lambda weight: nn.init.normal_(weight, std=0.01),
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -165,7 +169,7 @@ class Stage(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """A network with stages of the given widths. Names of tensors do not depend on the dropout, as they do in the
+    """A network with stages of the given widths. The names of its tensors do not depend on dropout, unlike in the
     webui's files; their order is the same."""
 
     def __init__(

@@ -1,24 +1,25 @@
-"""IP-Adapter: an image as a prompt, by cross-attention of its own.   Ye et al. 2023, arXiv 2308.06721.
+"""IP-Adapter: an image as a prompt, by a separate cross-attention.   Ye et al. 2023, arXiv 2308.06721.
 
 Equation:
     y = W_o (Attention(q, W_k c, W_v c) + scale * Attention(q, K e, V e))
 
 c is the text, e [tokens, dim] the image, which the call passes: ``with peftcore.call(model, image_tokens=e): ...``, one
-for each row or one for all. With `embed_dim` the call gives ``image_embeds`` [batch, embed_dim] instead (of CLIP), and
-a projection that trains along makes e of them: LN(W x + b) in `tokens` parts. Rows without an image (half of a batch
-under classifier-free guidance) have an embedding of zeros. ``image_scale=`` in a call takes the place of `scale`.
+image for each row or one for all rows. With `embed_dim` the call passes CLIP's ``image_embeds`` [batch, embed_dim]
+instead, and a trained projection computes e from them: LN(W x + b), cut into `tokens` parts. For rows without an image
+(half of a batch under classifier-free guidance) pass an embedding of zeros. ``image_scale=`` in a call replaces
+`scale`.
 
-Give the output of a resampler as image_tokens. It cannot be merged.
+Pass the output of a resampler as image_tokens. The method cannot be merged.
 
-Parameters: 2 * inner * dim an attention; with embed_dim, dim * (tokens * (embed_dim + 1) + 2) besides.
+Parameters: 2 * inner * dim an attention; with embed_dim, dim * (tokens * (embed_dim + 1) + 2) in addition.
 
 Start: K = W_k and V = W_v. Image tokens of another width than the text's (`image_dim`) cannot start from W_k and W_v: K
-and V start as torch's linear layers do. No start is an identity, but for a scale of 0.
+and V start as torch's linear layers do. Only a scale of 0 starts as an identity.
 
 Differs from the authors' code: The resampler of the variant "Plus" is not here. That code was not compared; no
 difference from diffusers is known.
 
-Use it: `peftcore.apply(model, "ip_adapter")`, to steer by a picture: attention to the text stays as it is.
+Use it: `peftcore.apply(model, "ip_adapter")`, to steer generation by a picture: attention to the text does not change.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ class IPAdapterConfig(MethodConfig):
 
     method: Literal["ip_adapter"] = "ip_adapter"
     scale: NonNegativeFloat = 1.0
-    """By how much the image counts, where the call says nothing else."""
+    """The factor on the attention to the image, unless a call passes ``image_scale=``."""
     image_dim: PositiveInt | None = None
-    """Width of the image tokens; None where it is that of the text."""
+    """Width of the image tokens; None: the width of the text's tokens."""
     embed_dim: PositiveInt | None = None
-    """Width of the image embedding that calls give in place of tokens; None where they give tokens."""
+    """Width of the image embeddings that calls pass as ``image_embeds``; None: calls pass ``image_tokens``."""
     tokens: PositiveInt = 4
-    """How many tokens are made of one embedding."""
+    """Number of tokens that the projection computes from one embedding."""
 
 
 class Projection(nn.Module):
@@ -78,7 +79,7 @@ class Projection(nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSite(Site):
-    """The output matrix of a cross-attention as a site, with the matrices that belong to it."""
+    """The output matrix of a cross-attention as a site, together with the other matrices of that attention."""
 
     heads: int = dataclasses.field(kw_only=True)
     key: Site = dataclasses.field(kw_only=True)
@@ -88,7 +89,7 @@ class ImageSite(Site):
 
 
 def matrices(surgeon: Surgeon, out: Site) -> tuple[nn.Module, Site, Site, Site]:
-    """Return the attention that an output matrix belongs to, and its matrices for queries, keys and values.
+    """Return the attention that contains an output matrix, and its matrices for queries, keys and values.
 
     Raises:
         UnsupportedSite: the matrix is not in a cross-attention whose four matrices are modules that are called.
@@ -103,12 +104,14 @@ def matrices(surgeon: Surgeon, out: Site) -> tuple[nn.Module, Site, Site, Site]:
             if entry.role == f"cross.{part}" and entry.module.startswith(f"{path}.")
         ]
     if out.role != "cross.out" or len(parts) != 3 or {each.form for each in (out, *parts)} != {"activation"}:
-        raise UnsupportedSite(f"{out.path} is in no cross-attention whose four matrices are modules that are called")
+        raise UnsupportedSite(
+            f"{out.path} is not in a cross-attention whose four matrices are modules that are called; exclude it"
+        )
     return resolver.modules[path], parts[0], parts[1], parts[2]
 
 
 class QueryOperator(Operator):
-    """Stores the queries for the attention to the image."""
+    """Stores the queries of an attention, for its attention to the image."""
 
     def __init__(self, site: Site, query: Tap) -> None:
         super().__init__(site)
@@ -170,7 +173,9 @@ class IPAdapter(Method):
             attention, query, key, value = matrices(surgeon, out)
             heads: Any = getattr(attention, "heads", None)
             if not isinstance(heads, int) or query.out_features != key.out_features:
-                raise UnsupportedSite(f"{out.path} is in no attention of diffusers with a key for each query's head")
+                raise UnsupportedSite(
+                    f"{out.path} is not in an attention of diffusers with as many key heads as query heads; exclude it"
+                )
             width, projection = config.image_dim or key.in_features, None
             if config.embed_dim is not None:
                 make = functools.partial(Projection, config.embed_dim, config.tokens, width)

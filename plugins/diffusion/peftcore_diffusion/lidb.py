@@ -4,13 +4,13 @@ Equation:
     y = W x + b + s (B_aux B) (A A_aux) x
     A [rank, a],   B [b, rank] trained,   A_aux [a, in] and B_aux [out, b] frozen
 
-LoRA whose factors are written in a random basis that is not whole: the rows of A_aux and the columns of B_aux are
-orthonormal, a of the `in` directions and b of the `out`. The number of trained values does not grow with the layer.
-Each site has separate bases, drawn by `basis_seed` and its number. Files hold them with `store_basis` only: loading an
-adapter draws them again, in float64 on the CPU, with the signs that leave one solution. A layer that is narrower than a
-or b has a whole basis there, and a rank at most as large as its bases. Kernels of convolutions count as columns, [a,
-in, *kernel]; each expert has separate bases. In memory they are a * in + b * out numbers a site: 60 MB in the UNet of
-Stable Diffusion 1.5.
+The method is LoRA with factors in frozen random bases of low dimension: the rows of A_aux and the columns of B_aux are
+orthonormal, and span a of the `in` directions and b of the `out`. The number of trained values does not grow with the
+layer. Each site has separate bases, drawn from `basis_seed` and the site's number. Files contain them only with
+`store_basis`; otherwise loading an adapter draws them again, in float64 on the CPU, with fixed signs so that the result
+is unique. A layer that is narrower than a or b has a complete basis on that side, and the rank is at most the size of
+both bases. Kernels of convolutions count as columns, [a, in, *kernel]; each expert has separate bases. In memory the
+bases are a * in + b * out numbers a site: 60 MB in the UNet of Stable Diffusion 1.5.
 
 The scale s is 1, or alpha / rank where `alpha` is given.
 
@@ -20,15 +20,16 @@ its text encoder, together 106 kB.
 Start: A ~ N(0, 2 / (a + rank)), B at zero: the identity.
 
 Differs from the authors' code: The authors published no code. The equation is the paper's; the start and the order of
-the factors are those of an unofficial code, MFaceTech/HyperDreamBooth, which takes a = 160 and b = 80. In another one,
-KohakuBlueleaf/HyperKohaku, the bases are normal instead of orthonormal. The network that predicts A and B of all sites
-from a picture of a face is not here: it is trained with thousands of adapters. Nor is the relaxed rank an option. The
-paper adds the update to the weights and trains a LoRA of a higher rank for 40 steps, which is ``injection.bake()`` and
-`lora` with rank 4; or `lora` in addition to this adapter, once ``injection.trainable(False)`` has frozen it.
+the factors follow an unofficial implementation, MFaceTech/HyperDreamBooth, which uses a = 160 and b = 80. In another
+one, KohakuBlueleaf/HyperKohaku, the bases are drawn from a normal distribution instead of being orthonormal. The
+network that predicts A and B of all sites from a picture of a face is not here: it is trained with thousands of
+adapters. The paper's relaxed rank is not an option. The paper adds the update to the weights and then trains a LoRA of
+a higher rank for 40 steps; call ``injection.bake()`` and apply `lora` with rank 4, or freeze this adapter with
+``injection.trainable(False)`` and apply `lora` in addition.
 
-Use it: `peftcore.apply(model, "lidb")`, where an adapter must be tiny, as one for each of many faces, or what a network
-must predict; not where a style is learned (`locon` is better), nor for an adapter as small as this in a language model
-(`vera`, `lora_xs`).
+Use it: `peftcore.apply(model, "lidb")`, where an adapter must be tiny, for example one for each of many faces, or the
+output of a network that predicts it; not to learn a style (`locon` is better), nor for an adapter of this size in a
+language model (use `vera` or `lora_xs`).
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ class LiDBConfig(MethodConfig):
     b: PositiveInt = 50
     """Directions of the outputs that it can change; at most all of them."""
     basis_seed: NonNegativeInt = 0
-    """Seed of the bases of the first site; the next one has the next."""
+    """Seed of the bases of the first site; each following site adds one."""
     store_basis: bool = False
-    """Keep the bases in files, which grow by them many times over."""
+    """Store the bases in files, which makes files many times larger."""
 
 
 def sizes(site: Site, config: LiDBConfig) -> tuple[int, int, int]:
-    """Return rank, a and b, as they can be at a site."""
+    """Return rank, a and b at a site, limited by the site's sizes."""
     a = min(config.a, site.in_features * math.prod(site.kernel))
     b = min(config.b, site.out_features)
     return min(config.rank, a, b), a, b
 
 
 def orthonormal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return random orthonormal columns ``[*batch, rows, columns]``; while planning, a shape."""
+    """Return random orthonormal columns ``[*batch, rows, columns]``; while planning, a tensor without values."""
     Q, R = torch.linalg.qr(torch.empty(shape, dtype=torch.float64).normal_(generator=generator))
     signs = 1 - 2 * (R.diagonal(dim1=-2, dim2=-1) < 0).to(Q)  # with which there is one solution alone
     return (Q * signs.unsqueeze(-2)).float()

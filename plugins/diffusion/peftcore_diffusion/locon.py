@@ -1,28 +1,29 @@
-"""LoCon: LoRA for all of a diffusion model, convolutions with a rank of their own.   Yeh et al. 2023, arXiv 2309.14859.
+"""LoCon: LoRA for all layers of a diffusion model, with a separate rank for convolutions.   Yeh et al. 2023, arXiv
+2309.14859.
 
 Equation:
     y = W x + b + s U D x,   s = alpha / rank,   delta[o, i, k] = s sum_r U[o, r] D[r, i, k]
     with `use_tucker`   delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
 
-In a grouped convolution i counts inside the group of o. `conv_rank` and `conv_alpha` are for kernels of more than one
-point; a kernel of one point is a linear map and has `rank` and `alpha`. Stride, padding and dilation are the layer's
-own.
+In a grouped convolution i is the index inside the group of o. `conv_rank` and `conv_alpha` apply to kernels of more
+than one point; a kernel of one point is a linear map and uses `rank` and `alpha`. Stride, padding and dilation are the
+layer's own.
 
-By default every linear map and convolution of the blocks, and the layers around the blocks of a UNet (the preset
-"full"): projections, resamplers, the first and the last convolution, the embedding of the timestep. scaling="sqrt_rank"
-is `rs_lora`.
+The default targets are every linear map and convolution of the blocks, and the layers around the blocks of a UNet
+(LyCORIS's preset "full"): projections, resamplers, the first and the last convolution, and the embedding of the
+timestep. scaling="sqrt_rank" is `rs_lora`.
 
 It merges. Parameters: rank * (in * kernel + out) a site; with use_tucker, conv_rank * (in + out) + conv_rank^2 * kernel
 a convolution of more than one point.
 
-Start: D (and M) uniform in +-1/sqrt(inputs of one of their outputs), U at zero; of embeddings D at zero and U ~ N(0,
+Start: D (and M) uniform in +-1/sqrt(inputs of one of their outputs), U at zero; for embeddings D at zero and U ~ N(0,
 1), as in LoRA: the identity.
 
-Differs from the authors' code: LyCORIS passes over embeddings, looks at the first size of a kernel only, and its
-convolutions for `bypass_mode` forget the dilation. Its dropout, which acts in `bypass_mode` alone, is left out.
+Differs from the authors' code: LyCORIS does not adapt embeddings, checks only the first dimension of a kernel, and
+ignores the dilation of convolutions in `bypass_mode`. Its dropout, which acts only in `bypass_mode`, is not here.
 
-Use it: `peftcore.apply(model, "locon")`, where LoRA on attention alone does not learn a style: textures are made by
-convolutions.
+Use it: `peftcore.apply(model, "locon")`, where LoRA on attention alone does not learn a style, since convolutions
+generate textures.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-"""Modules that the preset "full" adapts and no role means."""
+"""Modules that the preset "full" adapts, and that do not have a role."""
 
 
 class LoConConfig(MethodConfig):
@@ -46,13 +47,13 @@ class LoConConfig(MethodConfig):
 
     method: Literal["locon"] = "locon"
     rank: PositiveInt = 16
-    """Rank of the update of linear maps, 1x1 convolutions among them."""
+    """Rank of the update of linear maps, including 1x1 convolutions."""
     alpha: PositiveFloat = 8.0
-    """Numerator of its scale ``alpha / rank``."""
+    """Numerator of the scale ``alpha / rank`` of the update of linear maps."""
     conv_rank: PositiveInt = 8
-    """Rank of the update of larger kernels."""
+    """Rank of the update of kernels of more than one point."""
     conv_alpha: PositiveFloat = 1.0
-    """Numerator of its scale ``conv_alpha / conv_rank``."""
+    """Numerator of the scale ``conv_alpha / conv_rank`` of the update of larger kernels."""
     use_tucker: bool = False
     """Give larger kernels a core: two 1x1 maps and a small kernel from rank to rank between them."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"

@@ -1,31 +1,32 @@
-"""OminiControl: the tokens of a condition image beside those of the image.   Tan et al. 2024, arXiv 2411.15098.
+"""OminiControl: the tokens of a condition image next to those of the image.   Tan et al. 2024, arXiv 2411.15098.
 
 Equation:
     [text; x; c] = L([text; x; c])   in each block L of a diffusion transformer; text and x modulated by t, c by t = 0
     y = W c + B A c                  for the tokens c of the condition alone; y = W x for all others
 
-c is a stream of the condition's tokens, made by the transformer's own embedding, whose queries see the text and the
-image, as they see c; its output behind the last block is dropped. The call passes the condition, ``with
-peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of Flux:
-latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux it has the places of the
-image itself, or those in ``condition_ids=`` [tokens, 3], times `position_scale` and moved by `position_delta`: none
-where both show the same scene (edges, depth), (0, -width) for a subject at another place.
+c is a stream of the condition's tokens, which the transformer's own embedding computes. Its queries attend to the text
+and the image, whose queries attend to c; its output after the last block is discarded. The call passes the condition,
+``with peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of
+Flux: latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux the tokens of c have
+the positions of the image itself, or the positions in ``condition_ids=`` [tokens, 3], scaled by `position_scale` and
+moved by `position_delta`: keep (0, 0) if both images show the same scene (edges, depth), and use (0, -width) for a
+subject at another place.
 
-With `independent` c sees itself alone (feature reuse of OminiControl2, arXiv 2503.08280). Guidance of a distilled model
-is 1 for c. SD3, PixArt and DiT have the same blocks as Flux, with each model's grid of places. It cannot be merged, and
-costs a second image's time.
+With `independent` c attends only to itself (feature reuse of OminiControl2, arXiv 2503.08280). In a distilled model the
+guidance of c is 1. SD3, PixArt and DiT are supported in the same way as Flux, with each model's own grid of positions.
+The method cannot be merged, and takes the time of a second image.
 
-Parameters: rank * (in * kernel + out) a site, by default those that embed, modulate and project the image, and the last
-ones of a branch; matrices of the text are left out.
+Parameters: rank * (in * kernel + out) a site, by default the matrices that embed, modulate and project the image, and
+the last matrices of branches; matrices of the text are left out.
 
-Start: A ~ N(0, 1 / rank^2), B at zero, scale 1. No start is an identity: c is seen at once.
+Start: A ~ N(0, 1 / rank^2), B at zero, scale 1. No start is an identity, since the image attends to c from the start.
 
-Differs from the authors' code: The authors' training scales positions first and moves then, as here; their pipeline
-does both in the other order. Their code runs with the scale 1 whatever lora_alpha says, and is for Flux alone. The
-paper's bias by which a condition counts less in attention is in their code no more, and not here.
+Differs from the authors' code: The authors' training scales positions first and then moves them, as here; their
+pipeline does both in the other order. Their code uses the scale 1 and ignores lora_alpha, and supports only Flux. The
+paper's attention bias, which reduces the effect of a condition, was removed from their code, and is not here.
 
-Use it: `peftcore.apply(model, "ominicontrol")`, on a diffusion transformer, for edges and for subjects alike, with 0.1
-% of its parameters; on a UNet controlnet and ip_adapter do that.
+Use it: `peftcore.apply(model, "ominicontrol")`, on a diffusion transformer, both for edges and for subjects, with 0.1 %
+of its parameters; for a UNet use controlnet and ip_adapter.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ class OminiControlConfig(MethodConfig):
     rank: PositiveInt = 4
     """Rank of the update."""
     position_delta: tuple[int, int] = (0, 0)
-    """By how many rows and columns of tokens the condition's places are moved; in Flux alone."""
+    """The shift of the condition's positions, in rows and columns of tokens; only in Flux."""
     position_scale: PositiveFloat = 1.0
-    """Factor of the condition's places, for an image that shows a larger one at lower resolution; in Flux alone."""
+    """The factor on the condition's positions, for a condition image at a lower resolution than the image; only in
+    Flux."""
     independent: bool = False
-    """Let the condition see itself alone, and neither image nor text."""
+    """Let the condition attend only to itself, and not to image or text."""
     input: str = "condition"
-    """The name under which calls give the condition."""
+    """The name under which calls pass the condition: ``peftcore.call(model, condition=c)`` by default."""
 
 
 class ConditionStream(RowStream):
@@ -81,7 +83,8 @@ class ConditionStream(RowStream):
         self.delta, self.scale = config.position_delta, config.position_scale
         if "img_ids" not in site.arguments and (any(self.delta) or self.scale != 1):
             raise UnsupportedSite(
-                f"{site.module_path or 'the host'} counts places by itself: leave position_delta and position_scale"
+                f"{site.module_path or 'the host'} computes positions itself: leave position_delta and position_scale "
+                "at their defaults"
             )
 
     def second(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,7 +104,7 @@ class ConditionStream(RowStream):
         places = (places if own is None else own.to(places)).clone()
         if len(places) != condition.shape[1]:
             raise ConfigError(
-                f"{self.name} has {condition.shape[1]} tokens, and there are {len(places)} places: give "
+                f"{self.name} has {condition.shape[1]} tokens, but there are {len(places)} positions: pass "
                 f"{self.name}_ids= [tokens, 3] too"
             )
         places[:, 1:] = places[:, 1:] * self.scale + (self.scale - 1) / 2
@@ -129,7 +132,7 @@ class ConditionOperator(Operator):
 
 
 class OminiControl(Method):
-    """A condition image as tokens, with LoRA for these alone.
+    """A condition image as tokens, with LoRA that acts only on these tokens.
 
     Example:
         injection = peftcore.apply(model, "ominicontrol")
@@ -159,7 +162,9 @@ class OminiControl(Method):
         for site in sites:
             owner = max((path for path in streams if _holds(path, site)), key=len, default=None)
             if owner is None or site.form != "activation":
-                raise UnsupportedSite(f"{site.path or 'the host'} is no module of a diffusion transformer")
+                raise UnsupportedSite(
+                    f"{site.path or 'the host'} is not a module of a diffusion transformer; exclude it"
+                )
             surgeon.graft(site, ConditionOperator, config, turn=streams[owner].turn)
 
     @staticmethod

@@ -5,34 +5,36 @@ Equation:
     y = W e + b - r W i + sigmoid((r - beta) / tau) o     i the concept's encoding,   o what W makes of it instead
     keys:  o = W s,   locked,   s the super-class;      values:  o = W s + v,   v [out] trains
 
-A token that is the concept has r = 1: o replaces W's output for the word. Keys decide where a concept appears, so it
-appears where its class does ("a cat"); values decide how it looks. i is a moving average of the concept's encodings, of
-which the newest, a mean over the batch, has the gradient; s is the class's encoding in data, of keys an average too.
+For a token whose encoding is i, r = 1, so o replaces W's output for the word. Keys determine where a concept appears;
+since they are locked to the class ("a cat"), the concept appears where the class would. Values determine how it looks.
+i is a moving average of the concept's encodings; only the newest encoding, a mean over the batch, carries a gradient. s
+is the encoding of the class in the data; for keys it is a moving average too.
 
-``data=`` contains the texts for C, 100,000 captions in the paper, and texts with the word of the class, whose position
-is in the labels of the batch. In training calls pass the concept's position in each text; they may also pass the
-encoding of the text with the class in its place, for the keys:
+``data=`` contains the texts for C, 100,000 captions in the paper, and texts with the word of the class, whose positions
+are the labels of the batch. In training, calls pass the concept's position in each text; they may also pass the
+encoding of the text with the class instead of the concept, which updates s for keys:
 
     texts = [{"sample": noisy, "timestep": 0, "encoder_hidden_states": states}, ...]
     peftcore.apply(unet, "perfusion", data=[*texts, peftcore.Labelled(texts_of_class, positions)])
     with peftcore.call(unet, concept=positions, superclass=encoder(ids_of_class)[0]):   # [batch], [batch, tokens, dim]
         loss = mse(unet(noisy, t, encoder(ids)[0]).sample, noise)
 
-The word is taught by `textual_inversion` in the text encoder; in a model that holds both, by `tokens`. One concept
-trains at a time; several that are active at once edit the same text, and their edits add up. A mask of the subject in
-the loss is the loop's business.
+Train the word itself with `textual_inversion` in the text encoder, or, in a model that contains both, with `tokens`.
+Only one concept trains at a time. If several concepts are active in evaluation, they edit the same text, and their
+edits add up. The training loop may mask the loss with the subject.
 
-Parameters: out a matrix of values; n * dim for words, n ids. The file has inv(C) besides, [dim, dim].
+Parameters: out a matrix of values; n * dim for words, n ids. The file also contains inv(C), [dim, dim].
 
-Start: i and s at the encoding of the class in the data, v at zero, the word at its class. No start is an identity.
+Start: i and s start at the encoding of the class in the data, v at zero, the word at the embedding of the class. No
+start is an identity.
 
 Differs from the authors' code: This follows lucidrains/perfusion-pytorch, which the authors reviewed. There the first
-step sets i and o, which here the data does; o itself trains, so that weight decay pulls to 0, and here to the class; C
-is not damped; and `parameters`, which its optimizer takes, leaves out those of values, which cannot be meant. Several
-concepts are added up: the exact way by Cholesky roots is not here.
+training step sets i and o; here the data does. There o itself trains, so weight decay pulls it to 0; here weight decay
+pulls it to the class. There C is not damped, and `parameters`, which its optimizer gets, omits the parameters of
+values, probably by mistake. Several concepts are added up: the exact combination by Cholesky roots is not here.
 
-Use it: `peftcore.apply(model, "perfusion", data=data)`, to teach a subject that prompts shall go on changing; not for
-likeness at any price (`custom_diffusion`).
+Use it: `peftcore.apply(model, "perfusion", data=data)`, to teach a subject that prompts can still change; not where
+likeness matters most (`custom_diffusion`).
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ from peftcore_diffusion import textual_inversion
 from peftcore_diffusion._told import told
 
 RAW = Tap()
-"""The text as a module is given it, while concepts edit it one after the other."""
+"""The text that a module reads, before concepts edit it one after the other."""
 
 
 class PerfusionConfig(MethodConfig):
@@ -76,38 +78,41 @@ class PerfusionConfig(MethodConfig):
 
     method: Literal["perfusion"] = "perfusion"
     beta: float = 0.75
-    """The share r of the concept from which on the gate is rather open, in training."""
+    """The value of r at which the gate is half open, in training."""
     tau: PositiveFloat = 0.1
-    """How softly the gate opens, in training."""
+    """Temperature tau of the gate in training: the larger it is, the more gradually the gate opens."""
     beta_eval: float = 0.7
     """The `beta` of evaluation: lower values show more of the concept's looks, higher ones follow the rest of the
     prompt more closely."""
     tau_eval: PositiveFloat = 0.15
     """The `tau` of evaluation."""
     ema: Share = 0.99
-    """How much of the moving averages a step keeps."""
+    """Decay of the moving averages: the share of the old average that a training step keeps."""
     text_gradient: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Share of the gradient that is passed on to the text, so that the word learns more slowly."""
+    """Factor on the gradient that reaches the text, so that the word learns more slowly."""
     damping: NonNegativeFloat = 1e-3
-    """The number that is added to the diagonal of C, relative to its mean."""
+    """The number that is added to the diagonal of C, relative to the diagonal's mean."""
     tokens: list[int] = Field(default_factory=list)
-    """Ids of words for the concept that train along; negative ones count from the end."""
+    """Ids of the concept's words, whose embeddings train too; negative ids count from the end of the table."""
     initializer: NonNegativeInt | None = None
-    """Id of the class, from which they start."""
+    """Id of the word of the class, from whose embedding the words in `tokens` start."""
 
     @model_validator(mode="after")
     def _of_a_class(self) -> PerfusionConfig:
         if self.tokens and self.initializer is None:
-            raise ValueError("tokens start as their class, as i does: give its id as initializer")
+            raise ValueError(
+                "the new tokens and i start as those of the concept's class: set initializer= to the token id of the "
+                "class"
+            )
         return self
 
 
 LEARNING = Tap()
-"""The texts of the adapter whose concept learns in this forward, by width of encodings."""
+"""The `Texts` of the adapter whose concept trains in this forward, by the width of the encodings."""
 
 
 class Texts(Checked):
-    """The inverse of C = E[e e'] of the encodings of texts, [dim, dim]; that of I before it has seen any."""
+    """The inverse of C = E[e e'] of the encodings of texts, [dim, dim]; the identity before `learn` is called."""
 
     inverse: Tensor
 
@@ -122,7 +127,7 @@ class Texts(Checked):
 
     @torch.no_grad()
     def learn(self, C: Tensor, damping: float) -> None:
-        """Take the inverse of ``C + damping * mean(diag C) I``, C in float64.
+        """Set the inverse to that of ``C + damping * mean(diag C) I``, with C in float64.
 
         Raises:
             CalibrationError: the matrix is singular or not finite.
@@ -130,17 +135,18 @@ class Texts(Checked):
         root, failed = torch.linalg.cholesky_ex(C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
         if failed or not root.isfinite().all():
             raise CalibrationError(
-                "E[e e'] of these texts has no inverse: give more of them, all finite, or a larger damping"
+                "E[e e'] of these texts has no inverse: pass more texts with finite embeddings, or set a larger "
+                "damping="
             )
         self.inverse.copy_(torch.cholesky_inverse(root))
 
 
 class Concept(Checked):
-    """The mean encodings of a concept, i [dim], and of its class in its place, s [dim].
+    """The mean encodings of a concept, i [dim], and of its class in the same texts, s [dim].
 
     Args:
-        width: of encodings.
-        decay: how much of the averages a step of training keeps.
+        width: the width of the encodings.
+        decay: the share of the old averages that a training step keeps.
         follows: whether s is updated with the class encodings that calls pass; else s keeps the data's encoding.
     """
 
@@ -158,8 +164,8 @@ class Concept(Checked):
             yield "i holds zeros, of which no text has a share"
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return i and s for a text [batch, tokens, dim]: as they are, in evaluation; in training with the text's part
-        in them, of which i has the gradient.
+        """Return i and s for a text [batch, tokens, dim]. In training, both averages are first updated with the text's
+        encodings, and i carries their gradient; in evaluation they are returned as stored.
 
         Raises:
             MissingContext: a call in training does not pass the concept's positions.
@@ -189,11 +195,11 @@ class Concept(Checked):
 
 
 def check_alone(texts: Shared, width: int, first: bool) -> None:
-    """Check that a call trains a single concept, where rows are not assigned to adapters.
+    """Check that a call trains only one concept, unless rows are routed to adapters.
 
     Args:
-        texts: those of the adapter.
-        width: of their encodings.
+        texts: the `Texts` of the adapter.
+        width: the width of their encodings.
         first: whether this concept is the first to edit the text.
 
     Raises:
@@ -202,8 +208,8 @@ def check_alone(texts: Shared, width: int, first: bool) -> None:
     learning = LEARNING.get() or {}
     if not first or (forward_context().rows is None and learning.get(width, texts) is not texts):
         raise TrainingError(
-            "two concepts are active, and calls in training say where one is: activate one to train it, and several in "
-            "evaluation"
+            "two concepts are active in training, but calls name the positions of only one: activate one concept to "
+            "train it; several can be active in evaluation"
         )
     LEARNING.put({**learning, width: texts})
 
@@ -212,12 +218,15 @@ def picked(states: Tensor, where: Tensor) -> Tensor:
     """Return the mean encoding of the tokens at `where` [batch] in states [batch, tokens, dim].
 
     Raises:
-        SequenceError: the states have another form, or no such tokens; where `where` is on an accelerator, whose
-            values are not waited for, torch says that.
+        SequenceError: the states have another shape, or fewer tokens. If `where` is on an accelerator, torch raises its
+            own error for missing tokens, to avoid a synchronization.
     """
     known = where.device.type == "cpu"
     if states.dim() != 3 or (known and not 0 <= int(where.min()) <= int(where.max()) < states.shape[1]):
-        raise SequenceError(f"a concept is at {where.tolist()} of [batch, tokens, dim], not of {tuple(states.shape)}")
+        raise SequenceError(
+            f"the concept's positions {where.tolist()} do not fit states of shape {tuple(states.shape)}: [batch, "
+            "tokens, dim]"
+        )
     places = where.to(states.device).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
     return states.gather(1, places).mean((0, 1))
 
@@ -227,7 +236,7 @@ def seen_texts(
 ) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
     """Return statistics of the modules' inputs: by width of encodings the sum of e e' over all texts, which is C up to
     a factor that cancels in r; and by module the mean encoding of the class, at the positions that the batches' labels
-    contain. Padding that the model's `attention_mask` says is left out.
+    contain. Padding, by the model's `attention_mask`, is left out.
 
     Raises:
         CalibrationError: all batches lack labels, or a label is not a position in its text.
@@ -246,7 +255,8 @@ def seen_texts(
         if where is not None:
             if given.dim() != 3 or where.shape != given.shape[:1] or not all(0 <= n < given.shape[1] for n in where):
                 raise CalibrationError(
-                    f"the class is at {where.tolist()}, a place for each text, in texts of {tuple(given.shape)}"
+                    f"the class positions {where.tolist()}, one for each text, do not fit texts of shape "
+                    f"{tuple(given.shape)}"
                 )
             found.setdefault(module, []).extend(given.to(x.dtype)[torch.arange(len(where)), where])
 
@@ -256,13 +266,14 @@ def seen_texts(
             batch.output()
     if sums and not found:
         raise CalibrationError(
-            "data has to say where the class of the concept is, in some texts: peftcore.Labelled(batch, positions)"
+            "data= must contain the position of the concept's class in some texts: pass peftcore.Labelled(batch, "
+            "positions)"
         )
     return sums, {module: torch.stack(encodings).mean(0) for module, encodings in found.items()}
 
 
 class PerfusionOperator(Operator):
-    """The edit of one matrix: i and s of the concept, and v [out] where the matrix makes values."""
+    """The edit of one matrix: i and s of the concept, and v [out] if the matrix computes values."""
 
     changes_inputs = True
     training_only = Operator.training_only | {"train_gate", "text_gradient"}
@@ -298,7 +309,7 @@ class PerfusionOperator(Operator):
 
 
 class Perfusion(Method):
-    """Edit what cross-attention reads of a concept.
+    """Edit the keys and values that cross-attention computes for a concept.
 
     Example:
         data = [batch, peftcore.Labelled(batch, torch.tensor([2]))]  # captions, and where they have the class
@@ -314,7 +325,7 @@ class Perfusion(Method):
     def inject(self, model: nn.Module, config: PerfusionConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if site.role not in ("cross.k", "cross.v") or not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is no linear layer for the keys or values of a text: exclude it")
+                raise UnsupportedSite(f"{site.path} is not a linear layer for keys or values of a text: exclude it")
             texts = surgeon.own(f"texts_{site.in_features}", partial(Texts, site.in_features))
             surgeon.graft(site, PerfusionOperator, config, texts=texts)
         if config.tokens:
@@ -328,7 +339,7 @@ class Perfusion(Method):
             C, encodings = seen_texts(model, {edit.site.module for edit in edits}, data)
         for edit in edits:
             if edit.site.module not in encodings:
-                raise CalibrationError(f"no text of the data reached {edit.site.path}: exclude it, or give other data")
+                raise CalibrationError(f"no text of data= reached {edit.site.path}: exclude it, or pass other data")
             edit.operator.concept.i.copy_(encodings[edit.site.module])
             edit.operator.concept.s.copy_(encodings[edit.site.module])
         for width, texts in {edit.site.in_features: edit.operator.texts.module for edit in edits}.items():

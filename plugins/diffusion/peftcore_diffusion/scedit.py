@@ -4,25 +4,27 @@ Equation:
     skip_i <- skip_i + scale * T_i(skip_i),                            T_i(x) = U_i gelu(D_i x + d_i) + u_i
     skip_i <- skip_i + scale * (c_i + T_i(skip_i + c_i)),              c_i = Z_i silu(c_(i-1)),   c_0 = H(image)
 
-at each place x [width] of a picture: SC-Tuner, and with `channels` the controllable CSC-Tuner, which is steered by an
-image. D_i is [r, width], U_i [width, r], r = ratio * width. Z_i are convolutions, one behind the other as the encoder
-leaves its skips, each with stride 2 where that halved the resolution; H is seven convolutions, three of them with
-stride 2.
+for each pixel x [width] of a skip's features. The first line is SC-Tuner; with `channels` the method is the
+controllable CSC-Tuner of the second line, which reads a condition image. D_i is [r, width], U_i [width, r], r = ratio *
+width. Z_i are consecutive convolutions, one for each skip in the order of the encoder, with stride 2 if the resolution
+was halved before that skip; H is seven convolutions, three of them with stride 2.
 
 The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents with four `widths`; the option `input` gives it another name, where several act, and
-``condition_scale=`` in a call takes the place of `scale`. Images of several injections add up. It cannot be merged.
+times as large as the latents with four `widths`; the option `input` sets another name for the image, for use with
+several adapters, and ``condition_scale=`` in a call replaces `scale`. Images of several injections add up. It cannot be
+merged.
 
-Parameters: 2 width r + r + width for each skip; with an image those of H, and kernel^2 width_(i-1) width_i + width_i.
+Parameters: 2 width r + r + width for each skip; with an image also those of H, and kernel^2 width_(i-1) width_i +
+width_i for each Z_i.
 
-Start: U, u and Z at zero: the identity. With an image only the biases of Z_2, Z_3, ... move in the first step.
+Start: U, u and Z at zero: the identity. With an image only the biases of Z_2, Z_3, ... change in the first step.
 
-Differs from the authors' code: No difference is known: their code has 3x3 convolutions as Z, while the paper's number
-of parameters is that of ``kernel=1``.
+Differs from the authors' code: No difference from the code is known: it has 3x3 convolutions as Z, while the number of
+parameters in the paper corresponds to ``kernel=1``.
 
-Use it: `peftcore.apply(model, "scedit")`, for a style or a subject where memory is short: backward runs through the
-decoder alone. Not where the text is to be understood in another way, for which LoRA in cross-attention is better. With
-an image it is smaller than controlnet, its nearest kin, and sees no features of the encoder but the skips.
+Use it: `peftcore.apply(model, "scedit")`, for a style or a subject where memory is limited: backward runs only through
+the decoder. Not to change how the model interprets texts, for which LoRA in cross-attention is better. With an image it
+is smaller than the similar controlnet, and reads only the skips of the encoder's features.
 """
 
 from __future__ import annotations
@@ -61,17 +63,17 @@ class SCEditConfig(MethodConfig):
 
     method: Literal["scedit"] = "scedit"
     ratio: PositiveFloat = 1.0
-    """The width r inside a tuner, as a part of its skip's."""
+    """The width r inside a tuner, as a fraction of its skip's width."""
     scale: NonNegativeFloat = 1.0
-    """By how much tuners count, where the call says nothing else."""
+    """The factor on the tuners' outputs, unless a call passes ``condition_scale=``."""
     channels: PositiveInt | None = None
-    """Channels of a condition image; without the option, the method reads none."""
+    """Channels of the condition image; None: the method does not read an image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels inside H; all but the first halve the resolution."""
+    """Channels of the convolutions of H; each width after the first halves the resolution."""
     kernel: Literal[1, 3] = 3
     """Size of the convolutions Z."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 RESNET = re.compile(r"((?:.*\.)?)up_blocks\.(\d+)\.resnets\.(\d+)")
@@ -83,26 +85,26 @@ class Skip:
 
     width: int
     halved: bool
-    """Whether the resolution was halved just before it leaves the encoder."""
+    """True if the resolution was halved just before this skip."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SkipSite(Site):
-    """A resnet of the decoder, which is given the channels of the layer before it and behind them those of a skip."""
+    """A resnet of the decoder, whose input is the previous layer's channels followed by a skip's channels."""
 
     number: int = dataclasses.field(kw_only=True)
-    """The number of the skip that the resnet is given, counted in the encoder."""
+    """The number of the skip that the resnet reads, in the order of the encoder."""
     skips: tuple[Skip, ...] = dataclasses.field(kw_only=True)
-    """All skips, as the encoder leaves them."""
+    """All skips, in the order of the encoder."""
 
     @property
     def width(self) -> int:
-        """The number of channels of its skip."""
+        """The number of channels of the resnet's skip."""
         return self.skips[self.number].width
 
 
 def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
-    """Return the sites of a method as resnets of decoders, by the prefix of their UNet's paths, first to last.
+    """Return the targets as sites of decoder resnets, in order, by the path prefix of their UNet.
 
     Raises:
         UnsupportedSite: a site is not a resnet of a decoder, or the decoder does not read the skips one by one.
@@ -111,7 +113,7 @@ def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
     for site in surgeon.sites():
         matched = RESNET.fullmatch(site.module_path)
         if matched is None:
-            raise UnsupportedSite(f"{site.path or 'the host'} is no resnet in the decoder of a UNet")
+            raise UnsupportedSite(f"{site.path or 'the host'} is not a resnet in the decoder of a UNet; exclude it")
         stacks.setdefault(matched[1], []).append(site)
     found = {}
     for root, sites in stacks.items():
@@ -163,7 +165,7 @@ def _numbered(surgeon: Surgeon, stack: str) -> list[str]:
 
 
 class SCTuner(Operator):
-    """Edits the skip that one resnet is given; the first computes the hints of all."""
+    """Changes the skip that one resnet reads; the first operator that runs computes the hints of all skips."""
 
     changes_inputs, only_inputs = True, True
 
@@ -190,8 +192,8 @@ class SCTuner(Operator):
         hint: Tensor = self.hints.get()[self.number]
         if hint.shape[-2:] != skip.shape[-2:]:
             raise ConfigError(
-                f"{self.name} gives {list(hint.shape[-2:])} places where the UNet has {list(skip.shape[-2:])}: resize "
-                f"the image to {self.times} times the latents"
+                f"{self.name} has size {list(hint.shape[-2:])} after its network, but the UNet's skip connection has "
+                f"{list(skip.shape[-2:])}: resize the image to {self.times} times the latents"
             )
         return hint + self._tuned(skip + hint)
 
@@ -243,7 +245,8 @@ def _inside(site: SkipSite, config: SCEditConfig) -> int:
 
 
 class Hints(nn.Module):
-    """Maps an image to hints, first to last. The image is 2^(len(widths) - 1) times as large as the UNet's input."""
+    """Maps an image to hints, one for each skip. The image is 2^(len(widths) - 1) times as large as the UNet's
+    input."""
 
     def __init__(self, skips: Iterable[Skip], channels: int, widths: list[int], kernel: int) -> None:
         super().__init__()

@@ -4,25 +4,26 @@ Equation:
     W = U S V',   W' = U diag(relu(S + scale * delta)) V' = W + U diag(max(scale * delta, -S)) V'
     w' = w + scale * delta   for a vector, the gain of a norm
 
-Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own. U, S and V'
-are those of the base, whatever else acts on it, as its weights were when the method was applied: write to them before,
-and unmerge. They are computed again when an adapter is loaded, so that its file holds the shifts alone.
+Kernels of convolutions are decomposed as [out, in * kernel], tables without reshaping, and each expert separately. U, S
+and V' are those of the base weights at the time when the method is applied, without other adapters: change the weights
+before that, and unmerge other adapters first. U, S and V' are computed again when an adapter is loaded, so its file
+contains only the shifts.
 
-All weights of the model are adapted but for biases. With ``vectors="one"`` a vector is a matrix of one row, which has
-one singular value; otherwise each of its entries has a shift. The rate of vectors is `vector_lr`, in
-``injection.optimizer(...)``.
+All weights of the model except biases are adapted. With ``vectors="one"`` a vector counts as a matrix of one row, which
+has one singular value; otherwise each entry of a vector has a shift. In ``injection.optimizer(...)`` the learning rate
+of vectors is `vector_lr`.
 
 Parameters: min(out, in * kernel) a matrix, times the number of experts; n a vector of n entries, or 1.
 
 Start: delta at zero: the identity, to the bit.
 
-Differs from the authors' code: The right-hand form is that of this code: a fresh injection is the base to the bit,
-where the authors' product of U, S and V' is it up to rounding. Their code (phymhan/SVDiff) has a shift for each entry
-of a vector; ``vectors="one"`` is that of mkshing/svdiff-pytorch, an unofficial code. The authors published no training;
-`scale` and `vector_lr` are that one's.
+Differs from the authors' code: This code uses the right-hand form of the equation, so a fresh injection equals the base
+bit for bit; the authors' product of U, S and V' equals it up to rounding. Their code (phymhan/SVDiff) has a shift for
+each entry of a vector; ``vectors="one"`` follows mkshing/svdiff-pytorch, an unofficial implementation. The authors
+published no training code; `scale` and `vector_lr` follow the unofficial one.
 
 Use it: `peftcore.apply(model, "svdiff")`, for subjects and styles from few images: a file is hundreds of times smaller
-than the model. Shifts of several subjects may be added: apply one after the other.
+than the model. Shifts of several subjects add up: apply one adapter after the other.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class SVDiffConfig(MethodConfig):
 
     method: Literal["svdiff"] = "svdiff"
     scale: PositiveFloat = 1.0
-    """By how much the shifts count: 1 in training; below or above, when the adapter is loaded, for less or more of the
-    effect."""
+    """The factor on the shifts: 1 in training; set a smaller or larger value when you load the adapter, for a weaker or
+    stronger effect."""
     vectors: Literal["entries", "one"] = "entries"
-    """A shift for each entry of a vector, or one for all of them, in proportion."""
+    """Train one shift for each entry of a vector, or a single one that scales the whole vector."""
     vector_lr: PositiveFloat = 1e-6
-    """Learning rate of the shifts of vectors; that of matrices is the optimizer's (1e-3 is usual)."""
+    """Learning rate of the shifts of vectors; matrices use the optimizer's (1e-3 is usual)."""
 
 
 class SVDiffOperator(WeightOperator):

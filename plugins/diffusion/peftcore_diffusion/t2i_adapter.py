@@ -5,18 +5,18 @@ Equation:
 
 R_i: a 1x1 convolution where the width changes, then `blocks` times x + conv_1x1(relu(conv_3x3(x))). The call passes the
 image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], `downscale` times as
-large as the latents; the option `input` gives it another name, where several adapters act, and ``condition_scale=`` in
-a call takes the place of `scale`. F does not depend on the timestep.
+large as the latents; the option `input` sets another name for the image, for use with several adapters, and
+``condition_scale=`` in a call replaces `scale`. F does not depend on the timestep.
 
-In blocks with attention F is added behind the last attention, before the resolution is halved; in other blocks to their
-output, as in diffusers. So the four stages of Stable Diffusion 1.5 are those of the authors (TencentARC/T2I-Adapter),
-and the three of SDXL the first three of its adapter, whose fourth is added at the middle block. Sizes follow from the
-model. It cannot be merged.
+In blocks with attention F is added after the last attention, before the resolution is halved; in other blocks it is
+added to their output, as in diffusers. So the four stages for Stable Diffusion 1.5 are the authors'
+(TencentARC/T2I-Adapter). The three stages for SDXL are the first three of the authors' adapter, whose fourth feature is
+added at the middle block. Sizes follow from the model. The method cannot be merged.
 
-Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, f = downscale (twice that for SDXL); a stage, c_{i-1} c_i + c_i
-where those differ, and blocks * (10 c_i^2 + 2 c_i).
+Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, f = downscale (twice that for SDXL); for each stage c_{i-1} c_i +
+c_i if both widths differ, and blocks * (10 c_i^2 + 2 c_i).
 
-Start: All as torch's layers do: no start is an identity, but for a scale of 0.
+Start: All layers as in torch: only a scale of 0 starts as an identity.
 
 Differs from the authors' code: The light variant is not here. That code (TencentARC/T2I-Adapter) was not run; outputs
 are compared with diffusers.
@@ -58,19 +58,19 @@ class T2IAdapterConfig(MethodConfig):
 
     method: Literal["t2i_adapter"] = "t2i_adapter"
     scale: NonNegativeFloat = 1.0
-    """By how much the features count, where the call says nothing else."""
+    """The factor on the features, unless a call passes ``condition_scale=``."""
     channels: PositiveInt = 3
     """Channels of the condition image; 1 for sketches and edges."""
     downscale: PositiveInt = 8
-    """How many times larger the image is than the host's input: the factor of its autoencoder."""
+    """How many times larger the image is than the host's input; use the downscaling factor of the autoencoder."""
     blocks: PositiveInt = 2
     """Residual blocks in each stage."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 class T2IAdapterOperator(Operator):
-    """Adds the feature of one block; the first computes all of them."""
+    """Adds the feature of one block; the first operator that runs computes the features of all blocks."""
 
     def __init__(
         self, site: Site, config: T2IAdapterConfig, place: Place, number: int, shared: Shared, features: Tap
@@ -149,7 +149,7 @@ class T2IAdapter(Method):
 def _number(site: Site) -> int:
     number = site.module_path.rpartition(".")[2]
     if not number.isdecimal():
-        raise UnsupportedSite(f"{site.path or 'the host'} is no block of a UNet's encoder")
+        raise UnsupportedSite(f"{site.path or 'the host'} is not a block of a UNet's encoder; target its down_blocks")
     return int(number)
 
 
@@ -158,7 +158,7 @@ def _place(surgeon: Surgeon, stack: str, number: int) -> Place:
     convolutions = (entry for entry in surgeon.resolver.host.entries if entry.role == "conv")
     widths = [entry.shape[0] for entry in convolutions if entry.module.startswith(f"{path}.resnets.")]
     if not widths:
-        raise UnsupportedSite(f"{path} is no block of a UNet's encoder")
+        raise UnsupportedSite(f"{path} is not a block of a UNet's encoder; target its down_blocks")
     attentions = [each for each in modules if each.rpartition(".")[0] == f"{path}.attentions"]
     halving = range(number if attentions else number + 1)
     level = sum(f"{stack}.{each}.downsamplers" in modules for each in halving)
@@ -173,7 +173,7 @@ class Place:
     """The path of the module to whose output the feature is added."""
     width: int
     level: int
-    """How often that output was halved."""
+    """How many times the resolution of that output was halved."""
 
 
 class Residual(nn.Module):
@@ -205,7 +205,7 @@ class Pyramid(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the features of an image, first to last."""
+        """Return the features of an image, in the order of the places."""
         features = [self.first(image.to(next(self.first.parameters()).dtype))]
         for stage in self.stages:
             features.append(stage(features[-1]))

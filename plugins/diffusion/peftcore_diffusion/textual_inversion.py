@@ -3,23 +3,23 @@
 Equation:
     E'[tokens] = v,   E' = E in all other rows,   v [n, dim] = E[tokens], or E[initializer], at the start
 
-Only v trains, with the loss of the frozen diffusion model. Apply it to the text encoder (of SDXL to both) once the
-tokenizer knows the placeholders: `add_tokens`, then ``text_encoder.resize_token_embeddings(len(tokenizer))``; the
-prompt has to name them all. v is a separate parameter, so weight decay, moments of the optimizer and the file are of n
-rows. Train in float32 (the default here, whatever the encoder's dtype): the rows of a half-precision encoder hardly
-move.
+Only v trains, with the loss of the frozen diffusion model. First add the placeholders to the tokenizer with
+`add_tokens`, and call ``text_encoder.resize_token_embeddings(len(tokenizer))``; then apply the method to the text
+encoder (for SDXL to both). The prompt has to contain all placeholders of a word. v is a separate parameter, so weight
+decay, the optimizer's moments and the file cover only its n rows. Train in float32 (the default here, whatever the
+encoder's dtype), since half precision is too coarse for the small steps.
 
-It merges. Where the table is also the head of the model, both see v.
+It merges. If the table is also the head of the model, both use v.
 
 Parameters: n * dim.
 
-Start: v at the embeddings of its tokens, or of `initializer`; without that, the identity.
+Start: v at the embeddings of its tokens, which is the identity, or at that of `initializer`.
 
 Differs from the authors' code: That code was not compared. The script of diffusers trains the whole table and writes
 the other rows back after each step; here v is a separate parameter.
 
 Use it: `peftcore.apply(model, "textual_inversion", tokens=[5], initializer=7)`, to teach a subject or a style as a
-word: the file is a few kilobytes, the model stays as it is.
+word: the file is a few kilobytes, and the model does not change.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class WordsConfig(MethodConfig):
     """Ids of the placeholder tokens, one for each vector; negative ones count from the end of the table, where
     `resize_token_embeddings` puts new ones."""
     initializer: NonNegativeInt | None = None
-    """Id of a word that says roughly what the new one means, from which all vectors start; None starts them from the
-    rows that the placeholders have."""
+    """Id of a word of similar meaning, from whose embedding all vectors start; None starts them from the placeholders'
+    current rows."""
 
 
 class TextualInversionConfig(WordsConfig):
@@ -52,12 +52,14 @@ class TextualInversionConfig(WordsConfig):
 
     method: Literal["textual_inversion"] = "textual_inversion"
     words: list[str] = Field(default_factory=list)
-    """Names of the words in files of other programs, one for each token; vectors of one word have the same."""
+    """Names of the words in other programs' files, one for each token; the tokens of one word have the same name."""
 
     @model_validator(mode="after")
     def _named(self) -> TextualInversionConfig:
         if self.words and len(self.words) != len(self.tokens):
-            raise ValueError(f"{len(self.words)} words do not name {len(self.tokens)} tokens: one for each")
+            raise ValueError(
+                f"words= has {len(self.words)} names, but tokens= has {len(self.tokens)} ids; pass one name for each id"
+            )
         return self
 
 
@@ -67,7 +69,9 @@ def _rows(site: Site, config: WordsConfig) -> list[int]:
     rows = [token + size if token < 0 else token for token in config.tokens]
     wrong = [token for token in (*rows, config.initializer or 0) if not 0 <= token < size]
     if wrong or len(set(rows)) < len(rows):
-        reason = f"has {size} rows, none for {wrong}: resize the table first" if wrong else "is told a token twice"
+        reason = (
+            f"has {size} rows, none for {wrong}: resize the table first" if wrong else "has a token twice in tokens="
+        )
         raise UnsupportedSite(f"{site.path} {reason}")
     return rows
 
@@ -80,7 +84,9 @@ class TextualInversionOperator(Operator):
     def __init__(self, site: Site, config: WordsConfig) -> None:
         super().__init__(site)
         if not site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} is no embedding of tokens")
+            raise UnsupportedSite(
+                f"{site.path} is not a token embedding; target the embedding table of the text encoder"
+            )
         rows, table = _rows(site, config), site.weight().detach()  # [dim, num]
         self.register_buffer("tokens", torch.tensor(rows), persistent=False)
         start = rows if config.initializer is None else [config.initializer] * len(rows)
@@ -100,7 +106,7 @@ class TextualInversionOperator(Operator):
 def learn_words(
     surgeon: Surgeon, sites: Iterable[Site], operator: Callable[..., Operator], config: MethodConfig
 ) -> None:
-    """Put an operator of words at tables, one for all modules that hold the same table."""
+    """Install the operator of trained words at token tables; modules that share a table share one operator."""
     for group in alike(sites):
         held = holders(surgeon, group[0])
         site = foremost([each for each in held if each.layer.one_hot] or group)

@@ -4,30 +4,30 @@ Equation:
     y = W x + b + s (B M diag(l) A x - B0 M diag(l0) A0 x),   M = diag(1, ..., 1, 0, ..., 0)
     M has r(t) ones,   r(t) = floor(((T - t) / T)^p (rank - min_rank)) + min_rank
 
-At a timestep t near T, where an image is noise, few ranks act, and all of them at t = 0: at high noise, an update of
-full rank would memorise the one or few training pictures. t is the host's argument ``timestep``, one for each row of
-the batch, in training and afterwards; a call can pass it for hosts without that argument: ``with peftcore.call(model,
+At a timestep t near T, where an image is mostly noise, few ranks act; at t = 0 all ranks act. At high noise an update
+of full rank would memorise the few training pictures. t is the host's argument ``timestep``, one value for each row of
+the batch, in training and in inference; for hosts without that argument, pass it in a call: ``with peftcore.call(model,
 timestep=t): ...``.
 
-A is [rank, in], B [out, rank], l [rank]; A0, B0 and l0 are frozen copies. start="random" has singular values of a
-matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with random A and B. start="weight" has the
-weight's own, as LyCORIS does by default. start="zero" is the authors' vanilla T-LoRA: a LoRA with A ~ N(0, 1 / rank)
-and B zero, without l, which is masked. s is 1 at every rank, or alpha / rank where `alpha` is given, as in files of
-LyCORIS.
+A is [rank, in], B [out, rank], l [rank]; A0, B0 and l0 are frozen copies. start="random" takes l from the singular
+values of a random matrix N(0, 1 / rank) of the weight's shape, by default the last ones (`part`), with random
+orthonormal A and B. start="weight" takes singular values and vectors of the weight itself, as LyCORIS does by default.
+start="zero" is the authors' vanilla T-LoRA: a masked LoRA with A ~ N(0, 1 / rank), B zero, and no l. s is 1 at every
+rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
 
-Convolutions have A [rank, in, *kernel]. Where a weight has fewer ranks, it is the first so many of the mask that count.
-Files of LyCORIS are read with all ranks acting, as there, as PiSSA. It cannot be merged.
+Convolutions have A [rank, in, *kernel]. If a weight has fewer ranks than `rank`, the first entries of the mask are
+used. Files of LyCORIS are read as PiSSA, with all ranks acting, as in LyCORIS. The method cannot be merged.
 
 Parameters: rank * (in * kernel + out + 1) a site; with start="zero" without the 1.
 
 Start: A and B with orthonormal rows and columns and l at singular values, so that all ranks differ, and the product of
 the frozen copies is subtracted: the identity.
 
-Differs from the authors' code: The authors take A and B from the decomposition of the random matrix, and rows where
-columns are meant, which is the same in distribution. Their code leaves the scale out. LyCORIS has kernels of one point
-in all factors.
+Differs from the authors' code: The authors take A and B from the decomposition of the random matrix, using rows instead
+of columns, which has the same distribution. Their code has no scale. LyCORIS gives all factors kernels of one point.
 
-Use it: `peftcore.apply(model, "tlora")`, for a subject in one picture; not for styles of many, where LoRA learns more.
+Use it: `peftcore.apply(model, "tlora")`, for a subject in one picture; not for styles from many pictures, where LoRA
+learns more.
 """
 
 from __future__ import annotations
@@ -56,19 +56,22 @@ class TLoRAConfig(MethodConfig):
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank``; None leaves the update unscaled."""
     power: PositiveFloat = 1.0
-    """Exponent p: above 1 fewer ranks act in between."""
+    """Exponent p: with values above 1 fewer ranks act between both ends."""
     timesteps: PositiveFloat = 1000.0
-    """The largest timestep T, of noise alone: 1000 of most schedules, 1 of hosts that are given shares."""
+    """The largest timestep T, at which an image is only noise: 1000 for most schedules, 1 for hosts whose timesteps are
+    in 0 .. 1."""
     start: Literal["random", "weight", "zero"] = "random"
-    """The start of A, l and B: orthonormal and random, those of the weight, or those of LoRA."""
+    """The start of A, l and B: random orthonormal factors, the singular values and vectors of the weight, or the start
+    of LoRA."""
     part: Literal["last", "principal", "middle"] = "last"
-    """The singular values with which l starts: the smallest, the largest, or those in the middle. If an odd number is
-    left over, larger ones than these are one more than smaller ones; in LyCORIS smaller ones are one more."""
+    """The singular values with which l starts: the smallest, the largest, or those in the middle. For the middle, if
+    the number of remaining values is odd, one more larger value is skipped than smaller ones; LyCORIS skips one more
+    smaller value."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.min_rank > self.rank:
-            raise ValueError(f"min_rank={self.min_rank} is above rank={self.rank}: take at most that")
+            raise ValueError(f"min_rank={self.min_rank} is larger than rank={self.rank}; set at most rank")
         return self
 
 
@@ -85,11 +88,13 @@ class TLoRAOperator(Operator):
         """Make the factors.
 
         Raises:
-            UnsupportedSite: the weight is read, not called.
+            UnsupportedSite: the weight is read instead of called as a module.
         """
         super().__init__(site)
         if site.form != "activation":
-            raise UnsupportedSite(f"{site.path} is read, not called, so it has no rows with timesteps; exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so its input has no timesteps; exclude it"
+            )
         self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
         self.power, self.timesteps = config.power, config.timesteps
         self.rank, self.min_rank = config.rank, config.min_rank
@@ -100,7 +105,7 @@ class TLoRAOperator(Operator):
             self.values = None
 
     def mask(self, low: Tensor) -> Tensor:
-        """Return which ranks act in each row of A x, [rows, rank], shaped to multiply it."""
+        """Return the mask of the ranks that act, [rows, rank], in a shape that multiplies A x."""
         t = timesteps(len(low), low.device).double()
         share = ((self.timesteps - t) / self.timesteps).clamp(min=0) ** self.power
         acting = (share * (self.rank - self.min_rank)).floor() + self.min_rank
@@ -110,8 +115,8 @@ class TLoRAOperator(Operator):
         return mask.view(shape)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of factors [rank, in, *kernel] and [out, rank] whose products add up to the update. Of a start
-        that is taken off, as ``B (l A - l0 A0) + (B - B0) l0 A0``: nothing at first, to the bit."""
+        """Return pairs of factors [rank, in, *kernel] and [out, rank] whose products add up to the update. If a start
+        is subtracted, the sum is ``B (l A - l0 A0) + (B - B0) l0 A0``, which is exactly zero at first."""
         if self.values is None or self.A0 is None or self.B0 is None or self.values0 is None:  # start="zero"
             return [(self.A, self.B)]
         ones = [1] * (self.A.dim() - 1)
@@ -151,7 +156,7 @@ def _part(of: int, rank: int, part: str) -> slice:
 
 
 class TLoRA(Method):
-    """Low-rank adaptation of a rank for each timestep.
+    """Low-rank adaptation with a rank that depends on the timestep.
 
     Example:
         injection = peftcore.apply(model, "tlora", rank=8, min_rank=4)

@@ -1,4 +1,4 @@
-"""Extended textual inversion: a word of its own for each cross-attention.   Voynov et al. 2023, arXiv 2303.09522.
+"""Extended textual inversion: a separate word for each cross-attention.   Voynov et al. 2023, arXiv 2303.09522.
 
 Equation:
     cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with the tokens p_l)
@@ -6,26 +6,26 @@ Equation:
 
 T is the frozen text encoder, E its table, and only v trains, with the loss of the frozen UNet: P+ is the space of such
 texts, one for each cross-attention. A word is L tokens, p_1 to p_L, one after the other in `tokens`: the prompt is
-encoded L times, with p_l in place of the word, and the UNet is given all states at once,
+encoded L times, with p_l instead of the word, and the UNet reads all states at once,
 
     ids = tokenizer([prompt.replace("<toy>", f"<toy-{l}>") for prompt in prompts for l in range(L)], ...).input_ids
     unet(latents, t, encoder(ids)[0].unflatten(0, (-1, L)))          # states [batch, L, tokens, dim]
 
-so it is applied to both. To the text encoder, where it is `textual_inversion` of L tokens; and with target="cross.k" to
-the UNet, where nothing trains: each cross-attention takes its own states, and states [batch, tokens, dim] are for all
-alike. A model that holds both gets both in one adapter, without a target. L counts the cross-attentions from the input
-to the output: 16 in Stable Diffusion 1.5, 70 in SDXL.
+so the method is applied to both models: to the text encoder, where it is `textual_inversion` with L tokens; and with
+target="cross.k" to the UNet, where nothing trains: each cross-attention reads its own states, and states [batch,
+tokens, dim] are used by all cross-attentions. A model that contains both needs one adapter, without a target. L counts
+the cross-attentions from the input to the output: 16 in Stable Diffusion 1.5, 70 in SDXL.
 
 Parameters: n * dim, in the text encoder.
 
 Start: v at the embeddings of its tokens, or of `initializer`: the identity for other words.
 
-Differs from the authors' code: The authors published no code; order and form of the states are those of Mix-of-Show,
-whose words are the same.
+Differs from the authors' code: The authors published no code; order and shape of the states follow Mix-of-Show, which
+has the same words.
 
-Use it: `peftcore.apply(model, "xti")`, where `textual_inversion` has too few numbers for a subject, or coarse layers
-are to show another thing than fine ones; not where the UNet may change too (`ed_lora` and `custom_diffusion` are better
-at subjects). The words merge; a UNet whose cross-attentions read one text each does not.
+Use it: `peftcore.apply(model, "xti")`, where `textual_inversion` has too few parameters for a subject, or coarse layers
+have to show something else than fine ones; not where the UNet may change too (`ed_lora` and `custom_diffusion` are
+better at subjects). The words merge; the UNet's reading of separate texts does not.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class XTIConfig(WordsConfig):
 
     method: Literal["xti"] = "xti"
     tokens: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [*range(-16, 0)])
-    """Ids of the placeholder tokens: of the first word one for each cross-attention, then of the second; negative ones
-    count from the end of the table, where `resize_token_embeddings` puts new ones."""
+    """Ids of the placeholder tokens: first those of the first word, one for each cross-attention, then those of the
+    next word. Negative ids count from the end of the table, where `resize_token_embeddings` adds new rows."""
 
 
 class XTI(Method):
@@ -69,7 +69,9 @@ class XTI(Method):
         keys = [site for site in sites if not site.layer.one_hot]
         layers, reading = read_layers(surgeon, keys if surgeon.wishes.target is not None else None)
         if strange := [site.path for site in keys if around(site) not in reading]:
-            raise UnsupportedSite(f"{strange[0]} is no table of tokens, and no cross.k of a UNet of diffusers")
+            raise UnsupportedSite(
+                f"{strange[0]} is neither a token table nor a cross.k of a UNet of diffusers; exclude it"
+            )
         if tables and reading:
             check_words(config.tokens, layers)
         learn_words(surgeon, tables, TextualInversionOperator, config)

@@ -171,7 +171,7 @@ def test_what_it_adapts_by_default_and_what_the_call_says() -> None:
 
 def test_what_it_needs() -> None:
     model, inputs = unet()
-    with pytest.raises(UnsupportedSite, match="no matrix in the encoder"):
+    with pytest.raises(UnsupportedSite, match="not a matrix in the encoder"):
         peftcore.plan(model, "controlnet_lllite", target="conv_in")
     deep = Encoder([nn.Linear(2, 2) for _ in range(4)])
     with pytest.raises(UnsupportedSite, match="halved 3 times"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.author import BorrowedLayer
-from peftcore.errors import ConfigError, MissingContext, RouteError, UnsupportedHost, UnsupportedSite
+from peftcore.errors import ConfigError, MergeError, MissingContext, RouteError, UnsupportedHost, UnsupportedSite
 from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 
@@ -266,6 +266,34 @@ def test_other_adapters_act_in_the_unet_and_not_in_what_is_borrowed() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_nothing_is_merged_into_what_is_borrowed() -> None:
+    """The borrowed layers would compute with the merged weights, and outputs would change."""
+    torch.manual_seed(0)
+    base, inputs = unet()
+    model, *_ = adapted(base)
+    image = torch.randn(2, 1, 16, 16).double()
+    lora = peftcore.apply(model, "lora", target="all-linear", dtype="float64")
+    for parameter in lora.parameters():
+        parameter.data.normal_(0, 0.1)
+    peftcore.activate(model, "controlnet_lora", "lora")
+    with peftcore.call(model, condition=image):
+        expected = model(**inputs).sample
+        for change in (lora.merge, lora.bake):
+            with pytest.raises(MergeError, match=r"controlnet_lora computes with the base's .*bake\(\) it before"):
+                change()
+            torch.testing.assert_close(model(**inputs).sample, expected, rtol=0, atol=0)
+    first = deepcopy(base)
+    peftcore.apply(first, "lora", target="all-linear", dtype="float64").merge()
+    with pytest.raises(MergeError, match=r"'lora' merged into it"):
+        peftcore.apply(first, "controlnet_lora", widths=[4, 6], channels=1, rank=3, dtype="float64")
+    peftcore.injections(first)["lora"].bake()
+    peftcore.apply(first, "controlnet_lora", widths=[4, 6], channels=1, rank=3, dtype="float64")
+    in_the_decoder = peftcore.apply(model, "lora", target=["up_blocks.*.to_q"], dtype="float64", name="decoder")
+    lora.remove()
+    peftcore.activate(model, "controlnet_lora", "decoder")
+    in_the_decoder.merge()
+
+
 def test_offloaded_layers() -> None:
     """What offloads brings a layer's values back where it is called; that goes through adapters, which must not act."""
     accelerate = pytest.importorskip("accelerate")
@@ -281,7 +309,7 @@ def test_offloaded_layers() -> None:
     peftcore.apply(both, "lora", target="all-linear", dtype="float64")
     accelerate.cpu_offload(both, execution_device="cpu")
     peftcore.activate(both, "controlnet_lora", "lora")
-    with pytest.raises(UnsupportedHost, match="merge"), peftcore.call(both, condition=image), torch.no_grad():
+    with pytest.raises(UnsupportedHost, match=r"remove\(\)"), peftcore.call(both, condition=image), torch.no_grad():
         both(**inputs)
 
 

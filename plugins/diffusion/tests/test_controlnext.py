@@ -146,7 +146,7 @@ def test_a_block_alone_leaves_the_base_as_it_is() -> None:
 def test_what_it_needs() -> None:
     model, inputs = unet()
     for target in ("cross.out", "down_blocks.0.resnets.0"):
-        with pytest.raises(UnsupportedSite, match="is no block of a UNet"):
+        with pytest.raises(UnsupportedSite, match="is not a block of a UNet"):
             peftcore.plan(model, "controlnext", target=target)
     with pytest.raises(ConfigError, match="multiple of 8"):
         peftcore.plan(model, "controlnext", widths=[8, 8, 12])

@@ -199,7 +199,7 @@ def test_what_is_refused() -> None:
     for options, error, words in (
         ({"random_tokens": [20, 21, 22]}, ConfigError, "of which the UNet has 4"),
         ({"class_tokens": [20, 21, 22, 28]}, UnsupportedSite, "resize the table first"),
-        ({"target": "embed"}, UnsupportedSite, "random_tokens and class_tokens"),
+        ({"target": "embed"}, UnsupportedSite, "random_tokens= and class_tokens="),
     ):
         with pytest.raises(error, match=words):
             peftcore.apply(Both(), "ed_lora", **options)

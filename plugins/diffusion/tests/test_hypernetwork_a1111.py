@@ -106,7 +106,7 @@ def test_one_pair_of_networks_for_each_width() -> None:
 def test_what_it_needs() -> None:
     model, _ = HOSTS["llama"].build()
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"structure": [1, 2]}, "begins and ends with 1"),
+        ({"structure": [1, 2]}, "must begin and end with 1"),
         ({"structure": [1, 0.01, 1]}, "leaves nothing"),
         ({"overrides": {"*": {"scale": 0.5}}}, "no overrides"),
     ]
@@ -114,9 +114,9 @@ def test_what_it_needs() -> None:
         with pytest.raises(ConfigError, match=why):
             peftcore.plan(model, "hypernetwork_a1111", **options)
     for target in ("attn.q", "mlp.up"):
-        with pytest.raises(UnsupportedSite, match="keys or values alone"):
+        with pytest.raises(UnsupportedSite, match="only keys or only values"):
             peftcore.plan(model, "hypernetwork_a1111", target=target)
-    with pytest.raises(UnsupportedSite, match="keys or values alone"):
+    with pytest.raises(UnsupportedSite, match="only keys or only values"):
         peftcore.plan(HOSTS["gpt2"].build()[0], "hypernetwork_a1111")
 
 

@@ -134,9 +134,9 @@ def test_what_a_call_may_say() -> None:
 
 def test_attention_that_is_not_that_of_diffusers_is_refused() -> None:
     model, _ = HOSTS["t5"].build()
-    with pytest.raises(UnsupportedSite, match="no attention of diffusers"):
+    with pytest.raises(UnsupportedSite, match="not in an attention of diffusers"):
         peftcore.plan(model, "ip_adapter")
-    with pytest.raises(UnsupportedSite, match="in no cross-attention"):
+    with pytest.raises(UnsupportedSite, match="not in a cross-attention"):
         peftcore.plan(unet()[0], "ip_adapter", target="attn.out")
 
 

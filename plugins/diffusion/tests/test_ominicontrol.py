@@ -133,7 +133,7 @@ def test_what_it_needs() -> None:
     with pytest.raises(RouteError, match="ominicontrol"):
         peftcore.route(model, ["ominicontrol", None])
     other, _ = dit_host("sd3", torch.float32)
-    with pytest.raises(UnsupportedSite, match="counts places by itself"):
+    with pytest.raises(UnsupportedSite, match="computes positions itself"):
         peftcore.plan(other, "ominicontrol", position_delta=(0, -4))
     with pytest.raises(UnsupportedSite, match="no diffusion transformer"):
         peftcore.plan(nn.Sequential(nn.Linear(2, 2)), "ominicontrol", target="0")

@@ -295,16 +295,16 @@ def test_it_learns_the_looks() -> None:
 
 def test_what_is_no_text_is_refused() -> None:
     unet, inputs = HOSTS["unet"].build()
-    with pytest.raises(UnsupportedSite, match=r"attn1\.to_k is no linear layer for the keys or values of a text"):
+    with pytest.raises(UnsupportedSite, match=r"attn1\.to_k is not a linear layer for keys or values of a text"):
         peftcore.apply(unet, "perfusion", target="attn.k", data=[peftcore.Labelled(inputs, torch.tensor([1, 2]))])
-    with pytest.raises(CalibrationError, match="more of them"):
+    with pytest.raises(CalibrationError, match="more texts"):
         applied(Model(), data=[peftcore.Labelled((CLASS(0, 0)[:1, :3],), torch.tensor([1]))], damping=0.0)
     for labels in (torch.tensor([1, 5]), torch.tensor([1])):
-        with pytest.raises(CalibrationError, match="a place for each text"):
+        with pytest.raises(CalibrationError, match="one for each text"):
             applied(Model(), data=[peftcore.Labelled((CLASS(0, 0),), labels)])
-    with pytest.raises(CalibrationError, match="where the class of the concept is"):
+    with pytest.raises(CalibrationError, match="position of the concept's class"):
         applied(Model(), data=texts(0)[:1])
-    with pytest.raises(ConfigError, match="give its id as initializer"):
+    with pytest.raises(ConfigError, match="set initializer="):
         applied(Model(), tokens=[-1])
 
 

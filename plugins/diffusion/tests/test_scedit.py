@@ -169,7 +169,7 @@ def test_what_is_left_out_makes_no_hints_and_sizes_are_options() -> None:
 def test_what_it_needs() -> None:
     model, inputs = unet()
     for host, target in ((model, "conv_in"), (model, r"re:down_blocks\.0\.resnets\.0")):
-        with pytest.raises(UnsupportedSite, match="no resnet in the decoder"):
+        with pytest.raises(UnsupportedSite, match="not a resnet in the decoder"):
             peftcore.plan(host, "scedit", target=target)
     with pytest.raises(ConfigError, match="channels cannot change at single sites"):
         peftcore.plan(model, "scedit", overrides={"*": {"channels": 3}})

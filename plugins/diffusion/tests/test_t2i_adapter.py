@@ -121,7 +121,7 @@ def test_images_that_do_not_fit_and_hosts_that_are_no_unet_are_refused() -> None
         model(**inputs)
     with peftcore.call(model, condition=torch.randn(1, 3, 32, 64)), pytest.raises(ConfigError, match=r"to \[64, 64\]"):
         model(**inputs)
-    with pytest.raises(UnsupportedSite, match="no block of a UNet"):
+    with pytest.raises(UnsupportedSite, match="not a block of a UNet"):
         peftcore.plan(base, "t2i_adapter", target="conv_in")
     with pytest.raises(ConfigError, match="no overrides"):
         peftcore.plan(base, "t2i_adapter", overrides={"*": {"scale": 0.5}})

@@ -284,11 +284,11 @@ def test_who_says_no_timestep_is_told() -> None:
     x = torch.randn(4, 8).double()
     with pytest.raises(MissingContext, match="timestep"):
         host(x)
-    with pytest.raises(RouteError, match="timestep has 3 entries, and a module is given 4 rows"):
+    with pytest.raises(RouteError, match="timestep has 3 entries, but a module gets 4 rows"):
         host(x, torch.tensor([1, 2, 3]))
     with pytest.raises(NotMergeable):
         injection.merge()
-    with pytest.raises(ConfigError, match="min_rank=5 is above rank=4"):
+    with pytest.raises(ConfigError, match="min_rank=5 is larger than rank=4"):
         peftcore.apply(host, "tlora", name="other", target="layer", rank=4, min_rank=5)
-    with pytest.raises(UnsupportedSite, match="is read, not called"):
+    with pytest.raises(UnsupportedSite, match="is read as a weight, not called"):
         peftcore.apply(One(nn.Conv2d(4, 6, 3, groups=2)), "tlora", target="layer")

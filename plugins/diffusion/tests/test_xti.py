@@ -122,15 +122,15 @@ def test_what_reads_layers_is_saved_and_takes_one_text_for_all_too(tmp_path: Pat
     peftcore.load(model, tmp_path / "reader")
     assert torch.equal(model(**inputs).sample, expected)
     inputs["encoder_hidden_states"] = torch.randn(2, 3, 5, 14)
-    with pytest.raises(ConfigError, match=r"3 layers, and the UNet 4"):
+    with pytest.raises(ConfigError, match=r"3 layers, but the UNet has 4"):
         model(**inputs)
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match="takes one for each cross-attention, of which the UNet has 4"):
+    with pytest.raises(ConfigError, match="one token id for each cross-attention, of which the UNet has 4"):
         peftcore.apply(Both(), "xti", tokens=[20, 21, 22, 23, 24])
     for host, target in (("unet", "attn.k"), ("t5", "cross.k")):
-        with pytest.raises(UnsupportedSite, match=r"no cross\.k of a UNet"):
+        with pytest.raises(UnsupportedSite, match=r"nor a cross\.k of a UNet"):
             peftcore.apply(HOSTS[host].build()[0], "xti", target=target)
     with pytest.raises(TargetError):
         peftcore.apply(HOSTS["unet"].build()[0], "xti")

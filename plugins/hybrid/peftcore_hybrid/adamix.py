@@ -1,5 +1,5 @@
-"""AdaMix: copies of an adapter's two maps, of which each forward draws some in training.   Wang et al. 2022, arXiv
-2205.12410 (microsoft/AdaMix).
+"""AdaMix: several copies of an adapter's two maps; in training each forward uses randomly drawn copies.   Wang et al.
+2022, arXiv 2205.12410 (microsoft/AdaMix).
 
 Equation:
     training      y = h + U_j gelu(D_i h + b_i) + c_j,   i and j drawn evenly, for each adapter and forward anew
@@ -7,28 +7,29 @@ Equation:
     loss          L(p) + w (KL(p | q) + KL(q | p)) / 2   with q of a second pass, which draws (and drops) anew
 
 h is the feed-forward's output before it is added to the stream: the output of the last matrix, in front of the host's
-dropout, as in the code for RoBERTa and for GPT-2 (`joins`). Its scripts draw the down map alone, and all share one up
-map (`shared`). A draw is of torch's generator on the device, and gradients of copies that were not drawn are zeros, so
-optimizers with momentum move them too, as the authors' do.
+dropout, as in the code for RoBERTa and for GPT-2 (`joins`). In the code's scripts only the down map has copies, and all
+copies share one up map (`shared`). Draws use torch's generator of the device. Copies that were not drawn have gradients
+of zero, so optimizers with momentum still move them, as in the authors' code.
 
-The loss takes the logits of a model's output: a field `logits`, the tensor that it returns, ``[rows, classes]`` or
-``[rows, tokens, classes]``, or the first of a tuple behind its loss. It is a mean over rows, or over tokens that are
-not padding; the left arguments of both KL terms are detached. In a route the loss covers only the rows of its adapter.
-If the model does not return the loss, `injection.losses()` does. The second pass doubles the time and the memory of
-training.
+The loss needs the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` of a model's output: its field `logits`,
+the output itself if it is a tensor, or the first entry of a tuple after the loss. It is a mean over rows, or over
+tokens that are not padding; the left arguments of both KL terms are detached. In a route the loss covers only the rows
+of its adapter. If the model does not return the loss, `injection.losses()` does. The second pass doubles the time and
+the memory of training.
 
-Parameters: M (d r + r) + d r + d an adapter, in evaluation as good as 2 d r + r + d; both maps M times where nothing is
-`shared`.
+Parameters: M (d r + r) + d r + d an adapter, of which evaluation computes with the means, 2 d r + r + d; without
+`shared`, M times both maps.
 
-Start: Matrices from N(0, 0.02) and biases at zero, each copy by itself: the code first copies one, but the model then
-starts all its linear layers anew. Near the identity; ``up_init_std=0`` makes it exact.
+Start: Matrices from N(0, 0.02) and biases at zero, with a separate draw for each copy: the authors' code first copies
+one map, but then the model initializes all its linear layers again. Near the identity; ``up_init_std=0`` makes it
+exact.
 
 Differs from the authors' code: Their loss for GPT-2 is over tokens with a label, and 100 times as large; here it is a
 mean over tokens that are not padding. Their mixture of LoRAs is not here.
 
-Use it: `peftcore.apply(model, "adamix")`, where a bottleneck of this size learns too little and evaluation may cost no
-more; not where training time counts: `houlsby_adapter` takes half of it, and `adapter_soup` averages adapters that were
-trained apart.
+Use it: `peftcore.apply(model, "adamix")`, where a bottleneck adapter of this size learns too little, and evaluation
+must not cost more; not where training time counts: `houlsby_adapter` takes half the time, and `adapter_soup` averages
+adapters that were trained separately.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class AdaMixConfig(MethodConfig):
 
     method: Literal["adamix"] = "adamix"
     experts: PositiveInt = 4
-    """Copies M of each map that is not shared."""
+    """Number M of copies of each map that is not shared."""
     bottleneck: PositiveInt = 16
     """Width r of the bottleneck."""
     shared: Literal["up", "down"] | None = "up"
@@ -89,7 +90,7 @@ def copies(config: AdaMixConfig) -> tuple[int, int]:
 
 
 class AdaMixOperator(AtBranchEnd):
-    """The copies behind one feed-forward."""
+    """The copies of the adapter after one feed-forward."""
 
     def __init__(self, site: Site, config: AdaMixConfig) -> None:
         super().__init__(site)
@@ -105,7 +106,7 @@ class AdaMixOperator(AtBranchEnd):
         return h + self.layer.channels_back(F.linear(low, *self.cast(h, *self.chosen(self.up, self.up_bias))))
 
     def chosen(self, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the matrix and the bias of one copy, or the means of all."""
+        """Return the matrix and the bias of one copy, or the means of all copies."""
         if len(weights) == 1 or not (self.training and self.noise):
             return weights.mean(0), biases.mean(0)
         index = torch.randint(len(weights), (1,), device=weights.device)
@@ -113,7 +114,7 @@ class AdaMixOperator(AtBranchEnd):
 
 
 class AdaMix(Method):
-    """Adapters behind feed-forwards that are drawn in training and averaged afterwards."""
+    """Adapters after feed-forwards, with several copies that are drawn in training and averaged in evaluation."""
 
     name = "adamix"
     Config = AdaMixConfig
@@ -157,7 +158,7 @@ def logits_of(output: Any, labelled: bool) -> Tensor:
 
     Args:
         output: the model's output.
-        labelled: whether the model was given labels, so that a tuple begins with its loss.
+        labelled: True if the model got labels, so that a tuple begins with its loss.
 
     Raises:
         TrainingError: the output lacks logits of these shapes.
@@ -167,8 +168,8 @@ def logits_of(output: Any, labelled: bool) -> Tensor:
         found = found[labelled]
     if not isinstance(found, Tensor) or found.dim() not in (2, 3):
         raise TrainingError(
-            f"adamix compares the logits of two passes, and what this model returns ({type(output).__name__}) has none "
-            "[rows, classes] or [rows, tokens, classes]: train the model that has the head, or take consistency=0"
+            "adamix compares the logits [rows, classes] or [rows, tokens, classes] of two passes, but this model "
+            f"returns {type(output).__name__} without them: train the model that has the head, or set consistency=0"
         )
     return found
 

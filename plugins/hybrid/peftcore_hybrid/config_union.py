@@ -3,14 +3,14 @@
 Equation:
     union(m_1, ..., m_n): every m_i acts at its own sites, as if applied by itself
 
-Where several parts act on the same module they compose in the order of the list, as several injections would. The union
-is one injection: it is switched, routed, merged, saved and loaded as a whole. It merges if all its parts do.
+If several parts act on the same module, they compose in the order of the list, as several injections do. The union is
+one injection: it is activated, routed, merged, saved and loaded as a whole. It merges if all its parts do.
 
 Parameters: the sum over its parts.
 
-Start: As its parts start: an identity if all of them are.
+Start: Each part starts as by itself; the union is an identity if all parts are.
 
-Differs from the authors' code: That library was not compared; unions are compared with adapters of peft.
+Differs from the authors' code: The Adapters library was not compared; unions are compared with adapters of peft.
 
 Use it: `peftcore.apply(model, "config_union", parts=[{"method": "lora"}, {"method": "ia3"}])`, to try combinations
 (LoRA with a prefix, adapters with trained norms) without writing a method.
@@ -33,7 +33,8 @@ class ConfigUnionConfig(MethodConfig):
 
     method: Literal["config_union"] = "config_union"
     parts: list[dict[str, Any]] = Field(min_length=1, max_length=100)
-    """The methods in order: each as its options, with its name under "method" and its "target" if it has its own."""
+    """The methods in order: each is a dictionary of its options, with its name as "method", and "target" if it has
+    separate targets."""
 
     @field_validator("parts")
     @classmethod
@@ -42,7 +43,7 @@ class ConfigUnionConfig(MethodConfig):
 
 
 class ConfigUnion(OfParts, Method):
-    """Several methods under one name.
+    """Several methods that act as one adapter.
 
     Example:
         injection = peftcore.apply(model, "config_union", parts=[{"method": "lora", "rank": 4}, {"method": "ia3"}])
@@ -59,4 +60,4 @@ class ConfigUnion(OfParts, Method):
 
     @staticmethod
     def parameter_count(site: Site, config: ConfigUnionConfig) -> int:
-        raise ConfigError("a union has no formula of its own: ask each of its parts")
+        raise ConfigError("a union of methods has no equation of its own; read the equations of its parts")

@@ -3,24 +3,26 @@
 Equation:
     W' = W + W * A + B,   b' = b + b * D + E + W C      (*: entry by entry)
 
-A and B are as large as W, C as its rows, D and E as b. Each is chosen to be of low rank (X_d X_u), a vector (for A and
-B: one number an output), a constant, or none. In convolutions an input is a channel at a place of the kernel.
+A and B have the shape of W, C that of a row of W, D and E that of b. For each, choose low rank (X_d X_u), a vector (for
+A and B: one number for each output), a constant, or none. In convolutions an input is a channel at one position of the
+kernel.
 
-A layer without a bias gets one from E and W C (D scales nothing there and is left out); modules that cannot have a bias
-(an embedding, a stack of experts) are changed by A and B alone. With A="product" the weight is multiplied by a matrix
-of its inputs, W' = W + W A + B, as the paper writes it and LyCORIS computes it: the same for all places of a kernel.
+A layer without a bias gets one from E and W C (D has no effect there and is left out). For modules that cannot have a
+bias (an embedding, a stack of experts) only A and B are used. With A="product" the weight is multiplied by a matrix of
+its inputs, W' = W + W A + B, as the paper writes it and LyCORIS computes it; the matrix is the same for all positions
+of a kernel.
 
 Parameters: of low rank r, r (in * kernel + out) for A and for B, 2 r in for a product, r (in * kernel + 1) for C;
 vectors have out or, for C, in * kernel; constants one. Times the number of experts.
 
-Start: X_d at zero, X_u from Glorot's uniform draw, all else at zero, so that W' = W: the identity.
+Start: X_d at zero, X_u from Glorot's uniform draw, all other terms at zero, so W' = W: the identity.
 
-Differs from the authors' code: The authors train all choices at once, a path drawn at random for each forward, and then
-search the best path under a budget. Here, as in peft, the choice is fixed; set the result of a search for each site in
-`overrides`. peft starts X_u from Kaiming's draw, and gives no bias to a layer without one.
+Differs from the authors' code: The authors train all choices at once, with a randomly drawn path for each forward, and
+then search for the best path under a budget. Here, as in peft, the choice is fixed; set the result of such a search for
+each site in `overrides`. peft starts X_u from Kaiming's draw, and gives no bias to a layer without one.
 
-Use it: `peftcore.apply(model, "glora")`, where LoRA's update is too plain: it also scales the weight and shifts the
-output, and merges all the same.
+Use it: `peftcore.apply(model, "glora")`, where LoRA's update is not expressive enough: GLoRA also scales the weight and
+shifts the output, and merges too.
 """
 
 from __future__ import annotations
@@ -47,11 +49,12 @@ class GLoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the low-rank terms; the authors use 4."""
     A: Matrix | Literal["product"] = "lora"
-    """The term that scales the weight; a "product" is a low-rank matrix from its right, not entry by entry."""
+    """The term that scales the weight entry by entry; "product" instead multiplies the weight from the right by a
+    low-rank matrix."""
     B: Matrix = "lora"
     """The term that is added to the weight."""
     C: Literal["lora", "vector", "none"] = "lora"
-    """The term that the weight maps to a shift of the bias: a constant input."""
+    """The constant input C, which the weight maps to a shift of the bias."""
     D: Vector = "constant"
     """The term that scales the bias."""
     E: Vector = "constant"
@@ -59,7 +62,8 @@ class GLoRAConfig(MethodConfig):
 
 
 def terms(site: Site, config: GLoRAConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Return the shapes behind each term that acts at a site, without the experts': two factors, or the term itself."""
+    """Return the shapes of the tensors of each term that acts at a site (two factors, or the term itself), without the
+    dimension of experts."""
     inputs, outputs, rank = site.in_features * math.prod(site.kernel), site.out_features, config.rank
     of_rows = {"lora": ((outputs, rank), (rank, inputs)), "vector": ((outputs, 1),), "constant": ((1, 1),)}
     of_A = of_rows | {"product": ((site.in_features, rank), (rank, site.in_features))}
@@ -74,13 +78,16 @@ def terms(site: Site, config: GLoRAConfig) -> dict[str, tuple[tuple[int, ...], .
 
 
 class GLoRAOperator(WeightOperator):
-    """The terms of one site, as matrices that broadcast to the weight [*batch, out, in * kernel] or to a column."""
+    """The terms of one site, as matrices that broadcast to the weight [*batch, out, in * kernel], or to a column for
+    the bias."""
 
     def __init__(self, site: Site, config: GLoRAConfig) -> None:
         super().__init__(site)
         shapes = terms(site, config)
         if not shapes:
-            raise UnsupportedSite(f"{site.path}: nothing is left to learn here; choose another A or B")
+            raise UnsupportedSite(
+                f"{site.path}: with these options no parameter is left to train; choose another A or B"
+            )
         self.multiplies = config.A == "product"
         self.bias_shape = (*site.batch, site.out_features)
         for name, (first, *second) in shapes.items():

@@ -4,11 +4,11 @@ Equation:
     Attention(q, [P_k; K], [P_v; V])   in every attention,   P made by a tanh network while it trains
     out = FFN(x) + s W_up relu(W_down x + b_down) + s b_up     at every feed-forward
 
-The mix that the paper's comparison ends with ("mix and match"): a short prefix, which is enough to change where heads
-look, and the capacity where it pays most, at the feed-forward. Both parts are the methods `prefix_tuning` and
-`parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and their pages apply here:
-encoder, decoder and cross-attention have separate prefixes. The positions of tokens stay as they are: this code's
-prefixes are in no cache.
+This is the combination that the paper recommends ("mix and match"): a short prefix, which is enough to change the
+attention, and most of the parameters at the feed-forward, where they help most. Both parts are the methods
+`prefix_tuning` and `parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and their
+pages apply here: encoder, decoder and cross-attention have separate prefixes. The positions of tokens do not change,
+since the authors' code does not put prefixes into a cache.
 
 Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
 and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.
@@ -17,8 +17,8 @@ Start: As the two methods: the adapter is an exact identity, the prefix is not.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "mam_adapter")`, where a few percent of parameters are affordable and merging is not
-needed.
+Use it: `peftcore.apply(model, "mam_adapter")`, where a few percent of trained parameters are acceptable and merging is
+not needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
 FFN = {"ffn_bottleneck": "bottleneck", "ffn_scale": "scale", "ffn_dropout": "dropout", "ffn_joins": "joins"}
-"""Options by the names that they have in the part."""
+"""The options of the feed-forward part: their names here, and their names in `parallel_adapter`."""
 BLOCKS = ("mlp.output", "mlp.down")
 
 
@@ -45,7 +45,7 @@ class MAMAdapterConfig(MethodConfig):
     prefix_length: PositiveInt = 30
     """Keys and values in front of each attention's own."""
     prefix_mid_dim: PositiveInt | None = 800
-    """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
+    """Width of the network that generates the prefix in training; None trains the prefix directly."""
     prefix_dropout: Share = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
     ffn_bottleneck: PositiveInt = 512
@@ -55,8 +55,8 @@ class MAMAdapterConfig(MethodConfig):
     ffn_dropout: Share = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
     ffn_joins: Joins = "stream"
-    """Where the adapter adds: to the stream, behind the host's dropout and layer scale of the feed-forward, or to the
-    output of the feed-forward's last matrix."""
+    """The place where the adapter adds: to the stream, after the host's dropout and layer scale of the feed-forward, or
+    before them, to the output of the feed-forward's last matrix."""
 
 
 def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

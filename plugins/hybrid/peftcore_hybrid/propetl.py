@@ -1,34 +1,34 @@
-"""ProPETL: one adapter for all layers, of which each layer has a mask of its own.   Zeng et al. 2023, arXiv 2305.17682
+"""ProPETL: one adapter for all layers, with a separate mask for each layer.   Zeng et al. 2023, arXiv 2305.17682
 (ChaosCodes/ProPETL).
 
 Equation:
     y_l = h + (m'_l * U) relu((m_l * D) n + b) + c,     m_l = 1 where |s_l| is among the largest, else 0
 
-D [r, d], U [d, r] and the biases, which no mask covers, are the prototype, which all layers of one width share; each
-layer has scores s_l [r, d] and s'_l [d, r], and a mask keeps a share `kept` of the numbers. n and h are those of
+D [r, d], U [d, r] and the biases (never masked) form the prototype, which all layers of one width share. Each layer has
+scores s_l [r, d] and s'_l [d, r], and each mask keeps the share `kept` of a matrix's entries. n and h are those of
 `pfeiffer_adapter`, as `placement` says. In the backward pass a mask acts as |s_l| (a straight-through estimate): the
 gradient of a mask entry passes to its score as if no entry were masked. The learning rate of the scores is `mask_ratio`
-times as large, their weight decay is that of the maps, and biases are not decayed.
+times that of the prototype. Scores have the weight decay of the maps, and biases have none.
 
 With learned masks a file stores the scores, which are larger than one adapter for each layer. For small files use
-`masks="fixed"`, which stores one bit in place of each score and copies the masks and the prototype from a trained
+`masks="fixed"`, which stores one bit instead of each score, and copies the masks and the prototype from a trained
 adapter:
 
     small = peftcore.apply(model, "propetl", name="small", masks="fixed", ...)
     take_masks(small, trained)
 
-The prototype continues to train under its masks, or is frozen.
+The prototype continues to train with these masks, or can be frozen.
 
 Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits.
 
-Start: Both maps from N(0, 0.02), biases at zero, the scores of D uniform in +-1/sqrt(r), those of U in +-1/sqrt(d).
-Near the identity; ``up_init_std=0`` makes it exact.
+Start: Both maps from N(0, 0.02), biases at zero, the scores of D uniform in +-1/sqrt(r), the scores of U in
++-1/sqrt(d). Near the identity; ``up_init_std=0`` makes it exact.
 
-Differs from the authors' code: The authors also mask LoRA and prefixes, and for several tasks a layer's mask is the
-union with one of the task; these are not here.
+Differs from the authors' code: The authors also mask LoRA and prefixes, and combine a layer's mask with a mask for each
+task; both are not here.
 
-Use it: `peftcore.apply(model, "propetl")`, where many adapters are kept and each file counts; not where training has to
-be small: `compacter` shares parts of all adapters too, and `pfeiffer_adapter` has only its matrices, without scores.
+Use it: `peftcore.apply(model, "propetl")`, where many adapters are stored and files must be small; not where training
+memory must be small: `compacter` also shares parameters between layers, and `pfeiffer_adapter` has no scores.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class ProPETLConfig(MethodConfig):
 
     method: Literal["propetl"] = "propetl"
     bottleneck: PositiveInt = 64
-    """Width r of the prototype; the authors' is a twelfth of the stream."""
+    """Width r of the prototype; the authors use a twelfth of the stream's width."""
     kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the prototype's numbers that a mask keeps; the authors' code calls it sparsity."""
     masks: Literal["learned", "fixed"] = "learned"
     """The kind of masks: from trained scores, or given as bits."""
     mask_ratio: PositiveFloat = 30.0
-    """Learning rate of the scores over that of the prototype."""
+    """Learning rate of the scores, divided by that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
     """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
     or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
@@ -71,7 +71,8 @@ class ProPETLConfig(MethodConfig):
 
 
 def largest(scores: Tensor, kept: float) -> Tensor:
-    """Return a mask of the entries with the largest magnitude; the gradient passes to the magnitudes."""
+    """Return a mask of the entries with the largest magnitude; in backward, the mask's gradient passes to the
+    magnitudes."""
     sizes = scores.abs()
     count = scores.numel() - int((1 - kept) * scores.numel())
     places = sizes.flatten().topk(count).indices
@@ -80,13 +81,13 @@ def largest(scores: Tensor, kept: float) -> Tensor:
 
 
 def to_bits(mask: Tensor) -> Tensor:
-    """Return a mask as bytes of eight entries each, the first one lowest."""
+    """Return a mask packed into bytes of eight entries each; the first entry is the lowest bit."""
     flat = F.pad(mask.flatten() > 0.5, (0, -mask.numel() % 8)).view(-1, 8)
     return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def from_bits(stored: Tensor, shape: torch.Size) -> Tensor:
-    """Return the mask, of bool."""
+    """Return the bool mask that `to_bits` packed."""
     shifts = torch.arange(8, dtype=torch.uint8, device=stored.device)
     return ((stored.unsqueeze(-1) >> shifts) & 1).flatten()[: shape.numel()].view(shape).bool()
 
@@ -118,7 +119,7 @@ class ProPETLOperator(AtLayerEnd):
                 self.register_buffer(f"{name}_bits", to_bits(largest(scores, config.kept)))
 
     def mask(self, name: str) -> Tensor:
-        """Return the mask of one of the `MAPS`, like its matrix."""
+        """Return the mask of one of the `MAPS`, in the shape and dtype of its matrix."""
         scores = self._parameters.get(f"{name}_scores")
         if scores is not None:
             return largest(scores, self.kept)
@@ -135,7 +136,7 @@ class ProPETLOperator(AtLayerEnd):
 
 
 class ProPETL(Method):
-    """One adapter for all layers, under a mask a layer."""
+    """One adapter that all layers share, with a mask for each layer."""
 
     name = "propetl"
     Config = ProPETLConfig
@@ -185,8 +186,8 @@ def take_masks(fixed: AppliedMethod, trained: AppliedMethod) -> None:
     sizes = [{path: op.prototype.module.down.weight.shape for path, op in each.items()} for each in (mine, theirs)]
     if kinds != ["fixed", "learned"] or sizes[0] != sizes[1]:
         raise ConfigError(
-            "take_masks(fixed, trained) is for two adapters of propetl at the same layers and with the same "
-            'bottleneck, the first one with masks="fixed"'
+            "take_masks(fixed, trained) needs two propetl adapters at the same layers with the same bottleneck, and "
+            'masks="fixed" in the first one'
         )
     for name, prototype in fixed.shared.items():
         prototype.load_state_dict(trained.shared[name].state_dict())

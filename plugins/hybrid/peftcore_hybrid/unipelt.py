@@ -6,15 +6,15 @@ Equation:
     attention         softmax over [g P_k; K], with values [g P_v; V]
     feed-forward      y = LN(x + o + g (W_up relu(W_down u + b_down) + b_up)),   u = LN(x + o)
 
-``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the model's
-`attention_mask`). In a causal model the mean would include later tokens, and with a cache only the last token, so it is
-refused where attention is causal. By default every token has a separate gate. As tokens share the keys of a prefix, it
-scales the change that the prefix makes for the token, at the price of a second softmax:
+``gate="sequence"`` is the paper's gate: g is the mean over a row's tokens, here without padding (by the model's
+`attention_mask`). In a causal model this mean would include later tokens, and with a cache only the last token, so it
+is refused for causal attention. By default every token has a separate gate. Since tokens share the keys of a prefix, a
+token's gate scales the change that the prefix makes to its output, which takes a second softmax:
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
-The adapter is a `pfeiffer_adapter` behind a gate: x is the stream, o what the feed-forward adds to it, behind the
-host's dropout, LN the norm that ends the block; where none does, it reads and adds without LN. With
+The adapter is a `pfeiffer_adapter` behind a gate: x is the stream, o the feed-forward's output after the host's
+dropout, and LN the norm that ends the block; in blocks without such a norm LN is left out. With
 adapter_placement="branch" it reads o.
 
 Gates depend on the input, so nothing merges.
@@ -25,10 +25,10 @@ feed-forward, r = d / reduction; and d + 1 for each gate.
 Start: Gates near one half: u, the adapter's W, and all of the network that makes the prefix from N(0, 0.02), biases at
 zero, A and B as in LoRA. Not an identity.
 
-Differs from the authors' code: Each token has a separate gate by default; the paper's is ``gate="sequence"``, whose
-mean here leaves out padding, which the authors count in. By the paper's text the adapter reads o.
+Differs from the authors' code: By default each token has a separate gate; the paper's is ``gate="sequence"``, whose
+mean includes padding in the authors' code, but not here. In the paper's text the adapter reads o.
 
-Use it: `peftcore.apply(model, "unipelt")`, where it is not known which of the three suits the task.
+Use it: `peftcore.apply(model, "unipelt")`, where you do not know which of the three methods suits the task.
 """
 
 from __future__ import annotations
@@ -65,13 +65,14 @@ class UniPELTConfig(MethodConfig):
 
     method: Literal["unipelt"] = "unipelt"
     gate: Literal["token", "sequence"] = "token"
-    """A gate for each token, or the paper's, the mean over the tokens of a row: for encoders only."""
+    """A gate for each token, or the paper's gate for each sequence (the mean over its tokens), which supports only
+    encoders."""
     rank: PositiveInt = 8
     """Rank of the updates of queries and values."""
     prefix_length: PositiveInt = 10
     """Keys and values in front of each attention's own."""
     prefix_mid_dim: PositiveInt | None = 512
-    """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
+    """Width of the network that generates the prefix in training; None trains the prefix directly."""
     adapter_reduction: PositiveInt = 16
     """How many times narrower than the stream the adapter's bottleneck is."""
     adapter_placement: Literal["auto", "post", "pre", "branch"] = "auto"
@@ -92,8 +93,8 @@ Each = Literal["token", "sequence"]
 
 
 class Gate(nn.Module):
-    """A gate sigmoid(u . x + c): ``[rows, tokens, 1]``, or its mean over the tokens, ``[rows, 1, 1]``, where it is one
-    for the sequence."""
+    """A gate sigmoid(u . x + c): ``[rows, tokens, 1]``, or, for gates of a sequence, its mean over the tokens, ``[rows,
+    1, 1]``."""
 
     def __init__(self, width: int, each: Each) -> None:
         super().__init__()
@@ -131,8 +132,7 @@ def mean_of_tokens(values: Tensor) -> Tensor:
     inputs = forward_context().inputs
     if not inputs or values.dim() != 3:
         raise MissingContext(
-            "a gate for the sequence needs rows of tokens, and to know which are padding: call the host itself, or "
-            'choose gate="token"'
+            'gate="sequence" needs rows of tokens and their padding mask: call the host itself, or set gate="token"'
         )
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != values.shape[:2]:
@@ -183,7 +183,7 @@ class GatedAdapter(PfeifferOperator):
 
 
 class GatedPrefix(PrefixOperator):
-    """Puts keys and values in front of the attention's own, as far as the gate is open."""
+    """Adds keys and values in front of the attention's own, scaled by the gate."""
 
     def __init__(self, site: AttentionSite, config: UniPELTConfig, surgeon: Surgeon, opening: Tap) -> None:
         super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix(), _encoder))
@@ -200,7 +200,7 @@ class GatedPrefix(PrefixOperator):
 
 
 class UniPELT(Method):
-    """LoRA, prefix and adapter behind gates."""
+    """LoRA, prefix and adapter, each multiplied by a gate."""
 
     name = "unipelt"
     Config = UniPELTConfig
@@ -212,11 +212,13 @@ class UniPELT(Method):
     def inject(self, model: nn.Module, config: UniPELTConfig, surgeon: Surgeon) -> None:
         gates = {config.gate, *(changes.get("gate") for changes in config.overrides.values())}
         if "sequence" in gates and any(getattr(each, "is_causal", False) for each in surgeon.resolver.modules.values()):
-            raise UnsupportedSite('gate="sequence" sees what comes later, and attention in this host is causal')
+            raise UnsupportedSite(
+                'gate="sequence" reads later tokens, but attention in this host is causal; set gate="token"'
+            )
         sites = surgeon.sites()
         attentions = [site for site in sites if site.role not in BLOCKS]
         if not attentions and surgeon.wishes.target is surgeon.wishes.exclude is None:
-            raise TargetError("unipelt puts a prefix into attention, and this host has none")
+            raise TargetError("unipelt adds a prefix to attention, but this host has no attention; use another method")
         matrices = [site for role in QUERIES + VALUES for site in surgeon.at(role)]
         for site in attentions:
             inside = [each for each in matrices if each.module_path.startswith(f"{site.module_path}.")]
@@ -249,7 +251,9 @@ def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surg
     if queries or surgeon.wishes.exclude is None:  # where queries are excluded, the prefix goes with its gate
         surgeon.attention(site, GatedPrefix, config, surgeon=surgeon, opening=opening)
         if not queries:
-            raise UnsupportedSite(f"{site.path}: no matrix inside makes queries of what the attention reads")
+            raise UnsupportedSite(
+                f"{site.path}: no single matrix computes queries from the attention's input; exclude it"
+            )
     for each in inside:
         tap = opening if each in queries else None
         surgeon.graft(each, GatedLoRA, config, prefix=tap)

@@ -178,12 +178,12 @@ def test_defaults_are_the_authors() -> None:
 
 
 def test_sites_may_choose_for_themselves() -> None:
-    """What a search found is said in `overrides`; where nothing is left, it is refused."""
+    """What a search found is said in `overrides`; where no parameter is left, it is refused."""
     model, _ = HOSTS["bert"].build()
     overrides = {"*layer.0.*": {"A": "none", "C": "vector", "E": "none"}}
     injection = peftcore.apply(model, "glora", target="query", overrides=overrides)
     first, second = injection.operators.values()
     assert dict(first.named_parameters()).keys() == {"B", "B_up", "C", "D"}
     assert len(dict(second.named_parameters())) == 8
-    with pytest.raises(UnsupportedSite, match="nothing is left"):
+    with pytest.raises(UnsupportedSite, match="no parameter is left"):
         peftcore.plan(nn.Sequential(nn.Embedding(5, 4)), "glora", target="0", A="none", B="none")

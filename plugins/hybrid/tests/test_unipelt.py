@@ -395,7 +395,7 @@ def test_hosts_without_such_an_attention_are_refused() -> None:
     with pytest.raises(UnsupportedSite, match="attention interface"):
         peftcore.apply(bloom, "unipelt")
     encoder, _ = HOSTS["encoder"].build()
-    with pytest.raises(UnsupportedSite, match="no matrix inside makes queries"):  # one is read, not called
+    with pytest.raises(UnsupportedSite, match="no single matrix computes queries"):  # one is read, not called
         peftcore.apply(encoder, "unipelt")
 
 

@@ -301,7 +301,7 @@ def test_what_it_refuses() -> None:
     config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     tower = transformers.BertModel(transformers.BertConfig(vocab_size=9, **config), add_pooling_layer=False)
     two = nn.ModuleDict({"one": model, "other": tower})
-    with pytest.raises(UnsupportedSite, match="given different tokens"):
+    with pytest.raises(UnsupportedSite, match="get different tokens"):
         names = ["one.model.layers.*.mlp.down_proj", "other.encoder.layer.*.output.dense"]
         peftcore.apply(two, "pha", target=names, **SMALL)
     assert not peftcore.injections(model) and not peftcore.injections(two)

@@ -264,7 +264,7 @@ def test_start_count_and_what_it_refuses() -> None:
     matrices = [model.get_submodule(path).weight.shape for path in injection.operators if path != "model"]
     assert injection.summary().trainable == 16 + 2 * 100 * 16 + 2 * 16 + 4 * sum(map(sum, matrices))
     injection.remove()
-    with pytest.raises(UnsupportedSite, match="without an encoder"):
+    with pytest.raises(UnsupportedSite, match="without a separate encoder"):
         peftcore.apply(HOSTS["t5"].build()[0], "sapt")
     with pytest.raises(UnsupportedSite, match="not a linear layer"):
         peftcore.apply(model, "sapt", target=["embed"])

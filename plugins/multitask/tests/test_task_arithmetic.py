@@ -156,7 +156,7 @@ def test_parts_out_of_files_and_from_the_host(tmp_path: Path) -> None:
     [
         ([{"method": "houlsby_adapter"}], ConfigError, "changes of weights"),
         ([{"method": "adalora"}], ConfigError, "schedule"),
-        ([{"rank": 2}], ConfigError, "says which method"),
+        ([{"rank": 2}], ConfigError, 'has no "method"'),
         ([{"method": "lora", "rnak": 2}], ConfigError, "did you mean 'rank'"),
         ([IA3, {"method": "bitfit", "target": ["first"]}], UnsupportedSite, "first.bias"),
     ],

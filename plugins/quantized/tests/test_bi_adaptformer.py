@@ -235,7 +235,7 @@ def test_dropout_is_in_the_bottleneck() -> None:
 
 
 def test_what_cannot_be_done_is_refused() -> None:
-    with pytest.raises(UnsupportedSite, match="as many tokens behind the module as in front"):
+    with pytest.raises(UnsupportedSite, match="returns as many tokens as it gets"):
         peftcore.plan(nn.Sequential(nn.Conv2d(3, 4, 3)), "bi_adaptformer", target="0")
     with pytest.raises(ConfigError, match="bits"):
         peftcore.apply(nn.Sequential(nn.Linear(3, 3)), "bi_adaptformer", target="0", bits=8)

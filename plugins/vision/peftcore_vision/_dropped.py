@@ -1,4 +1,4 @@
-"""The dropout of an update, by default where it can act."""
+"""The default probability of dropout on an update: the authors' value, or 0 where dropout cannot act."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ AUTHORS = 0.1
 
 
 def own_dropout(site: Site, dropout: float | None) -> float:
-    """Return the probability at a site: the option's, or the authors' where the module is called."""
+    """Return the dropout probability at a site: the option's value; without one, the authors' value if the site's
+    module is called, else 0."""
     if dropout is not None:
         return dropout
     return 0.0 if site.form == "weight" else AUTHORS

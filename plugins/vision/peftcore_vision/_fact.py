@@ -1,5 +1,5 @@
-"""Base operator of the two kinds of factor tuning: the weights of a model as one stack of square slices, two factors
-that all slices have in common, and their product with the middle factor of a site."""
+"""Base operator of the two kinds of factor tuning. It treats the weights of a model as one stack of square slices: all
+slices share two outer factors, and each site has its own middle factor between them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class FactConfig(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the update; the authors search it between 0.01 and 100."""
     dropout: Share | None = None
-    """Probability with which what V reads is dropped in training; None: 0.1, as in the authors' code, but 0 where a
-    weight is read, not called, so that dropout cannot reach its update."""
+    """Probability with which the inputs of V are dropped in training. None is 0.1, as in the authors' code, but 0 for
+    weights that are read instead of called, since dropout cannot act on their updates."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +37,11 @@ class FactSite(Site):
     side: int = 1
     """The side d of a slice."""
     total: int = 0
-    """Slices of all sites together."""
+    """Number of slices of all sites together."""
 
     @property
     def cut(self) -> tuple[int, int, int]:
-        """Return the slices along outputs and along inputs, and the places of the kernel."""
+        """Return the numbers of slices along outputs and along inputs, and the number of positions of the kernel."""
         return self.out_features // self.side, self.in_features // self.side, math.prod(self.kernel)
 
     @property
@@ -56,8 +56,8 @@ def _common(sites: Iterable[Site]) -> int:
 
 
 def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
-    """Return the targets as sites; d is the largest number that divides all their widths: the stream's width in image
-    transformers.
+    """Return the targets as sites that are cut into slices of side d, the greatest common divisor of all their widths;
+    in image transformers it is the width of the stream.
 
     Raises:
         UnsupportedSite: the widths' greatest common divisor is smaller than the rank.
@@ -68,15 +68,15 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
         modules = dict.fromkeys(site.module_path for site in sites)
         odd = max(modules, key=lambda path: _common(site for site in sites if site.module_path != path))
         raise UnsupportedSite(
-            f"{config.method} cuts weights into squares, and the widths of the targets have only the divisor {side} in "
-            f"common, which is less than the rank {config.rank}; lower the rank or exclude= what differs, such as {odd}"
+            f"{config.method} cuts weights into squares, but the widths of the targets have only the divisor {side} in "
+            f"common, less than rank={config.rank}; lower the rank or exclude targets of other widths, such as {odd}"
         )
     cut = [FactSite(**vars(site), side=side) for site in sites]
     return [replace(site, total=sum(each.count for each in cut)) for site in cut]
 
 
 def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shared]:
-    """Make U [r, d] as a linear layer starts, and V [d, r] zero."""
+    """Make U [r, d] with the start of a linear layer, and V [d, r] with zeros."""
 
     def zero() -> nn.Module:
         linear = nn.Linear(rank, side, bias=False)
@@ -87,8 +87,8 @@ def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shar
 
 
 class FactOperator(Operator):
-    """The update of one site, as two factors: the middle factor is multiplied with U, and V is repeated for each row of
-    slices."""
+    """The update of one site as a product of two factors: one is the middle factor times U, the other is V, repeated
+    for each row of slices."""
 
     stackable = True
 
@@ -103,7 +103,8 @@ class FactOperator(Operator):
         self.dropout = nn.Dropout(own_dropout(site, config.dropout))
 
     def middle(self) -> Tensor:
-        """Return Sigma ``[*batch, kernel, outputs * r, inputs * r]``, in the places of the slices."""
+        """Return Sigma ``[*batch, kernel, outputs * r, inputs * r]``, whose blocks [r, r] are in the order of the
+        slices."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""Sites of features of images: a projection that returns them, or a classifier that is given them."""
+"""Sites at image features: a projection that returns the features, or a classifier that reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore.author import MethodConfig, Site, Surgeon
 from peftcore.errors import TargetError, UnsupportedSite
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
-"""How the head of images is called where there is also one of texts."""
+"""Words in the name of a head that projects images, in models that also have a head for texts."""
 
 
 class FeatureConfig(MethodConfig):
@@ -24,19 +24,19 @@ class FeatureConfig(MethodConfig):
 
 @dataclass(frozen=True, eq=False)
 class FeatureSite(Site):
-    """A module that returns features, or is given them."""
+    """A module that returns image features, or reads them."""
 
     width: int = 0
     """Number of features."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which plans and files record as the shape."""
+        """The width; plans and saved files record it as the shape of this target."""
         return torch.Size([self.width])
 
 
 def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
-    """Return the user's targets; without these, the projection of images, or the classifiers.
+    """Return the user's targets; without targets, the projection of images, or the classifiers if features are inputs.
 
     Raises:
         TargetError: the model lacks a projection of images.
@@ -47,8 +47,8 @@ def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
         sites = [site for site in sites if _words(site.module_path) & IMAGES]
         if not sites:
             raise TargetError(
-                f"this {type(surgeon.model).__name__} has no projection of images; name in target= what returns their "
-                'features, or say features="input" to adapt what a classifier is given'
+                f"this {type(surgeon.model).__name__} has no projection of images; set target= to the module that "
+                'returns their features, or features="input" to adapt the input of a classifier'
             )
     return [_feature_site(surgeon, site, config.at(site.path)) for site in sites]
 
@@ -61,7 +61,9 @@ def image_projection(surgeon: Surgeon) -> FeatureSite:
     """
     heads = [entry for entry, _ in surgeon.resolver.host.select("head") if _words(entry.path) & IMAGES]
     if len(heads) != 1:
-        raise UnsupportedSite(f"this {type(surgeon.model).__name__} has {len(heads)} projections of images, not one")
+        raise UnsupportedSite(
+            f"this {type(surgeon.model).__name__} has {len(heads)} projections of images, not one; name one in target="
+        )
     return _feature_site(surgeon, surgeon.resolver.module_site(heads[0].path), FeatureConfig(method="features"))
 
 
@@ -73,13 +75,18 @@ def _words(path: str) -> set[str]:
 def _feature_site(surgeon: Surgeon, site: Site, config: FeatureConfig) -> FeatureSite:
     """Return the site with its width: that of its matrix, or of the last one below it (a pooling head)."""
     if site.layer.channel_dim != -1 or site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} does not map features in the last dimension to others")
+        raise UnsupportedSite(
+            f"{site.path} is not a map of features in the last dimension; name another module in target="
+        )
     if site.layer.has(site.module, site.tensor):
         width = site.out_features if config.features == "output" else site.in_features
     else:
         below = [each for each in surgeon.resolver.host.entries if each.path.startswith(f"{site.module_path}.")]
         matrices = [each for each in below if len(each.shape) == 2]
         if not matrices or config.features == "input":
-            raise UnsupportedSite(f"{site.path or 'the host'}: nothing tells how many features go in or out")
+            raise UnsupportedSite(
+                f"{site.path or 'the host'}: its numbers of input and output features are unknown; name another module "
+                "in target="
+            )
         width = matrices[-1].rows
     return FeatureSite(**vars(site), width=width)

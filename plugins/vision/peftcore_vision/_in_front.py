@@ -1,5 +1,5 @@
-"""Linear adapters in front of the matrices that a branch reads with: which matrices read the same and so share one, and
-how an adapter is merged into the matrix behind it."""
+"""Linear adapters in front of the first matrices of a branch. Matrices with the same input share one adapter, and an
+adapter can be merged into the matrix that reads its output."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ READERS = {
     "cross.kv": ("cross.k", "cross.v", "cross.kv"),
     "mlp": ("mlp.gate", "mlp.up", "mlp.gate_up"),
 }
-"""Roles of matrices that read the same, where one module contains them."""
+"""Roles of matrices that have the same input if one module contains them."""
 
 
 class InFrontOperator(Operator):
-    """A low-rank map in front of one matrix, or of several that read the same: ``x' = x + s (up(A x + a) + b)``."""
+    """A low-rank map in front of one matrix, or of several with the same input: ``x' = x + s (up(A x + a) + b)``."""
 
     stackable = True
 
@@ -36,11 +36,11 @@ class InFrontOperator(Operator):
         self.scale, self.dropout = scale, nn.Dropout(own_dropout(site, dropout))
 
     def down(self) -> tuple[Tensor, Tensor | None]:
-        """Return A ``[*batch, h, d]`` and the bias behind it ``[*batch, h]``, if there is one."""
+        """Return A ``[*batch, h, d]`` and its bias a ``[*batch, h]``, or None if it has no bias."""
         raise NotImplementedError
 
     def up(self, low: Tensor) -> Tensor:
-        """Map numbers ``[..., h]`` of the bottleneck to features ``[..., d]``, in their dtype."""
+        """Map ``[..., h]``, the bottleneck's activations, to features ``[..., d]`` of the same dtype."""
         raise NotImplementedError
 
     def shift(self) -> Tensor:
@@ -71,18 +71,28 @@ class InFrontOperator(Operator):
 
 
 def refuse(site: Site, dropout: float | None) -> None:
-    """Raise where the adapter cannot act, or not so that merging it is exact."""
+    """Refuse a site at which the adapter cannot act, or cannot be merged exactly."""
     layer = site.layer
     padding: Any = getattr(layer, "padding", None)
     spread = math.prod(site.kernel) > 1
     if layer.one_hot or getattr(site.module, "groups", 1) > 1 or (spread and padding is None):
-        raise UnsupportedSite(f"{site.path}: no adapter on channels goes in front of it")
+        raise UnsupportedSite(
+            f"{site.path}: an adapter on the input channels cannot be merged into it (a table, or a grouped "
+            "convolution); exclude it"
+        )
     if spread and padding != "valid" and any(each != 0 for each in padding):
-        raise UnsupportedSite(f"{site.path} pads with numbers that the adapter would not reach; exclude it")
+        raise UnsupportedSite(
+            f"{site.path} pads its input, and an adapter in front of it would not act on the padding; exclude it"
+        )
     if site.form == "weight" and dropout:
-        raise UnsupportedSite(f"{site.path} is read, so dropout cannot reach its input; use dropout=0 or exclude it")
+        raise UnsupportedSite(
+            f"{site.path} is read as a weight, not called, so dropout cannot act on its input; use dropout=0 or "
+            "exclude it"
+        )
     if site.form == "weight" and site.missing(bias_name(site.tensor)):
-        raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take the adapter's shift")
+        raise UnsupportedSite(
+            f"{site.path} is read as a weight and has no bias to which the adapter's shift could be added; exclude it"
+        )
 
 
 def read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:

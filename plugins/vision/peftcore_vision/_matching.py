@@ -1,4 +1,4 @@
-"""Models that compare images with texts: where their logits are, and how they are changed."""
+"""Access to the logits of models that compare images with texts, and ways to change them."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ class MatcherSite(FeatureSite):
 
     @property
     def separable(self) -> bool:
-        """Rows are images in one place of the model and texts in others, so none of them can be routed."""
+        """False: rows are images in one part of the model and texts in another, so they cannot be routed to different
+        adapters."""
         return False
 
 
 def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 1) -> Any:
-    """Return the output of a model with its logits ``[images, texts]`` changed, and those of texts with them.
+    """Return a model's output with changed logits: ``[images, texts]``, and their transpose for the texts.
 
     Raises:
-        SequenceError: the output lacks logits, or has a loss of pairs, or fewer texts than classes.
+        SequenceError: the output lacks logits, contains the loss of image-text pairs, or has fewer texts than classes.
     """
     logits = _logits(output)
     if logits.shape[1] < classes:
-        raise SequenceError(f"{logits.shape[1]} texts for {classes} classes: give the texts of all of them, in order")
+        raise SequenceError(
+            f"the model got {logits.shape[1]} texts, but there are {classes} classes: pass the texts of all classes, "
+            "in order"
+        )
     changed = change(logits)
     return type(output)(**{**output, PER_IMAGE: changed, PER_TEXT: changed.T})
 
 
 def of_own_texts(output: Any) -> Any:
-    """Return the output of a model that was given texts for each image, all of the first image before those of the
-    second: logits ``[images, texts]`` of each image and its own, and their features ``[images, texts, d]``.
+    """Return the output of a model that got separate texts for each image, ordered by image: the logits ``[images,
+    texts]`` of each image with its texts, and the texts' features ``[images, texts, d]``.
 
     Raises:
-        SequenceError: the output lacks logits, or has a loss of pairs.
+        SequenceError: the output lacks logits, or contains the loss of image-text pairs.
     """
     logits = _logits(output)
     own = logits.unflatten(1, (len(logits), -1)).diagonal().T  # [images, images, texts] -> [images, texts]
@@ -55,10 +59,14 @@ def of_own_texts(output: Any) -> Any:
 def _logits(output: Any) -> Tensor:
     if not isinstance(output, Mapping) or output.get(PER_IMAGE) is None:
         raise SequenceError(
-            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images, return_dict=True; "
-            'where a classifier stands for the texts, say features="input" where the method has it'
+            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images and "
+            'return_dict=True; if it has a classifier instead of texts, set features="input" where the method has '
+            "this option"
         )
     if output.get("loss") is not None:
-        raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+        raise SequenceError(
+            "return_loss=True computes the loss of pairs of images and texts, but these texts are classes: leave it "
+            "out, and compute the loss from the logits"
+        )
     logits: Tensor = output[PER_IMAGE]
     return logits

@@ -14,7 +14,7 @@ from peftcore.errors import UnsupportedSite
 
 
 def patch_sites(surgeon: Surgeon, site: Site) -> list[Site]:
-    """Return the convolutions that embed the patches of the tower in which a site is, with the form "patch"."""
+    """Return the convolutions that embed the patches of a site's tower, as sites of the form "patch"."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     patches = (e for e in host.entries if e.role == "patch" and e.tower == tower and e.called and len(e.shape) == 4)
@@ -35,8 +35,8 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
     sites = surgeon.chosen(found) if found else []
     if not sites:
         raise UnsupportedSite(
-            f"no convolution of this {type(surgeon.model).__name__} that reads pictures is among the targets "
-            f"({', '.join(firsts.values()) or 'it has none'})"
+            f"no target is a convolution of this {type(surgeon.model).__name__} that reads pictures; such convolutions "
+            f"are: {', '.join(firsts.values()) or 'none'}"
         )
     return sites
 
@@ -58,14 +58,14 @@ def layout(
     grid: tuple[int, int] | None,
     prefix_tokens: int | None,
 ) -> tuple[int, int]:
-    """Return rows and columns of the patches in a sequence.
+    """Return the numbers of rows and columns of the patches in a sequence.
 
     Args:
-        lie: images, rows and columns that the convolution in front embedded, where it ran.
-        batch: sequences.
-        tokens: tokens of each.
-        grid: the proportion of rows to columns, where the user gives it.
-        prefix_tokens: how many tokens in front are not patches; None: those that the largest grid leaves over.
+        lie: the numbers of images, rows and columns that the patch convolution embedded; None if it did not run.
+        batch: the number of sequences.
+        tokens: the number of tokens of each sequence.
+        grid: the proportion of rows to columns, if the user sets it.
+        prefix_tokens: how many tokens in front are not patches; None: all tokens that do not fit into the largest grid.
 
     Raises:
         UnsupportedSite: the tokens behind those in front do not form a grid.
@@ -82,7 +82,7 @@ def layout(
     rows = round(math.sqrt(max(patches, 0) * high / wide))
     if not rows or patches % rows:
         raise UnsupportedSite(
-            f"{tokens} tokens, {prefix_tokens} of them in front, leave no grid of {high} to {wide}; set grid= and "
+            f"{tokens} tokens with {prefix_tokens} in front do not form a grid of {high} by {wide}; set grid= and "
             "prefix_tokens= (overrides= for single sites)"
         )
     return rows, patches // rows
@@ -95,16 +95,16 @@ def over_patches(
     grid: tuple[int, int] | None,
     prefix_tokens: int | None,
 ) -> Tensor:
-    """Return what a function of pictures ``[n, features, rows, columns]`` makes of tokens: of the patches, at their
-    places in the picture, and of each token in front of them as a picture of one pixel.
+    """Apply a function of pictures ``[n, features, rows, columns]`` to tokens: to the patches, arranged as in the
+    picture, and to each token in front of the patches, as a picture of one pixel.
 
     Args:
         u: pictures ``[batch, ..., rows, columns, features]``, sequences ``[batch, tokens, features]``, or one token of
             each, ``[batch, features]``.
         act: the function; its output has the same rows and columns.
-        lie: as in `layout`, like all that follows.
-        grid: the same.
-        prefix_tokens: the same.
+        lie: as in `layout`.
+        grid: as in `layout`.
+        prefix_tokens: as in `layout`.
 
     Raises:
         UnsupportedSite: the tokens behind those in front do not form a grid.

@@ -16,8 +16,9 @@ from peftcore_vision._prompts import PromptConfig, PromptSite, shared_projection
 
 
 def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptConfig, deep: bool) -> bool:
-    """Put a prompt, or with `deep` one for each block, into a stream parallel to the image, where the blocks belong to
-    a diffusion transformer with a text input; return whether they do. Heads stay as they are: they score nothing."""
+    """Add a prompt as a stream parallel to the image (with `deep` one prompt for each block) and return True, if the
+    blocks belong to a diffusion transformer with a text input; return False for other blocks. Heads stay frozen, since
+    they do not score classes."""
     blocks = [site.module_path for site in sites]
     try:
         (stream,) = stream_sites(surgeon, blocks)
@@ -32,7 +33,7 @@ def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptC
 
 
 class PromptStream(RowStream):
-    """A prompt that passes through the blocks, or with `deep` one for each of them."""
+    """A prompt that passes through all blocks, or with `deep` a separate prompt for each block."""
 
     def __init__(
         self, site: StreamSite, config: PromptConfig, patch: int, projection: Shared | None, deep: bool

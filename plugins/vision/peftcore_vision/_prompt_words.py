@@ -1,6 +1,7 @@
-"""Base operator of trained words among those of a text: which places they take.
+"""Base operator of trained words inside a text; it finds the positions of these words.
 
-The texts hold the places: words of one token each, behind the first token or wherever a placeholder is.
+Texts contain a placeholder word of one token for each trained word, directly after the first token or wherever the
+option `placeholder` finds its token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from peftcore.author import MethodConfig, Operator, Site, Surgeon, Tap
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 
 TOWER = "tower"
-"""The form of a tower, of which the mask is seen."""
+"""The form of a text tower as a site; its attention mask is read."""
 
 
 class PlacesConfig(MethodConfig):
@@ -28,16 +29,17 @@ class PlacesConfig(MethodConfig):
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
     """Ids of tokens from whose embeddings the context vectors start, one vector for each."""
     placeholder: NonNegativeInt | None = None
-    """The token whose places the vectors take, in their order; None takes the places behind the first token."""
+    """The id of the token that the vectors replace, in order of position; None replaces the tokens right after the
+    first one."""
 
     @property
     def count(self) -> int:
-        """Count the vectors of a context."""
+        """Return the number of vectors of a context."""
         return len(self.init_ids) or self.length
 
 
 class PlacesOperator(Operator):
-    """Knows the places of context vectors among the embedded tokens."""
+    """Finds the positions of context vectors among the embedded tokens."""
 
     observes = frozenset({TOWER})
 
@@ -58,10 +60,10 @@ class PlacesOperator(Operator):
             self.mask.take()
 
     def held(self, ids: Tensor) -> Tensor:
-        """Mark the places of the context [batch, tokens].
+        """Return a mask [batch, tokens] that is True at the positions of the context.
 
         Raises:
-            SequenceError: there are not as many as vectors.
+            SequenceError: a text does not have one position for each vector.
         """
         count = self.count
         if self.placeholder is None:
@@ -73,19 +75,23 @@ class PlacesOperator(Operator):
             held = ids == self.placeholder
             enough = torch.compiler.is_compiling() or bool((held.sum(-1) == count).all())
         if not enough:
-            raise SequenceError(f"{ids.shape[-1]} tokens lack the {count} places of the context: tokenize them, too")
+            raise SequenceError(
+                f"texts of {ids.shape[-1]} tokens do not have {count} positions for the context: tokenize the texts "
+                "together with the context's placeholder words"
+            )
         return held
 
 
 def put_at(held: Tensor, context: Tensor, states: Tensor) -> Tensor:
-    """Return states [batch, tokens, d] with vectors [batch or 1, M, d] at the places that `held` marks."""
+    """Return states [batch, tokens, d] with vectors [batch or 1, M, d] at the positions where `held` is True."""
     number = (held.cumsum(-1) - 1).clamp(0, context.shape[1] - 1)  # which of the vectors a place gets
     chosen = context.expand(len(states), -1, -1).gather(1, number[..., None].expand_as(states))
     return torch.where(held[..., None], chosen, states)
 
 
 def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
-    """Return the start of contexts [contexts, M, d] by a table: N(0, 0.02), or the embeddings of tokens.
+    """Return the start of contexts [contexts, M, d] at a token table: draws from N(0, 0.02), or the embeddings of given
+    tokens.
 
     Raises:
         ConfigError: a token is not in the table.
@@ -94,7 +100,9 @@ def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
     if not config.init_ids:
         return start
     if max(config.init_ids) >= site.in_features:
-        raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {site.in_features}")
+        raise ConfigError(
+            f"init_ids= has the id {max(config.init_ids)}, outside of the vocabulary of {site.in_features} tokens"
+        )
     return site.weight().detach()[:, config.init_ids].T.to(start).expand_as(start).clone()
 
 
@@ -109,9 +117,9 @@ def text_sites(surgeon: Surgeon) -> Iterator[tuple[Site, Site]]:
     for site in surgeon.sites():
         stack = stacks.get(site.module_path)
         if stack is None:
-            refused.append(f"{site.path} embeds no texts of a tower")
+            refused.append(f"{site.path} is not the token table of a text tower; target that table")
         elif stack.causal and stack.takes_cache:
-            refused.append(f"{site.path} embeds what a model generates; prompt_tuning is for that")
+            refused.append(f"{site.path} embeds the tokens of a generating model; use prompt_tuning for it")
         else:
             sites.append(site)
     if refused and (surgeon.wishes.target is not None or not sites):

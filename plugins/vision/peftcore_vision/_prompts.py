@@ -1,8 +1,9 @@
-"""Base operator of visual prompts: the blocks that image patches go through, and prompt rows among the patches.
+"""Base operator of visual prompts: it finds the blocks that process image patches, and adds prompt rows to the patches.
 
 Attention without positions treats its tokens as a set, so the position of prompt rows among them changes only the order
-of the output rows. Rows that stay between blocks are put behind the host's own tokens, so that class tokens keep their
-places; rows of one block alone are put in front. So each prompt finds its rows, whatever else is active.
+of the output rows. Rows that stay in the sequence between blocks are appended after the host's own tokens, so that
+class tokens keep their positions; rows of a single block are inserted in front. So each prompt finds its rows even if
+other prompts are active.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
-"""Roles of matrices that add to the stream of a block: its rows are as many as the stream is wide."""
+"""Roles of matrices whose output is added to the stream of a block; their number of rows is the width of the stream."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
-"""How rotary positions are called, which are handed to blocks token by token."""
+"""Class names of modules with rotary positions; blocks receive these positions for each token."""
 
 
 class RowsConfig(MethodConfig):
@@ -38,18 +39,18 @@ class RowsConfig(MethodConfig):
 
 
 class PromptConfig(RowsConfig):
-    """Options of visual prompts that tokens see."""
+    """Options of visual prompts to which tokens attend."""
 
     projection: PositiveInt | None = None
-    """Width of prompts that one linear map projects to the width of the stream; None trains them in the stream's
-    width."""
+    """Width of the prompts; one shared linear map projects them to the width of the stream. None trains prompts of the
+    stream's width, without a map."""
     train_head: bool = True
-    """Train the head of the images along, as the paper does."""
+    """Train the image head together with the prompts, as the paper does."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptSite(Site):
-    """A block that image patches go through."""
+    """A block that processes image patches."""
 
     width: int = 0
     """Features of the stream."""
@@ -58,12 +59,13 @@ class PromptSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which plans and files record as the shape."""
+        """The width; plans and saved files record it as the shape of this target."""
         return torch.Size([self.width])
 
 
 def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
-    """Return the blocks among the user's targets; without these, all blocks of the tower that has an image in patches.
+    """Return the blocks among the user's targets; without targets, all blocks of the tower that splits images into
+    patches.
 
     Raises:
         UnsupportedSite: a target is not a block of that tower, or tokens cannot be added to it.
@@ -78,7 +80,7 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
 
 
 def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
-    """Return all blocks of the tower that has an image in patches, whatever the user's targets are.
+    """Return all blocks of the tower that splits images into patches, whatever the user's targets are.
 
     Raises:
         UnsupportedSite: the model lacks such a tower, or tokens cannot be added to a block.
@@ -86,7 +88,10 @@ def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
     patches = _patches(surgeon)
     blocks = [entry for patch in patches[:1] for entry, _ in surgeon.resolver.host.select("block", patch.tower)]
     if not blocks:
-        raise UnsupportedSite(f"this {type(surgeon.model).__name__} has no blocks that patches of an image go through")
+        raise UnsupportedSite(
+            f"this {type(surgeon.model).__name__} has no blocks that process patches of an image; use a vision "
+            "transformer"
+        )
     return _checked(surgeon, [surgeon.resolver.module_site(entry.path) for entry in blocks])
 
 
@@ -100,12 +105,13 @@ def _checked(surgeon: Surgeon, found: list[Site]) -> list[PromptSite]:
     stacks = [stack.path for stack in surgeon.resolver.token_stacks()]
     for site in found:
         if any(f"{site.module_path}.".startswith(f"{stack}.".lstrip(".")) for stack in stacks):
-            raise UnsupportedSite(f"{site.path} goes over tokens of a text; prompt_tuning puts rows in front of those")
+            raise UnsupportedSite(f"{site.path} processes tokens of a text; use prompt_tuning for it")
     sites = [_prompt_site(surgeon, site, patches) for site in found]
     for one, other in itertools.pairwise(sites):
         if one.width != other.width and _owner(one) == _owner(other):
             raise UnsupportedSite(
-                f"{one.path} is {one.width} wide, {other.path} {other.width}: between them tokens merge"
+                f"{one.path} has width {one.width}, {other.path} {other.width}: tokens merge between them; target "
+                "blocks of one width"
             )
     return sites
 
@@ -122,7 +128,7 @@ def _prompt_site(surgeon: Surgeon, site: Site, patches: list[HostEntry]) -> Prom
     for reason in _obstacles(surgeon, site, inside, tower):
         raise UnsupportedSite(f"{site.path or 'the host'} {reason}, so no tokens can be added to those of the image")
     if not sizes:
-        raise UnsupportedSite(f"{site.path} has no image in patches before it")
+        raise UnsupportedSite(f"{site.path} does not process patches of an image; exclude it")
     width = next(entry.rows for entry in inside if entry.role in STREAM)
     once = not surgeon.resolver.check_runs_once(site.module_path)
     return PromptSite(**{**vars(site), "form": "activation", "once": once}, width=width, patch=sizes[-1])
@@ -133,40 +139,43 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
     modules = surgeon.resolver.modules
     roles = {entry.role for entry in inside}
     if not any(entry.role == "block" and entry.path == site.module_path for entry in inside):
-        yield "is no block of this host"
+        yield "is not a block of this host"
     if not roles.intersection(STREAM) or not any(role.partition(".")[0] == "attn" for role in roles):
-        yield "has no attention by which its tokens see each other"
+        yield "has no attention between its tokens"
     if any(role == "embed.pos" or role.startswith("pos.") for role in roles):
-        yield "has positions of its own for each of its tokens (relative ones, windows)"
+        yield "has a position for each of its tokens (relative positions, windows)"
     if any(entry.kind == "conv" for entry in inside):
-        yield "lays its tokens on a grid and convolves them"
+        yield "arranges its tokens in a grid for a convolution"
     for path, module in modules.items():
         if path.startswith(f"{tower}.".lstrip(".")) and ROTARY.search(type(module).__name__):
             yield f"gets rotary positions for each of its tokens from {path}"
     if site.tokens_first:
-        yield "is given tokens in front of rows of the batch (in torch's own layers: batch_first=False)"
+        yield (
+            "gets the tokens in the first dimension and the batch in the second (torch's own layers need "
+            "batch_first=True)"
+        )
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
-    """Return the first and the last of the sites, when they are a block and all that follow it in its stack: then all
-    prompts leave together, whatever else is active.
+    """Return the first and the last site. The sites must be a block and all later blocks of its stack, so that the rows
+    of all active prompts are removed at the same block.
 
     Raises:
-        UnsupportedSite: they are not.
+        UnsupportedSite: a later block of the stack is not among the sites.
     """
     owner = _owner(sites[0])
     blocks = [entry.path for entry in surgeon.resolver.host.entries if entry.role == "block"]
     whole = [path for path in blocks if path.rpartition(".")[0] == owner]
     if [site.module_path for site in sites] != whole[-len(sites) :]:
         raise UnsupportedSite(
-            f"a prompt goes from one block through all that follow it in {owner or 'the host'}, not from "
-            f"{sites[0].path} to {sites[-1].path} alone; vpt_deep takes any"
+            f"a prompt passes from its first block through all later ones in {owner or 'the host'}, not only from "
+            f"{sites[0].path} to {sites[-1].path}; target all of them, or use vpt_deep, which accepts any blocks"
         )
     return sites[0], sites[-1]
 
 
 class PromptOperator(Operator):
-    """The rows of one prompt, and how they are put to the tokens of a block."""
+    """The rows of one prompt, which subclasses add to the tokens of a block."""
 
     def __init__(self, site: PromptSite, config: RowsConfig, projection: Shared | None = None) -> None:
         super().__init__(site)
@@ -191,15 +200,16 @@ class PromptOperator(Operator):
 
 
 def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
-    """Check what a block is given: tokens [batch, tokens, width], and its other arguments.
+    """Check the arguments of a block: its tokens must be [batch, tokens, width], and other arguments must not depend on
+    the token.
 
     Raises:
         SequenceError: these say something of each token, or the tokens are arranged on a grid.
     """
     if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
         raise SequenceError(
-            "a block with visual prompts takes tokens [batch, tokens, width] and nothing that is said of each of "
-            "them (masks, positions): nobody knows what it is for the rows of the prompt"
+            "a block with visual prompts accepts only tokens [batch, tokens, width], but got a mask or positions for "
+            "each token, which are unknown for the prompt's rows; call the model without them"
         )
 
 
@@ -218,7 +228,7 @@ class DeepOperator(PromptOperator):
 
 
 def attentions_of(surgeon: Surgeon, site: PromptSite) -> list[Site]:
-    """Return the attentions of a block by which its tokens see each other."""
+    """Return the self-attentions of a block."""
     resolver = surgeon.resolver
     cores = [entry for entry, _ in resolver.host.select("attn.core") if entry.block == site.module_path]
     return [resolver.site(core.module, "weight", core.role) for core in cores]
@@ -245,7 +255,7 @@ def prompt_count(site: Site, config: PromptConfig) -> int:
 
 
 def shared_projection(surgeon: Surgeon, site: PromptSite, config: PromptConfig) -> Shared | None:
-    """Return the one map of all prompts, where the options want it."""
+    """Return the linear map that all prompts share, or None if the options do not ask for a projection."""
     if config.projection is None:
         return None
     return surgeon.own(f"projection_{config.projection}_{site.width}", lambda: _projection(config, site.width))

@@ -1,8 +1,9 @@
-"""Adapters at the stream of a block: in front of it, between its attention and its feed-forward, and behind it.
+"""Adapters on the residual stream: in front of a block, between its attention and its feed-forward, and after the
+block.
 
-Between the two no module returns the stream. In pre-norm blocks the residual connection adds x past the norm that reads
-it, ``y = x + MLP(LN(x))``; so the norm is given x + a, and a is added to the block's output: ``(x + a) + MLP(LN(x +
-a))``. In post-norm blocks the norm behind the sum returns the stream.
+Between attention and feed-forward no module returns the stream. In pre-norm blocks the residual connection adds x past
+the norm that reads it, ``y = x + MLP(LN(x))``; so the operator passes x + a to the norm, and adds a to the block's
+output: ``(x + a) + MLP(LN(x + a))``. In post-norm blocks the norm after the sum returns the stream.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 
 READER, NORM, PATCH = "reader", "norm", "patch"
-"""The forms of the site that is given the stream between attention and feed-forward, of the norm that returns it, and
-of the convolution that embeds patches."""
+"""The forms of three sites: the module that reads the stream between attention and feed-forward, the norm that returns
+this stream, and the convolution that embeds patches."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,23 @@ class Stream:
     places: tuple[Site, ...]
     """Further sites of the block's operator."""
     carries: bool
-    """Whether what is added amid the block is added again behind it."""
+    """True if the term that is added between attention and feed-forward is added again after the block."""
     lie: Tap
-    """Stores the grid of patches, behind the convolution that embeds them."""
+    """Stores the grid of the patches, which the patch convolution returns."""
 
 
 class StreamConfig(MethodConfig):
     """Options of adapters that convolve the stream."""
 
     grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the patches; only their proportion counts. By default that of the patches that the model
-    embeds, or of a square where a part of it runs by itself and embeds none."""
+    """Rows and columns of the patches; only their proportion counts. The default is the proportion of the patches that
+    the model embeds, or a square if only a part of the model runs, without its embedding."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default as many as the largest grid leaves over."""
+    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
 
     @property
     def amid(self) -> bool:
-        """Whether an adapter is between attention and feed-forward."""
+        """True if an adapter acts between attention and feed-forward."""
         raise NotImplementedError
 
 
@@ -66,15 +67,15 @@ class StreamOperator(Operator):
         self.carried = Tap()
 
     def ahead(self, x: Tensor) -> Tensor | None:
-        """Return what is added in front of the block; None: nothing."""
+        """Return the term to add in front of the block, or None."""
         return None
 
     def amid(self, x: Tensor) -> Tensor:
-        """Return what is added between attention and feed-forward."""
+        """Return the term to add between attention and feed-forward."""
         raise NotImplementedError
 
     def behind(self, x: Tensor) -> Tensor | None:
-        """Return what is added behind the block; None: nothing."""
+        """Return the term to add after the block, or None."""
         return None
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -104,7 +105,8 @@ class StreamOperator(Operator):
             carried = self.carried.take()
             if carried is None:
                 raise UnsupportedSite(
-                    f"{type(self).__name__}: the block did not call the module in front of its feed-forward"
+                    f"{type(self).__name__}: the block did not call the module in front of its feed-forward; exclude "
+                    "this block"
                 )
             y = y + carried.reshape(y.shape)  # Swin puts rows and columns into one dimension there
         added = self.behind(y)
@@ -115,8 +117,8 @@ def streams(surgeon: Surgeon, config: StreamConfig) -> list[tuple[BlockSite, Str
     """Return the blocks among the targets, each with its stream.
 
     Raises:
-        UnsupportedSite: the grid of patches is unknown; or an adapter is wanted amid a block that has other parts than
-            one attention and one feed-forward behind it, or code in which the stream cannot be found.
+        UnsupportedSite: the grid of patches is unknown; or an adapter between attention and feed-forward is asked for,
+            and the block is not one attention followed by one feed-forward, or its code hides the stream.
     """
     lies: dict[str, Tap] = {}
     found: list[tuple[BlockSite, Stream]] = []
@@ -143,9 +145,11 @@ def _amid(surgeon: Surgeon, block: BlockSite) -> Site:
     }
     ending = branches["attn.out"] or branches["attn"]
     if branches["cross"] or len(branches["attn"]) > 1 or len(ending) != 1 or len(branches["mlp.down"]) != 1:
-        raise UnsupportedSite(f"{path} is not an attention with a feed-forward behind it; exclude this block")
+        raise UnsupportedSite(f"{path} is not an attention followed by a feed-forward; exclude this block")
     end = resolver.end_of(ending[0].module)
     if end is None or end.reader is None:
-        raise UnsupportedSite(f"{path}: its code does not say what reads the stream behind the attention")
+        raise UnsupportedSite(
+            f"{path}: the module that reads the stream after the attention is unknown; exclude this block"
+        )
     form = NORM if end.entered == end.reader else READER
     return replace(resolver.site(end.reader, "weight"), form=form)

@@ -6,10 +6,11 @@ Equation:
 x is the residual stream in front of the feed-forward's norm. With layer_norm="in" a separate LN normalizes the
 adapter's input, with "out" its output.
 
-The norm in front is the one whose output the feed-forward reads; without such a norm (Swin V2), x is the feed-forward's
-input. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. The model's
-dropout, layer scale and stochastic depth of the feed-forward's output do not act on the adapter's output, as in the
-authors' code; with joins="matrix" they do.
+The feed-forward's norm is the norm whose output the feed-forward reads; without such a norm (Swin V2), x is the
+feed-forward's input. Post-norm blocks (BERT, torch's encoder) have such a norm too, the norm after attention, so by
+default x is the input of this norm; with reads="branch" x is the feed-forward's input. The model's dropout, layer scale
+and stochastic depth of the feed-forward's output do not act on the adapter's output, as in the authors' code; with
+joins="matrix" they do.
 
 Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
 
@@ -18,7 +19,7 @@ Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: a
 Differs from the authors' code: No difference is known; the code normalizes the adapter's input, as the paper's equation
 does, only with layer_norm="in".
 
-Use it: `peftcore.apply(model, "adaptformer")`, to adapt image and video transformers to other kinds of pictures. It
+Use it: `peftcore.apply(model, "adaptformer")`, to adapt image and video transformers to pictures of another domain. It
 cannot be merged.
 """
 
@@ -56,12 +57,12 @@ class AdaptFormerConfig(MethodConfig):
     scale: PositiveFloat | Literal["learned"] = 0.1
     """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
     layer_norm: Literal["none", "in", "out"] = "none"
-    """A norm that belongs to the adapter: of its input, or of its output."""
+    """Add a trained norm on the adapter's input ("in") or on its output ("out")."""
     reads: Literal["stream", "branch"] = "stream"
-    """The adapter's input: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
+    """The adapter's input: the stream in front of the feed-forward's norm, or the feed-forward's own input."""
     joins: Joins = "stream"
-    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
-    depth), or to the output of the branch's last matrix, in front of that."""
+    """The place where the adapter adds: to the stream, after the host's operations on the branch's output (dropout,
+    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 

@@ -6,14 +6,15 @@ Equation:
     x3 = x2 + MLP(LN2(x2)) + s A_j(LN2(x2))        joint
     A(u) = W_up gelu(W_down u + b_down) + b_up,   W_down [h, d],  W_up [d, h],  h = d / 4
 
-The model is one of images, which is given the frames of clips as rows of the batch, those of a clip one behind the
-other: [clips * T, 3, rows, columns]. MHA_t is its frozen attention on the T tokens of each place. In front of all
-blocks, a trained e [T, d] is added to the tokens of each frame. With `temporal_adapters` 2, MHA_t reads u + A_i(u) in
-place of u.
+The model is an image model. The frames of clips are rows of its batch, and the frames of one clip are consecutive:
+[clips * T, 3, rows, columns]. MHA_t is the model's frozen attention over the T tokens at each position of the picture.
+In front of all blocks, a trained e [T, d] is added to the tokens of each frame. With `temporal_adapters` 2, MHA_t reads
+u + A_i(u) instead of u.
 
-In training the code drops what the first and the third line add, at single places of all frames of a batch alike, with
-a probability that rises from 0 in the first block to `drop_path`. It trains the norm behind the last block along, and
-the user's head over the frames' outputs. The host's changes of the branches' outputs act on MHA, A_s and MLP alone.
+In training the terms that the first and the third line add are dropped at random positions, the same in all frames of a
+batch, with a probability that rises from 0 in the first block to `drop_path` in the last. The norm after the last block
+trains too. The user adds and trains a head over the frames' outputs. The host's dropout, layer scale and stochastic
+depth act only on MHA, A_s and MLP.
 
 Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
@@ -72,35 +73,37 @@ class AIMConfig(MethodConfig):
     scale: PositiveFloat = 0.5
     """The factor s of the adapter in parallel with the feed-forward; the code has 1 for Something-Something v2."""
     temporal_adapters: Annotated[int, Field(ge=1, le=2)] = 1
-    """With 2, an adapter is in front of the temporal attention too, as in the code for Something-Something v2."""
+    """Number of adapters of the temporal attention: 2 adds one in front of it, as in the code for Something-Something
+    v2."""
     drop_path: Share = 0.2
-    """Probability with which what is added is dropped in training in the last block."""
+    """Probability in the last block with which added terms are dropped in training; it rises to this value from 0 in
+    the first block."""
     train_norm: bool = True
-    """Train the norm behind the last block along."""
+    """Train the norm after the last block, too."""
 
 
 NORM, END, PATCH = "norm", "end", "patch"
-"""The forms of the norms of a block, of the module behind which attention joins the stream, and of the convolution that
-embeds patches."""
+"""The forms of three kinds of sites: the norms of a block, the module whose output adds attention to the stream, and
+the convolution that embeds patches."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlaceSite(Site):
-    """A module through which tokens go."""
+    """A module that tokens pass through."""
 
     width: int = 0
     """Number of features of the tokens."""
     embeds: bool = False
-    """Whether the module is behind the embeddings, in front of all blocks."""
+    """True if the module runs after the embeddings and before all blocks."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which plans and files record as the shape."""
+        """The width; plans and saved files record it as the shape of this target."""
         return torch.Size([self.width])
 
 
 class Adapter(nn.Module):
-    """One bottleneck, which starts as zero."""
+    """One bottleneck, whose output is zero at the start."""
 
     def __init__(self, width: int, config: AIMConfig) -> None:
         super().__init__()
@@ -117,24 +120,24 @@ class Adapter(nn.Module):
 
 
 def inner(width: int, config: AIMConfig) -> int:
-    """Return h."""
+    """Return the width h of the bottlenecks at a site."""
     return max(int(width * config.ratio), 1)
 
 
 def count(width: int, config: AIMConfig) -> int:
-    """Return how many parameters one has."""
+    """Return the number of parameters of one bottleneck."""
     return (2 * width + 1) * inner(width, config) + width
 
 
 class TurnsOperator(Operator):
-    """The temporal and the spatial adapter of one attention, which reads what a norm makes of the stream: runs it
-    across the frames too, and adds that to the stream in front of the norm.
+    """The temporal and the spatial adapter of one attention that reads the norm of the stream. It runs the attention
+    across the frames too, and adds that output to the stream in front of the norm.
 
     Args:
         site: the attention.
         config: the options.
-        ends: whether it joins the stream behind another module, outside of the attention.
-        p: the probability with which what is added is dropped in training.
+        ends: True if the attention's output joins the stream after another module, outside of the attention.
+        p: the probability with which the added term is dropped in training.
     """
 
     observes = frozenset({NORM})
@@ -164,13 +167,19 @@ class TurnsOperator(Operator):
         """Return the output of the attention with both adapters.
 
         Raises:
-            UnsupportedSite: it reads another tensor than its norm returned, or is given masks or positions.
+            UnsupportedSite: the attention's input is not its norm's output, or it gets masks or positions.
         """
         normed = self.norm.take()
         if normed is None or normed[2] is not y or y.dim() != 3:
-            raise UnsupportedSite(f"{self.path}: attention reads something else than its norm makes of whole frames")
+            raise UnsupportedSite(
+                f"{self.path}: the attention's input differs from its norm's output for whole frames; exclude this "
+                "block"
+            )
         if any(isinstance(each, Tensor | tuple | list) for each in (*args, *kwargs.values())):
-            raise UnsupportedSite(f"{self.path}: attention is given masks or positions, which places have none of")
+            raise UnsupportedSite(
+                f"{self.path}: the attention gets masks or positions, which do not exist for attention over time; call "
+                "the model without them, or exclude this block"
+            )
         count = clips(y, self.frames, None)
 
         def attend(sequences: Tensor) -> Tensor:
@@ -207,7 +216,7 @@ def attention_of(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[
     inside = [entry for entry in resolver.host.entries if entry.block == path]
     found = [entry.path for entry in inside if entry.role == "attn"]
     if len(found) != 1 or any(entry.role.startswith("cross") for entry in inside) or is_post_norm(resolver, path):
-        raise UnsupportedSite(f"{path} is no norm with one attention behind it; exclude this block")
+        raise UnsupportedSite(f"{path} is not a norm in front of one attention; exclude this block")
     whole = resolver.module_site(found[0])
     site = PlaceSite(**{**vars(whole), "form": "activation"}, width=block.width)
     norms = [e.path for e in inside if e.role == "norm" and e.kind == "norm" and not e.path.startswith(f"{found[0]}.")]
@@ -224,13 +233,13 @@ def feed_forward_of(surgeon: Surgeon, block: PromptSite) -> Site:
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block.module_path]
     last = [entry for entry in inside if entry.role == "mlp.down"]
     if len(last) != 1:
-        raise UnsupportedSite(f"{block.path} has no feed-forward, or several; exclude this block")
+        raise UnsupportedSite(f"{block.path} does not have exactly one feed-forward; exclude this block")
     return surgeon.resolver.site(last[0].module, "weight", "mlp.down")
 
 
 class TimesOperator(Operator):
-    """Adds trained positions of frames to the tokens in front of all blocks; at the convolution that embeds the patches
-    (form "patch") it sees how many pictures there are."""
+    """Adds trained embeddings of the frames' positions to the tokens in front of all blocks. At the convolution that
+    embeds the patches (form "patch") it counts the pictures."""
 
     changes_inputs = True
 
@@ -256,16 +265,18 @@ class TimesOperator(Operator):
 
 
 def entrance(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[Site, ...]]:
-    """Return where the embedded tokens of a block's tower go first, the norm behind the embeddings or the first block;
-    and the convolution that embeds patches of pictures.
+    """Return the first module that reads the embedded tokens of a block's tower (the norm after the embeddings, or the
+    first block), and the convolution that embeds patches of pictures.
 
     Raises:
-        UnsupportedSite: the tower lacks a convolution that embeds single pictures; those of videos embed several frames
-            at once.
+        UnsupportedSite: the tower lacks a convolution that embeds single pictures; video models embed several frames at
+            once.
     """
     host, patches = surgeon.resolver.host, patch_sites(surgeon, block)
     if not patches:
-        raise UnsupportedSite(f"{block.path}: no convolution in this tower embeds patches of single pictures")
+        raise UnsupportedSite(
+            f"{block.path}: no convolution in this tower embeds patches of single pictures; target a tower of images"
+        )
     tower = host.at(block.module_path)[0].tower
     norms = [e.path for e in host.entries if e.role == "norm.embed" and e.tower == tower and e.kind == "norm"]
     first = host.select("block", tower)[0][0].path
@@ -274,7 +285,7 @@ def entrance(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[Site
 
 
 def norms_behind(surgeon: Surgeon, block: PromptSite) -> list[str]:
-    """Return the paths of the norms behind the last block of a block's tower."""
+    """Return the paths of the norms after the last block of a block's tower."""
     host = surgeon.resolver.host
     tower = host.at(block.module_path)[0].tower
     return [entry.path for entry in host.entries if entry.role == "norm.final" and entry.tower == tower]

@@ -4,11 +4,11 @@ Equation:
     y = W x' + bias,   x' = x + D (r * D^T x) + b,   D [d, h] shared by all layers,   r [h],   b [d]
     W' = W (I + D diag(r) D^T),   bias' = bias + W b        since nothing in it is non-linear
 
-in front of the matrices that attention and feed-forward read with, behind their norms: queries, keys and values share
-one adapter. There is one D for attention and one for feed-forwards; of models with several widths (Swin) for each
-width, as in the authors' code, which has its adapter for feed-forwards in front of the norm there. A convolution that
-pads is refused, and a weight that is read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k",
-"attn.v"]`` it is the authors' ARC_att.
+in front of the first matrices of attention and feed-forward, after their norms: queries, keys and values share one
+adapter. All attentions share one D, and all feed-forwards another. Models with several widths (Swin) have one pair for
+each width, as in the authors' code, where the adapter of feed-forwards is in front of the norm in these models. As in
+`repadapter`, a convolution with padding is refused, and so is a weight that is read instead of called and has no bias.
+With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
 
 Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
@@ -18,7 +18,7 @@ too. So a fresh ARC is not an identity (``feed_forward_start="zero"`` makes it o
 Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "arc")`, where inference must cost nothing and files must be small; not where each layer
-needs other directions (`repadapter` shares no factor, `fact_tk` shares factors of the update of a weight).
+needs separate directions (`repadapter` shares no factor; `fact_tk` shares factors of the weights' updates).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from peftcore.author import LearningRate, Method, MethodConfig, Share, Shared, S
 from peftcore_vision._in_front import READERS, InFrontOperator, read_alike, refuse
 
 FED = READERS["mlp"]
-"""Roles of matrices that a feed-forward reads with."""
+"""Roles of the first matrices of a feed-forward."""
 
 
 class ARCConfig(MethodConfig):
@@ -45,11 +45,12 @@ class ARCConfig(MethodConfig):
 
     method: Literal["arc"] = "arc"
     bottleneck: PositiveInt = 50
-    """Width h of the bottleneck, for all layers."""
+    """Width h of the bottleneck, which all layers share."""
     feed_forward_start: Literal["xavier", "zero"] = "xavier"
     """The start of r in front of feed-forwards: a Xavier-uniform draw, or zero."""
     dropout: Share | None = None
-    """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
+    """Probability with which the bottleneck's activations are dropped in training; None: 0.1, but 0 for weights that
+    are read instead of called."""
 
 
 class Projection(nn.Module):
@@ -62,7 +63,7 @@ class Projection(nn.Module):
 
 
 class ARCOperator(InFrontOperator):
-    """The adapter in front of one matrix, or of several that read the same."""
+    """The adapter in front of one matrix, or of several with the same input."""
 
     def __init__(self, site: Site, config: ARCConfig, projection: Shared) -> None:
         super().__init__(site, config.dropout, 1.0)

@@ -4,25 +4,26 @@ Equation:
     f' = ratio * relu(W2 relu(W1 f)) + (1 - ratio) * f,   W1 [d / reduction, d],   W2 [d, d / reduction], no biases
 
 f are the features of an image before they are normalized and compared with those of texts: the output of CLIP's
-projection of images, the default, as in the authors' code. For other models name what returns them, as in
-``target="vision_model.head"`` for SigLIP. The paper also tries an adapter of the texts, with another ratio:
+projection of images, the default, as in the authors' code. For other models name the module that returns the image
+features in `target`, as in ``target="vision_model.head"`` for SigLIP. The paper also tries an adapter on the text
+features, with another ratio:
 
     peftcore.apply(model, "clip_adapter", target=["visual_projection", "text_projection"],
                    overrides={"text_projection": {"ratio": 0.1}})
 
-Where a classifier takes the place of the texts (the paper's W are text features as weights of one),
-``features="input"`` adapts what the head is given.
+If the model has a classifier instead of texts (the paper's W, whose rows are text features), ``features="input"``
+adapts the input of this classifier.
 
 Parameters: 2 d (d // reduction).
 
-Start: Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the
-model itself.
+Start: Both matrices start as torch's linear layers do, so a fresh adapter already mixes random values in; ``ratio=0``
+leaves the model's outputs unchanged.
 
 Differs from the authors' code: The authors train with 1 to 16 images a class and search the ratio by task; no other
 difference is known.
 
-Use it: `peftcore.apply(model, "clip_adapter")`, with few images a class: only features are touched, so the model's own
-forward needs no gradient.
+Use it: `peftcore.apply(model, "clip_adapter")`, with few images a class: only the features change, so backward does not
+run through the model.
 """
 
 from __future__ import annotations

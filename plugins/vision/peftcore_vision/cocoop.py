@@ -4,25 +4,26 @@ Equation:
     v_m(x) = v_m + W2 relu(W1 f(x) + b1) + b2,   v [M, d],   W1 [p // reduction, p],   W2 [d, p // reduction]
     t_k(x) = g([SOS; v_1(x) ... v_M(x); name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k(x)))
 
-Words in front of the names of classes, as in coop, that are shifted for each image x by a small network of its features
-f(x), of length one and p of them. The texts hold the places, as in coop, and the batch of texts is the classes:
+As in coop, trained context vectors are in front of the names of classes; here a small network shifts them for each
+image x. It reads the image's p features f(x), normalized to length 1. As in coop, texts contain placeholder words for
+the vectors, and the texts of a batch are the classes:
 
     peftcore.apply(clip, "cocoop", init_ids=[320, 1125, 539, 320])   # "a photo of a"
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-Each image has separate texts, so B images and K classes are B K texts. ``text_embeds`` are [B, K, p] then, and features
-of texts alone are refused, since no image says what they are.
+Each image has separate texts, so B images and K classes are B K texts. ``text_embeds`` then have the shape [B, K, p].
+Features of texts without images are refused, since they depend on the image.
 
-Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. Nothing merges, and no text can be kept.
+Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. Nothing merges, and text features cannot be cached.
 
 Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`; the network as torch's linear layers do. No start is
 an identity.
 
-Differs from the authors' code: The authors run images one by one, and train one image at a time; here their texts are
-one batch of the tower, of as much memory.
+Differs from the authors' code: The authors run and train one image at a time; here the texts of all images are one
+batch of the text tower, which takes more memory.
 
-Use it: `peftcore.apply(model, "cocoop")`, where an adapter of few classes shall hold for names that were not seen; for
-those that were seen coop is better, and as many times faster as there are images.
+Use it: `peftcore.apply(model, "cocoop")`, where an adapter trained on few classes has to work for names of unseen
+classes; for seen classes coop is better, and B times faster for B images.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from peftcore_vision._matching import MATCH, of_own_texts
 from peftcore_vision._prompt_words import TOWER, PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 FEATURES = "features"
-"""The form of the projection that returns features of images."""
+"""The form of a site at the projection that returns image features."""
 
 
 class CoCoOpConfig(PlacesConfig):
@@ -51,19 +52,19 @@ class CoCoOpConfig(PlacesConfig):
     length: PositiveInt = 4
     """Number M of context vectors."""
     reduction: PositiveInt = 16
-    """How many times narrower the network is inside than features are."""
+    """How many times narrower the network's hidden layer is than the features."""
 
 
 @dataclass(frozen=True, eq=False)
 class ConditionedSite(Site):
-    """A table of words that features of images shift."""
+    """A token table with context vectors that image features shift."""
 
     features: int = 0
-    """How many features an image has."""
+    """Number p of features of an image."""
 
 
 class ConditionedOperator(PlacesOperator):
-    """Puts words that an image has shifted in their places among the embedded tokens."""
+    """Inserts context vectors, shifted by an image, at their positions among the embedded tokens."""
 
     observes = frozenset({FEATURES})
 
@@ -84,7 +85,10 @@ class ConditionedOperator(PlacesOperator):
         embedded: Tensor = call(ids, *args, **kwargs)
         shifted = self.shifted.get()
         if shifted is None:
-            raise MissingContext("the table of words was called without its tower, so nobody knows the image")
+            raise MissingContext(
+                "the text table was called without its tower, so the image is unknown; call the whole model, with "
+                "texts and images"
+            )
         (context,) = self.cast(embedded, shifted)
         return put_at(self.held(ids), context.repeat_interleave(len(ids) // len(context), 0), embedded)
 
@@ -109,7 +113,10 @@ class ConditionedOperator(PlacesOperator):
     def _match(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model that compares images and texts."""
         if kwargs.get("return_loss"):
-            raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+            raise SequenceError(
+                "return_loss=True computes the loss of pairs of images and texts, but these texts are classes: leave "
+                "it out, and compute the loss from the logits"
+            )
         return of_own_texts(call(*args, **kwargs))
 
 

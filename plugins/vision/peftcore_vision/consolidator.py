@@ -4,23 +4,24 @@ Equation:
     y = W x + bias + drop(G P x + c),   G [out, in] of g diagonal blocks [out/g, in/g],   c [out]
     W' = W + G P,   bias' = bias + c
 
-P is the identity, or with `reorder` deals the inputs of each group to all groups: input j of group i becomes input
-number j g + i. Several `groups` are branches that add up, each with a separate c and a separate draw. The drop is
-stochastic depth: whole rows of the matrix's input skip the branch. All matrices of blocks have one, and all norms
-train, as in the authors' code.
+P is the identity; with `reorder` it distributes the inputs of each group over all groups: input j of group i becomes
+input number j g + i. Several numbers in `groups` make several branches whose outputs are added, each with a separate c
+and a separate draw of its drop. The drop is stochastic depth: whole rows of the matrix's input skip the branch. By
+default all matrices of blocks are adapted and all norms train, as in the authors' code.
 
-Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Each expert has separate blocks, and c only where it
-has a bias.
+For convolutions the blocks include the kernel: [out/g, in/g, kernel]. Each expert has separate blocks, and a c only if
+it has a bias.
 
 Parameters: in out / g + out a branch, and the norms.
 
 Start: G and c uniform in +-1e-3: near the identity; ``init_range=0`` makes it exact.
 
-Differs from the authors' code: In the code the biases of the matrices train along with c, to which they add up: `train`
-takes their names where that is wanted.
+Differs from the authors' code: In the code the biases of the matrices train too, although each adds to c; name them in
+`train` to do the same.
 
 Use it: `peftcore.apply(model, "consolidator")`, where inference must cost nothing and updates of high rank are wanted
-for few parameters; not where sides lack a common divisor (`lora` takes any). `gralora` has blocks of low rank.
+for few parameters; not where inputs and outputs lack a common divisor (`lora` accepts any sizes). `gralora` has blocks
+of low rank.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ class ConsolidatorConfig(MethodConfig):
 
     method: Literal["consolidator"] = "consolidator"
     groups: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
-    """How many blocks each branch has, divisors of inputs and outputs; None: one branch with half of the greatest
-    common divisor, which is 384 in a ViT-B."""
+    """The number of diagonal blocks of each branch; it must divide the numbers of inputs and outputs. None: one branch
+    with half of their greatest common divisor, which is 384 in a ViT-B."""
     reorder: bool = False
-    """Deal the inputs of each group to all groups."""
+    """Distribute the inputs of each group over all groups."""
     init_range: NonNegativeFloat = 1e-3
-    """Bound of the uniform draw; 0 makes a fresh one an exact identity."""
+    """Bound of the uniform draw of G and c; 0 makes a fresh adapter an exact identity."""
     stochastic_depth: Share = 0.0
     """Probability with which a row skips a branch in training; the branch's output for other rows is scaled up."""
     train_norms: bool = True
-    """Train all norms along."""
+    """Train all norms, too."""
 
 
 def written_out(G: Tensor, groups: int, batch: int, reorder: bool) -> Tensor:
-    """Return the matrices ``[*batch, out, in, *kernel]`` of blocks ``[*batch, out, in/g, *kernel]``, with `batch`
-    leading dimensions; with `reorder` of inputs that are dealt to the groups one after the other."""
+    """Return the full matrices ``[*batch, out, in, *kernel]`` of diagonal blocks ``[*batch, out, in/g, *kernel]``,
+    where `batch` is the number of leading dimensions; with `reorder`, consecutive inputs belong to different groups."""
     own = G.unflatten(batch, (groups, -1)).unsqueeze(batch + 2)  # [*batch, g, out/g, 1, in/g, *kernel]
     same = torch.eye(groups, dtype=G.dtype, device=G.device)
     whole = own * same.view(groups, 1, groups, *[1] * (own.dim() - batch - 3))
@@ -70,15 +71,15 @@ def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
     """Return the number of blocks of each branch.
 
     Raises:
-        UnsupportedSite: they do not divide inputs and outputs.
+        UnsupportedSite: a number does not divide inputs and outputs.
     """
     common = math.gcd(site.in_features, site.out_features)
     chosen = config.groups or (common // 2 if common % 2 == 0 else common,)
     for each in chosen:
         if common % each:
             raise UnsupportedSite(
-                f"{site.path} is {site.out_features} x {site.in_features}, and groups={each} is no common divisor; set "
-                "others with overrides=, or exclude it"
+                f"{site.path} is {site.out_features} x {site.in_features}, and groups={each} does not divide both; set "
+                "another number for it with overrides=, or exclude it"
             )
     return chosen
 
@@ -96,9 +97,12 @@ class ConsolidatorOperator(Operator):
     def __init__(self, site: Site, config: ConsolidatorConfig) -> None:
         super().__init__(site)
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude it")
+            raise UnsupportedSite(f"{site.path} is an embedding table, which cannot have a bias; exclude it")
         if config.stochastic_depth and site.form == "weight":
-            raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use stochastic_depth=0")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so stochastic depth cannot act on its update; use "
+                "stochastic_depth=0 or exclude it"
+            )
         self.groups, self.reorder, self.drops = groups_of(site, config), config.reorder, config.stochastic_depth
         self.stackable, self.batch = not self.drops, len(site.batch)
         bound, out = config.init_range, site.out_features
@@ -112,7 +116,7 @@ class ConsolidatorOperator(Operator):
         return written_out(self.G[number], self.groups[number], self.batch, self.reorder)
 
     def branch(self, x: Tensor, number: int) -> Tensor:
-        """Return the output of a branch for the matrix's input, without c."""
+        """Return the output of a branch for the matrix's input; c is not added."""
         if not self.layer.of_vectors:
             return self.layer.apply(x, *self.cast(x, self.dense(number)))
         groups = self.groups[number]

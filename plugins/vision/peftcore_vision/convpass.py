@@ -4,23 +4,24 @@ Equation:
     out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down))) + b_up),   q(u) = u sigmoid(1.702 u)
 
 in parallel with attention and feed-forward. x is the branch's input (behind the norm), W_down [h, d], W_up [d, h]; the
-convolution has h channels and a bias, and sees the patches at their places in the picture, with zeros around. Tokens in
-front of the patches (class, distillation, registers) are pictures of one pixel to the same convolution: only its centre
-acts on them.
+convolution has h channels and a bias, and acts on the patches arranged as in the picture, with zero padding. It treats
+each token in front of the patches (class, distillation, registers) as a picture of one pixel, so only the centre of the
+kernel acts on it.
 
-Activations of four dimensions (Swin, ConvNeXt) are grids already. A sequence is the largest grid in the proportions of
-the patches that the model embeds, behind as many other tokens as are left. The bypass joins the stream behind layer
-scale and dropout of the branch. Stochastic depth drops it by a separate draw; joins="matrix" leaves all three to the
-branch's.
+Activations of four dimensions (Swin, ConvNeXt) are grids already. In a sequence, the last tokens are the largest grid
+with the proportions of the patches that the model embeds, and the tokens in front of them are not patches. The bypass
+is added to the stream after the branch's layer scale and dropout, and a separate draw of stochastic depth drops it.
+With joins="matrix" the branch's layer scale, dropout and stochastic depth act on the bypass too.
 
 Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged.
 
 Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero: the identity.
 
-Differs from the authors' code: The code's separate draw of stochastic depth is here too (the paper draws none). Each
-window of a model that has windows is a picture here: the authors' variant for Swin looks over borders.
+Differs from the authors' code: As in the code, stochastic depth has a separate draw (the paper draws none). In models
+with windows each window is convolved as a separate picture; in the authors' variant for Swin the convolution crosses
+window borders.
 
-Use it: `peftcore.apply(model, "convpass")`, with few labels.
+Use it: `peftcore.apply(model, "convpass")`, where few labelled examples are available.
 """
 
 from __future__ import annotations
@@ -60,17 +61,17 @@ class ConvpassConfig(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the bypass; the authors search it between 0.01 and 100."""
     conv_init: Literal["identity", "xavier"] = "identity"
-    """Start of the convolution: one at the centre of each channel, or a Xavier-uniform draw."""
+    """Start of the convolution: the identity (a one at the centre of each channel), or a Xavier-uniform draw."""
     grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the patches; only their proportion counts. By default that of the patches that the host
-    embeds, or of a square where a part of the host runs by itself and embeds none."""
+    """Rows and columns of the patches; only their proportion counts. The default is the proportion of the patches that
+    the host embeds, or a square if only a part of the host runs, without its embedding."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default as many as the largest grid leaves over."""
+    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
     joins: Joins = "stream"
-    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
-    depth), or to the output of the branch's last matrix, in front of that."""
+    """The place where the bypass is added: to the stream, after the host's operations on the branch's output (dropout,
+    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
     dropout: Share = 0.1
-    """Probability with which what W_up reads is dropped in training, as in the authors' code."""
+    """Probability with which the inputs of W_up are dropped in training, as in the authors' code."""
 
 
 def _quick_gelu(u: Tensor) -> Tensor:

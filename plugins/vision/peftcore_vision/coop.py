@@ -4,25 +4,27 @@ Equation:
     t_k = g([SOS; v_1 ... v_M; name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k)),   v [M, d]
 
 Context vectors replace the words "a photo of a" in front of the names of classes, before positions are added. As in the
-authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token each; whatever
-they are, the M places behind the first token (behind padding on the left, by the mask) get v. Lengths, masks, positions
-and the place of EOS are then the model's own affair. For the authors' other orders (the name first, or in the middle)
-say which token holds a place: ``placeholder=343`` is "x" in CLIP. The batch of texts is the classes:
+authors' code, texts contain placeholder words: tokenize ``"X X X X " + name + "."`` with M words of one token each.
+Whatever these words are, v replaces the M tokens right after the first one (after left padding, by the mask), so the
+model computes lengths, masks, positions and the position of EOS as usual. For the authors' other orders (the name
+first, or in the middle) set the token that v replaces: ``placeholder=343`` is "x" in CLIP. The texts of a batch are the
+classes:
 
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-With `classes` each class has a separate context (CSC): row k of the batch gets the k-th, or ``peftcore.call(model,
-classes=[2, 0])`` gives the class of each row.
+With `classes` each class has a separate context (CSC): row k of the batch gets context k, unless ``peftcore.call(model,
+classes=[2, 0])`` passes the class of each row.
 
-Parameters: M d, or classes M d. Nothing merges, but once trained the features of all classes can be kept.
+Parameters: M d, or classes M d. Nothing merges, but after training the text features of all classes can be computed
+once and cached.
 
 Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`. No start is an identity.
 
 Differs from the authors' code: The authors' other orders of words need `placeholder`; no other difference is known.
 
-Use it: `peftcore.apply(model, "coop")`, to adapt CLIP with 16 or fewer images a class; without CSC an adapter holds for
-any names. Models that generate are refused: prompt_tuning is for them.
+Use it: `peftcore.apply(model, "coop")`, to adapt CLIP with 16 or fewer images a class; without CSC one adapter works
+for any class names. Models that generate text are refused: use prompt_tuning.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ class CoOpConfig(PlacesConfig):
 
     method: Literal["coop"] = "coop"
     classes: PositiveInt | None = None
-    """How many classes have separate contexts; None shares one."""
+    """Number of classes with separate contexts; None trains one context for all classes."""
 
 
 class ContextOperator(PlacesOperator):
-    """Puts context vectors in their places among the embedded tokens."""
+    """Inserts context vectors at their positions among the embedded tokens."""
 
     def __init__(self, site: Site, config: CoOpConfig, names: tuple[str, ...] = ()) -> None:
         super().__init__(site, config, names)
@@ -66,7 +68,10 @@ class ContextOperator(PlacesOperator):
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         told = forward_context().context.get("classes")
         if told is None and len(ids) != self.classes:
-            raise MissingContext(f"{len(ids)} texts, but {self.classes} classes: peftcore.call(model, classes=...)")
+            raise MissingContext(
+                f"the model got {len(ids)} texts, but the prompts are for {self.classes} classes; pass the class of "
+                "each text: with peftcore.call(model, classes=...): ..."
+            )
         return torch.as_tensor(range(self.classes) if told is None else told, device=ids.device)
 
 

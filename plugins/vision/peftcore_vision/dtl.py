@@ -5,20 +5,20 @@ Equation:
     x_{l+1} = L_l(x_l)                    for l < M
     x_{l+1} = L_l(x_l) + F(t(h_l))        for l >= M,   t(h) = h sigmoid(beta h)
 
-x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back behind
-the later blocks alone: nothing trainable acts before the end of the first M blocks, so backward stops there. F is the
-identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and without a
-bias, over the patches at their places in the picture; tokens in front of the patches skip it. M is `start` times the
-number of blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
+x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back only
+after the blocks from M on: nothing trainable acts on the first M blocks, so backward stops at their end. F is the
+identity; with `kernel` (DTL+) it is one depthwise convolution of that size, without a bias, which all blocks share. It
+acts on the patches arranged as in the picture; tokens in front of the patches skip it. M is `start` times the number of
+blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
 
 Parameters: 2 rank d a block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
 
 Start: A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity.
 
-Differs from the authors' code: The authors train a new head along (``train=["head"]`` trains the model's).
+Differs from the authors' code: The authors also train a new head (``train=["head"]`` trains the model's head).
 
-Use it: `peftcore.apply(model, "dtl")`, where memory and parameters are both short on pictures; not where the model may
-be changed from its first block on (`adaptformer`, `convpass`), nor where it must not change at all (`lst`,
+Use it: `peftcore.apply(model, "dtl")`, for image models where both memory and parameters are limited; not where all
+blocks may change (`adaptformer`, `convpass`), nor where the blocks' states must not change at all (`lst`,
 `res_tuning`). It cannot be merged.
 """
 
@@ -62,15 +62,15 @@ class DTLConfig(MethodConfig):
     rank: PositiveInt = 2
     """Rank of a block's part of the side network."""
     start: Share = 0.5
-    """The share of the blocks behind which nothing is fed back: the first ones."""
+    """The share of blocks, counted from the first, after which nothing is fed back."""
     beta: PositiveFloat = 100.0
-    """How near t is to a ReLU."""
+    """Steepness beta of t; the larger it is, the closer t is to a ReLU."""
     kernel: PositiveInt | None = None
     """Rows and columns of the convolution over the values that are fed back (DTL+); None leaves it out."""
 
 
 class SideOperator(Operator):
-    """The part of the side network at one block, and the feedback behind the block. At the convolution that embeds the
+    """The part of the side network at one block, and the feedback after the block. At the convolution that embeds the
     patches (form "patch") it records their grid."""
 
     def __init__(
@@ -129,7 +129,7 @@ def _convolved(h: Tensor, weight: Tensor) -> Tensor:
 
 
 class DTL(Method):
-    """A side network of low rank, whose sum is fed back behind the later blocks."""
+    """A side network of low rank, whose sum is fed back after the later blocks."""
 
     name = "dtl"
     Config = DTLConfig
@@ -147,7 +147,7 @@ class DTL(Method):
             d, k = sites[0].width, config.kernel
             patches = tuple(patch_sites(surgeon, sites[0]))
             if not patches:
-                raise UnsupportedSite(f"{sites[0].path} has no patches of a picture before it; leave kernel= out")
+                raise UnsupportedSite(f"{sites[0].path} does not process patches of a picture; remove kernel=")
             kernel = surgeon.own("fusion", lambda: nn.Conv2d(d, d, k, groups=d, bias=False))
         before, first, lie = None, int(len(sites) * config.start), Tap(until_backward=True)
         for number, site in enumerate(sites):

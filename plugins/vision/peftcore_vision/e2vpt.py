@@ -3,29 +3,30 @@
 Equation:
     [x_l; ...] = L_l([x_{l-1}; M * P_l]),   head h of L_l:  softmax(q_h [K_lh; k_h]^T / sqrt(d_h)) [V_lh; v_h]
 
-P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too. K_l
-= V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with `share_kv`
-False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for all blocks.
-The paper prunes what was trained, and trains what is left again from the start:
+P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose page describes heads, pooling and dropout. K_l = V_l
+[heads, kv_length, d_h] are added to the keys and values after their projections; they have no queries, so they add no
+tokens. With `share_kv` False, K_l and V_l are separate. The mask M has one number for each token and segment, the same
+for all blocks; it is 1 until the prompts are pruned. The paper prunes trained prompts, and then trains the remaining
+ones again from the start:
 
     scores = importance(trained, batches)          # dL/dM, [length, segments]
     prune(fresh, scores, tokens=2, segments=4)     # of a second adapter, with the options of the first
 
 For details that the paper leaves open, this follows the code (ChengHan111/E2VPT): channel c is in segment c mod
-`segments`; tokens have the sum of their segments' scores; the lowest scores, with their signs, are switched off
-(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros.
+`segments`; the score of a token is the sum of its segments' scores; the lowest signed scores are pruned
+(``absolute=True`` takes the derivatives' magnitudes); pruned tokens stay as rows of zeros.
 
 Parameters: (length + kv_length) * d a block, with separate keys and values (length + 2 kv_length) * d; with
 `projection` as in `vpt_deep`; and the head.
 
 Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.
 
-Differs from the authors' code: The code's masks train with the prompts before pruning; here they are 1. It tries each
-pair of shares from 10 to 90 percent on validation data, which is left to the user.
+Differs from the authors' code: The code's masks train with the prompts before pruning; here they are 1. The code tries
+each pair of pruning shares from 10 to 90 percent on validation data; here the user chooses them.
 
-Use it: `peftcore.apply(model, "e2vpt")`, where `vpt_deep` is used, with fewer prompts or better ones; not where its
-pruning is too much to run, for which `vpt_deep` alone is simpler. Rotary positions, windows and convolutions between
-tokens are refused.
+Use it: `peftcore.apply(model, "e2vpt")`, instead of `vpt_deep`, to get fewer or better prompts; not where two trainings
+and a pruning step are too expensive: `vpt_deep` is simpler. Rotary positions, windows and convolutions between tokens
+are refused.
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ class E2VPTConfig(PromptConfig):
 
     method: Literal["e2vpt"] = "e2vpt"
     kv_length: PositiveInt = 5
-    """Keys and values that each attention gets."""
+    """Number of trained keys and values that are added to each attention."""
     share_kv: bool = True
-    """Keys and values are the same numbers."""
+    """Use the same numbers as keys and as values."""
     kv_dropout: Share = 0.0
-    """Probability with which their numbers are dropped in training, those of keys and of values apart."""
+    """Probability with which numbers of the trained keys and values are dropped in training, by separate draws."""
     segments: PositiveInt = 16
-    """Segments in which a token of a prompt can be pruned."""
+    """Number of segments of a prompt token; segments can be pruned separately."""
 
 
 class PrunedOperator(DeepOperator):
@@ -89,7 +90,10 @@ class PrunedOperator(DeepOperator):
         super().__init__(site, config, projection)
         segments = config.segments
         if site.width % segments:
-            raise UnsupportedSite(f"{site.path} is {site.width} wide, which is no multiple of segments={segments}")
+            raise UnsupportedSite(
+                f"{site.path} has width {site.width}, which is not a multiple of segments={segments}; set another "
+                "segments="
+            )
         self.register_buffer("kept", torch.ones(config.length, segments))  # [length, segments]: 0 where pruned
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
@@ -111,19 +115,20 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
     found = [each for each in injection.operators.values() if isinstance(each, PrunedOperator)]
     if len({each.kept.shape for each in found}) != 1:
         raise ConfigError(
-            f"{injection.name!r} has no prompts of one length and number of segments that could be pruned together"
+            f"{injection.name!r} has prompts of several lengths or numbers of segments, or none, so they cannot be "
+            "pruned together; apply e2vpt with one length= and one segments="
         )
     return found
 
 
 def importance(injection: Injection, data: Iterable[Any], absolute: bool = False) -> Tensor:
-    """Return how the loss follows what is kept of the prompts of an adapter that was trained, ``[length, segments]``:
-    the derivative by the mask that all blocks share, as a mean over batches. The model is in evaluation for that.
+    """Return the importance scores of a trained adapter's prompts, ``[length, segments]``: the derivative of the loss
+    by the mask that all blocks share, as a mean over batches. The model runs in eval mode.
 
     Args:
         injection: the adapter.
         data: batches with a loss, as for `peftcore.apply`.
-        absolute: take the size of each batch's derivative.
+        absolute: use the magnitude of each batch's derivative.
 
     Raises:
         CalibrationError: data or a loss is missing, or the loss is not finite.
@@ -148,30 +153,30 @@ def importance(injection: Injection, data: Iterable[Any], absolute: bool = False
             module.training = mode
     mean = torch.stack(found).mean(0)
     if not mean.isfinite().all():
-        raise CalibrationError("the loss has no finite derivative by the prompts; give other data")
+        raise CalibrationError("the loss has no finite gradient in the prompts; pass other data")
     return mean
 
 
 @torch.no_grad()
 def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int = 0) -> None:
-    """Switch off the `tokens` tokens with the lowest scores in all prompts of an adapter, and of each token the
-    `segments` segments with the lowest.
+    """Prune all prompts of an adapter: switch off the `tokens` tokens with the lowest scores, and in each token the
+    `segments` segments with the lowest scores.
 
     Args:
-        injection: an adapter whose prompts have the sizes of the one that was scored: a fresh one, to train again.
+        injection: the adapter to prune, usually a fresh one; its prompts must have the sizes of the scored adapter's.
         scores: those of `importance`, ``[length, segments]``.
-        tokens: how many tokens, fewer than there are.
-        segments: how many segments of each, fewer than there are.
+        tokens: how many tokens to prune; at least one must stay.
+        segments: how many segments of each token to prune; at least one must stay.
 
     Raises:
-        ConfigError: the numbers or sizes do not fit.
+        ConfigError: the scores do not have the prompts' sizes, or no token or segment would stay.
     """
     prompts = _prompts(injection)
     kept = torch.ones_like(prompts[0].kept)
     if scores.shape != kept.shape or not (0 <= tokens < len(kept) and 0 <= segments < kept.shape[1]):
         raise ConfigError(
-            f"prompts of [length, segments] = {list(kept.shape)} cannot be pruned of {tokens} tokens and {segments} "
-            f"segments by scores of {list(scores.shape)}: leave one of each"
+            f"cannot prune {tokens} tokens and {segments} segments of prompts [length, segments] = {list(kept.shape)} "
+            f"by scores of {list(scores.shape)}: pass scores of the prompts' shape, and keep at least one of each"
         )
     scores = scores.to(kept)
     kept.scatter_(1, scores.argsort(dim=1, stable=True)[:, :segments], 0.0)
@@ -181,13 +186,13 @@ def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int =
 
 
 class KeyValueOperator(AttentionOperator):
-    """The keys and values of one attention."""
+    """The trained keys and values of one attention."""
 
     def __init__(self, site: AttentionSite, config: E2VPTConfig) -> None:
         super().__init__(site)
         sizes = self.geometry
         if config.share_kv and sizes.head_dim != sizes.value_dim:
-            raise UnsupportedSite(f"{site.path} has keys and values of two widths; set share_kv=False")
+            raise UnsupportedSite(f"{site.path} has keys and values of different widths; set share_kv=False")
         self.key = nn.Parameter(torch.empty(sizes.kv_heads, config.kv_length, sizes.head_dim))
         self.value = None if config.share_kv else nn.Parameter(self.key.new_empty(*self.key.shape[:2], sizes.value_dim))
         for tensor in self.parameters():

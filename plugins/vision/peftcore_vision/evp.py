@@ -5,12 +5,14 @@ Equation:
     F_pe = L e,   F_hfc = N(K * h),   h = |IFFT(mask FFT(picture))|
 
 e [patches, d] is the frozen model's embedding of patches, without positions. h is the picture without its low
-frequencies: those in a rectangle around 0 with the share τ of all are dropped. K is a convolution like the model's own
-over patches, with c = d / reduction channels, N a norm where the model has one behind its own (SegFormer, not ViT). T_i
-[c, c] is a block's own, U [d, c], L [c, d] and K one of each stage: in the later stages of a pyramid K reads the F_hfc
-of the stage before. All is computed in float32 where the model is in half precision, whose FFT is less than that.
+frequencies: a rectangle around frequency 0, with the share τ of all frequencies, is set to zero. K is a convolution
+like the model's own patch convolution, with c = d / reduction channels; N is a norm if the model's convolution has a
+norm after it (SegFormer, not ViT). Each block has its own T_i [c, c]; U [d, c], L [c, d] and K belong to a stage. In
+the later stages of a pyramid K reads the F_hfc of the previous stage. In models in half precision all this is computed
+in float32, since a half-precision FFT is too inaccurate.
 
-The class token and its like, in front of the patches, get nothing, as in their code of ViTs, where `reduction` is 32.
+Nothing is added to the class token and other tokens in front of the patches, as in the authors' code for ViTs, which
+sets `reduction` to 32.
 
 Parameters of a stage with l blocks, n channels before it and kernels of k by k: c (n k^2 + 1) + c (d + 1) + d (c + 1) +
 l c (c + 1), and 2 c with a norm.
@@ -18,11 +20,11 @@ l c (c + 1), and 2 c with a norm.
 Start: Matrices from N(0, 0.02^2), truncated, K from N(0, 2 / (k^2 c)), biases at zero. A fresh prompt is not an
 identity (`zero_up` makes it one).
 
-Differs from the authors' code: The authors train the decoder of masks along (``train=["decode_head"]``).
+Differs from the authors' code: The authors train the mask decoder too (``train=["decode_head"]``).
 
 Use it: `peftcore.apply(model, "evp")`, for tasks that depend on low-level structure (forgery, shadows, blur,
-camouflage); not where it does not matter, nor in models of text. It depends on the input and cannot be merged.
-`vpt_deep` is its kin with prompts that know no picture.
+camouflage); not for tasks of high-level content, nor in text models. The prompts depend on the input, so they cannot be
+merged; `vpt_deep` has prompts that do not depend on the picture.
 """
 
 from __future__ import annotations
@@ -60,19 +62,19 @@ class EVPConfig(MethodConfig):
 
     method: Literal["evp"] = "evp"
     reduction: PositiveInt = 4
-    """How many times narrower than the stream prompts are inside."""
+    """How many times narrower c is than the stream's width d."""
     share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
     """The share of all frequencies that count as low."""
     frequencies: Literal["high", "low", "none"] = "high"
-    """The frequencies of the picture that prompts are made of."""
+    """The frequencies of the picture from which prompts are computed: high, low, or none."""
     patches: bool = True
-    """Make them of the frozen embeddings of patches too."""
+    """Compute prompts from the frozen patch embeddings too."""
     zero_up: bool = False
     """Start U at zero: an exact identity."""
 
 
 NORM = "norm"
-"""The form of the norm behind the convolution."""
+"""The form of a site at the norm after a stage's convolution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +84,15 @@ class StageSite(Site):
     number: int = 0
     """The number of the stage, from 0 on."""
     before: int = 0
-    """Features of the stage before, of which the convolution makes those of this one; 0 in front of the first."""
+    """Number of features of the previous stage, which the convolution reads; 0 for the first stage, which reads the
+    picture."""
     normed: bool = False
-    """Whether a norm is behind it."""
+    """True if a norm follows the convolution."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with its blocks among the targets, which may be none."""
+    """A stage, with those of its blocks that are targets, possibly none."""
 
     site: StageSite
     norm: tuple[Site, ...]
@@ -97,16 +100,16 @@ class Stage:
 
 
 def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
-    """Return the stages of the tower in which blocks are, up to the last one that has any of them.
+    """Return the stages of the tower that contains the target blocks, up to the last stage with a target block.
 
     Raises:
-        UnsupportedSite: the blocks are in several towers; or not all of them read what a convolution before them made
-            of a picture, or of the stage before.
+        UnsupportedSite: the blocks are in several towers, or a stage does not begin with one plain convolution that
+            embeds patches of a picture or reads the previous stage.
     """
     host, wanted = surgeon.resolver.host, {site.module_path: site for site in targets}
     [tower, *others] = dict.fromkeys(host.at(path)[0].tower for path in wanted)
     if others:
-        raise UnsupportedSite(f"{tower} and {others[0]} are two towers; target the blocks of one")
+        raise UnsupportedSite(f"the targets are in two towers, {tower} and {others[0]}; target the blocks of one tower")
     entries = [entry for entry in host.entries if entry.tower == tower]
     stages: list[Stage] = []
     found = 0
@@ -120,7 +123,9 @@ def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
             norm = tuple(replace(surgeon.resolver.site(each.path, "weight"), form=NORM) for each in norms)
             site = surgeon.resolver.site(entry.path, "weight")
             if not isinstance(site.module, nn.Conv2d) or site.module.groups != 1:
-                raise UnsupportedSite(f"{site.path} is no plain convolution, of which a second one could be made")
+                raise UnsupportedSite(
+                    f"{site.path} is not a plain convolution, so evp cannot add a second one like it; exclude its stage"
+                )
             before = stages[-1].site.out_features if stages else 0
             whole = StageSite(**vars(site), number=len(stages), before=before, normed=bool(norm))
             stages.append(Stage(whole, norm, ()))
@@ -130,27 +135,31 @@ def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
             block = wanted.pop(entry.path, None)
             if block is not None and (not stages or stages[-1].site.out_features != block.width):
                 raise UnsupportedSite(
-                    f"{entry.path} is {block.width} wide, and no convolution in front of its stage makes as many "
-                    "features of patches of a picture"
+                    f"{entry.path} has width {block.width}, but no convolution in front of its stage embeds patches of "
+                    "a picture with this width; exclude this stage"
                 )
             if block is not None:
                 stages[-1] = replace(stages[-1], blocks=(*stages[-1].blocks, block))
     if wanted:
-        raise UnsupportedSite(f"several convolutions embed the picture in front of {next(iter(wanted))}")
+        raise UnsupportedSite(
+            f"several convolutions embed the picture in front of {next(iter(wanted))}, but evp needs one; exclude this "
+            "stage"
+        )
     while not stages[-1].blocks:
         stages.pop()
     return stages
 
 
 def starting(linear: nn.Linear, zero: bool = False) -> nn.Linear:
-    """Return a linear map with the start of the authors' code."""
+    """Return a linear map, initialized as in the authors' code."""
     nn.init.zeros_(linear.weight) if zero else nn.init.trunc_normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     return linear
 
 
 def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
-    """Return the size of pictures [..., high, wide] without their low frequencies, or of the low frequencies alone."""
+    """Return the magnitude of pictures [..., high, wide] without their low frequencies, or of their low frequencies
+    alone."""
     high, wide = x.shape[-2:]
     line = int((high * wide * share) ** 0.5 // 2)
     mask = torch.zeros(high, wide, dtype=torch.bool, device=x.device)
@@ -161,7 +170,7 @@ def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
 
 
 def channels(site: StageSite, config: EVPConfig) -> int:
-    """Return how many channels the convolution of a stage reads."""
+    """Return the number of input channels of a stage's convolution."""
     return site.before // config.reduction or site.in_features
 
 
@@ -226,11 +235,15 @@ class EVPOperator(Operator):
         self.tune, self.feature, self.up = starting(nn.Linear(c, c)), feature, up
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Act in front of the block; raises UnsupportedSite where it is not given the patches of its stage."""
+        """Add the prompts in front of the block; raises UnsupportedSite if the block's tokens are not the patches of
+        its stage."""
         feature = self.feature.get()
         tokens = x.flatten(1, -2)  # [batch, tokens, d]
         if feature is None or feature.shape[1] > tokens.shape[1]:
-            raise UnsupportedSite("this block is not given the patches that the convolution of its stage embedded")
+            raise UnsupportedSite(
+                "this block got other tokens than the patches that the convolution of its stage embedded; exclude "
+                "this stage"
+            )
         prompts = self.up.module(nn.functional.gelu(self.tune(feature))).to(x.dtype)
         others = tokens.shape[1] - feature.shape[1]
         tokens = torch.cat([tokens[:, :others], tokens[:, others:] + prompts], 1)
@@ -242,7 +255,7 @@ def _up(c: int, d: int, zero: bool) -> nn.Linear:
 
 
 class EVP(Method):
-    """Prompts of a picture's high frequencies and patches."""
+    """Prompts that are computed from a picture's high frequencies and patches."""
 
     name = "evp"
     Config = EVPConfig
@@ -262,13 +275,15 @@ class EVP(Method):
 
     def inject(self, model: nn.Module, config: EVPConfig, surgeon: Surgeon) -> None:
         if config.frequencies == "none" and not config.patches:
-            raise ConfigError("prompts are made of frequencies or patches: take frequencies= or patches=True")
+            raise ConfigError("evp computes prompts from frequencies or patches: set frequencies= or patches=True")
         stages = stages_of(surgeon, block_sites(surgeon))
         taps = [(Tap(until_backward=True, learns=True), Tap(until_backward=True, learns=True)) for _ in stages]
         for number, stage in enumerate(stages):
             d = stage.site.out_features
             if d < config.reduction:
-                raise UnsupportedSite(f"{stage.site.path} has {d} features, less than reduction={config.reduction}")
+                raise UnsupportedSite(
+                    f"{stage.site.path} has {d} features, less than reduction={config.reduction}; lower reduction="
+                )
             c = d // config.reduction
             surgeon.graft(stage.site, StageOperator, config, stage.norm, taps=taps)
             if stage.blocks:

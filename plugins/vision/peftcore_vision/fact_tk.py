@@ -3,19 +3,20 @@
 Equation:
     dW_t = s V Sigma_t U,   Sigma_t^T = sum_k C[:, :, k] P[k, t]
 
-U [r, d], V [d, r] and the core C [r, r, r] are shared by all sites; a slice t of a site has only its column P[:, t].
-`fact_tt` defines the slices. Where a matrix has several, the reshape of the n matrices C P [r, r, n] to [r, n r] in the
-authors' code deals the columns of all out to the slices in turn, so that output p of slice c is column (c r + p) // n
-of matrix (c r + p) % n. In matrices with more slices along inputs, inputs are dealt out.
+U [r, d], V [d, r] and the core C [r, r, r] are shared by all sites; the only parameters of a slice t are its column
+P[:, t]. The page of `fact_tt` defines the slices. If a matrix has several slices, the authors' code reshapes its n
+matrices C P [r, r, n] to [r, n r], which distributes their columns over the slices in turn: output p of slice c is
+column (c r + p) // n of matrix (c r + p) % n. If the slices divide the inputs, the inputs are distributed in the same
+way.
 
 Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
 
 Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the identity.
 
-Differs from the authors' code: No difference is known; the code differs from the equation where a matrix has several
-slices, and so does this.
+Differs from the authors' code: No difference is known: where a matrix has several slices, the authors' code and this
+method differ from the equation in the same way.
 
-Use it: `peftcore.apply(model, "fact_tk")`, where FacT-TT would do and every number counts; it merges.
+Use it: `peftcore.apply(model, "fact_tk")`, where FacT-TT would do, but must be smaller; it merges.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class FactTKOperator(FactOperator):
 
 
 class FactTK(Method):
-    """Updates of which the layers share all but a few mixing numbers."""
+    """Low-rank updates that share all parameters between layers, except a few mixing numbers for each layer."""
 
     name = "fact_tk"
     Config = FactTKConfig

@@ -3,18 +3,18 @@
 Equation:
     dW_t = s V Sigma_t U,   U [r, d] and V [d, r] shared by all sites,   Sigma_t [r, r] for each slice t
 
-The weights of a model are one stack of slices [d, d], where d is the width of its stream: queries, keys, values and the
-attention's output are one each, either matrix of a feed-forward is four, so that a block of a ViT has 12. Matrices are
-cut into slices in both directions: d is the largest number that divides all widths, so that other feed-forwards and
-stacks of several widths (Swin) fit too. A convolution has slices for each place of its kernel, stacked experts have
-them for each expert.
+The weights of a model are treated as one stack of slices [d, d], where d is the width of its stream. The matrices of
+queries, keys, values and the attention's output are one slice each, and each matrix of a feed-forward is four, so a
+block of a ViT has 12 slices. Matrices are cut into slices in both directions, and d is the greatest common divisor of
+all widths, so feed-forwards of other sizes and stacks of several widths (Swin) are supported too. A convolution has
+separate slices for each position of its kernel, and stacked experts have separate slices for each expert.
 
 Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
 Start: U and Sigma as linear layers, V at zero: the identity.
 
-Differs from the authors' code: The authors' code has d = 768 and the four slices of a feed-forward's matrix written
-into it.
+Differs from the authors' code: In the authors' code d = 768 and the four slices of a feed-forward's matrix are
+hard-coded.
 
 Use it: `peftcore.apply(model, "fact_tt")`, where the adapter itself must be tiny, as when there is one for each of many
 tasks; it merges.
@@ -39,7 +39,7 @@ class FactTTConfig(FactConfig):
 
 
 class FactTTOperator(FactOperator):
-    """The slices of one site, each with a separate core."""
+    """The update of one site: each slice has a separate core Sigma_t."""
 
     def __init__(self, site: FactSite, config: FactTTConfig, U: Shared, V: Shared) -> None:
         super().__init__(site, config, U, V)
@@ -53,7 +53,7 @@ class FactTTOperator(FactOperator):
 
 
 class FactTT(Method):
-    """Updates whose outer factors all layers share."""
+    """Low-rank updates whose outer factors all layers share."""
 
     name = "fact_tt"
     Config = FactTTConfig

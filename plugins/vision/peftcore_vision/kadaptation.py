@@ -3,22 +3,24 @@
 Equation:
     y = W x + bias + s H^T x + b,   H = sum_i (l_i r_i) (x) (u_i v_i),   i = 1 .. n
 
-Of the Kronecker products the small matrices l_i r_i [n, n] are of rank one, and shared by all layers: one set for
-queries, one for values, as for each other role; u_i [in/n, r] and v_i [r, out/n] are a site's own. It is a low-rank
-update of rank n r. b is shared by the matrices of one attention, s = 160 (128 / 4 · 5 in the code). In training entries
-of H drop with a probability of 0.5; not at weights that are read, where none can.
+The first factors l_i r_i [n, n] of the Kronecker products have rank one, and all layers share them: one set for
+queries, one for values, and one for each other role. The second factors u_i [in/n, r] and v_i [r, out/n] belong to one
+site. H is an update of rank n r. The matrices of one attention share b; s = 160 (128 / 4 · 5 in the code). In training
+entries of H are dropped with a probability of 0.5, except for weights that are read instead of called, where dropout
+cannot act.
 
 Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
 
 Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero: the identity.
 
-Differs from the authors' code: The code starts u and v at zero both, where neither has a gradient, so that b alone
-would learn. It also takes the u and v of queries for values, adds the update of queries behind their division by the
-root of a head's width, and writes the tokens of a batch in another order than it reads them. Here the update is the
-paper's, of the weight, and merges.
+Differs from the authors' code: The code starts both u and v at zero, where neither gets a gradient, so only b would
+learn. It also uses the u and v of queries for values, adds the update of queries after their division by the square
+root of a head's width, and returns the tokens of a batch in another order than it reads them. Here the update is the
+paper's: it acts on the weight, and merges.
 
-Use it: `peftcore.apply(model, "kadaptation")`, where a LoRA of rank 1 is the budget and a higher rank is wanted; not
-where n does not divide the widths (`lokr` chooses its cuts). `compacter` has the same products in adapters.
+Use it: `peftcore.apply(model, "kadaptation")`, to get an update of a higher rank with the parameters of a LoRA of rank
+1; not where n does not divide the widths (`lokr` chooses sizes that fit). `compacter` has the same products in
+bottleneck adapters.
 """
 
 from __future__ import annotations
@@ -44,19 +46,21 @@ class KAdaptationConfig(MethodConfig):
 
     method: Literal["kadaptation"] = "kadaptation"
     products: PositiveInt = 32
-    """Number n of Kronecker products, and the side of their shared matrices; it divides inputs and outputs."""
+    """Number n of Kronecker products, which is also the size of their first factors; it must divide the numbers of
+    inputs and outputs."""
     rank: PositiveInt = 1
-    """Rank r of each product's own matrix."""
+    """Rank r of the second factor of each product."""
     scale: PositiveFloat = 160.0
     """The factor s in front of the update."""
     rule_range: PositiveFloat = 0.01
     """Bound of the uniform draw of l and r."""
     dropout: Share | None = None
-    """Probability with which entries of H drop in training; None: 0.5, but 0 where weights are read."""
+    """Probability with which entries of H are dropped in training; None: 0.5, but 0 for weights that are read instead
+    of called."""
 
 
 class Rule(nn.Module):
-    """The shared matrices of a role, as l and r."""
+    """The first factors that all sites of a role share, as l and r."""
 
     def __init__(self, config: KAdaptationConfig) -> None:
         super().__init__()
@@ -66,7 +70,7 @@ class Rule(nn.Module):
 
 
 class SharedBias(nn.Module):
-    """The bias that the matrices of an attention share."""
+    """The bias b that the matrices of one attention share."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -85,11 +89,16 @@ class KAdaptationOperator(Operator):
                 "another number, or exclude it"
             )
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude it")
+            raise UnsupportedSite(f"{site.path} is an embedding table, which cannot have a bias; exclude it")
         if site.form == "weight" and site.missing(bias_name(site.tensor)):
-            raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take b; exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight and has no bias to which b could be added; exclude it"
+            )
         if config.dropout and site.form == "weight":
-            raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use dropout=0 or exclude it")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so dropout cannot act on its update; use dropout=0 or "
+                "exclude it"
+            )
         self.rule, self.bias, self.scale = rule, bias, config.scale
         self.inputs = (site.in_features, *site.kernel)
         self.dropout = config.dropout if config.dropout is not None else 0.5 * (site.form != "weight")

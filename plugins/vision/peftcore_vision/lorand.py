@@ -4,18 +4,19 @@ Equation:
     y = h + W_up gelu(W_down h + b_down) + b_up,   W_down = sum_i P_i K_i Q_i,   W_up = sum_i P_i K_i Q_i
 
 h is the output of attention or feed-forward before it is added to the stream. W_down [d/2, d] and W_up [d, d/2] are
-wide, but each is made of β branches of thin factors: P_i [out, α], K_i [α, α], Q_i [α, in], other ones in each.
+wide, but each is a sum of β products of thin factors, P_i [out, α], K_i [α, α] and Q_i [α, in]; both matrices have
+separate factors.
 
 Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
 
 Start: Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity (`zero_up` makes it one).
 
-Differs from the authors' code: The paper has K_i in common for both matrices; the authors' code (in the repository of a
-later method of theirs) has not, nor has this.
+Differs from the authors' code: In the paper both matrices share K_i; in the authors' code (in the repository of their
+later method) and here they do not.
 
-Use it: `peftcore.apply(model, "lorand")`, for dense predictions with a Swin, at a share of a bottleneck adapter's
-parameters; not where inference must cost nothing: it cannot be merged. `compacter` is its kin with Kronecker products,
-`mona` its authors' next one.
+Use it: `peftcore.apply(model, "lorand")`, for dense predictions with a Swin, with fewer parameters than a bottleneck
+adapter of this width; not where inference must cost nothing: it cannot be merged. `compacter` is a similar method with
+Kronecker products, and `mona` is the authors' next adapter.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ class LoRandConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank α of a branch."""
     branches: PositiveInt = 4
-    """Number β of branches of a matrix."""
+    """Number β of products in the sum for a matrix."""
     reduction: PositiveInt = 2
     """Divisor of the stream's width d, which gives the adapter's inner width."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
+    scale, stochastic depth), or before them, at the branch's last matrix."""
     zero_up: bool = False
     """Start the outer factors of W_up and its bias at zero: an exact identity."""
 
 
 class Branches(nn.Module):
-    """A linear map whose matrix is a sum of products."""
+    """A linear map whose matrix is a sum of β low-rank products."""
 
     def __init__(self, inputs: int, outputs: int, config: LoRandConfig, zero: bool = False) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class Branches(nn.Module):
 
 
 class LoRandOperator(AtBranchEnd):
-    """The adapter behind one branch."""
+    """The adapter on the output of one branch."""
 
     stackable = True
 
@@ -92,7 +93,7 @@ class LoRandOperator(AtBranchEnd):
 
 
 class LoRand(Method):
-    """Bottlenecks of thin factors behind attention and feed-forward."""
+    """Bottleneck adapters after attention and feed-forward, whose matrices are sums of low-rank products."""
 
     name = "lorand"
     Config = LoRandConfig

@@ -4,28 +4,29 @@ Equation:
     text, block j:    [SOS; P_j; name; EOS],   P_j [length, d]
     image, block j:   [class token; patches; P_j F_j + b_j],   F_j [d, d_image],   j = 0 ... depth - 1
 
-Prompts of the texts, and maps that make prompts of the images of them, so both towers learn together (code:
-muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has its own: it overwrites what the block
-before made of its prompt. The last one passes through all blocks that follow. P_0 replaces words, before positions are
-added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which the first
-`length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two: ``init_ids`` are
-these two. The batch of texts is the classes:
+Text prompts train, and linear maps compute image prompts from them, so both towers learn together (code:
+muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has a separate prompt, which replaces the
+previous block's output for its prompt; the last prompt passes through all later blocks. P_0 replaces words, before
+positions are added, as in coop: tokenize ``"X X " + name + "."`` with `length` words of one token each, or with any
+words, of which the first `length` are replaced. The authors write "a photo of a"; with length=2 its first two words are
+replaced, and their ids are ``init_ids``. The texts of a batch are the classes:
 
     peftcore.apply(clip, "maple", init_ids=[320, 1125])
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-The first prompt of the images passes through the norm before the blocks, where the model has one (CLIP). Where several
-are active together, the last one has the places of words, and the image tower sees the prompts of all.
+The first image prompt passes through the norm before the blocks, if the model has one (CLIP). If several adapters are
+active together, the text prompts of the last one replace the words, and the image tower gets the prompts of all.
 
 Parameters: depth (length d + (d + 1) d_image).
 
-Start: Text prompts from N(0, 0.02), or P_0 as the words `init_ids`; maps as torch's linear layers. No start is an
-identity.
+Start: Text prompts start from N(0, 0.02), or P_0 from the embeddings of `init_ids`; maps start as torch's linear
+layers. No start is an identity.
 
-Differs from the authors' code: The authors let the deeper maps start alike; here each is drawn by itself.
+Differs from the authors' code: In the authors' code the deeper maps start with the same values; here each has a
+separate draw.
 
-Use it: `peftcore.apply(model, "maple", depth=2)`, for CLIP with few images a class, where names of other classes shall
-still work; coop has a hundredth of the parameters, and is as good for the classes that were seen.
+Use it: `peftcore.apply(model, "maple", depth=2)`, for CLIP with few images a class, where names of unseen classes must
+still work; coop has a hundredth of the parameters, and is as good for the seen classes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from peftcore_vision._prompt_words import PlacesConfig, PlacesOperator, put_at, 
 from peftcore_vision._prompts import check_tokens, image_blocks
 
 NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
-"""The forms of places in the image tower: the norm before the blocks, the prompt's own block, and the last one."""
+"""The forms of sites in the image tower: the norm before the blocks, the block that gets a prompt, and the last
+block."""
 
 
 class MaPLeConfig(PlacesConfig):
@@ -61,49 +63,49 @@ class MaPLeConfig(PlacesConfig):
 
 @dataclass(frozen=True)
 class Towers:
-    """The sites of the tower of texts and of that of images."""
+    """The sites of the text tower and of the image tower."""
 
     table: Site
     """The module that embeds texts."""
     tower: Site
-    """The tower of texts, of which the mask is seen."""
+    """The text tower, whose attention mask is read."""
     texts: list[Site]
-    """The blocks of the tower of texts."""
+    """The blocks of the text tower."""
     images: list[Site]
-    """The blocks that patches of an image go through."""
+    """The blocks that process patches of an image."""
     image_width: int
-    """Features of the images' stream."""
+    """Width of the image tower's stream."""
     norms: list[Site]
-    """The norm through which patches go before the first block, if there is one."""
+    """The norm between the patch embedding and the first block, or an empty list."""
 
 
 @dataclass(frozen=True, eq=False)
 class CoupledSite(Site):
-    """A place in the tower of texts, with the width of that of images."""
+    """A module in the text tower, together with the width of the image tower."""
 
     width: int = 0
-    """Features of a text's stream."""
+    """Width of the text tower's stream."""
     image_width: int = 0
-    """Features of an image's stream."""
+    """Width of the image tower's stream, of which the maps compute prompts."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The widths, which plans and files record as the shape."""
+        """The widths; plans and saved files record them as the shape of this target."""
         return torch.Size([self.image_width, self.width])
 
 
 @dataclass(frozen=True)
 class Rest:
-    """The arguments that operators of all blocks have in common."""
+    """The values that the operators of all blocks share."""
 
     names: tuple[str, ...]
-    """The arguments of the tower of texts."""
+    """The names of the text tower's arguments."""
     last: int
-    """The number of the last block of images."""
+    """The number of the last block of the image tower."""
     has_norm: bool
-    """Whether there is a norm before the blocks of images."""
+    """True if the image tower has a norm before its blocks."""
     places: Tap
-    """The tap from the table of texts to their blocks."""
+    """The tap through which the text table passes the prompt's positions to the text blocks."""
 
 
 def two_towers(surgeon: Surgeon) -> Towers:
@@ -114,13 +116,14 @@ def two_towers(surgeon: Surgeon) -> Towers:
     """
     (table, tower), *others = text_sites(surgeon)
     if others:
-        raise UnsupportedSite(f"{others[0][0].path} is a second table of texts; target one of them")
+        raise UnsupportedSite(f"{others[0][0].path} is a second table of texts; target only one of them")
     host, images = surgeon.resolver.host, image_blocks(surgeon)
     top = f"{tower.module_path}.".lstrip(".")
     of_texts = [each.path for each in host.entries if each.role == "block" and each.path.startswith(top)]
     if any(image.module_path in of_texts for image in images):
         raise UnsupportedSite(
-            f"{tower.module_path or 'the host'} takes texts and images alike: there are no two towers"
+            f"{tower.module_path or 'the host'} has one tower for texts and images, but maple needs two; use coop or "
+            "prompt_tuning"
         )
     in_front = host.at(images[0].module_path)[0].tower
     norms = [each.path for each in host.entries if each.role == "norm.embed" and each.tower == in_front]
@@ -129,7 +132,8 @@ def two_towers(surgeon: Surgeon) -> Towers:
 
 
 class MaPLeOperator(PlacesOperator):
-    """The prompts of one block in both towers: in that of texts behind the block before it, or behind the table."""
+    """The prompts of one block in both towers; the text prompt is written into the output of the previous block, or of
+    the token table."""
 
     def __init__(self, site: CoupledSite, config: MaPLeConfig, table: Site, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)
@@ -152,7 +156,8 @@ class MaPLeOperator(PlacesOperator):
         held = self.places.get()
         if held is None:
             raise SequenceError(
-                "the blocks of texts were called without their table, so nobody knows the prompt's place"
+                "the text blocks were called without their table, so the prompt's position is unknown; call the whole "
+                "model"
             )
         return on_first(output, lambda y: put_at(held, self.cast(y, self.rows)[0][None], y))
 
@@ -179,7 +184,7 @@ class MaPLeOperator(PlacesOperator):
 
 
 class MaPLe(Method):
-    """Prompts of texts in several blocks, and maps that make those of images of them.
+    """Trained text prompts in several blocks, and linear maps that compute the image prompts from them.
 
     Example:
         injection = peftcore.apply(model, "maple", depth=2)  # the model has two blocks
@@ -201,7 +206,10 @@ class MaPLe(Method):
         towers = two_towers(surgeon)
         table, images = towers.table, towers.images
         if config.depth > (most := min(len(images), len(towers.texts))):
-            raise ConfigError(f"depth={config.depth}, and the towers of this {type(model).__name__} have {most} blocks")
+            raise ConfigError(
+                f"depth={config.depth}, but the towers of this {type(model).__name__} have only {most} blocks; set at "
+                f"most {most}"
+            )
         rest = Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
         for depth in range(config.depth):
             site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")

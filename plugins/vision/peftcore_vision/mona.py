@@ -4,26 +4,26 @@ Equation:
     x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3
     u = W_down (gamma LN(x) + delta x) + b_down
 
-at the stream x behind attention and behind the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
-of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own. Dropout acts in
-front of W_up.
+on the stream x after attention and after the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
+of k by k, V [h, h] one of 1 by 1, all with biases and zero padding; LN is a norm that belongs to the adapter. Dropout
+acts in front of W_up.
 
-Patches are convolved at their places in the picture: activations of four dimensions (Swin in timm) are grids, a
-sequence is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are
-left. Those are pictures of one pixel. The next branch reads the stream with the adapter in it; dropout, layer scale and
-stochastic depth of the host do not act on it.
+Patches are convolved as they are arranged in the picture. Activations of four dimensions (Swin in timm) are grids
+already; in a sequence, the last tokens are the largest grid with the proportions of the patches that the model embeds,
+and each token in front of them counts as a picture of one pixel. The next branch reads the stream with the adapter's
+output; the host's dropout, layer scale and stochastic depth do not act on this output.
 
 Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
 
 Start: γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as
-torch's do. So a fresh adapter is not an identity (`zero_up` makes it one).
+in torch. So a fresh adapter is not an identity (`zero_up` makes it one).
 
-Differs from the authors' code: Tokens that are not patches, such as a class token, are not in the code; here they are
-pictures of one pixel.
+Differs from the authors' code: The code does not handle tokens that are not patches, such as a class token; here each
+counts as a picture of one pixel.
 
-Use it: `peftcore.apply(model, "mona")`, for detection and segmentation, where it is better than tuning all; not where
-latency counts or the inputs are not pictures: it cannot be merged (`repadapter` can). `convpass` is its kin in parallel
-with the branches, with one full convolution.
+Use it: `peftcore.apply(model, "mona")`, for detection and segmentation, where the paper finds it better than full
+fine-tuning; not where latency counts, since it cannot be merged (`repadapter` can), nor for inputs that are not
+pictures. `convpass` is a similar adapter in parallel with the branches, with one full convolution.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class MonaConfig(StreamConfig):
     bottleneck: PositiveInt = 64
     """Channels h of the convolutions."""
     dropout: Share = 0.1
-    """Probability with which what W_up reads is dropped in training."""
+    """Probability with which the inputs of W_up are dropped in training."""
     behind: Literal["both", "attention", "feed-forward"] = "both"
-    """Branches of a block that have an adapter behind them."""
+    """The branches of a block that an adapter follows."""
     zero_up: bool = False
-    """Start W_up at zero, as its bias does: an exact identity."""
+    """Start W_up at zero, like its bias: an exact identity."""
 
     @property
     def amid(self) -> bool:
@@ -61,7 +61,7 @@ class MonaConfig(StreamConfig):
 
 
 class Cognition(nn.Module):
-    """One adapter, which returns the summand for a stream."""
+    """One adapter, which computes the term to add to a stream."""
 
     def __init__(self, width: int, config: MonaConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Cognition(nn.Module):
             nn.init.zeros_(self.up.weight)
 
     def convolve(self, u: Tensor) -> Tensor:
-        """Map pictures ``[n, h, rows, columns]``."""
+        """Return the convolutions' output c for pictures ``[n, h, rows, columns]``."""
         c = u + torch.stack([each(u) for each in self.filters]).mean(0)
         mixed: Tensor = c + self.mix(c)
         return mixed
@@ -91,7 +91,7 @@ class Cognition(nn.Module):
         return u
 
     def add(self, c: Tensor) -> Tensor:
-        """Return the summand for the stream, from the convolutions' output ``[..., h]``."""
+        """Return the term to add to the stream, from the convolutions' output ``[..., h]``."""
         added: Tensor = self.up(self.dropout(F.gelu(c)))
         return added
 
@@ -118,7 +118,7 @@ class MonaOperator(StreamOperator):
 
 
 class Mona(Method):
-    """Adapters with convolutions of several sizes behind attention and feed-forward."""
+    """Adapters with convolutions of several sizes, after attention and feed-forward."""
 
     name = "mona"
     Config = MonaConfig

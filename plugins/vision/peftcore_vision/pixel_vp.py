@@ -3,26 +3,26 @@
 Equation:
     x' = x + v,   v [c, height, width]: trained in a frame, or in a square, and zero elsewhere
 
-on pictures x [batch, c, height, width], as the model is given them: behind the normalisation of pixels. The frame is
-`size` pixels wide: rows above and below [c, size, width], and columns left and right [c, height - 2 size, size]. The
-square [c, size, size] is in the first rows and columns, or ("random") in each forward at another place, the same for
-all pictures of a batch.
+on pictures x [batch, c, height, width] in the form in which the model reads them: after the normalisation of pixels.
+The frame is `size` pixels wide: rows above and below [c, size, width], and columns left and right [c, height - 2 size,
+size]. The square [c, size, size] covers the first rows and columns, or ("random") a new random position in each
+forward, the same for all pictures of a batch.
 
 It acts in front of the convolution that reads the pixels, and in a UNet or DiT in front of the layer that reads the
-latents. Pictures have one size: that of the model's table of positions where there is one, else 224, or `picture`;
-pictures of other sizes are refused. The authors train with SGD, whose rate is as large as pixels are, and take CLIP's
-texts as classes, or any units of a frozen head.
+latents. All pictures must have one size: `picture`, or by default the size of the model's table of positions, or 224
+without such a table. The authors train with SGD and a large learning rate, of the order of pixel values, and use CLIP's
+texts as classes, or any outputs of a frozen head.
 
 Parameters: 2 c size (height + width - 2 size), 69,840 for 30 of 224 pixels; a square c size^2.
 
 Start: N(0, 1), as in the code: not an identity (``std=0`` makes it one).
 
-Differs from the authors' code: The authors draw the place of a random square in evaluation too, and never at the last
-row and column.
+Differs from the authors' code: The authors draw the position of a random square in evaluation too, and never at the
+last row and column.
 
-Use it: `peftcore.apply(model, "pixel_vp")`, where the inside of a model is out of reach, or one prompt is to go to
-several models, CLIP above all; not where tokens can be added: `vpt_shallow` and `vpt_deep` reach more with as few
-numbers.
+Use it: `peftcore.apply(model, "pixel_vp")`, where the inside of a model cannot be changed, or one prompt has to work
+for several models, most of all for CLIP; not where tokens can be added: `vpt_shallow` and `vpt_deep` are better with as
+few parameters.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ class PixelVPConfig(MethodConfig):
 
     method: Literal["pixel_vp"] = "pixel_vp"
     shape: Literal["frame", "square", "random"] = "frame"
-    """Where pixels are trained: around the picture, in its corner, or in a square at random places."""
+    """The trained pixels: a frame around the picture, a square in its corner, or a square at random positions."""
     size: Pixels | None = None
-    """Width of the frame or the square; None: 30 of 224 pixels, and in smaller or larger pictures their share."""
+    """Width of the frame or the square in pixels; None: 30 for pictures of 224 pixels, and in proportion for other
+    sizes."""
     picture: tuple[Pixels, Pixels] | None = None
-    """Height and width of pictures; None: as the model's positions are, else 224 by 224."""
+    """Height and width of pictures; None: the size of the model's table of positions, or 224 by 224 without such a
+    table."""
     std: Annotated[float, Field(ge=0.0)] = 1.0
-    """Standard deviation of the pixels at first; 0: an exact identity."""
+    """Standard deviation of the pixels at the start; 0: an exact identity."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class PixelSite(Site):
 
 
 class PixelOperator(InputOperator):
-    """The pixels that are added."""
+    """Adds trained pixels to the pictures."""
 
     def __init__(self, site: PixelSite, config: PixelVPConfig) -> None:
         super().__init__(site)
@@ -77,7 +79,7 @@ class PixelOperator(InputOperator):
         room = 2 * p <= min(site.high, site.wide) if config.shape == "frame" else p < min(site.high, site.wide)
         if not room:
             raise UnsupportedSite(
-                f"{site.path}: pictures of {site.high} by {site.wide} have no room for a {config.shape} of {p}: set "
+                f"{site.path}: pictures of {site.high} by {site.wide} are too small for a {config.shape} of {p}: set "
                 "size= or picture="
             )
 
@@ -100,12 +102,13 @@ class PixelOperator(InputOperator):
         return nn.functional.pad(self.square, margins)
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
-        """Return them with the prompt on the picture; raises UnsupportedSite where that is of another size."""
+        """Return the arguments with the prompt added to the picture; raises UnsupportedSite if the picture has another
+        size."""
         x = given[self._names[0]]  # [batch, c, height, width]
         if x.shape[-3:] != self.picture:
             raise UnsupportedSite(
-                f"the prompt is one for pictures {[*self.picture]}, and there are some {[*x.shape[-3:]]}: resize them, "
-                f"or apply with picture=({x.shape[-2]}, {x.shape[-1]})"
+                f"the prompt is for pictures of size {[*self.picture]}, but the model got {[*x.shape[-3:]]}: resize "
+                f"them, or apply with picture=({x.shape[-2]}, {x.shape[-1]})"
             )
         (v,) = self.cast(x, self.prompt())
         rows = mine(x)

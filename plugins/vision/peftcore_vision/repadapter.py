@@ -4,10 +4,10 @@ Equation:
     y = W x' + bias,   x' = x + s (G(A x + a) + b),   A [h, d],   G [d, h] of g diagonal blocks [d/g, h/g]
     W' = W (I + s G A),   bias' = bias + W s (G a + b)        since nothing in it is non-linear
 
-in front of the matrices that a branch reads with: queries, keys and values, which share one adapter, as the gate of a
-feed-forward shares its with the matrix parallel to it. A convolution has its adapter on channels, as their
-RepAdapter2D; one that pads is refused, since the shift b would not reach its padding, and a weight that is read without
-a bias.
+in front of the first matrices of a branch. Matrices with the same input share one adapter: queries, keys and values, or
+the gate of a feed-forward and the matrix parallel to it. For a convolution the adapter acts on channels, as the
+authors' RepAdapter2D. A convolution with padding is refused, since the shift b would not act on the padding, and so is
+a weight that is read instead of called and has no bias.
 
 Parameters: d h + h + d h / g + d an adapter.
 
@@ -39,21 +39,25 @@ class RepAdapterConfig(MethodConfig):
     bottleneck: PositiveInt = 8
     """Width h of the bottleneck."""
     groups: PositiveInt = 2
-    """Into how many blocks G falls: g, a divisor of h and of d."""
+    """Number g of diagonal blocks of G; it must divide h and d."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter; the authors search it between 0.1 and 10."""
     dropout: Share | None = None
-    """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
+    """Probability with which the bottleneck's activations are dropped in training; None: 0.1, but 0 for weights that
+    are read instead of called."""
 
 
 class RepAdapterOperator(InFrontOperator):
-    """The adapter in front of one matrix, or of several that read the same."""
+    """The adapter in front of one matrix, or of several with the same input."""
 
     def __init__(self, site: Site, config: RepAdapterConfig) -> None:
         super().__init__(site, config.dropout, config.scale)
         width, inner, self.groups = site.in_features, config.bottleneck, config.groups
         if width % self.groups or inner % self.groups:
-            raise UnsupportedSite(f"{site.path}: groups={self.groups} does not divide {width} inputs and h = {inner}")
+            raise UnsupportedSite(
+                f"{site.path}: groups={self.groups} does not divide both its {width} inputs and h = {inner}; set "
+                "another groups="
+            )
         self.A = nn.Parameter(torch.empty(*site.batch, inner, width))
         self.a = nn.Parameter(torch.zeros(*site.batch, inner))
         self.B = nn.Parameter(torch.zeros(*site.batch, width, inner // self.groups))  # the blocks, one below the other
@@ -74,7 +78,7 @@ class RepAdapterOperator(InFrontOperator):
 
 
 class RepAdapter(Method):
-    """Linear adapters in front of attention and feed-forward, which merge into their first matrices."""
+    """Linear adapters in front of attention and feed-forward, which can be merged into the first matrices of both."""
 
     name = "repadapter"
     Config = RepAdapterConfig

@@ -6,29 +6,31 @@ Equation:
     W' = W + scatter(v at I)  else, I the chosen entries of W,   v zero
     b' = b + v                of a vector (norm, bias) with at least 1 / vector_ease of its entries chosen, else as W
 
-One look at data (``data=``, with a loss) before training decides which sites a budget is spent on, and on which kind of
-change: few entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the
-code, not of single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters
-is nearest to the budget, which is `share` of the weights of all sites. The choice is stored in `overrides`, and so in
-the file; where the user overrides a site, that stays.
+Before training, one pass over ``data=`` (batches with a loss) determines how a budget of parameters is distributed over
+the sites, and the kind of change of each site: single entries where few weights matter, a low-rank update where many
+do. Gradients are those of whole batches, as in the code, not of single examples. The budget is `share` of the weights
+of all sites. tau is tried in steps from 1 / 20 to 79 / 20 of the budget, and the tau whose number of parameters is
+nearest to the budget is used. The choice is stored in `overrides`, and so in the file; sites that the user overrides
+keep the user's options.
 
-Weights that are quantized are left out. Without data, as in a plan, each matrix has an update and each vector trains as
-a whole; ``share=1`` allots the same.
+Weights that are quantized are left out. Without data, as in a plan, each matrix has a low-rank update and each vector
+trains as a whole; ``share=1`` results in the same choice.
 
-Parameters: about share * (those of all sites).
+Parameters: about share * (the number of weights of all sites).
 
-Start: A uniform in +-1/sqrt(in), B and entries at zero: the identity.
+Start: A uniform in +-1/sqrt(in), B and v at zero: the identity.
 
-Differs from the authors' code: The authors' steps of tau are those of their budget of 400,000. Their A and B are made
-so too, but the reset of their whole model then draws both anew, from N(0, 0.02^2): `init_std` is for that. Their code
-drops inputs of updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that
-were chosen and count. Queries, keys and values of one fused matrix count apart. The authors train the head and the
-class token along (``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave
-embeddings alone. SPT-Adapter, with bottlenecks in place of low rank, is not here.
+Differs from the authors' code: The authors' steps of tau are chosen for their budget of 400,000. Their A and B start in
+the same way, but then the initialization of their whole model draws both again, from N(0, 0.02^2): `init_std` does
+that. In training their code drops inputs of updates, and whole updates of samples, with probability 0.1. It leaves
+chosen entries of norms frozen, although they count in the budget. Here queries, keys and values of one fused matrix
+count as separate sites. The authors also train the head and the class token (``train=["head"]``), count the 768 numbers
+of the token in the budget, which is not done here, and do not adapt embeddings. SPT-Adapter, with bottlenecks instead
+of low-rank updates, is not here.
 
-Use it: `peftcore.apply(model, "spt_lora", data=[batch], share=0.05)`, where the budget is small and the task far from
-pretraining; not where one adapter is to fit several bases: the places are one model's. `fish_mask` trains entries
-alone, `eva` distributes ranks by the inputs.
+Use it: `peftcore.apply(model, "spt_lora", data=[batch], share=0.05)`, where the budget is small and the task differs
+much from pretraining; not where one adapter is to be used with several base models, since the chosen entries depend on
+the base. `fish_mask` trains only entries, and `eva` distributes ranks according to the inputs.
 """
 
 from __future__ import annotations
@@ -65,30 +67,32 @@ class SPTLoRAConfig(MethodConfig):
 
     method: Literal["spt_lora"] = "spt_lora"
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
-    """Share of the weights of all sites that is the budget."""
+    """The budget of trained parameters, as a share of the weights of all sites."""
     rank: PositiveInt = 8
-    """Rank of updates."""
+    """Rank of the low-rank updates."""
     ease: PositiveFloat = 10.0
-    """How many times as many numbers as were chosen in a matrix its update may have."""
+    """A matrix gets a low-rank update if this has at most `ease` times as many parameters as entries were chosen in the
+    matrix."""
     vector_ease: PositiveFloat = 5.0
-    """How many times as many entries as were chosen a vector may have that trains as a whole."""
+    """A vector trains as a whole if it has at most `vector_ease` times as many entries as were chosen in it."""
     batches: PositiveInt = 16
-    """How many batches of the data are looked at, at most."""
+    """The largest number of batches of the data that are used."""
     dropout: Share = 0.0
-    """Probability with which inputs of updates are dropped in training."""
+    """Probability with which inputs of the low-rank updates are dropped in training."""
     init_std: NonNegativeFloat | None = None
     """Standard deviation of both factors of updates at the start, 0.02 in the authors' code; None: an exact
     identity."""
     entries: NonNegativeInt | None = None
-    """Number of entries that train, of a single site; None: a low-rank update, or all of a vector. Data decides it."""
+    """Number of entries that train, in `overrides` of a site; None: a low-rank update, or all entries of a vector. With
+    data the method sets it."""
 
 
 class EntriesOperator(WeightOperator):
-    """Adds values to some entries of a tensor, or to all, and stores their indices: the first entries, until others
-    are set.
+    """Adds trained values to some or all entries of a tensor, and stores the indices of these entries; until indices
+    are set, they are the first entries.
 
     Raises:
-        UnsupportedSite: the tensor has fewer entries, or none is to train.
+        UnsupportedSite: the number of entries is zero, or larger than the tensor.
     """
 
     index: Tensor
@@ -97,7 +101,9 @@ class EntriesOperator(WeightOperator):
         super().__init__(site)
         self.size, count = site.numel, site.numel if config.entries is None else config.entries
         if not 0 < count <= self.size:
-            raise UnsupportedSite(f"{site.path} has {self.size} entries, of which {count} cannot train")
+            raise UnsupportedSite(
+                f"entries={count} is not a number from 1 to {self.size}, the number of entries of {site.path}"
+            )
         self.register_buffer("index", torch.arange(count))
         self.values = nn.Parameter(torch.zeros(count))
 
@@ -117,7 +123,7 @@ def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, 
 
     Raises:
         CalibrationError: data is missing, or all gradients are zero.
-        InactiveSite: the loss is computed from none of the weights.
+        InactiveSite: the loss does not depend on any of the weights.
     """
     weights = [site.module.get_parameter(site.tensor).requires_grad_(True) for site in sites]
     sums = {each: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in weights}
@@ -130,11 +136,11 @@ def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, 
                 total.add_(gradient.to(total.dtype).square())
     if not used:
         raise InactiveSite(
-            f"the loss of the data is computed without {sites[0].path} and all other targets: name modules in "
-            "target= that the model calls for such data"
+            f"the loss of data= does not depend on {sites[0].path} or any other target: name modules in target= that "
+            "the model calls for such data"
         )
     if not any(total.any() for total in sums.values()):
-        raise CalibrationError("the loss of the data says nothing of the weights of any target: give other batches")
+        raise CalibrationError("the loss of data= has zero gradients in the weights of all targets: pass other batches")
     return {site.path: site.logical(sums[each]).flatten() for site, each in zip(sites, weights, strict=True)}
 
 
@@ -144,12 +150,12 @@ def update_size(site: Site, rank: int) -> int:
 
 
 def is_vector(site: Site) -> bool:
-    """Whether a site is a bias or the scale of a norm."""
+    """True if a site is a bias or the scale of a norm."""
     return len(site.weight_shape) == 1
 
 
 def counts(scores: Mapping[str, Tensor], taus: Sequence[int]) -> Iterator[dict[str, int]]:
-    """Yield for each τ how many of the τ largest scores of all sites each site has."""
+    """Yield for each τ the number of entries of each site among the τ largest scores of all sites."""
     flat = torch.cat(list(scores.values()))
     largest = flat.topk(min(max(taus), len(flat))).indices  # of all τ, since one ranking takes long
     ends = torch.tensor([len(each) for each in scores.values()], device=flat.device).cumsum(0)
@@ -161,10 +167,10 @@ def counts(scores: Mapping[str, Tensor], taus: Sequence[int]) -> Iterator[dict[s
 def allotted(
     counted: Mapping[str, int], sites: Mapping[str, Site], rank: int, ease: float, vector_ease: float
 ) -> dict[str, int | None]:
-    """Return for each site how many of its entries train, of as many as were chosen there.
+    """Return for each site the number of entries that train, from the number of entries that were chosen.
 
-    It is None where all of a vector do, or where a low-rank update takes their place: one that has at most `ease`
-    (`vector_ease`) times as many numbers as entries were chosen there.
+    It is None for a vector that trains as a whole, and for a matrix with a low-rank update: where these have at most
+    `vector_ease` or `ease` times as many parameters as entries were chosen.
     """
     found: dict[str, int | None] = {}
     for path, count in counted.items():
@@ -175,7 +181,7 @@ def allotted(
 
 
 def total(allotment: Mapping[str, int | None], sites: Mapping[str, Site], rank: int) -> int:
-    """Return how many numbers an allotment trains."""
+    """Return the number of parameters that an allotment trains."""
     whole = {path: site.numel if is_vector(site) else update_size(site, rank) for path, site in sites.items()}
     return sum(whole[path] if count is None else count for path, count in allotment.items())
 
@@ -185,7 +191,8 @@ def nearest(
 ) -> dict[str, int | None]:
     """Return the allotment that trains the number of parameters nearest to `budget`.
 
-    τ runs from a twentieth of the budget to nearly four times as much; among equally near allotments the last is taken.
+    τ runs from a twentieth of the budget to nearly four times as much; among equally near allotments the last one is
+    returned.
     """
     taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
     plans = [allotted(each, sites, rank, ease, vector_ease) for each in counts(scores, taus)]
@@ -201,7 +208,9 @@ class UpdateOperator(Operator):
     def __init__(self, site: Site, config: SPTLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and site.form == "weight":
-            raise UnsupportedSite(f"{site.path} is read, not called, so no input could be dropped: leave dropout=0")
+            raise UnsupportedSite(
+                f"{site.path} is read as a weight, not called, so dropout cannot act on its input: set dropout=0"
+            )
         self.input_dropout = config.dropout
         inputs = (site.in_features, *site.kernel)
         bound = 1 / math.sqrt(math.prod(inputs))

@@ -3,28 +3,28 @@
 Equation:
     x' = x + W_up (k * (W_down x + b_down) + c) + b_up
 
-at the patches of the stream, in front of attention and in front of the feed-forward. The model is one of images, which
-is given the frames of clips as rows of the batch, those of a clip one behind the other: [clips * T, 3, rows, columns].
-k [h, t, y, z] is a depthwise convolution over T frames and the patches of each, with zeros around; W_down [h, d], W_up
-[d, h]. Other tokens, such as a class token, stay as they are. The adapter is linear: only the layers behind it are
+on the patches of the stream, in front of attention and in front of the feed-forward. The model is an image model. The
+frames of clips are rows of its batch, and the frames of one clip are consecutive: [clips * T, 3, rows, columns]. k [h,
+t, y, z] is a depthwise convolution over T frames and the patches of each frame, with zero padding; W_down [h, d], W_up
+[d, h]. Other tokens, such as a class token, are unchanged. The adapter is linear: only the model's layers after it are
 non-linear.
 
-A mean over the T outputs of a clip, or another head over them, is the user's.
+The user adds a mean over the T outputs of a clip, or another head over them.
 
-The number of frames of a clip is `frames`, or that in ``peftcore.call(model, frames=16)``: k does not depend on it.
-Rows that do not divide into whole clips are an error. Rows see each other, so they cannot be routed to several
-adapters.
+The number of frames of a clip is `frames`, or the number in ``peftcore.call(model, frames=16)``; the size of k does not
+depend on it. A batch that does not consist of whole clips is refused. Rows depend on each other, so they cannot be
+routed to several adapters.
 
 Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the defaults, two a block.
 
-Start: k, c and all biases at zero: the identity; W_down and W_up as torch's layers, without a gradient in the first
+Start: k, c and all biases at zero: the identity; W_down and W_up as torch's layers; they get no gradient in the first
 step.
 
-Differs from the authors' code: The code turns cuDNN off for k; nothing is turned off here.
+Differs from the authors' code: The code turns cuDNN off for the convolution k; here it stays on.
 
-Use it: `peftcore.apply(model, "st_adapter", frames=1)`, to make a video model of a frozen one of images (CLIP, ViT,
-Swin); not on single pictures (`convpass`, `mona`), and not where frames far apart have to see each other in one block:
-its kernel sees neighbours (`aim` attends to all).
+Use it: `peftcore.apply(model, "st_adapter", frames=1)`, to turn a frozen image model (CLIP, ViT, Swin) into a video
+model; not for single pictures (use `convpass` or `mona`), and not where one block has to relate distant frames: its
+kernel reads only neighbouring frames (`aim` attends to all).
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class STAdapterConfig(StreamConfig):
     bottleneck: PositiveInt = 384
     """Channels h of the convolution."""
     kernel: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 1, 1)
-    """Frames, rows and columns that the convolution sees; odd numbers."""
+    """Size of the kernel in frames, rows and columns; odd numbers."""
     before: Literal["both", "attention", "feed-forward"] = "both"
-    """Branches of a block that have an adapter in front of them; the code has one in front of the feed-forward for data
-    in which motion matters less."""
+    """The branches of a block with an adapter in front; for data in which motion matters less, the code has one only in
+    front of the feed-forward."""
 
     @field_validator("kernel")
     @classmethod
     def _has_a_centre(cls, kernel: tuple[int, int, int]) -> tuple[int, int, int]:
         if not all(size % 2 for size in kernel):
-            raise ValueError(f"a kernel of {kernel} has no centre: take odd numbers")
+            raise ValueError(f"kernel={kernel} has no centre: use odd numbers")
         return kernel
 
     @property
@@ -69,7 +69,7 @@ class STAdapterConfig(StreamConfig):
 
 
 class Convolution(nn.Module):
-    """One adapter, which returns the summand for patches."""
+    """One adapter, which computes the term to add to the patches."""
 
     def __init__(self, width: int, config: STAdapterConfig) -> None:
         super().__init__()
@@ -91,13 +91,13 @@ class STAdapterOperator(StreamOperator):
         self.feed_forward = Convolution(site.width, config) if config.amid else None
 
     def ahead(self, x: Tensor) -> Tensor | None:
-        """Return the summand in front of attention; raises UnsupportedSite where patches are missing, and ConfigError
-        where the number of frames is not given."""
+        """Return the term to add in front of attention; raises UnsupportedSite if the tokens lack patches, and
+        ConfigError if the number of frames is invalid."""
         return None if self.attention is None else self._added(self.attention, x)
 
     def amid(self, x: Tensor) -> Tensor:
-        """Return the summand in front of the feed-forward; raises UnsupportedSite where patches are missing, and
-        ConfigError where the number of frames is not given."""
+        """Return the term to add in front of the feed-forward; raises UnsupportedSite if the tokens lack patches, and
+        ConfigError if the number of frames is invalid."""
         assert self.feed_forward is not None, "it stands there for that"
         return self._added(self.feed_forward, x)
 
@@ -112,7 +112,10 @@ class STAdapterOperator(StreamOperator):
         elif x.dim() == 4:
             others, patches = 0, x
         else:
-            raise UnsupportedSite(f"a block is given {tuple(x.shape)}: patches of pictures are [rows, tokens, d]")
+            raise UnsupportedSite(
+                f"a block got {tuple(x.shape)}, but patches of pictures have the shape [rows, tokens, d]; target the "
+                "blocks of an image tower"
+            )
         assert adapter.conv.bias is not None, "it is made with one"
         (down, down_bias, up, up_bias, kernel, bias) = self.cast(
             x,
@@ -127,7 +130,7 @@ class STAdapterOperator(StreamOperator):
     def _told(self) -> int:
         told: Any = forward_context().context.get("frames", self.frames)
         if not isinstance(told, int) or told < 1:
-            raise ConfigError(f"frames={told!r} is told, which is no number of frames")
+            raise ConfigError(f"frames={told!r} is not a number of frames")
         return told
 
 

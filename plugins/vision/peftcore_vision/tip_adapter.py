@@ -3,31 +3,33 @@
 Equation:
     logits' = logits + alpha exp(-beta (1 - f K^T)) L,   K [images, d],   L [images, classes]
 
-A cache of few images with labels: K are their features and L their labels, one-hot; f are the features of an image that
-is classified. Features have length one, and logits are the model's own, of images and the texts of all classes:
+The method adds a cache of few labelled images: K are their features and L their one-hot labels; f are the features of
+the image to classify. Features are normalized to length 1. The logits are the model's own, for images and the texts of
+all classes:
 
     few = [{"input_ids": texts, "pixel_values": images, "labels": classes}, ...]   # class k is the text of row k
     peftcore.apply(clip, "tip_adapter", data=few)
     clip(input_ids=texts, pixel_values=others).logits_per_image
 
-Fresh it is Tip-Adapter, which trains nothing. Trained it is Tip-Adapter-F: K moves from there, without being normalized
-anew, and L stays. ``train_keys=False`` keeps K as it is. As in the authors' code a key is the mean of an image's
-features, normalized afterwards, over as many `passes` through ``data=`` as they draw augmentations; data without any is
-gone through twice. Keep its order (shuffle=False).
+A fresh adapter is Tip-Adapter, which needs no training. A trained one is Tip-Adapter-F: K trains from this start,
+without another normalization, and L is constant. ``train_keys=False`` keeps K constant too. As in the authors' code, a
+key is the mean of an image's features over several `passes` through ``data=``, one for each augmentation, and is
+normalized afterwards; data without augmentations is read only twice. Keep its order (shuffle=False).
 
-Where a classifier has the place of the texts (the authors' own form: text features as its rows), ``features="input"``
-reads the classifier's input, and adds to its output. ``target=`` names what returns features in models other than CLIP.
+If the model has a classifier instead of texts (as in the authors' code, where the classifier's rows are text features),
+``features="input"`` reads the classifier's input, and adds to its output. In models other than CLIP, set ``target=`` to
+the module that returns the features.
 
-Parameters: images * d, or none. A plan without `images` counts one.
+Parameters: images * d, or none with ``train_keys=False``. A plan without `images` counts one image.
 
-Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` is the model itself.
+Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` leaves the outputs unchanged.
 
-Differs from the authors' code: The authors search alpha and beta on validation images: both are attributes of the
-operator.
+Differs from the authors' code: The authors search alpha and beta on validation images; here both are attributes of the
+operator, which you can set.
 
-Use it: `peftcore.apply(model, "tip_adapter", features="input", data=[batch])`, with 1 to 16 images a class: it is good
-at once, and trains in minutes. With more, K grows, and clip_adapter, of one size whatever there is, is better; so is
-coop where the words are the problem.
+Use it: `peftcore.apply(model, "tip_adapter", features="input", data=[batch])`, with 1 to 16 images a class: it helps
+without training, and trains in minutes. With more images K grows; then clip_adapter, whose size is constant, is better.
+Where the wording of the texts is the problem, use coop.
 """
 
 from __future__ import annotations
@@ -54,20 +56,20 @@ class TipAdapterConfig(FeatureConfig):
     alpha: NonNegativeFloat = 1.17
     """Weight of the cache's logits."""
     beta: NonNegativeFloat = 1.0
-    """How much nearer images count more."""
+    """Sharpness beta: the larger it is, the more only the most similar images count."""
     train_keys: bool = True
-    """Whether K trains."""
+    """True trains K (Tip-Adapter-F)."""
     passes: PositiveInt = 10
-    """How often the data is gone through, at most: once for each augmentation of an image."""
+    """The largest number of passes through the data: one for each augmentation of an image."""
     images: PositiveInt | None = None
-    """Images in the cache; None: as many as the data has."""
+    """Number of images in the cache; None: the number of images of the data."""
     classes: PositiveInt | None = None
-    """Classes of their labels, from 0 on; None: up to the largest label of the data."""
+    """Number of classes; labels are numbers from 0 on. None: the largest label of the data plus one."""
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Few images, by their features and labels."""
+    """The features and labels of few images."""
 
     keys: Mapping[str, Tensor]
     """Normalized features of the images, by path of the site: ``[images, d]``."""
@@ -75,31 +77,30 @@ class Shots:
     """Labels of the images, ``[images]``."""
 
     def check(self, path: str, images: int, classes: int) -> None:
-        """Check that a cache has room for them.
+        """Check that the images fit the sizes of a cache.
 
         Raises:
-            CalibrationError: there are other numbers of images or classes.
+            CalibrationError: the cache is for another number of images or classes.
         """
         if len(self.labels) != images or int(self.labels.max()) >= classes:
             raise CalibrationError(
-                f"the data has {len(self.labels)} images with labels up to {int(self.labels.max())}, and the cache of "
-                f"{path} is of images={images}, classes={classes}: say these of the data"
+                f"data= has {len(self.labels)} images with labels up to {int(self.labels.max())}, but the cache of "
+                f"{path} is for images={images}, classes={classes}: set both to the numbers of the data"
             )
 
 
 def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site, str]) -> Shots:
-    """Return the images of the data, with the mean of their features over passes. Where two passes are the same to the
-    bit, nothing is augmented, and passes end.
+    """Return the images of the data, with the mean of their features over passes. If two passes give bitwise equal
+    features, the data has no augmentations, and no further pass runs.
 
     Args:
-        model: runs in eval mode.
-        data: its batches, with labels.
-        passes: how often it is gone through, at most.
-        sites: modules, and whether features are their "output" or their "input".
+        model: the model, which runs in eval mode.
+        data: batches for the model, with labels.
+        passes: the largest number of passes through the data.
+        sites: for each module "output" or "input": which of both are the features.
 
     Raises:
-        CalibrationError: labels are missing, are not integers, one for each image, or are in another order in another
-            pass.
+        CalibrationError: labels are missing, are not one integer for each image, or their order differs between passes.
         UnsupportedSite: features of a module are not vectors, one for each label.
     """
     model.eval()
@@ -110,7 +111,9 @@ def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site,
         for count in range(1, passes + 1):
             found, own = _one_pass(model, data, sites)
             if count > 1 and not torch.equal(own, labels):
-                raise CalibrationError("data comes in another order at each pass: shuffle=False, or passes=1")
+                raise CalibrationError(
+                    "data= has another order in each pass: set shuffle=False in the loader, or passes=1"
+                )
             sums = {site: sums[site] + each if sums else each for site, each in found.items()}
             same = bool(last) and all(torch.equal(each, last[site]) for site, each in found.items())
             labels, last = own, found
@@ -138,18 +141,21 @@ def _one_pass(model: nn.Module, data: Batches, sites: Mapping[Site, str]) -> tup
             batch.output()
             own = batch.labels()
             if own.dim() != 1 or own.is_floating_point() or not len(own) or int(own.min()) < 0:
-                raise CalibrationError("labels are numbers of classes, from 0 on: one for each image")
+                raise CalibrationError("labels in data= must be class numbers from 0 on, one for each image")
             labels.append(own.long())
             for site, each in rows.items():
                 count = sum(len(seen) for seen in labels)
                 if not each or each[-1].dim() != 2 or sum(len(seen) for seen in each) != count:
                     shape = tuple(each[-1].shape) if each else "nothing"
-                    raise UnsupportedSite(f"{len(own)} images gave {shape} at {site.path}, not a vector for each")
+                    raise UnsupportedSite(
+                        f"{len(own)} images gave {shape} at {site.path}, not one vector for each image; name another "
+                        "module in target="
+                    )
     return {site: torch.cat(each) for site, each in rows.items()}, torch.cat(labels)
 
 
 class CacheOperator(Operator):
-    """The features and labels of few images, and the logits that they give other images."""
+    """Stores the features and labels of few images, and adds logits for other images."""
 
     labels: Tensor
 
@@ -186,7 +192,7 @@ class CacheOperator(Operator):
         return with_logits(output, lambda logits: logits + self.said(f, logits), self.classes)
 
     def said(self, f: Tensor, logits: Tensor) -> Tensor:
-        """Return what the cache adds to logits [..., classes] of features [..., d]."""
+        """Return the term that the cache adds to the logits [..., classes], for features [..., d]."""
         f = f / f.norm(dim=-1, keepdim=True)
         (keys,) = self.cast(f, self.keys)
         near = (self.beta * (f @ keys.T - 1)).exp()  # [..., images]

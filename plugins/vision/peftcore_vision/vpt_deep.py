@@ -3,13 +3,14 @@
 Equation:
     [x_l; ...] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
 
-Each block has a separate prompt. The block's output for its prompt is dropped, as the authors overwrite it before the
-next block, so between blocks the model's hidden states have the shape that they always had, and behind the last one
-norms, poolers and heads see the model's own tokens alone: for models that read the class token this is the authors'
-model. Blocks that `target` leaves out run without a prompt (FORWARD_DEEP_NOEXPAND in the authors' ablations).
+Each block has a separate prompt. The block's output for its prompt is removed; the authors' code overwrites it before
+the next block. So between blocks the model's hidden states keep their shape, and after the last block norms, poolers
+and heads read only the model's own tokens: in models that read the class token the result is the same as the authors'.
+Blocks that are not targets run without a prompt (FORWARD_DEEP_NOEXPAND in the authors' ablations).
 
-With `projection` prompts have that width, and one linear map projects all of them to d. The head trains along, as in
-the paper, from where the model's is; not where images meet texts, nor in diffusion.
+With `projection` prompts have that width, and one linear map projects all of them to d. The head trains too, as in the
+paper, starting from the model's weights; heads that compare images with texts and diffusion models' outputs stay
+frozen.
 
 Parameters: length * d a block; with projection length * projection a block, and (projection + 1) * d for the map; and
 the head.
@@ -17,14 +18,15 @@ the head.
 In diffusion transformers with a text input (SD3, Flux, PixArt) the prompts are a stream parallel to the image, without
 positions: a separate one at each block, modulated as the image is.
 
-Start: P uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. No start is an identity.
+Start: P uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch. No start is an identity.
 
-Differs from the authors' code: Where the authors average over tokens (their MAE models), they count the last prompt's
-rows in unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks off
-while prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+Differs from the authors' code: Where the authors average over tokens (their MAE models), they include the last prompt's
+rows in the mean unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks
+off while prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 
-Use it: `peftcore.apply(model, "vpt_deep")`, on vision transformers with few images a class. It needs tokens that are a
-set: elsewhere, relative and rotary positions, windows and convolutions between tokens are refused.
+Use it: `peftcore.apply(model, "vpt_deep")`, on vision transformers with few images a class. Except in these diffusion
+transformers, attention must treat tokens as a set: relative and rotary positions, windows and convolutions between
+tokens are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class VPTDeepConfig(PromptConfig):
 
 
 class VPTDeep(Method):
-    """Trained prompts, fresh ones at each block of a vision transformer."""
+    """Trained prompts, separate ones at each block of a vision transformer."""
 
     name = "vpt_deep"
     Config = VPTDeepConfig

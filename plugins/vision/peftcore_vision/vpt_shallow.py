@@ -3,29 +3,29 @@
 Equation:
     [x_1; Z_1] = L_1([x_0; P]),   [x_l; Z_l] = L_l([x_{l-1}; Z_{l-1}]),   y = head(x_L),   P [length, d]
 
-P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; P is
-without positions. It passes through all blocks (from the first one that `target` has), and its rows are dropped behind
-the last one, so that norms, poolers and heads see the model's own tokens alone: for models that read the class token
-this is the authors' model. Between the blocks, hidden states carry the prompt behind the model's tokens.
+P is added to the tokens of an image (x: class token and patches) after they are embedded and have positions; P has no
+positions. P passes through all blocks from the first target on, and its rows are removed after the last block, so
+norms, poolers and heads read only the model's own tokens: in models that read the class token the result is the same as
+the authors'. Between the blocks, hidden states contain the prompt after the model's tokens.
 
-With `projection` P has that width, and one linear map projects it to d. The head trains along, as in the paper, from
-where the model's is; not where images meet texts, nor in diffusion.
+With `projection` P has that width, and one linear map projects it to d. The head trains too, as in the paper, starting
+from the model's weights; heads that compare images with texts and diffusion models' outputs stay frozen.
 
 Parameters: length * d; with projection length * projection and (projection + 1) * d for the map; and the head.
 
 In diffusion transformers with a text input (SD3, Flux, PixArt) the prompt is a stream parallel to the image, without
-positions: its rows go through the same blocks, modulated as the image is.
+positions: its rows pass through the same blocks, with the same modulation as the image.
 
-Start: P uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. No start is an identity: any added row changes the
-outputs.
+Start: P uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch. No start is an identity: any added row
+changes the outputs.
 
-Differs from the authors' code: Where the authors average over tokens (their MAE models), they count the prompt's rows
-in unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks off while
-prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+Differs from the authors' code: Where the authors average over tokens (their MAE models), they include the prompt's rows
+in the mean unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks off
+while prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 
-Use it: `peftcore.apply(model, "vpt_shallow")`, as the smallest of visual prompts; vpt_deep is better on nearly all
-tasks. It needs tokens that are a set: elsewhere, relative and rotary positions, windows and convolutions between tokens
-are refused.
+Use it: `peftcore.apply(model, "vpt_shallow")`, for the smallest kind of visual prompt; vpt_deep is better on nearly all
+tasks. Except in these diffusion transformers, attention must treat tokens as a set: relative and rotary positions,
+windows and convolutions between tokens are refused.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from peftcore_vision._prompts import (
 )
 
 LEAVE = "prompt.leave"
-"""The form of the block behind which the rows are dropped."""
+"""The form of a site at the block after which the prompt's rows are removed."""
 
 
 class VPTShallowConfig(PromptConfig):
@@ -60,7 +60,7 @@ class VPTShallowConfig(PromptConfig):
 
 
 class ShallowOperator(PromptOperator):
-    """Adds the prompt at the first block, and drops it behind the last one."""
+    """Adds the prompt in front of the first block, and removes its rows after the last block."""
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         return self._leave if form == LEAVE else self

@@ -4,24 +4,24 @@ Equation:
     [z_l; x_l] = L_l([P_l; x_{l-1}]),   in whose attention all rows see the tokens x alone
     logits = W n(x_head) + b + sum_l U_l n(s(z_l)),   n(v) = v / |v|,   P_l [length, d]
 
-P_l are queries that summarise what the tokens of block l hold: they go through its norms, projections and feed-forward
-as tokens do, but no row sees them, so that the model's own tokens stay what they are. The outputs of block l for them
-are removed behind it, and only the head reads them: s puts the rows of z_l behind each other ("concat"), or takes their
-mean, or a trained sum (U_l then reads d numbers). x_head is the head's input, W and b are the head's weights, which
-train along.
+P_l are queries that summarise the tokens of block l. They pass through the block's norms, projections and feed-forward
+as tokens do, but no row attends to them, so the model's own tokens do not change. The block's outputs z_l for them are
+removed after the block, and only the head reads them: s concatenates the rows of z_l ("concat"), or takes their mean or
+a trained weighted sum (U_l then reads d numbers). x_head is the head's input; W and b are the head's weights, which
+train too.
 
 Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
-9,216 without heads for ViT-B with length 1. With "weighted" length more a block.
+9,216 without heads for ViT-B with length 1. "weighted" has `length` more for each block.
 
-Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero. Not an identity, since the head's
-inputs are normalized; ``normalize=False`` makes it one.
+Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch, and U_l at zero. Not an identity, since
+the head's inputs are normalized; ``normalize=False`` makes it one.
 
 Differs from the authors' code: The authors (andytu28/VQT) begin with a new head. Their selection of features by a group
-lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
-blocks off while prompts train: put the model in eval mode for that.
+lasso (KEEP_FRAC) trains once, keeps the best columns and then trains again; it is not here. They keep dropout of the
+frozen blocks off while prompts train: put the model in eval mode for that.
 
-Use it: `peftcore.apply(model, "vqt")`, where the head needs features of all layers (the backbone must not change, tasks
-share one forward); not where features have to change with the task: `vpt_deep`, whose kin it is.
+Use it: `peftcore.apply(model, "vqt")`, where a head needs features of all layers and the backbone must not change, as
+when several tasks share one forward; not where features have to change with the task: use the related `vpt_deep`.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class VQTConfig(RowsConfig):
 
     method: Literal["vqt"] = "vqt"
     length: PositiveInt = 1
-    """Queries of a block."""
+    """Number of queries in each block."""
     dropout: Share = 0.1
     """Probability with which numbers of the queries are dropped in training."""
     summary: Literal["concat", "mean", "weighted"] = "concat"
     """The values that the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
     normalize: bool = True
-    """Normalize the head's inputs from each block, and from the tokens, to length 1."""
+    """Normalize to length 1 the head's own input and the features that it reads from each block's queries."""
     train_head: bool = True
-    """Train the matrix and bias of the head along."""
+    """Train the matrix and bias of the head, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class QueryOperator(PromptOperator):
 
     def _parted(self, y: Tensor, count: int) -> Tensor:
         if y.shape[1] > count:
-            raise SequenceError("another adapter adds tokens in this block that stay; apply vqt before it")
+            raise SequenceError("another adapter adds tokens that stay in this block; apply vqt before it")
         read = unit(self._summed(y[:, : self.length]), self.normalize)
         self.made.put([nn.functional.linear(read, each) for each in self.cast(read, *self.reads)])
         return y[:, self.length :].contiguous()  # heads may want to view it
@@ -121,8 +121,8 @@ def unit(v: Tensor, wanted: bool) -> Tensor:
 
 
 class UnaskedOperator(AttentionOperator):
-    """Hides the queries of its block from all rows: their keys are behind those that operators further in have put in
-    front."""
+    """Hides the keys of its block's queries from all rows of the attention. Keys that inner operators have inserted in
+    front precede them."""
 
     def __init__(self, site: AttentionSite, asking: Tap) -> None:
         super().__init__(site)
@@ -148,7 +148,10 @@ class ReadingOperator(Operator):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         made = [tap.get() for tap in self.made]
         if x.dim() != 2 or any(each is None for each in made):
-            raise SequenceError("vqt wants a head that reads one vector [batch, d] an image behind all of its blocks")
+            raise SequenceError(
+                "vqt needs a head that reads one vector [batch, d] for each image after all blocks; this model's head "
+                "reads something else"
+            )
         y = call(unit(x, self.normalize))
         for each in made:
             y = y + each[self.number].to(y.dtype)
@@ -188,7 +191,8 @@ class VQT(Method):
         ]
         if not heads or any(site.width != sites[0].width for site in sites):
             raise UnsupportedSite(
-                f"{type(model).__name__} has no head over blocks of one width that could read queries"
+                f"{type(model).__name__} does not have a head after blocks of one width, which vqt needs to read its "
+                "queries"
             )
         made, classes = [], tuple(head.out_features for head in heads)
         for site in sites:

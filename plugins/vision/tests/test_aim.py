@@ -147,12 +147,12 @@ def test_start_is_the_base_model_and_its_size_that_of_the_authors() -> None:
 def test_what_is_refused() -> None:
     model, inputs = HOSTS["vit"].build()
     injection = peftcore.apply(model, "aim")
-    with pytest.raises(UnsupportedSite, match="2 rows are no whole clips of 8 frames"):
+    with pytest.raises(UnsupportedSite, match="2 rows are not a multiple of frames=8"):
         model(**inputs)
     with pytest.raises(RouteError, match="whole batch"):
         peftcore.route(model, [injection.name, None])
     swin: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
-    with pytest.raises(UnsupportedSite, match="positions of its own"):
+    with pytest.raises(UnsupportedSite, match="a position for each of its tokens"):
         peftcore.plan(timm.create_model("swin_tiny_patch4_window7_224", **swin), "aim")
     sizes = {"image_size": 8, "patch_size": 4, "num_frames": 2, "hidden_size": 16, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 24}
@@ -160,7 +160,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="patches of single pictures"):
         peftcore.plan(videos, "aim")
     videos = transformers.TimesformerModel(transformers.TimesformerConfig(**sizes))
-    with pytest.raises(UnsupportedSite, match="no norm with one attention"):
+    with pytest.raises(UnsupportedSite, match="not a norm in front of one attention"):
         peftcore.plan(videos, "aim")
 
 

@@ -110,7 +110,7 @@ def test_where_it_cannot_be() -> None:
         peftcore.apply(host("vit"), "clip_adapter", target="classifier")
     with pytest.raises(UnsupportedSite, match="last dimension"):
         peftcore.apply(host("timm"), "clip_adapter", target="patch_embed.proj")
-    with pytest.raises(UnsupportedSite, match="how many features"):
+    with pytest.raises(UnsupportedSite, match="numbers of input and output features"):
         peftcore.apply(host("siglip"), "clip_adapter", target="head", features="input")
 
 

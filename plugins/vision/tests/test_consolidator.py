@@ -164,5 +164,5 @@ def test_defaults_in_a_vit() -> None:
 
 
 def test_groups_that_divide_nothing_are_refused() -> None:
-    with pytest.raises(UnsupportedSite, match="no common divisor"):
+    with pytest.raises(UnsupportedSite, match="does not divide both"):
         peftcore.plan(nn.Sequential(nn.Linear(12, 8)), "consolidator", target="0", groups=(3,))

@@ -245,7 +245,7 @@ def test_what_has_no_grid_is_refused() -> None:
         peftcore.plan(HOSTS["bert"].build()[0], "convpass")
     model, run = image_model("vit_tiny_patch16_224")
     injection = apply(model, prefix_tokens=4)  # of 17 tokens
-    with pytest.raises(UnsupportedSite, match="17 tokens, 4 of them"):
+    with pytest.raises(UnsupportedSite, match="17 tokens with 4 in front"):
         run(model)
     injection.remove()
     sequence_first = nn.Sequential(nn.MultiheadAttention(6, 2))

@@ -130,7 +130,7 @@ def test_a_row_has_the_context_of_its_class() -> None:
     model = tower("clip")
     fill(peftcore.apply(model, "coop", length=3, classes=3, dtype="float64"))
     whole = features("clip", model, IDS)
-    with pytest.raises(MissingContext, match="2 texts, but 3 classes"):
+    with pytest.raises(MissingContext, match="2 texts, but the prompts are for 3 classes"):
         features("clip", model, IDS[:2])
     with peftcore.call(model, classes=[2, 0]):
         torch.testing.assert_close(features("clip", model, IDS[[2, 0]]), whole[[2, 0]], rtol=1e-10, atol=1e-10)
@@ -172,13 +172,13 @@ def test_it_starts_from_words() -> None:
 def test_where_it_cannot_be() -> None:
     model = tower("clip")
     peftcore.apply(model, "coop", length=3, placeholder=X)
-    with pytest.raises(SequenceError, match="3 places"):
+    with pytest.raises(SequenceError, match="3 positions"):
         features("clip", model, torch.tensor([[1, X, X, 5, 39]]))
     peftcore.apply(model, "coop", name="longer", length=5)
     peftcore.activate(model, "longer")
-    with pytest.raises(SequenceError, match="5 places"):
+    with pytest.raises(SequenceError, match="5 positions"):
         features("clip", model, torch.tensor([[1, X, X, 5, 39]]))
-    with pytest.raises(UnsupportedSite, match="no texts"):
+    with pytest.raises(UnsupportedSite, match="not the token table of a text tower"):
         peftcore.apply(host("vit"), "coop", target="classifier")
-    with pytest.raises(UnsupportedSite, match="generates"):
+    with pytest.raises(UnsupportedSite, match="generating model"):
         peftcore.apply(KIT["llama"].build()[0], "coop")

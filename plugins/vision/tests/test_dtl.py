@@ -96,7 +96,7 @@ def test_backward_stops_before_the_first_feedback() -> None:
 def test_refused() -> None:
     with pytest.raises(ConfigError, match="takes no overrides"):
         peftcore.apply(host("timm"), "dtl", overrides={"blocks.1": {"rank": 4}})
-    with pytest.raises(UnsupportedSite, match="no patches of a picture"):
+    with pytest.raises(UnsupportedSite, match="does not process patches of a picture"):
         peftcore.apply(HOSTS["llama"].build()[0], "dtl", kernel=3)
     assert isinstance(peftcore.apply(host("timm"), "dtl", kernel=3).shared["fusion"], nn.Conv2d)
 

@@ -315,9 +315,9 @@ def test_where_tokens_cannot_skip() -> None:
     with torch.no_grad(), peftcore.activate(model, "one", "other"), pytest.raises(SequenceError, match="two adapters"):
         model.eval()(**inputs)
     for name, target, reason in (
-        ("bert", None, "no module of its own"),
-        ("moe", None, "of no feed-forward"),
-        ("vit", "attn.output", "of no feed-forward"),
+        ("bert", None, "not a separate module"),
+        ("moe", None, "not part of a feed-forward"),
+        ("vit", "attn.output", "not part of a feed-forward"),
     ):
         with pytest.raises(UnsupportedSite, match=reason):
             peftcore.apply(HOSTS[name].build()[0], "dyt", skip=True, target=target)

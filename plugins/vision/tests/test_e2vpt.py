@@ -179,7 +179,7 @@ def test_dropout_takes_keys_and_values_apart() -> None:
 
 def test_refused() -> None:
     model = host("timm")
-    with pytest.raises(UnsupportedSite, match="no multiple of segments=5"):
+    with pytest.raises(UnsupportedSite, match="not a multiple of segments=5"):
         prompted(model, "e2vpt", segments=5)
     injection, _ = prompted(model, "e2vpt", segments=4)
     for scores, numbers in [
@@ -187,10 +187,10 @@ def test_refused() -> None:
         (torch.zeros(4, 4), {"tokens": 4}),
         (torch.zeros(4, 4), {"segments": 4}),
     ]:
-        with pytest.raises(ConfigError, match="leave one of each"):
+        with pytest.raises(ConfigError, match="keep at least one of each"):
             prune(injection, scores, **numbers)
     with pytest.raises(CalibrationError):
         importance(injection, [])
     other, _ = prompted(host("timm"), "vpt_deep")
-    with pytest.raises(ConfigError, match="no prompts of one length"):
+    with pytest.raises(ConfigError, match="prompts of several lengths"):
         importance(other, [partial(loss, 0)])

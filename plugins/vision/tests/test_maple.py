@@ -166,15 +166,15 @@ def test_where_it_starts_and_how_large_it_is() -> None:
 
 
 def test_where_it_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="depth=9, and the towers of this CLIPModel have 3 blocks"):
+    with pytest.raises(ConfigError, match="depth=9, but the towers of this CLIPModel have only 3 blocks"):
         peftcore.apply(host("clip"), "maple")
     with pytest.raises(ConfigError, match="length cannot change at single sites"):
         peftcore.apply(host("clip"), "maple", depth=2, overrides={"text_model.encoder.layers.0": {"length": 3}})
-    with pytest.raises(UnsupportedSite, match="no blocks that patches"):
+    with pytest.raises(UnsupportedSite, match="no blocks that process patches"):
         peftcore.apply(KIT["bert"].build()[0], "maple", depth=1)
     model = host("clip")
     peftcore.apply(model, "maple", depth=2, length=6)
-    with pytest.raises(SequenceError, match="6 places"):
+    with pytest.raises(SequenceError, match="6 positions"):
         model(input_ids=IDS, pixel_values=pixels())
     with pytest.raises(RouteError, match="whole batch"):
         peftcore.route(model, ["maple", None])

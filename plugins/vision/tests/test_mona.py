@@ -176,9 +176,9 @@ def test_start_is_the_base_model_where_it_is_asked_for() -> None:
 def test_what_has_no_stream_of_patches_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="no grid"):
         peftcore.plan(HOSTS["bert"].build()[0], "mona")
-    with pytest.raises(UnsupportedSite, match="does not say what reads the stream"):
+    with pytest.raises(UnsupportedSite, match="the module that reads the stream after the attention is unknown"):
         peftcore.plan(HOSTS["dit"].build()[0], "mona")
     things = timm.models.vision_transformer.ParallelThingsBlock
     model = timm.create_model("vit_tiny_patch16_224", depth=1, block_fn=things, **SIZES)
-    with pytest.raises(UnsupportedSite, match="not an attention with a feed-forward"):
+    with pytest.raises(UnsupportedSite, match="not an attention followed by a feed-forward"):
         peftcore.plan(model, "mona")

@@ -148,9 +148,9 @@ def test_refused() -> None:
     with pytest.raises(UnsupportedSite, match=r"apply with picture=\(64, 32\)"):
         model(torch.randn(1, 3, 64, 32))
     for shape, size in (("frame", 5), ("square", 8), ("random", 8)):
-        with pytest.raises(UnsupportedSite, match="no room"):
+        with pytest.raises(UnsupportedSite, match="are too small"):
             peftcore.apply(host("timm"), "pixel_vp", shape=shape, size=size)
-    with pytest.raises(UnsupportedSite, match="it has none"):
+    with pytest.raises(UnsupportedSite, match="such convolutions are: none"):
         peftcore.apply(SMALL["llama"].build()[0], "pixel_vp")
     with pytest.raises(UnsupportedSite, match=r"patch_embed\.proj"):
         peftcore.apply(host("timm"), "pixel_vp", target="head")

@@ -232,7 +232,7 @@ def test_weight_whose_bias_is_elsewhere_is_refused() -> None:
     """BEiT reads the weight of qkv together with biases of its own."""
     model, _ = image_model("beit_base_patch16_224")
     host = probe(model, {"x": torch.randn(1, 3, 32, 32).double()}, derive(model))
-    with pytest.raises(UnsupportedSite, match="no bias beside it"):
+    with pytest.raises(UnsupportedSite, match="has no bias to which the adapter's shift"):
         peftcore.apply(model, "repadapter", host=host)
 
 

@@ -193,9 +193,9 @@ def test_start_is_the_base_model_and_its_size_that_of_the_authors() -> None:
 def test_what_is_refused() -> None:
     model, inputs = HOSTS["vit"].build()
     injection = peftcore.apply(model, "st_adapter")
-    with pytest.raises(UnsupportedSite, match="2 rows are no whole clips of 8 frames"):
+    with pytest.raises(UnsupportedSite, match="2 rows are not a multiple of frames=8"):
         model(**inputs)
-    with peftcore.call(model, frames="two"), pytest.raises(ConfigError, match="no number of frames"):
+    with peftcore.call(model, frames="two"), pytest.raises(ConfigError, match="not a number of frames"):
         model(**inputs)
     with pytest.raises(RouteError, match="whole batch"):
         peftcore.route(model, [injection.name, None])

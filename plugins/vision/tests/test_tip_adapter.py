@@ -207,8 +207,8 @@ def test_a_part_of_a_hybrid_is_told_its_sizes() -> None:
     ("data", "message"),
     [
         ([{"input_ids": IDS, "pixel_values": pixels()}], "has no labels"),
-        ([{"input_ids": IDS, "pixel_values": pixels(), "labels": torch.tensor([0.5, 1.0])}], "numbers of classes"),
-        ([{"input_ids": IDS, "pixel_values": pixels(), "labels": torch.tensor([-100, 1])}], "numbers of classes"),
+        ([{"input_ids": IDS, "pixel_values": pixels(), "labels": torch.tensor([0.5, 1.0])}], "class numbers"),
+        ([{"input_ids": IDS, "pixel_values": pixels(), "labels": torch.tensor([-100, 1])}], "class numbers"),
         ([{"input_ids": IDS, "pixel_values": pixels(), "labels": torch.tensor([1])}], r"gave \(2, 512\)"),
         ([lambda model: model.get_text_features(IDS).pooler_output.sum()], "does not call the model"),
     ],
@@ -232,7 +232,7 @@ def test_where_it_cannot_be() -> None:
     for wrong, message in (
         ({"return_dict": False}, "logits_per_image"),
         ({"return_loss": True, "input_ids": IDS[:2]}, "return_loss"),
-        ({"input_ids": IDS[:2]}, "2 texts for 3 classes"),
+        ({"input_ids": IDS[:2]}, "2 texts, but there are 3 classes"),
     ):
         with pytest.raises(SequenceError, match=message):
             model(**{"input_ids": IDS, "pixel_values": pixels(), **wrong})

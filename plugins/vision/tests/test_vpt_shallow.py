@@ -18,7 +18,7 @@ CODE: Any = {"repository": "KMnP/vpt", "commit": "4410440", "script": "src/model
 NUMBERS = Path(__file__).parent / "numbers" / "vpt.json"
 
 
-@conformance("vpt_shallow", hosts=["vit", "dit"])  # the kit's other hosts have no image in patches
+@conformance("vpt_shallow", hosts=["vit", "dit"])  # the kit's other hosts have does not process patches of an image
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -124,10 +124,10 @@ def test_the_smaller_tower_is_found_again(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "swin_tiny_patch4_window7_224": "positions of its own",
-    "beit_base_patch16_224": "positions of its own",
+    "swin_tiny_patch4_window7_224": "a position for each of its tokens",
+    "beit_base_patch16_224": "a position for each of its tokens",
     "eva02_tiny_patch14_224": "rotary positions",
-    "xcit_nano_12_p8_224": "convolves",
+    "xcit_nano_12_p8_224": "for a convolution",
     "mixer_s32_224": "no attention",
     "hiera_tiny_224": "tokens merge",
     "resnet18": "no attention",
@@ -144,15 +144,15 @@ def test_tokens_that_are_no_set_are_refused(method: str, name: str) -> None:
 
 
 def test_where_else_it_cannot_be() -> None:
-    with pytest.raises(UnsupportedSite, match="through all that follow"):
+    with pytest.raises(UnsupportedSite, match="through all later ones"):
         peftcore.apply(host("timm"), "vpt_shallow", target=["blocks.0", "blocks.1"])
-    with pytest.raises(UnsupportedSite, match="no block"):
+    with pytest.raises(UnsupportedSite, match="not a block"):
         peftcore.apply(host("timm"), "vpt_shallow", target="blocks.0.attn")
     with pytest.raises(UnsupportedSite, match="tokens of a text"):
         peftcore.apply(host("clip"), "vpt_shallow", target="re:text_model.encoder.layers.[012]")
-    with pytest.raises(UnsupportedSite, match="no image in patches"):
+    with pytest.raises(UnsupportedSite, match="does not process patches of an image"):
         peftcore.apply(KIT["encoder"].build()[0], "vpt_shallow")
     model = host("vit")
     peftcore.apply(model, "vpt_shallow")
-    with pytest.raises(SequenceError, match="said of each"):
+    with pytest.raises(SequenceError, match="a mask or positions for each token"):
         model.vit(pixels(), attention_mask=torch.tensor([[1, 1, 1, 1, 0]] * 2))

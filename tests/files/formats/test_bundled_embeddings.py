@@ -27,5 +27,5 @@ def test_vectors_of_a_word_are_gathered_in_their_order() -> None:
         "bundle_emb.a.clip_l": [[0, 1], [4, 5]], "bundle_emb.b.clip_l": [[2, 3]],
     }  # fmt: skip
     assert list(bundled("lora_te", [("a", 7)], vectors[:1])) == ["bundle_emb.a.string_to_param.*"]
-    with pytest.raises(ExportError, match="not for 'lora_unet'"):
+    with pytest.raises(ExportError, match="not of 'lora_unet'"):
         bundled("lora_unet", [("a", 7)], vectors[:1])

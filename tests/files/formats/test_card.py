@@ -112,8 +112,8 @@ def test_metrics_are_what_hubs_read(tmp_path: Path) -> None:
     ids=str,
 )
 def test_what_is_no_metric(metrics: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="is no finite number by name"):
+    with pytest.raises(ExportError, match="is not a finite number with a name"):
         adapted().save(tmp_path / "adapter", metrics=metrics)
-    with pytest.raises(ExportError, match="name a folder"):
+    with pytest.raises(ExportError, match="pass a folder"):
         adapted().save(tmp_path / "adapter.safetensors", metrics={"accuracy": 1})
     assert not list(tmp_path.iterdir())

@@ -58,7 +58,9 @@ def test_what_nobody_took_is_refused_unless_it_is_off() -> None:
     found.pass_over("revision")
     found.check_known()
     strange = keys(b=1, a="x")
-    with pytest.raises(CheckpointError, match="does not know these options, which may matter: a = 'x', b = 1"):
+    with pytest.raises(
+        CheckpointError, match="does not know these options, which may change the outputs: a = 'x', b = 1"
+    ):
         strange.check_known()
 
 

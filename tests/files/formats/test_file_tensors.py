@@ -32,7 +32,7 @@ def test_what_is_missing_or_misshaped_is_noted_and_zero_for_now() -> None:
     found = place(wrong)
     assert torch.equal(found.take("A", (3, 2)), torch.zeros(3, 2))
     assert torch.equal(found.take("C", (4,)), torch.zeros(4))
-    assert wrong == ["x.A has shape (2, 3), expected (3, 2)", "missing C beside x.A"]
+    assert wrong == ["x.A has shape (2, 3), expected (3, 2)", "missing C next to x.A"]
     assert found.used == {"x.A"}
 
 

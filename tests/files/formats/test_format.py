@@ -54,7 +54,7 @@ def checkpoint(folder: Path) -> Path:
 def test_a_checkpoint_of_a_training_is_called_one(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "out" / "checkpoint-4")
     with pytest.raises(
-        CheckpointError, match=r"a checkpoint of transformers' Trainer.*no adapter's file in it"
+        CheckpointError, match=r"a checkpoint of transformers' Trainer.*without a file of an adapter"
     ) as told:
         recognize(folder)
     assert "optimizer.pt" not in str(told.value)
@@ -74,12 +74,12 @@ def test_adapters_further_down_are_named(tmp_path: Path) -> None:
     adapted().save(folder / "lora")
     adapted().save(folder / "other", format="peft")
     (folder / "runs").mkdir()
-    with pytest.raises(CheckpointError, match=r"there are adapters in it: lora, other$"):
+    with pytest.raises(CheckpointError, match=r"it contains adapters: lora, other$"):
         recognize(folder)
     adapted().save(folder)
     assert recognize(folder).name == "peftcore"
 
 
 def test_what_is_only_read_is_not_written() -> None:
-    with pytest.raises(ExportError, match="read from files of adapterhub, not written"):
+    with pytest.raises(ExportError, match="reads files of adapterhub, but does not write them"):
         AdapterHub().files(adapted())

@@ -97,8 +97,8 @@ def test_it_is_described_and_not_loaded(tmp_path: Path) -> None:
         assert isinstance(file, GGUFFile) and file.options == said and set(file.dtypes.values()) == {torch.float32}
         assert about.kind == "lora" and about.host == "llama" and "blk.0.attn_q.weight" in about.sites
         assert about.options == {"adapter.type": "lora", "adapter.lora.alpha": 3.0} and len(about.sites) == 15
-        assert "not read" in about.problem and peftcore.files.save_load.describe(path) == about
-    with pytest.raises(CheckpointError, match="written, not read"):
+        assert "does not load them" in about.problem and peftcore.files.save_load.describe(path) == about
+    with pytest.raises(CheckpointError, match="does not load them"):
         peftcore.load(host("llama"), tmp_path / "a")
 
 
@@ -115,22 +115,22 @@ def test_what_llama_cpp_does_with_a_file(tmp_path: Path) -> None:
     assert other.verdict == "refused" and "of the type lora" in other.reasons[0]
     assert check(written(tmp_path / "d.gguf", "adapter", PAIR), reader).verdict == "refused"
     [row] = check(tmp_path / "good.gguf", reader_named("vllm")).rows
-    assert row.verdict == "refused" and row.why.endswith("export writes one of the adapter that it was made of")
+    assert row.verdict == "refused" and row.why.endswith("export writes one from the original adapter")
 
 
 def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     reader = reader_named("llama.cpp")
-    with pytest.raises(CheckpointError, match=r"no adapter: its general\.type is 'model'"):
+    with pytest.raises(CheckpointError, match=r"not an adapter: its general\.type is 'model'"):
         check(written(tmp_path / "a.gguf", "model", PAIR), reader)
     with pytest.raises(CheckpointError, match=r"lora_b without the other factor"):
         check(written(tmp_path / "b.gguf", "adapter", {"x.weight.lora_b": torch.ones(2, 2)}), reader)
 
 
 def test_other_methods_models_and_modules_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"llama\.cpp reads low-rank factors"):
+    with pytest.raises(ExportError, match=r"llama\.cpp reads only low-rank factors"):
         noisy(host("llama"), "dora").save(tmp_path / "a", format="gguf")
     plain = nn.Sequential(nn.Linear(4, 4)).double()
-    with pytest.raises(ExportError, match=r"none of transformers.*convert_lora_to_gguf"):
+    with pytest.raises(ExportError, match=r"not for models outside of transformers.*convert_lora_to_gguf"):
         noisy(plain, "lora", target=["0"]).save(tmp_path / "a", format="gguf")
     model = host("llama")
     model.model.layers[0].extra = nn.Linear(4, 4).double()

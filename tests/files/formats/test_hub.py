@@ -48,7 +48,7 @@ def test_an_identifier_is_found_in_the_cache(cache: Path, name: str) -> None:
 
 def test_what_the_hub_does_not_have(cache: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(CheckpointError, match="someone/else is no path here, and cannot be fetched"):
+    with pytest.raises(CheckpointError, match="someone/else is not a local path, and cannot be fetched"):
         peftcore.load(model, "someone/else")
     with pytest.raises(CheckpointError, match="no_such_folder does not exist"):
         peftcore.load(model, "no_such_folder")

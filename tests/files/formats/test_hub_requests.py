@@ -184,7 +184,7 @@ print(json.dumps(found))
         ("gated", "HubError", ("gated", "ask for access at", "someone/gated")),
         ("revision", "HubError", ("no revision 'v9'", "branches and tags")),
         ("revision after", "HubError", ("no revision 'v9'", "branches and tags")),
-        ("two", "CheckpointError", ("'v1'", "'v2'", "name one of them")),
+        ("two", "CheckpointError", ("'v1'", "'v2'", "pass only one")),
         ("path", "CheckpointError", ("folder is a path", "remove it")),
         ("like a name", "CheckpointError", ("one/two is a path", "remove it")),
         ("missing path", "CheckpointError", ("./none is a path", "remove it")),

@@ -120,7 +120,7 @@ def test_magnitudes_are_cut_and_none_is_lost() -> None:
     for given, found in zip(before, method.cut(whole, [4, 4, 4]), strict=True):
         assert found is not None and found.alpha == 2.0
         assert all(torch.equal(found.tensors[name], given.tensors[name]) for name in given.tensors)
-    with pytest.raises(ExportError, match=r"dora_scale would have to be at all of these modules"):
+    with pytest.raises(ExportError, match=r"all of these modules must have the same dora_scale"):
         method.joined([before[0], None, before[2]], [4, 4, 4])
     alone = method.joined([piece(2, 4), piece(4, 4, seed=1)], [4, 4])
     magnitudes = Piece(alone.alpha, {**alone.tensors, "dora_scale": torch.rand(12, 1)})
@@ -141,7 +141,7 @@ def test_halves_the_other_way_round() -> None:
 def test_what_is_not_computed_output_by_output_is_not_cut_or_joined(names: tuple[str, ...]) -> None:
     method = next(each for each in kohya_methods() if each.methods[0] != "tlora" and set(names) <= set(each.below))
     given = Piece(1.0, {name: torch.ones(6, 6) for name in names})
-    with pytest.raises(CheckpointError, match=rf"{names[0]} \(6, 6\).* cannot be cut at the outputs 2, 4"):
+    with pytest.raises(CheckpointError, match=rf"{names[0]} \(6, 6\).* cannot be split into modules with 2, 4 outputs"):
         method.cut(given, [2, 4])
     with pytest.raises(ExportError, match=names[0]):
         method.joined([given, given], [6, 6])
@@ -154,6 +154,6 @@ def test_tensors_of_other_sizes(up: Tensor) -> None:
     if up.shape[:1] == (12,):
         assert len(of(UP, DOWN).cut(given, [6, 6])) == 2
     else:
-        with pytest.raises(CheckpointError, match=r"cannot be cut at the outputs 6, 6"):
+        with pytest.raises(CheckpointError, match=r"cannot be split into modules with 6, 6 outputs"):
             of(UP, DOWN).cut(given, [6, 6])
     assert len(of(UP, DOWN).cut(Piece(1.0, {DOWN: torch.ones(()), UP: torch.ones(12, 4)}), [6, 6])) == 2

@@ -58,7 +58,7 @@ def test_dropouts_that_are_off_are_none(said: dict[str, str], tmp_path: Path) ->
 
 
 def test_dropouts_of_another_form_get_a_warning(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"trained with dropout = 0.25, which lora has not in this form"):
+    with pytest.warns(UserWarning, match=r"trained with dropout = 0.25, which lora does not support in this form"):
         read(tmp_path, factors("one"), **{ARGUMENTS: json.dumps({"dropout": "0.25"})})
 
 

@@ -17,5 +17,5 @@ def test_a_spelling_takes_underscores_for_dots_and_original_names_first() -> Non
     assert original.only("a_b_norm2").paths == ("a_b.norm3",) and not original.only("a_both").whole
     assert original.places["a.both"] == "a_b.norm2"
     assert original.has_weight("a_b.norm2") and not original.has_weight("a")
-    with pytest.raises(HostMismatch, match="are one name"):
+    with pytest.raises(HostMismatch, match="have the same name"):
         Spelling({"x_y": nn.Linear(2, 2), "x.y": nn.Linear(2, 2)}).only("x.y")

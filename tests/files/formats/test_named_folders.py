@@ -39,7 +39,9 @@ def test_where_it_is(name: str, found: str, here: Path) -> None:
 
 
 def test_two_are_one_too_many(here: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json names the adapter 'both', which is .*file/both and .*cwd"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json names the adapter 'both', which matches .*file/both and .*cwd"
+    ):
         named_folder("both", here / "file", here / "file/config.json")
     (here / "cwd/both").rmdir()
     os.symlink(here / "file/both", here / "cwd/both")

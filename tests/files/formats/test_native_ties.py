@@ -49,7 +49,7 @@ def test_another_tying_is_another_base(name: str, tied: bool, kind: str, tmp_pat
     before = run(other)
     peftcore.load(same, tmp_path)
     assert torch.equal(run(same), run(model))
-    with pytest.raises(HostMismatch, match=r"had a tensor of its own|was tied to"):
+    with pytest.raises(HostMismatch, match=r"was not tied to|was tied to"):
         peftcore.load(other, tmp_path)
     assert torch.equal(run(other), before) and "peft" not in dict(other.named_children())
 

@@ -202,7 +202,7 @@ def test_matrices_of_a_module_that_is_no_layer(tmp_path: Path) -> None:
         injection, written = both_ways(base, config, lambda model: model(x), path)
         assert list(injection.operators) == written["target_parameters"] == names
     changed(tmp_path / "1" / "theirs", target_parameters=["layer.first", "layer.second"])
-    with pytest.raises(CheckpointError, match=r"missing tensors for layer\.first, which target_parameters means"):
+    with pytest.raises(CheckpointError, match=r"missing tensors for layer\.first, which target_parameters matches"):
         peftcore.load(deepcopy(base), tmp_path / "1" / "theirs")
 
 
@@ -307,7 +307,7 @@ def test_an_adapter_of_a_bare_encoder_that_peft_made(tmp_path: Path) -> None:
     theirs = saved_by_peft(bare, config, tmp_path / "bare")
     peftcore.load(classifier, tmp_path / "bare")
     torch.testing.assert_close(classifier.bert(ids)[0], theirs(ids)[0])
-    with pytest.raises(HostMismatch, match="belongs to another base: there is no encoder"):
+    with pytest.raises(HostMismatch, match="belongs to another base: this model has no encoder"):
         peftcore.load(host("llama")[0], tmp_path / "bare")
     two = nn.ModuleDict({"one": deepcopy(bare), "other": deepcopy(bare)})
     with pytest.raises(HostMismatch, match="fits at several places of this host: 'one', 'other'"):
@@ -343,7 +343,7 @@ def test_statistics_come_with_a_norm_that_trains_along(tmp_path: Path) -> None:
     peftcore.load(deepcopy(base), tmp_path / "theirs")
     for other in (tensors[name.format("running_mean")] + 1, torch.zeros(3)):
         save_file(tensors | {name.format("running_mean"): other}, file)
-        with pytest.raises(CheckpointError, match=r"running_mean differs from the host's 1\.running_mean"):
+        with pytest.raises(CheckpointError, match=r"running_mean differs from the host's buffer 1\.running_mean"):
             peftcore.load(deepcopy(base), tmp_path / "theirs")
 
 
@@ -420,8 +420,8 @@ def test_an_unknown_option_that_is_off_is_passed_over(off: Any, tmp_path: Path) 
         ({"r": 3}, r"lora_A\.weight has shape \(4, 6\), expected \(3, 6\)"),
         ({"rank_pattern": {"2": 3}}, r"2\.lora_A\.weight has shape"),
         ({"rank_pattern": {"(": 3}}, "cannot be matched"),
-        ({"target_modules": ["0"]}, "unknown tensors for 2, which target_modules leaves out"),
-        ({"target_modules": ["0", "1", "2"]}, "missing tensors for 1, which target_modules means"),
+        ({"target_modules": ["0"]}, "unknown tensors for 2, which target_modules does not match"),
+        ({"target_modules": ["0", "1", "2"]}, "missing tensors for 1, which target_modules matches"),
         ({"exclude_modules": ["2"]}, "unknown tensors for 2"),
         ({"use_dora": True}, "missing lora_magnitude_vector"),
         ({"peft_type": "INVENTED"}, "no installed plugin reads peft's INVENTED"),
@@ -461,9 +461,9 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     tokens = {"method": "trainable_tokens", "token_indices": [3]}
     refused("at one module", "llama", "config_union", parts=[{"method": "lora", "target": "embed"}, tokens])
     ia3 = {"method": "ia3"}
-    refused("no type whose file holds IA3 and TRAINABLE_TOKENS", "llama", "config_union", parts=[ia3, tokens])
+    refused("the types IA3 and TRAINABLE_TOKENS in one file", "llama", "config_union", parts=[ia3, tokens])
     loras = [{"method": "lora"}, {"method": "lora", "target": "mlp.down"}]
-    refused("no type whose file holds LORA together", "llama", "config_union", parts=loras)
+    refused("several parts of the types LORA in one file", "llama", "config_union", parts=loras)
 
 
 def test_what_peft_computes_otherwise(tmp_path: Path) -> None:

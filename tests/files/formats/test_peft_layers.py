@@ -39,7 +39,7 @@ def test_parts_of_a_fused_projection_are_none() -> None:
         (nn.Conv2d(4, 3, 3), ""),
         (nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
         (nn.Embedding(5, 4, max_norm=1.0), "max_norm"),
-        (Own(4, 3), "a forward of the layer's own"),
+        (Own(4, 3), "the layer's own forward"),
     ],
 )
 def test_what_keeps_two_outputs_from_being_the_layers(module: nn.Module, words: str) -> None:

@@ -59,7 +59,7 @@ def test_places_where_peft_has_not_the_same_are_refused(error: type[Exception]) 
     Toy().check(first, error)
     with pytest.raises(error, match="1: peft computes something else with groups"):
         Toy().check(second, error)
-    with pytest.raises(error, match="2 is none of what peft adapts so: Linear"):
+    with pytest.raises(error, match="2 is not a layer that peft adapts this way: Linear"):
         Toy().check(convolution, error)
 
 

@@ -27,7 +27,7 @@ def test_the_products_are_the_updates(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["dora", "vera", "ia3"])
 def test_other_methods_are_refused(method: str) -> None:
-    with pytest.raises(ExportError, match=r"a server reads low-rank factors of matrices alone.*peftcore\.to_lora"):
+    with pytest.raises(ExportError, match=r"a server reads only low-rank factors of matrices.*peftcore\.to_lora"):
         plain_lora(noisy(llama(), method), "a server")
 
 

@@ -81,7 +81,7 @@ def test_what_vllm_reads_from_some_version_on_says_so(tmp_path: Path) -> None:
 
 def test_a_rank_above_the_largest_is_refused(tmp_path: Path) -> None:
     report = check(folder_of(tmp_path / "a", rank=600), reader_named("vllm"))
-    assert report.verdict is Verdict.REFUSED and "takes 512 at most" in report.reasons[0]
+    assert report.verdict is Verdict.REFUSED and "reads at most 512" in report.reasons[0]
     assert check(tmp_path / "a", reader_named("llama.cpp")).as_trained
 
 

@@ -37,7 +37,7 @@ def test_the_module_is_what_is_in_front_of_the_name() -> None:
 
 
 def test_a_program_without_rules_is_refused_with_the_names_of_the_others() -> None:
-    with pytest.raises(ExportError, match=r"no rules of what 'ollama' reads; there are those of comfyui, .*vllm"):
+    with pytest.raises(ExportError, match=r"no rules for the program 'ollama'; there are rules for comfyui, .*vllm"):
         reader_named("ollama")
 
 

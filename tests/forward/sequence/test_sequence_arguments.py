@@ -273,7 +273,7 @@ def test_rows_cannot_be_merged() -> None:
 @pytest.mark.parametrize("target", ["lm_head", "model.layers.0", "model.embed_tokens"])
 def test_only_stacks_take_rows(target: str) -> None:
     model, _ = host("llama")
-    with pytest.raises(UnsupportedSite, match="no stack of tokens; those of this host are 'model'"):
+    with pytest.raises(UnsupportedSite, match="not a stack of tokens; those of this host are 'model'"):
         peftcore.apply(model, Rows, target=target)
 
 
@@ -309,7 +309,7 @@ def test_rows_and_text_are_no_more_than_the_positions(name: str) -> None:
     adapter = peftcore.apply(model, Rows)
     ids = torch.randint(4, 60, (2, 10))
     model(input_ids=ids[:, :9])
-    with pytest.raises(SequenceError, match="12 positions, and 3 rows in front of a text of 10 tokens take 13"):
+    with pytest.raises(SequenceError, match="12 positions, but 3 rows in front of a text of 10 tokens need 13"):
         model(input_ids=ids)
     with adapter.disabled():
         torch.testing.assert_close(model(input_ids=ids)[0], bare(input_ids=ids)[0])
@@ -319,7 +319,7 @@ def test_a_text_that_goes_on_from_a_cache_is_counted_whole() -> None:
     peftcore.apply(model := limited("gpt2"), Rows)
     ids = torch.randint(4, 60, (2, 9))
     cache = model(input_ids=ids).past_key_values
-    with pytest.raises(SequenceError, match="3 rows in front of a text of 10 tokens take 13"):
+    with pytest.raises(SequenceError, match="3 rows in front of a text of 10 tokens need 13"):
         model(input_ids=ids[:, :1], past_key_values=cache)
 
 

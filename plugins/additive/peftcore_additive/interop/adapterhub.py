@@ -51,23 +51,25 @@ class HubBottleneck(HubArchitecture):
         where = tuple(keys.take(key, bool) for key in WHERE)
         if where not in KINDS:
             said = dict(zip(WHERE, where, strict=True))
-            raise CheckpointError(f"{keys.where}: no method of ours stands where {said} says")
+            raise CheckpointError(f"{keys.where}: no method of peftcore has an adapter at this place: {said}")
         name = keys.take("non_linearity", str)
         if name not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; supported are {', '.join(ACTIVATIONS)}")
         size = shapes.get("adapter_up.weight", (0, 0))
         options = {"method": KINDS[where], "activation": ACTIVATIONS[name], "bottleneck": int(size[-1])}
         residual = keys.take("residual_before_ln", (bool, str), True)
         if isinstance(residual, str) or (where[3] and residual != (where != BEHIND)):
             raise CheckpointError(
-                f"{keys.where}: 'residual_before_ln' is {residual!r}, so the adapter is added to something else than "
-                "that to which our method adds it"
+                f"{keys.where}: with 'residual_before_ln' = {residual!r} the adapter's output is added at another "
+                "place than in peftcore's method; this file cannot be read"
             )
         if where == BEHIND:
             options["placement"] = "pre"
         scale = keys.take("scaling", (float, str), 1.0)
         if isinstance(scale, str) and scale not in ("learned", "channel"):
-            raise CheckpointError(f"{keys.where}: 'scaling' is {scale!r}; read are numbers, 'learned' and 'channel'")
+            raise CheckpointError(
+                f"{keys.where}: 'scaling' is {scale!r}; supported are numbers, 'learned' and 'channel'"
+            )
         options["scale"] = scale if isinstance(scale, str) else float(scale)
         if options["method"] == "houlsby_adapter":
             options["train_layer_norm"] = False

@@ -51,7 +51,7 @@ class HubPrefix(HubArchitecture):
         keys.only("use_gating", False)
         name = keys.take("non_linearity", str, "tanh")
         if "wte.weight" in shapes and name not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; supported are {', '.join(ACTIVATIONS)}")
         self.function = FUNCTIONS[ACTIVATIONS.get(name, "tanh")]()
         length, dropout = keys.take("prefix_length", int), float(keys.take("dropout", float, 0.0))
         return {
@@ -71,7 +71,9 @@ class HubPrefix(HubArchitecture):
                 names = held.setdefault(where, {})
                 names[f"{COPY}{len(names)} {tensor}" if tensor in names else tensor] = full
         if unknown := sorted(held.keys() - ROLES.keys()):
-            said = f"{', '.join(unknown)}; read are {', '.join(ROLES)}, of one stack or an encoder and its decoder"
+            said = (
+                f"{', '.join(unknown)}; supported are {', '.join(ROLES)}, of one stack or of an encoder and its decoder"
+            )
             raise CheckpointError(f"{keys.where} has prefixes at {said}")
         found, left_out = list[HubPlace](), keys.take("leave_out", list, [])
         for where, names in held.items():
@@ -106,7 +108,7 @@ class HubPrefix(HubArchitecture):
                 tensor = name.removeprefix(COPY).partition(" ")[2]
                 shape = found.shape(tensor)
                 if not torch.equal(found.take(name, shape), found.take(tensor, shape)):
-                    found.wrong.append(f"{full} differs from {found.names[tensor]}, of which it is a copy")
+                    found.wrong.append(f"{full} differs from {found.names[tensor]}, although it should be a copy of it")
 
 
 class HubPrompt(HubArchitecture):
@@ -124,9 +126,9 @@ class HubPrompt(HubArchitecture):
         keys.only("combine", "prefix", "prefix_after_bos")
         if keys.take("combine", str, "prefix") == "prefix" and _may_pool(resolver):
             raise HostMismatch(
-                f"{keys.where}: with 'combine' = 'prefix' that library pools a prompt's first row, and ours the first "
-                f"token, and {plain_class(resolver.model).__name__} may pool; such prompts are read for models "
-                "that mark, answer or fill in tokens, and for encoders without a pooler"
+                f"{keys.where}: with 'combine' = 'prefix' the adapters package pools a prompt's first row, peftcore "
+                f"the first token, and {plain_class(resolver.model).__name__} may pool; load it on a model that "
+                "labels, fills in or answers by tokens, or an encoder without a pooler"
             )
         return {"method": "prompt_tuning", "length": keys.take("prompt_length", int), "behind_embeddings": True}
 
@@ -134,7 +136,9 @@ class HubPrompt(HubArchitecture):
         sites = resolver.sites("stack")
         if len(sites) != 1 or len(groups) != 1:
             paths = ", ".join(site.module_path for site in sites)
-            raise HostMismatch(f"{keys.where} has a prompt for one stack of tokens; this host has {paths}")
+            raise HostMismatch(
+                f"{keys.where} has a prompt for one stack of tokens, but this host has {len(sites)}: {paths}"
+            )
         return [HubPlace(sites[0], names) for names in groups.values()]
 
     def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
@@ -182,6 +186,6 @@ def _check_positions(resolver: Resolver, sites: list[Site], keys: Keys) -> None:
     relative = [path for path in positions if any(path.startswith(f"{site.module_path}.") for site in sites)]
     if relative:
         raise HostMismatch(
-            f"{keys.where}: the keys of a prefix have relative positions there, by {relative[0]}; those of peftcore "
-            "have none"
+            f"{keys.where}: in the adapters package the prefix keys have relative positions, from {relative[0]}; in "
+            "peftcore they have none, so this host cannot load the file"
         )

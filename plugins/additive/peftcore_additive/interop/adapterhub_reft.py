@@ -39,12 +39,18 @@ class HubReft(HubArchitecture):
         keys.only("output_reft", True)
         orthogonal, subtracts = keys.take("orthogonality", bool), keys.take("subtract_projection", bool, True)
         if orthogonal and not subtracts:
-            raise CheckpointError(f"{keys.where}: 'subtract_projection' is False, which ours has for a free R alone")
+            raise CheckpointError(
+                f"{keys.where}: 'subtract_projection' is False with 'orthogonality'; peftcore supports that only with "
+                "'orthogonality' = False"
+            )
         if not orthogonal and "subtract_projection" not in keys.data:
-            keys.warn("this may be DiReFT, which adapters writes as NoReFT and reads so: it is read as NoReFT")
+            keys.warn(
+                "this file may be of DiReFT: the adapters package saves and loads DiReFT as NoReFT, so it is read as "
+                "NoReFT here too"
+            )
         name = keys.take("non_linearity", (str, type(None)), None)
         if name is not None and name not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; supported are {', '.join(ACTIVATIONS)}")
         return {
             "method": "loreft",
             "kind": "loreft" if orthogonal else "noreft" if subtracts else "direft",
@@ -85,7 +91,9 @@ def _unit(unit: str, intervention: Any, found: Found) -> dict[str, Tensor]:
     R = _rows(original, base)
     away = (R @ R.T - torch.eye(rank, dtype=R.dtype)).abs().max()
     if not away < CLOSE and found.has(f"{unit}.{BASE}"):
-        found.wrong.append(f"{found.names[f'{unit}.{BASE}']} makes rows that are not orthonormal, by {away:.2g}")
+        found.wrong.append(
+            f"{found.names[f'{unit}.{BASE}']} yields rows that differ from orthonormal ones by {away:.2g}"
+        )
     return {**tensors, "R": R.to(original.dtype)}
 
 

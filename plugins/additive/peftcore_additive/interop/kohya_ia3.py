@@ -44,11 +44,13 @@ class KohyaIA3(KohyaMethod):
         site, operator, ones = place.site, place.operator, (1,) * len(place.site.kernel)
         if not operator.on_input and site.layer.has(site.module, "bias"):
             raise ExportError(
-                f"LyCORIS scales the weight alone, and ia3 the bias of {site.path} too; exclude it, or train glora "
-                "with A='vector' and B, C, D, E='none' there"
+                f"LyCORIS scales only the weight, but ia3 also scales the bias of {site.path}; exclude it, or train "
+                "glora with A='vector' and B, C, D, E='none' there"
             )
         if operator.on_input and len(operator.gain) != site.in_features:
-            raise ExportError(f"LyCORIS scales no inputs of grouped convolutions, as {site.path} is; exclude it")
+            raise ExportError(
+                f"LyCORIS cannot scale the inputs of a grouped convolution such as {site.path}; exclude it"
+            )
         gain = operator.gain - 1
         told = torch.tensor(int(operator.on_input))
         return None, {GAIN: gain.view(1, -1, *ones) if ones else gain, ON_INPUT: told}

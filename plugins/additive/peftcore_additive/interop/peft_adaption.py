@@ -32,7 +32,10 @@ class PeftAdaptionPrompt(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         length, layers = keys.take("adapter_len", int), keys.take("adapter_layers", int)
         if length < 1 or layers < 1:
-            raise CheckpointError(f"{keys.where}: {length} vectors in {layers} layers are no adaption prompt")
+            raise CheckpointError(
+                f"{keys.where}: {length} vectors in {layers} layers are not an adaption prompt; both numbers must be "
+                "at least 1"
+            )
         return {"method": "llama_adapter", "length": length, "layers": layers, "tanh": False}
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
@@ -45,7 +48,7 @@ class PeftAdaptionPrompt(PeftMethod):
     def differs(self, place: Place) -> str:
         out = place.site.module._modules.get(OUT)
         if out is None:
-            return f"an attention without {OUT}, behind which it adds what comes of the prompt"
+            return f"an attention without {OUT}, to whose output it adds the attention to the prompt"
         sizes, keys = place.site.geometry, place.site.projections["k"]
         if keys.in_features // keys.out_features != sizes.heads // sizes.kv_heads:
             return "heads whose number does not follow from the shape of the key matrix"
@@ -64,11 +67,17 @@ class PeftAdaptionPrompt(PeftMethod):
         name = min(names)
         everywhere = [path for path, _ in model.named_modules() if path.endswith(f".{name}") and ".peft." not in path]
         if len(names) > 1 or everywhere[-len(places) :] != [place.site.module_path for place in places]:
-            raise ExportError("peft adapts the top layers of one stack with ADAPTION_PROMPT, and no others")
+            raise ExportError(
+                "peft's ADAPTION_PROMPT adapts only the top layers of one stack; apply llama_adapter to these alone "
+                "to export it"
+            )
         return {"target_modules": name, "target_parameters": None, "adapter_layers": len(places)}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         gate = place.operator.gate.tanh() if place.config.tanh else place.operator.gate
         if not gate.eq(gate[0]).all():
-            raise ExportError(f"{place.site.path} has a gate for each head, and peft one for all of them")
+            raise ExportError(
+                f"{place.site.path} has different gates for its heads, but peft stores one gate for all heads of a "
+                "layer"
+            )
         return {"adaption_prompt": place.operator.prompt[None], "adaption_gate": gate[:1]}

@@ -32,7 +32,10 @@ class PeftIA3(PeftMethod):
         """Return the option by module that says whether its inputs are scaled."""
         meant = keys.take("feedforward_modules", (list, str), None)
         if meant is None:
-            raise CheckpointError(f"{keys.where}: 'feedforward_modules' does not say whose inputs are scaled")
+            raise CheckpointError(
+                f"{keys.where}: 'feedforward_modules' is missing, so it is unknown which modules scale their inputs; "
+                "add it to the config ([] for none)"
+            )
         if isinstance(meant, str):
             hit = matching(meant, paths, keys.where)
         else:  # peft wants no dot in front of the name here

@@ -111,7 +111,7 @@ class PeftCPT(PeftPrompt):
         decays = keys.take("opt_weighted_loss_type", str, "none") == "decay"
         decay = keys.take("opt_loss_decay_factor", float, 1.0)
         if len(ids) != length:
-            raise CheckpointError(f"{keys.where} has {length} rows, and {len(ids)} tokens")
+            raise CheckpointError(f"{keys.where} has {length} rows, but {len(ids)} token ids")
         return {
             "method": "cpt",
             "ids": ids,
@@ -158,8 +158,8 @@ class PeftPrefix(SoftPrompt):
         keys.pass_over("prefix_projection", "encoder_hidden_size", "init_weights")
         if halves(keys) != 1:
             raise CheckpointError(
-                f"{keys.where}: in an encoder-decoder peft puts the prefixes of some layers into others, with relative "
-                "positions; such files are not read"
+                f"{keys.where}: in an encoder-decoder, peft puts prefixes of some layers into other layers, with "
+                "relative positions; peftcore does not read such files"
             )
         self.check_rows(keys, shapes)
         return {"method": "prefix_tuning", "length": self.shared_options(keys), "projection": None, "behind": True}
@@ -181,25 +181,33 @@ class PeftPrefix(SoftPrompt):
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.gate:
-            raise ExportError("peft's prefixes have no gate")
+            raise ExportError("peft's prefixes have no gate; apply prefix_tuning with gate=False to export it")
         if not config.behind:
             raise ExportError(
-                "peft counts positions from behind the prefix, and this one was trained without: to be read by peft it "
-                "has to be applied with behind=True"
+                "peft counts the positions of tokens from the end of the prefix, but this one was trained with "
+                "behind=False; apply it with behind=True to export it to peft"
             )
         return {"num_virtual_tokens": config.length, "prefix_projection": False}
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
         _warn_of_window(model)
         if not all(place.site.stack.causal for place in places if isinstance(place.site, SequenceSite)):
-            raise ExportError("a prefix is in a decoder's cache in peft, and this host is an encoder")
+            raise ExportError(
+                "peft stores a prefix in a decoder's cache, but this host is an encoder; save it in peftcore's format"
+            )
         options = super().write_options_of_all(places, model)
         prefixes = _prefixes(places)
         sizes, *others = {each.operator.geometry for each in prefixes}
         if options["task_type"] == BOTH or len(places) != len(prefixes) + 1 or len(prefixes) != options["num_layers"]:
-            raise ExportError("peft puts a prefix into every attention of one stack of a decoder, and nowhere else")
+            raise ExportError(
+                "peft's prefixes cover every attention of one decoder stack, and no other attention; target exactly "
+                "these to export it"
+            )
         if others or sizes.head_dim != sizes.value_dim:
-            raise ExportError("peft's prefixes are as wide in all layers, for keys and for values")
+            raise ExportError(
+                "peft's prefixes have one width for keys and values of all layers; this host's attentions differ in "
+                "width"
+            )
         return options | {"token_dim": sizes.kv_heads * sizes.head_dim, "num_attention_heads": sizes.kv_heads}
 
     def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
@@ -219,7 +227,9 @@ class PeftCartridge(PeftPrefix):
         found = super().options(keys, shapes)
         frozen = keys.take("num_frozen_tokens", int, 1)
         if not 0 <= frozen < found["length"]:
-            raise CheckpointError(f"{keys.where}: {frozen} of {found['length']} tokens are frozen, so nothing trains")
+            raise CheckpointError(
+                f"{keys.where}: {frozen} of {found['length']} tokens are frozen, which leaves no trainable token"
+            )
         return {"method": "cartridge", "length": found["length"], "frozen": frozen}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
@@ -242,8 +252,8 @@ def _warn_of_window(model: nn.Module) -> None:
     window = getattr(vars(model).get("config"), "sliding_window", None)
     if window:
         warnings.warn(
-            f"attention of this host has a window of {window} keys, which the prefix leaves in peft, and not here: "
-            "beyond it outputs differ",
+            f"this host attends within a window of {window} keys; in peft the prefix leaves the window, in peftcore it "
+            "stays, so outputs differ for longer inputs",
             UserWarning,
             stacklevel=2,
         )

@@ -52,8 +52,9 @@ class PeftShadow(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         if (named := keys.take("shadow_model", str, "mirror")) != "mirror":
             raise CheckpointError(
-                f"{keys.where}: its shadow network is {named!r}, and no name in a file is followed: apply shadow with "
-                "sizes= of that network, and hand it to injection.shared['guest'].take(network)"
+                f"{keys.where}: its shadow network is the checkpoint {named!r}, which peftcore does not download: "
+                "apply shadow with sizes= of that network, and pass the network to "
+                "injection.shared['guest'].take(network)"
             )
         sizes = {ours: keys.take(theirs, int, None) for theirs, ours in SIZES.items()}
         return {
@@ -90,7 +91,9 @@ class PeftShadow(PeftMethod):
     def write_options(self, config: Any) -> dict[str, Any]:
         known = {ours: theirs for theirs, ours in SIZES.items()}
         if strange := sorted(set(config.sizes) - set(known)):
-            raise ExportError(f"peft has no option for {strange[0]} of the guest network; it has {', '.join(known)}")
+            raise ExportError(
+                f"peft has no option for {strange[0]} of the guest network; its options are {', '.join(known)}"
+            )
         return {
             "r": config.rank,
             "shadow_alpha": config.scale,
@@ -107,7 +110,9 @@ class PeftShadow(PeftMethod):
         sites = [place.site for place in places if isinstance(place.operator, ShadowOperator)]
         depths = sorted(site.depth for site in sites)
         if depths != list(range(depths[0], depths[0] + len(depths))):
-            raise ExportError("peft's shadow goes through blocks that follow one another, and these leave some out")
+            raise ExportError(
+                "peft's shadow needs consecutive blocks, but some blocks between the targets are left out"
+            )
         targets = [site.module_path for site in sites]
         return {"target_modules": targets, "target_parameters": None, "task_type": task_of(model)}
 

@@ -53,8 +53,8 @@ def test_both_ways(names: list[str], on_input: bool, methods: list[str], tmp_pat
 @pytest.mark.parametrize(
     ("layer", "scale_inputs", "message"),
     [
-        (nn.Linear(4, 6), [], "the bias of 0 too; exclude it, or train glora"),
-        (nn.Conv2d(4, 6, 3, groups=2), ["*"], "no inputs of grouped convolutions, as 0 is"),
+        (nn.Linear(4, 6), [], "the bias of 0; exclude it, or train glora"),
+        (nn.Conv2d(4, 6, 3, groups=2), ["*"], "the inputs of a grouped convolution such as 0"),
     ],
 )
 def test_not_written(layer: nn.Module, scale_inputs: list[str], message: str, tmp_path: Path) -> None:

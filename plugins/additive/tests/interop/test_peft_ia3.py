@@ -70,11 +70,11 @@ def test_refusals(tmp_path: Path) -> None:
         peftcore.apply(base, "ia3").save(tmp_path / "fused", format="peft")
     base, _ = HOSTS["moe"].build()
     injection = peftcore.apply(base, "ia3", target="experts.down")
-    with pytest.raises(ExportError, match=r"experts\.down_proj is none of what peft adapts"):
+    with pytest.raises(ExportError, match=r"experts\.down_proj is not a layer that peft adapts this way"):
         injection.save(tmp_path / "experts", format="peft")
     host = One(nn.Linear(6, 6))
     saved_by_peft(host, peft.IA3Config(target_modules=["layer"], feedforward_modules=[]), tmp_path / "unsaid")
     config = tmp_path / "unsaid" / "adapter_config.json"
     config.write_text(config.read_text().replace('"feedforward_modules": []', '"feedforward_modules": null'))
-    with pytest.raises(CheckpointError, match="'feedforward_modules' does not say"):
+    with pytest.raises(CheckpointError, match="'feedforward_modules' is missing"):
         peftcore.load(host, tmp_path / "unsaid")

@@ -1,4 +1,5 @@
-"""ControlNet-XS: a thin encoder that talks with a UNet's, layer by layer.   Zavadski et al. 2023, arXiv 2312.06573.
+"""ControlNet-XS: a thin encoder that exchanges features with a UNet's, layer by layer.   Zavadski et al. 2023, arXiv
+2312.06573.
 
 Equation:
     g_0 = conv(x) + H(image),   g_i = G_i([g_(i-1); P_i h_(i-1)]),   h_i <- h_i + scale * Q_i g_i     in the encoder
@@ -7,24 +8,25 @@ Equation:
 h_i is the output of layer i of the UNet's encoder or of its middle block, G_i a layer of the same kind that is `ratio`
 times as wide; P_i, Q_i and R_i are 1x1 convolutions, H is eight convolutions. The base stays frozen. The call passes
 the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large
-as the latents with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=``
-in a call takes the place of `scale`.
+as the latents with four `widths`; the option `input` sets another name for the image, for use with several adapters,
+and ``condition_scale=`` in a call replaces `scale`.
 
 Tensors are named as in diffusers' ControlNetXSAdapter, so a published one of the same sizes can be loaded into the
-network; the UNet is a UNet2DConditionModel whose attentions and middle block are those of Stable Diffusion. Its
-embedding of the time is the UNet's own. It cannot be merged. Where FreeU is on, R_i g_i is added behind it.
+network. The UNet must be a UNet2DConditionModel whose attentions and middle block are those of Stable Diffusion. The
+thin encoder uses the UNet's embedding of the timestep. The method cannot be merged. With FreeU, R_i g_i is added after
+it.
 
 Parameters: those of the thin encoder, whose layers read g and h together, of H, and b^2 + b + c b + b for each layer
 that reads b channels of h and c channels of g, c b + b for each skip.
 
-Start: G at random, P_i, Q_i, R_i and the last convolution of H at zero: the identity. The first step moves Q and R
-alone.
+Start: G at random, P_i, Q_i, R_i and the last convolution of H at zero: the identity. The first step changes only Q and
+R.
 
-Differs from the authors' code: That code was not compared; outputs are compared with diffusers, whose embedding of the
-time that learns is not here.
+Differs from the authors' code: That code was not compared; outputs are compared with diffusers, whose trained embedding
+of the timestep is not here.
 
-Use it: `peftcore.apply(model, "controlnet_xs")`, for control to the pixel with a fraction of controlnet's parameters,
-its nearest kin; not where a published ControlNet is there already.
+Use it: `peftcore.apply(model, "controlnet_xs")`, for control of single pixels with a fraction of the parameters of the
+similar `controlnet`; not where a published ControlNet for the condition exists already.
 """
 
 from __future__ import annotations
@@ -51,17 +53,17 @@ class ControlNetXSConfig(MethodConfig):
 
     method: Literal["controlnet_xs"] = "controlnet_xs"
     scale: NonNegativeFloat = 1.0
-    """By how much the controls count, where the call says nothing else."""
+    """The factor on the controls, unless a call passes ``condition_scale=``."""
     ratio: PositiveFloat = 0.2
-    """The widths of the thin encoder, as a part of the UNet's."""
+    """The widths of the thin encoder, as a fraction of the UNet's."""
     heads: PositiveInt | None = None
-    """Heads in its attentions; none: as many as in the UNet, as far as there are channels."""
+    """Number of heads in the thin encoder's attentions; None: as many as in the UNet, at most one for each channel."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels inside H; all but the first halve the resolution."""
+    """Channels of the convolutions of H; each width after the first halves the resolution."""
     input: str = "condition"
-    """The name under which calls give the image."""
+    """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 class StartOperator(XSOperator):
@@ -76,7 +78,7 @@ class StartOperator(XSOperator):
         image = self.part("controlnet_cond_embedding", told(self.name, len(sample)))
         if image.shape[-2:] != features.shape[-2:]:
             raise ConfigError(
-                f"{self.name} gives {list(image.shape[-2:])} places where the latents have "
+                f"{self.name} has size {list(image.shape[-2:])} after its network, but the latents have size "
                 f"{list(features.shape[-2:])}: resize the image"
             )
         features = features + image
@@ -120,7 +122,7 @@ class SkipOperator(XSOperator):
 
 
 class ControlNetXS(Method):
-    """A thin encoder that talks with the UNet's.
+    """A thin encoder that exchanges features with the UNet's encoder.
 
     Example:
         injection = peftcore.apply(model, "controlnet_xs")

@@ -17,16 +17,18 @@ from peftcore_diffusion._told import cast
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A layer of the UNet's encoder and the modules that run in parallel with it, by their paths."""
+    """A layer of the UNet's encoder, and the paths of the modules that run in parallel with it."""
 
     at: str
-    """The layer of the UNet."""
+    """The path of the layer in the UNet."""
     layer: str
-    """The module of the network that runs in parallel with it; the next two paths are in the network too."""
+    """The path in the network of the module that runs in parallel with the layer; the next two paths are in the network
+    too."""
     reads: str | None
-    """The 1x1 convolution from the input of the UNet's layer to `layer`; None where it reads none."""
+    """The 1x1 convolution from the input of the UNet's layer to `layer`; None if `layer` does not read it."""
     adds: str | None
-    """The 1x1 convolution from `layer` to the UNet's layer's output; None where another layer of the step has it."""
+    """The 1x1 convolution from `layer` to the output of the UNet's layer; None if another layer of the same step has
+    this convolution."""
 
 
 class Controller(nn.Module):
@@ -35,10 +37,10 @@ class Controller(nn.Module):
 
     Args:
         unet: a UNet2DConditionModel.
-        ratio: its widths, as a part of the UNet's.
-        heads: heads in each attention; none: as many as in the UNet.
-        channels: channels of the image.
-        hints: widths inside the convolutions of the image.
+        ratio: the widths of the thin encoder, as a fraction of the UNet's.
+        heads: the number of heads in each attention; None: as many as in the UNet.
+        channels: the number of channels of the condition image.
+        hints: the widths of the convolutions that read the image.
     """
 
     def __init__(self, unet: Any, ratio: float, heads: int | None, channels: int, hints: list[int]) -> None:
@@ -96,8 +98,8 @@ class XSOperator(Operator):
     Args:
         site: the layer.
         network: a `Controller`.
-        name: the name under which calls give the image.
-        scale: by how much the network counts, where the call says nothing else.
+        name: the name under which calls pass the image.
+        scale: the factor on the network's outputs, unless a call passes another one.
     """
 
     def __init__(self, site: Site, network: Shared, name: str, scale: float) -> None:
@@ -105,7 +107,7 @@ class XSOperator(Operator):
         self.network, self.name, self.scale = network, name, scale
 
     def part(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Return what a part of the network makes of arguments, cast to its dtype."""
+        """Return the output of a part of the network, for arguments that are cast to its dtype."""
         like: Tensor = self.network.module.conv_in.weight
         part = self.network.module.get_submodule(path)
         return part(*(cast(each, like) for each in args), **cast(kwargs, like))
@@ -137,7 +139,10 @@ def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
     samplers = [each for block in unet.down_blocks for each in block.downsamplers or ()]
     for wanted, layers in ((Transformer2DModel, attentions), (Downsample2D, samplers)):
         if not all(isinstance(each, wanted) for each in layers):
-            raise UnsupportedSite(f"{middle.path} is in a UNet with layers for which {wanted.__name__} would stand")
+            raise UnsupportedSite(
+                f"{middle.path} is in a UNet with other layers than {wanted.__name__} has; use a UNet2DConditionModel "
+                "of Stable Diffusion's kind"
+            )
     return f"{root}." if root else "", unet
 
 
@@ -169,7 +174,7 @@ def _down(block: Any, left: list[int], width: int, heads: int | None, most: int)
 
 
 class Middle(nn.Module):
-    """The module parallel to the middle block: a resnet, and attentions with a resnet behind each."""
+    """The module in parallel with the middle block: a resnet, then attentions, each followed by a resnet."""
 
     def __init__(self, block: Any, width: int, heads: int | None) -> None:
         super().__init__()
@@ -187,7 +192,8 @@ class Middle(nn.Module):
             self.attentions.add_module(str(number), made)  # `append` is not annotated for None
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output for an activation and the embedding of the timestep; the rest is for attentions."""
+        """Return the output for an activation and the embedding of the timestep; further arguments are passed to the
+        attentions."""
         x = self.resnets[0](x, time)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             x = x if attention is None else attention(x, *args, **kwargs, return_dict=False)[0]

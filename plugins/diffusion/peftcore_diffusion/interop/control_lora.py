@@ -1,8 +1,8 @@
-"""Control-LoRA in files of Stability, which ComfyUI and diffusers read (checked against diffusers 0.42).
+"""Control-LoRA in Stability's file format, which ComfyUI and diffusers read (checked against diffusers 0.42).
 
-Modules have their names in the original code of Stable Diffusion; ``.down`` and ``.up`` are ours, biases and norms are
-whole, and an empty tensor ``lora_controlnet`` says what the file is. Our biases are differences, so reading and writing
-take those of the UNet at hand.
+Modules have the names of Stable Diffusion's original code. ``.down`` and ``.up`` are our factors, biases and norms are
+stored whole, and an empty tensor ``lora_controlnet`` marks the format. Our biases are differences from the UNet's, so
+reading and writing need the UNet's biases.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ControlLoRA(Format):
         blocks = _blocks(model)
         if not blocks:
             raise HostMismatch(
-                f"{file.path} is for a UNet of diffusers, and {type(model).__name__} is none: load it on the UNet"
+                f"{file.path} is for a UNet of diffusers, but this is {type(model).__name__}: load it on the UNet"
             )
         envelope = Envelope(
             format=FORMAT,
@@ -72,13 +72,19 @@ class ControlLoRA(Format):
         model, config = injection.model, injection.config
         if injection.method.name != "controlnet_lora" or injection.trained_along:
             raise ExportError(
-                f"{injection.name!r} is no controlnet_lora alone, which is all that files of {self.name} hold"
+                f"{injection.name!r} is not a single controlnet_lora, and files of {self.name} hold only that; save it "
+                "in peftcore's format"
             )
         if config.scale != 1.0 or config.guess_mode:
-            raise ExportError(f"files of {self.name} have no scale and no guess mode: say them where the file is used")
+            raise ExportError(
+                f"files of {self.name} store neither scale nor guess mode: reset both to save, and set them where the "
+                "file is used"
+            )
         blocks = {site.module_path for site in injection.selections[""]}
         if blocks != {*_blocks(model)}:
-            raise ExportError(f"files of {self.name} control all blocks of a UNet, which is the model itself")
+            raise ExportError(
+                f"files of {self.name} control all blocks of a UNet, so the model itself must be that UNet"
+            )
         (network,) = injection.shared.values()
         tensors = {SIGN: torch.zeros(0)}
         for path, theirs, tensor, shapes in named(network, model, ExportError):
@@ -88,7 +94,7 @@ class ControlLoRA(Format):
 
 
 class ControlLoRAContent(Content):
-    """The content of a file of Stability."""
+    """The content of a file in Stability's format."""
 
     def __init__(self, envelope: Envelope, file: TensorFile, model: nn.Module) -> None:
         super().__init__(envelope, file.path)
@@ -139,11 +145,12 @@ def _options(file: TensorFile) -> dict[str, Any]:
 def named(
     network: nn.Module, model: nn.Module, error: type[CheckpointError] | type[ExportError]
 ) -> Iterator[tuple[str, str, Tensor, list[tuple[int, ...]]]]:
-    """Yield each tensor of a network by our name and the file's, with the shapes that it may have there, the one that
-    is written last.
+    """Yield for each tensor of a network our name, its name in files, and the shapes that it may have in files; the
+    last shape is the one that is written.
 
     Raises:
-        CheckpointError, ExportError: `error`; the format lacks a name for a layer of the network.
+        CheckpointError, ExportError: the format lacks a name for a layer of the network; the argument `error` chooses
+            the type.
     """
     original = {ours: theirs for theirs, ours in ldm_names([path for path, _ in model.named_modules()]).items()}
     original |= _around(network)
@@ -166,7 +173,8 @@ def _bias(network: nn.Module, model: nn.Module, path: str, error: type[Checkpoin
     held = layer_of(lent, name).read(lent, name)
     if held is None or held.is_meta:
         raise error(
-            f"the file has biases whole, and {above} of this UNet has no values: load or bring back these first"
+            f"the file stores whole biases, but {above} of this UNet has no values now (offloaded or on meta): load "
+            "them first"
         )
     return held.detach().to("cpu", torch.float32)
 

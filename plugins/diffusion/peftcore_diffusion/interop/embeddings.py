@@ -1,9 +1,9 @@
-"""Files of embeddings alone: ``clip_l``, ``clip_g`` and ``t5`` have the new rows of the tables of tokens, ``[vectors,
+"""Files that contain only embeddings: ``clip_l``, ``clip_g`` and ``t5`` are the new rows of token tables, ``[vectors,
 width]``, one tensor for each text encoder of a pipeline.
 
-Pivotal tuning in diffusers (train_dreambooth_lora_sdxl_advanced.py, and that of Flux) writes them next to its LoRA, and
-sd-scripts (sdxl_train_textual_inversion.py) by themselves. A file has neither words nor ids of tokens: whoever loads it
-says them, in the order of the rows.
+Pivotal tuning in diffusers (train_dreambooth_lora_sdxl_advanced.py, and that of Flux) writes such files in addition to
+its LoRA, and sd-scripts (sdxl_train_textual_inversion.py) writes them alone. A file contains neither words nor token
+ids: pass both when you load it, in the order of the rows.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore_diffusion.textual_inversion import TextualInversion
 
 TENSORS = "embeddings.safetensors"
-"""The file that we write into a folder; any file that is the only one is read."""
+"""The name of the file that is written into a folder; reading accepts any name if the folder has only one file."""
 
 
 class Embeddings(Format):
-    """The format of files of embeddings."""
+    """The format of files that contain only embeddings."""
 
     name = "embeddings"
     file = TENSORS
@@ -53,8 +53,8 @@ class Embeddings(Format):
         file = _file(path)
         shown = ", ".join(f"{name} {tuple(shape)}" for name, shape in file.shapes.items())
         raise CheckpointError(
-            f"{file.path} has vectors for new tokens, and not which tokens these are: add them to the tokenizer and "
-            f'the table, and load with words={{"<s0>": [id], ...}}, one id for each row of {shown}'
+            f"{file.path} has vectors for new tokens, but no token ids: add the tokens to the tokenizer and the table, "
+            f'and load with words={{"<s0>": [id], ...}}, one id for each row of {shown}'
         )
 
     def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
@@ -68,12 +68,12 @@ class Embeddings(Format):
         owners = [injection.owner(graft) for graft in injection.grafts if not graft.trained_along]
         if len(injection.grafts) != 1 or [each.method.name for each in owners] != [TextualInversion.name]:
             raise ExportError(
-                f"files of {self.name} have the rows of one textual inversion at one table, and no place for "
-                f"{injection.method.name} at {len(injection.grafts)} modules: apply and save each by itself"
+                f"files of {self.name} hold the rows of one textual inversion at one table, not "
+                f"{injection.method.name} at {len(injection.grafts)} modules: apply and save each one separately"
             )
         if not self.part:
             named = ", ".join(f'"{self.name}/{part}"' for part in self.parts)
-            raise ExportError(f"files of {self.name} say which text encoder they are for; name it: {named}")
+            raise ExportError(f"files of {self.name} record the text encoder that they are for; pass its name: {named}")
         (graft,) = injection.grafts
         operator: Any = graft.operator
         tokens = operator.tokens.tolist()
@@ -82,20 +82,20 @@ class Embeddings(Format):
 
 
 class EmbeddingsContent(Content):
-    """The rows in such a file for the table of one host."""
+    """The rows of one file for the token table of one host."""
 
     def __init__(self, file: TensorFile, model: nn.Module, words: Mapping[str, Sequence[int]]) -> None:
         path, width = only_table(model, file)
         shown = ", ".join(f"{name} {tuple(shape)}" for name, shape in file.shapes.items())
         fitting = [name for name, shape in file.shapes.items() if len(shape) == 2 and shape[1] == width]
         if not fitting:
-            raise HostMismatch(f"{file.path}: no vectors are for {path}, of width {width}: {shown}")
+            raise HostMismatch(f"{file.path}: none of its vectors fit {path}, of width {width}: {shown}")
         if len(fitting) > 1:
-            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; keep each in a file of its own")
+            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; save each one in a separate file")
         tokens = [(word, int(token)) for word, ids in words.items() for token in ids]
         (self.tensor,) = fitting
         if len(tokens) != file.shapes[self.tensor][0]:
-            raise CheckpointError(f"{file.path}: one id is needed for each row of {shown}, and words has {len(tokens)}")
+            raise CheckpointError(f"{file.path}: {shown} needs one id for each row, but words= has {len(tokens)}")
         self.file = file
         options = {
             "method": TextualInversion.name,

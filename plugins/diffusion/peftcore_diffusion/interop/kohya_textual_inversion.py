@@ -1,4 +1,5 @@
-"""Words of textual inversion in files of kohya: ``bundle_emb.<word>.clip_l``, next to the adapters of a pipeline."""
+"""Words of textual inversion in kohya's files: tensors ``bundle_emb.<word>.clip_l``, in addition to the adapters of a
+pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from peftcore.errors import ExportError
 
 
 class KohyaTextualInversion(KohyaMethod):
-    """Words, whose vectors are rows of a table."""
+    """Translates words, whose vectors are rows of a token table."""
 
     methods = ("textual_inversion",)
     below = telling = (VECTORS,)
@@ -31,7 +32,9 @@ class KohyaTextualInversion(KohyaMethod):
 
     def tokens(self, place: Place) -> Sequence[tuple[str, int]]:
         if not place.config.words:
-            raise ExportError('files of kohya have names of words: apply with words=["<cat>"], one for each token')
+            raise ExportError(
+                'files of kohya store the names of the words: apply with words=["<cat>"], one for each token'
+            )
         return list(zip(place.config.words, place.operator.tokens.tolist(), strict=True))
 
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:

@@ -1,9 +1,9 @@
 """T-LoRA written into files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1).
 
-No file stores a rank for each timestep: a program that reads the file applies all ranks, as ours at timestep 0, or
-masks them by its sampler's timestep. An update that starts from the principal part of the base is written as LyCORIS's
-T-LoRA, which finds that start in the base again; any other as a LoRA, of twice the rank where a start is taken off.
-Files of T-LoRA are read as PiSSA, by the plugin of that method.
+No file stores a rank for each timestep: a program that reads the file applies all ranks, as peftcore does at timestep
+0, or masks them by its sampler's timestep. An update that starts from the principal part of the base is written as
+LyCORIS's T-LoRA, which computes that start from the base again. Any other update is written as a LoRA, of twice the
+rank if a start is subtracted. T-LoRA files are read as PiSSA, by the plugin of that method.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from peftcore.author.formats import Found, Held, KohyaMethod, Place
 Q, P, VALUES = "q_layer.weight", "p_layer.weight", "lambda_layer"
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 NEAR = 1e-4
-"""Difference to the principal part of the base, relative to its largest entry, from which on a start is another one."""
+"""Tolerance for a start that equals the principal part of the base, relative to the part's largest entry."""
 
 
 class KohyaMaskedTLoRA(KohyaMethod):
-    """Writes updates of which a timestep masks ranks, with all of them acting."""
+    """Writes updates whose ranks a timestep masks; files use all ranks."""
 
     methods = ("tlora",)
     below = (Q, P, VALUES, DOWN, UP)
@@ -50,8 +50,8 @@ class KohyaMaskedTLoRA(KohyaMethod):
         operator, ones = place.operator, [1 for _ in place.site.kernel]
         if operator.min_rank < operator.rank and place.index == 0:
             warnings.warn(
-                "files of kohya and LyCORIS have no rank for each timestep: all ranks act in what reads them, as at "
-                "timestep 0 here, unless its sampler masks them",
+                "files of kohya and LyCORIS do not store a rank for each timestep: other programs use all ranks at "
+                "each timestep, as peftcore does at timestep 0, unless their sampler masks them",
                 UserWarning,
                 stacklevel=2,
             )

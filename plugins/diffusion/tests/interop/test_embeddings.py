@@ -129,14 +129,14 @@ def test_an_encoder_of_t5_has_two_names_for_its_table(tmp_path: Path) -> None:
     ("change", "words", "error", "message"),
     [
         ({}, None, CheckpointError, r"words=.*<s0>.*: \[id\], ...}, one id for each row of clip_l \(2, 16\)"),
-        ({}, {"<s0>": [49]}, CheckpointError, "one id is needed for each row of .*, and words has 1"),
-        ({}, {"<s0>": [48], "<s1>": [48]}, HostMismatch, "is told a token twice"),
+        ({}, {"<s0>": [49]}, CheckpointError, "needs one id for each row, but words= has 1"),
+        ({}, {"<s0>": [48], "<s1>": [48]}, HostMismatch, "has a token twice"),
         ({}, {"<s0>": [49, 50]}, HostMismatch, r"has 50 rows, none for \[50\]"),
-        ({"clip_l": torch.ones(2, 15)}, {"<s0>": [48, 49]}, HostMismatch, "no vectors are for .*, of width 16"),
-        ({"clip_l": torch.ones(16)}, {"<s0>": [48]}, HostMismatch, "no vectors are for .*, of width 16"),
+        ({"clip_l": torch.ones(2, 15)}, {"<s0>": [48, 49]}, HostMismatch, "none of its vectors fit .*, of width 16"),
+        ({"clip_l": torch.ones(16)}, {"<s0>": [48]}, HostMismatch, "none of its vectors fit .*, of width 16"),
         ({"clip_g": torch.ones(2, 16)}, {"<s0>": [48, 49]}, HostMismatch, "clip_g and clip_l all fit"),
         ({"clip_l": torch.full((2, 16), torch.inf)}, {"<s0>": [48, 49]}, CheckpointError, "not finite"),
-        ({"clip_x": torch.ones(2, 16)}, {"<s0>": [48, 49]}, CheckpointError, "no adapter of a known format"),
+        ({"clip_x": torch.ones(2, 16)}, {"<s0>": [48, 49]}, CheckpointError, "not an adapter in a known format"),
     ],
 )
 def test_refused(change: Any, words: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_refused(change: Any, words: Any, error: type[Exception], message: str, 
 
 def test_a_model_of_pictures_has_no_place_for_it(tmp_path: Path) -> None:
     save_file({"clip_l": torch.randn(2, 16)}, tmp_path / FILE)
-    with pytest.raises(HostMismatch, match="no table of tokens"):
+    with pytest.raises(HostMismatch, match="no token embedding"):
         peftcore.load(torch.nn.Linear(16, 16), tmp_path / FILE, words=WORDS)
 
 
@@ -160,10 +160,10 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=message):
             peftcore.apply(clip(16), method, **options).save(tmp_path, format=f"embeddings{part}")
 
-    refused('name it: "embeddings/clip_l", "embeddings/clip_g", "embeddings/t5"', part="", tokens=[4])
+    refused('pass its name: "embeddings/clip_l", "embeddings/clip_g", "embeddings/t5"', part="", tokens=[4])
     refused("no part 'clip_h'", part="/clip_h", tokens=[4])
-    refused("rows of one textual inversion at one table, and no place for lora", "lora", target=["q_proj"])
-    refused("no place for xti", "xti", tokens=[4], target=["token_embedding"])
+    refused("rows of one textual inversion at one table, not lora", "lora", target=["q_proj"])
+    refused("not xti", "xti", tokens=[4], target=["token_embedding"])
     refused("at 3 modules", tokens=[4], train=["final_layer_norm"])
     model = clip(16)
     peftcore.apply(model, "lora", target=["q_proj"], name="first")

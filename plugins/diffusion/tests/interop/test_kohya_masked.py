@@ -16,7 +16,7 @@ import peftcore
 from peftcore.files.formats.kohya import TENSORS
 
 TARGET = ["to_q", "to_k", "to_v", "proj_in", "net.0.proj"]
-TOLD = pytest.warns(UserWarning, match="have no rank for each timestep")
+TOLD = pytest.warns(UserWarning, match="do not store a rank for each timestep")
 
 
 def adapted(**options: Any) -> tuple[nn.Module, nn.Module, dict[str, Any], peftcore.Injection]:

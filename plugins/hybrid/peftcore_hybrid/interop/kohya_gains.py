@@ -1,8 +1,8 @@
-"""(IA)^3 of outputs in layers with a bias, in files of LyCORIS (checked against LyCORIS 4.1): GLoRA with a vector A
-alone.
+"""(IA)^3 on the outputs of layers with a bias, in files of LyCORIS (checked against LyCORIS 4.1): it is read as GLoRA
+with only a vector A.
 
-The layer's weight is multiplied by 1 + ``weight`` and its bias is unchanged, as with our A. For layers without a bias,
-the file is read as our (IA)^3.
+The file's ``weight`` scales the layer's weight by 1 + ``weight`` and leaves its bias unchanged, as GLoRA's A does. For
+layers without a bias, the file is read as peftcore's (IA)^3.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GLoRA in files of LyCORIS (checked against LyCORIS 4.1).
 
 ``a1`` [in, rank] and ``a2`` [rank, in] are the factors of our A, which multiplies the weight (``A="product"``), ``b1``
-and ``b2`` those of B; convolutions write them as such, with kernels of ones but for ``b2``. The scale alpha / rank is
-in our first factors. LyCORIS lacks C, D and E.
+and ``b2`` those of B. For convolutions they are stored as kernels, of size one except for ``b2``. The scale alpha /
+rank is part of our first factors. LyCORIS lacks C, D and E.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KINDS = {"A": ("product", "none"), "B": ("lora", "none"), "C": ("none",), "D": (
 
 
 class KohyaGLoRA(KohyaMethod):
-    """Translates a low-rank matrix that multiplies the weight, and one that is added."""
+    """Translates the low-rank matrices A, which multiplies the weight, and B, which is added to it."""
 
     methods = ("glora",)
     below = tuple(THEIRS.values())
@@ -49,11 +49,11 @@ class KohyaGLoRA(KohyaMethod):
         site = place.site
         if not self.writes(place):
             raise ExportError(
-                f"LyCORIS's glora has A='product', B='lora', and C, D, E='none' (or A='vector' alone, as its ia3); "
-                f"{site.path} has another choice"
+                "LyCORIS's glora supports A='product', B='lora' and C, D, E='none' (or A='vector' alone, as its ia3); "
+                f"{site.path} has other options"
             )
         if getattr(site.module, "groups", 1) > 1:
-            raise ExportError(f"LyCORIS has no glora for grouped convolutions, as {site.path} is; exclude it")
+            raise ExportError(f"LyCORIS's glora does not support a grouped convolution such as {site.path}; exclude it")
         own, ones = place.operator._parameters, (1,) * len(site.kernel)
         tensors = {}
         for name, shape in _shapes(place).items():

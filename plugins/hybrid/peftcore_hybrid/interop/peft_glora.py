@@ -1,8 +1,8 @@
 """GLoRA in peft's files (checked against peft 0.21).
 
-``glora_A`` to ``glora_E`` are our terms by the same letters: factors ``Xd`` and ``Xu``, or ``X``; a term that is left
-out has ``zeros``. Peft has one option for A and B and one for D and E, and trains no bias terms in layers without a
-bias.
+``glora_A`` to ``glora_E`` are our terms of the same letters, stored as factors ``Xd`` and ``Xu``, or as ``X``; a term
+that is left out is stored as ``zeros``. Peft has one option for A and B and one for D and E, and trains no bias terms
+in layers without a bias.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OPTION = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_
 
 
 class PeftGLoRA(PeftMethod):
-    """Translates terms of the weight and of the bias."""
+    """Translates the terms A to E of a site's weight and bias."""
 
     methods = ("glora",)
     below = tuple(f"glora_{term}.{name}" for term in OPTION for name in ("Xd", "Xu", "X", "zeros"))
@@ -64,10 +64,14 @@ class PeftGLoRA(PeftMethod):
             kind = getattr(config, term)
             if term in "CDE" and not has_bias:
                 if term in place.operator._parameters:
-                    raise ExportError(f"{place.site.path} has no bias, and peft makes none: set C and E to none there")
+                    raise ExportError(
+                        f"{place.site.path} has no bias, and peft does not add one: set C and E to 'none' for it"
+                    )
                 continue
             if found.setdefault(option, kind) != kind:
-                raise ExportError(f"peft has one {option}, and here {term} is {kind}, not {found[option]}")
+                raise ExportError(
+                    f"peft has one {option} for all modules: {term} is {kind} here, but {found[option]} elsewhere"
+                )
         return found
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -64,9 +64,9 @@ def test_a_vector_alone_is_their_ia3(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        (nn.Linear(4, 6), {}, "0 has another choice"),
-        (nn.Linear(4, 6), {"A": "product", "B": "vector", **PLAIN}, "0 has another choice"),
-        (nn.Conv2d(4, 6, 3, groups=2), {"A": "product", **PLAIN}, "grouped convolutions, as 0 is"),
+        (nn.Linear(4, 6), {}, "0 has other options"),
+        (nn.Linear(4, 6), {"A": "product", "B": "vector", **PLAIN}, "0 has other options"),
+        (nn.Conv2d(4, 6, 3, groups=2), {"A": "product", **PLAIN}, "grouped convolution such as 0"),
     ],
 )
 def test_not_written(layer: nn.Module, options: dict[str, Any], message: str, tmp_path: Path) -> None:

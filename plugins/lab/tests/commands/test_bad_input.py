@@ -119,7 +119,7 @@ def test_missing_model_folder(csv_file, tmp_path):
 
 def test_empty_model_folder(csv_file, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "holds no model" in refused("--model", tmp_path / "empty", "--data", csv_file)
+    assert "contains no model" in refused("--model", tmp_path / "empty", "--data", csv_file)
 
 
 @pytest.mark.parametrize("damage", ["garbage", None])

@@ -135,13 +135,13 @@ COMMANDS: Mapping[str, Callable[[str, Path, Any, str], Any]] = {
     "export": exported_for,
 }
 REFUSED = {
-    ("merge", "gguf"): "is a GGUF file, and those are read here but not written: merge into the folder",
-    ("merge", "gguf-folder"): "is a GGUF file, and those are read here but not written: merge into the folder",
-    ("chat", "timm"): "is a model of pictures: name a folder, a GGUF file or a name on the Hub",
+    ("merge", "gguf"): "is a GGUF file, which peftcore reads but does not write: merge into the folder",
+    ("merge", "gguf-folder"): "is a GGUF file, which peftcore reads but does not write: merge into the folder",
+    ("chat", "timm"): "is a model of pictures: pass a folder, a GGUF file or a name on the Hub",
     ("chat", "timm-folder"): "cannot load a tokenizer from it",
     ("chat", "timm-hub"): "cannot load a tokenizer from it",
     **{
-        ("export", kind): "is a part of a fused projection; peft adapts whole"
+        ("export", kind): "is a part of a fused projection; peft adapts only whole"
         for kind in ("timm", "timm-folder", "timm-hub")
     },
 }
@@ -212,8 +212,8 @@ def test_what_a_command_cannot_do_with_a_kind_is_refused(command: str, kind: str
 @pytest.mark.parametrize(
     ("kind", "pictures", "says"),
     [
-        ("gguf", True, "is a GGUF file, which holds a language model: name a folder, timm:NAME"),
-        ("timm", False, "is a model of pictures: name a folder, a GGUF file"),
+        ("gguf", True, "is a GGUF file, which contains a language model: pass a folder, timm:NAME"),
+        ("timm", False, "is a model of pictures: pass a folder, a GGUF file"),
     ],
 )
 def test_a_task_refuses_a_model_of_another_kind_before_it_reads_anything(
@@ -246,7 +246,7 @@ def test_nothing_of_that_name(command: str, adapters: Any, data: Any, names: Any
     for name, says in {
         "no/such/folder": "no/such/folder: no such folder; a model is a folder with config.json",
         "none.gguf": "none.gguf: no such folder",
-        "package:holds_none": "no package 'holds_none' is installed",
+        "package:holds_none": "the package 'holds_none' is not installed",
         "timm:no_net": "timm has no model 'no_net'",
         "someone/else": "someone/else",
     }.items():

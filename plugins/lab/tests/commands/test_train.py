@@ -368,7 +368,7 @@ def test_a_model_inside_a_package_that_is_not_imported(
     options = ("--task", "chat", "--data", chats, "--method", "lora", "--steps", 1)
     trained("--model", "package:holds_a_model/model", *options)
     for name in ("holds_no_model", "holds_a_model.model", "__main__", ""):
-        assert f"no package {name!r} is installed" in refused(
+        assert f"the package {name!r} is not installed" in refused(
             "--model", f"package:{name}", "--out", tmp_path / "other", *options
         )
     assert "holds_a_model" not in sys.modules

@@ -54,7 +54,7 @@ def test_both_ways(splits: int, tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "polytropon", target="layer", tasks=2)
-    with pytest.raises(ExportError, match="none of what peft adapts so: Linear"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way: Linear"):
         injection.save(tmp_path / "conv", format="peft")
     base = One(nn.Linear(12, 8))
     saved_by_peft(base, peft.PolyConfig(target_modules=["layer"]), tmp_path / "theirs")

@@ -201,7 +201,7 @@ def test_where_folders_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     changed(tmp_path / "moved", adapters={"0": "a", "1": "1"})
     assert loads(tmp_path / "moved")
     shutil.copytree(tmp_path / "moved/1", elsewhere / "1")
-    with pytest.raises(CheckpointError, match=r"'1', which is .*moved/1 and .*elsewhere/1: write the whole path"):
+    with pytest.raises(CheckpointError, match=r"'1', which matches .*moved/1 and .*elsewhere/1: write the full path"):
         loads(tmp_path / "moved")
 
 
@@ -221,9 +221,9 @@ def test_it_is_described_with_its_loras(tmp_path: Path) -> None:
         ("owner/name", r"hf download owner/name --local-dir FOLDER"),
         ("gone", "no such folder"),
         ("", "no such folder"),
-        (".", "'XLORA', and takes LORA alone"),
-        ("..", "no adapter of peft"),
-        ("/etc", "no adapter of peft"),
+        (".", "'XLORA', but has to be LORA"),
+        ("..", "not an adapter of peft"),
+        ("/etc", "not an adapter of peft"),
         ("/etc/passwd", "no such folder"),
         ("../../etc/passwd", "no such folder"),
         ("file:///etc/passwd", "no such folder"),
@@ -231,9 +231,9 @@ def test_it_is_described_with_its_loras(tmp_path: Path) -> None:
         ("a\0b", "no such folder"),
         ("\ud800", "no such folder"),
         ("x" * 20_000, "no such folder"),
-        (3, "3, which is no path"),
-        (None, "None, which is no path"),
-        (["0"], "which is no path"),
+        (3, "3, which is not a path"),
+        (None, "None, which is not a path"),
+        (["0"], "which is not a path"),
     ],
 )
 def test_names_that_are_no_folders_of_loras(
@@ -296,7 +296,10 @@ def test_options_that_peft_computes_otherwise(options: dict[str, Any], why: str,
 def test_loras_that_peft_computes_otherwise(tmp_path: Path) -> None:
     _, folder = saved(tmp_path)
     for number, (options, why) in enumerate(
-        [({"use_dora": True}, "adapter 1 is dora"), ({"modules_to_save": ["lm_head"]}, "what trains along: lm_head")]
+        [
+            ({"use_dora": True}, "adapter 1 is dora"),
+            ({"modules_to_save": ["lm_head"]}, "values of other modules, such as lm_head"),
+        ]
     ):
         path = tmp_path / f"other{number}"
         model = peft.get_peft_model(host(), peft.LoraConfig(**{**LORAS[0], **options}, task_type="CAUSAL_LM"))
@@ -327,7 +330,7 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
         ({"weights": [1.0, 2.0]}, "one weight for all LoRAs"),
         ({"parts": [lora] * 11}, "more than 10 LoRAs"),
         ({"parts": [lora, {"method": "lora_xs", "rank": 2, "target": ["*q_proj"]}], "train": []}, ""),
-        ({"train": ["lm_head"]}, "no place for what trains along: base_model.model.lm_head.weight"),
+        ({"train": ["lm_head"]}, "cannot hold base_model.model.lm_head.weight"),
     ):
         injection = applied(**options)
         if why:

@@ -254,7 +254,7 @@ def test_alphas_among_the_tensors_and_ranks_that_differ(tmp_path: Path) -> None:
     assert_same(out(model, inputs), out(theirs, inputs), out(base, inputs))
     assert_again(model, base, inputs, injection, tmp_path / "ours")
     save_file({**both, "transformer.proj_out.alpha": torch.tensor(1.0)}, tmp_path / "style.safetensors")
-    with pytest.raises(CheckpointError, match=r"proj_out\.alpha is no alpha of a LoRA"):
+    with pytest.raises(CheckpointError, match=r"proj_out\.alpha is not the alpha of a LoRA"):
         peftcore.load(deepcopy(base), tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_hosts_that_it_is_not_for(tmp_path: Path) -> None:
 def test_files_of_peft_are_not_taken_for_ones_of_diffusers(tmp_path: Path) -> None:
     """Without its options a file of peft does not say what it computes."""
     save_file({"base_model.model.to_q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="no adapter of a known format"):
+    with pytest.raises(CheckpointError, match="not an adapter in a known format"):
         peftcore.load(nn.Linear(2, 2), tmp_path / "adapter_model.safetensors")
 
 

@@ -243,7 +243,7 @@ def test_encoders_of_the_same_names_are_told_apart_by_their_sizes(tmp_path: Path
         injection = peftcore.load(model, tmp_path)
         held = tensors[f"{part}_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"]
         assert torch.equal(injection.operators["encoder.layers.0.self_attn.q_proj"].B, held)
-    with pytest.raises(HostMismatch, match="there is no"):
+    with pytest.raises(HostMismatch, match="this model has no"):
         peftcore.load(unet(1)[0], tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_pointwise_convolutions_may_be_written_flat(tmp_path: Path) -> None:
 
 
 class Twins(nn.Module):
-    """Two modules that are one name without dots."""
+    """Two modules that have the same name without dots."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,11 +273,11 @@ class Twins(nn.Module):
 
 def test_names_that_could_mean_two_modules(tmp_path: Path) -> None:
     ours = peftcore.apply(Twins(), "lora", target=["a_b.c"])
-    with pytest.raises(HostMismatch, match="are one name"):
+    with pytest.raises(HostMismatch, match="have the same name"):
         ours.save(tmp_path, format="kohya")
     save_file({"lycoris_a_b_c.lora_down.weight": torch.ones(1, 2), "lycoris_a_b_c.lora_up.weight": torch.ones(2, 1)},
               tmp_path / "x.safetensors")  # fmt: skip
-    with pytest.raises(HostMismatch, match=r"a_b\.c and a\.b_c are one name"):
+    with pytest.raises(HostMismatch, match=r"a_b\.c and a\.b_c have the same name"):
         peftcore.load(Twins(), tmp_path / "x.safetensors")
 
 
@@ -295,7 +295,10 @@ Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
         ({f"{Q}.diff": torch.ones(2)}, "no installed plugin reads alpha, diff, lora_down.weight, lora_up.weight at"),
         ({"lora_unet_conv_out.oft_blocks": torch.ones(2, 2)}, "no installed plugin reads oft_blocks at lora_unet_conv"),
         ({"bundle_emb.style.string_to_param": torch.ones(2)}, r"unknown bundle_emb\.style"),
-        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(2, 2)}, "there is no double.blocks.0"),
+        (
+            {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(2, 2)},
+            "this model has no double.blocks.0",
+        ),
         ({f"{Q}.dora_scale": torch.ones(1, 16)}, r"shape \(1, 16\).*wd_on_output"),
         ({"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.alpha": torch.tensor(1.0)}, "the same module"),
     ],
@@ -315,9 +318,9 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=message):
             peftcore.apply(clip(14), *args, **options).save(tmp_path, format="kohya")
 
-    refused("no method that computes what hra does", "hra", target=["q_proj"])
+    refused("no method that computes the same as hra", "hra", target=["q_proj"])
     refused("not embeddings.token_embedding", "lora", target=["token_embedding"])
-    refused("no place for final_layer_norm", "lora", target=["q_proj"], train=["final_layer_norm"])
+    refused("cannot hold final_layer_norm", "lora", target=["q_proj"], train=["final_layer_norm"])
     assert not any(tmp_path.iterdir())
 
 

@@ -199,7 +199,7 @@ def test_dropouts_that_ours_has_not_are_told(header: dict[str, str], said: str, 
     model = nn.Sequential(nn.Linear(8, 8))
     peftcore.apply(deepcopy(model), "lora", target="0", rank=2).save(tmp_path / "a.safetensors", format="kohya")
     save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "noted.safetensors", metadata=header)
-    with pytest.warns(UserWarning, match=f"was trained with {said}, which lora has not in this form"):
+    with pytest.warns(UserWarning, match=f"was trained with {said}, which lora does not support in this form"):
         peftcore.load(model, tmp_path / "noted.safetensors")
 
 
@@ -208,7 +208,7 @@ def test_dropouts_that_ours_has_not_are_told(header: dict[str, str], said: str, 
     [
         {"ss_network_dropout": "None", "ss_network_args": "{}"},
         {"ss_network_dropout": "0", "ss_network_args": '{"conv_dim": "4", "rank_dropout": "0.0"}'},
-        {"ss_network_args": "no JSON"},
+        {"ss_network_args": "not valid JSON"},
         {"ss_network_args": "[1]", "ss_network_dropout": "often"},
         {"ss_network_args": '{"module_dropout": "nan", "rank_dropout": "7"}'},
     ],

@@ -49,7 +49,7 @@ def test_fewer_outputs_than_the_rank(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "deft", target="layer", rank=2)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "conv", format="peft")
     injection = peftcore.apply(One(nn.Linear(4, 6)), "deft", target="layer", rank=2, alpha=2.5)
     with pytest.raises(ExportError, match=r"integer alpha, not 2\.5"):

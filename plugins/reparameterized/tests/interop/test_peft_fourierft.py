@@ -47,7 +47,7 @@ def test_numbers_by_pattern_and_biases(tmp_path: Path) -> None:
 
 def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "fourierft", target="layer", n_frequency=9)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "conv", format="peft")
     base = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 5)), nn.Linear(5, 5))
     options = {"target": ["0", "1.0", "2"], "n_frequency": 9, "overrides": {"0": {"n_frequency": 8}}}

@@ -105,7 +105,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     injection = peftcore.apply(nn.Sequential(nn.Conv2d(4, 6, 3)), "frod", target="0")
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "conv", format="peft")
     model = nn.ModuleDict({"a": nn.ModuleDict({"up": nn.Linear(4, 6)}), "a_up": nn.Linear(6, 4)})
     injection = peftcore.apply(model, "frod", target=["a.up", "a_up"])

@@ -32,7 +32,7 @@ def test_both_ways(hybrid_rank: int, tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "gralora", target="layer", rank=4)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "refused", format="peft")
     saved_by_peft(One(nn.Linear(12, 8)), peft.GraloraConfig(target_modules=["layer"], r=4), tmp_path / "later")
     text = (tmp_path / "later" / "adapter_config.json").read_text()

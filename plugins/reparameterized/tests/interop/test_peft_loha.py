@@ -56,7 +56,7 @@ def test_ranks_and_alphas_by_pattern(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Embedding(9, 4)), "loha", target="layer", rank=2)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "table", format="peft")
     base = One(nn.Linear(12, 7))
     injection = peftcore.apply(base, "loha", target="layer", rank=2, train=["layer.bias"])

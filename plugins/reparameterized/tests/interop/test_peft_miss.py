@@ -52,7 +52,10 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "later" / "adapter_config.json").write_text(text.replace('"init_weights": true', '"init_weights": "x"'))
     with pytest.raises(CheckpointError, match="init_weights = 'x'"):
         peftcore.load(base, tmp_path / "later")
-    for name, layer in {"none of what peft adapts": nn.Conv2d(4, 6, 3), "above the 3 inputs": nn.Linear(3, 4)}.items():
+    for name, layer in {
+        "not a layer that peft adapts this way": nn.Conv2d(4, 6, 3),
+        "above the 3 inputs": nn.Linear(3, 4),
+    }.items():
         injection = peftcore.apply(One(layer), "miss", target="layer", rank=4)
         with pytest.raises(ExportError, match=name):
             injection.save(tmp_path / "refused", format="peft")

@@ -67,7 +67,7 @@ def test_what_was_found_by_peft_s_default_approximation_is_written_so(tmp_path: 
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "psoft", target="layer", rank=2)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "conv", format="peft")
     injection = peftcore.apply(One(nn.Linear(3, 4)), "psoft", target="layer", rank=4)
     with pytest.raises(ExportError, match="rank=4 above that of the weight"):

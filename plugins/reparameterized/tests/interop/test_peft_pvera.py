@@ -49,7 +49,7 @@ def test_what_is_drawn_in_evaluation(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         peftcore.apply(One(nn.Conv2d(4, 6, 3)), "pvera", target="layer").save(tmp_path / "conv", format="peft")
     with pytest.raises(ExportError, match="peft samples in training at least"):
         peftcore.apply(host(), "pvera", target=TARGET, sample="never").save(tmp_path / "never", format="peft")

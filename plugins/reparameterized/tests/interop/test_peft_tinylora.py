@@ -48,5 +48,5 @@ def test_dropout(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         peftcore.apply(One(nn.Conv2d(4, 8, 3)), "tinylora", target="layer").save(tmp_path, format="peft")

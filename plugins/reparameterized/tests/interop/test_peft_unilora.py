@@ -70,5 +70,5 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     for name, layer in {"conv": nn.Conv2d(4, 8, 3), "table": nn.Embedding(8, 4)}.items():
-        with pytest.raises(ExportError, match="none of what peft adapts"):
+        with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
             peftcore.apply(One(layer), "uni_lora", target="layer").save(tmp_path / name, format="peft")

@@ -73,7 +73,7 @@ def test_damaged_files_are_refused(part: str, value: float, message: str, tmp_pa
 
 def test_refusals(tmp_path: Path) -> None:
     for name, layer in {"conv": nn.Conv2d(4, 8, 3), "table": nn.Embedding(8, 4)}.items():
-        with pytest.raises(ExportError, match="none of what peft adapts"):
+        with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
             peftcore.apply(One(layer), "vb_lora", target="layer", **OPTIONS).save(tmp_path / name, format="peft")
     uneven = peftcore.apply(host(), "vb_lora", target=TARGET, **{**OPTIONS, "vector_length": 3})
     with pytest.raises(ExportError, match="vector_length=3 that does not divide 12 and 8"):

@@ -56,7 +56,7 @@ def test_the_matrices_in_the_file_count(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     for name, layer in {"conv": nn.Conv2d(4, 6, 3), "table": nn.Embedding(9, 4)}.items():
-        with pytest.raises(ExportError, match="none of what peft adapts"):
+        with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
             peftcore.apply(One(layer), "vera", target="layer", rank=3).save(tmp_path / name, format="peft")
     options = {"target": TARGET, "rank": 4, "overrides": {"2": {"projection_seed": 7}}}
     with pytest.raises(ExportError, match="one projection_prng_key for all modules"):

@@ -54,5 +54,5 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="db1 to db10, not coif1"):
         peftcore.load(One(nn.Linear(12, 9)), tmp_path / "coif")
     injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "waveft", target="layer", n_frequency=30)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "conv", format="peft")

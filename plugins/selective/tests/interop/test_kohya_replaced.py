@@ -97,5 +97,5 @@ def test_what_leaves_out_the_bias(tmp_path: Path) -> None:
 
 def test_tables_are_not_written(tmp_path: Path) -> None:
     injection = peftcore.apply(nn.Sequential(nn.Embedding(4, 6)), "linear_probe", target="0")
-    with pytest.raises(ExportError, match="linear maps, convolutions and norms as a whole, and not 0"):
+    with pytest.raises(ExportError, match="whole linear layers, convolutions and norms, not 0"):
         injection.save(tmp_path / "adapter", format="kohya")

@@ -63,7 +63,7 @@ def test_entries_in_any_order(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Embedding(9, 8)), "shira", target="layer", rank=2)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
+    with pytest.raises(ExportError, match="not a layer that peft adapts this way"):
         injection.save(tmp_path / "table", format="peft")
     base = One(nn.Linear(12, 7))
     saved_by_peft(base, peft.ShiraConfig(r=2, target_modules=["layer"]), tmp_path / "theirs")

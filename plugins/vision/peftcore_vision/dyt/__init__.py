@@ -1,33 +1,34 @@
-"""DyT, Dynamic Tuning: a dispatcher chooses the tokens that go through a feed-forward, beside an adapter for all.
-Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
+"""DyT, Dynamic Tuning: a dispatcher chooses the tokens that go through a feed-forward, in parallel with an adapter for
+all. Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
 
 Equation:
     y_i = x_i + m_i MLP(LN(x_i)) + s (W_up relu(W_down x_i + b_down) + b_up),   W_down [r, d],  W_up [d, r]
     m_i = 1 if sigmoid(w . x_i + b) > 1/2 else 0,   w [d];   in training sigmoid((w . x_i + b + g - g') / temperature)
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
 
-g and g' are draws of Gumbel's distribution, and gradients those of the sigmoid. x is the stream in front of the
-feed-forward's norm. The mean of m is over all blocks, pictures and tokens but the class token, which the feed-forward
-always computes, like all tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the
-model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it.
+g and g' are draws from Gumbel's distribution, and the gradient of m is that of the sigmoid. x is the stream in front of
+the feed-forward's norm. The feed-forward always computes the class token and all other tokens in front of a picture's
+patches (`prefix_tokens`). The mean of m covers all blocks, pictures and tokens except these tokens and padding. p is
+the model's prediction, and q its prediction in a second pass with m = 1 everywhere and new dropout; KL passes no
+gradient to q.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
-classes in dimension 1) and the labels: those that the model is given, or ``peftcore.call(model, labels=...)``; without
-them `complete` is to be 0. The second pass doubles the time of training. Losses that the model does not return are
-available from `injection.losses()`.
+with classes in dimension 1), and labels, passed to the model or by ``peftcore.call(model, labels=...)``; without labels
+set `complete` to 0. The second pass doubles the time of training. Losses that the model does not return are available
+from `injection.losses()`.
 
-In training all tokens are computed, and those that go by are multiplied by zero. With `skip` they are not computed in
-evaluation, which makes it fast.
+In training the feed-forward computes all tokens, and its output for tokens that are not chosen is multiplied by zero.
+In evaluation with `skip`, it computes only the chosen tokens, which makes the model faster.
 
 Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
 
-Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go
-through. ``init_std=0, init_bias=10`` lets all tokens through: the identity.
+Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: the feed-forward gets about half
+of the tokens. ``init_std=0, init_bias=10`` chooses all tokens: the identity.
 
-Differs from the authors' code: The mixture of adapters of the paper is not in the code, and not here.
+Differs from the authors' code: The paper's mixture of adapters is neither in the authors' code nor here.
 
-Use it: `peftcore.apply(model, "dyt")`, where a ViT has to be faster than it was, and keep all its tokens; not where all
-may go through (`adaptformer` has the same adapter), nor where tokens are to be left out of attention too (`coda`). It
+Use it: `peftcore.apply(model, "dyt")`, to make a ViT faster that has to keep all its tokens; not where the feed-forward
+may compute all tokens (`adaptformer` has the same adapter), nor where tokens are to skip attention too (`coda`). It
 cannot be merged.
 """
 
@@ -83,29 +84,31 @@ class DyTConfig(MethodConfig):
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
     rate: Portion = 0.5
-    """The share of tokens that is to go through the feed-forwards."""
+    """The share of tokens that the feed-forwards should compute."""
     rate_weight: NonNegativeFloat = 2.0
-    """Weight of the loss that holds this share."""
+    """Weight of the loss that keeps the share of chosen tokens near `rate`."""
     complete: NonNegativeFloat = 1.0
-    """Weight of the two losses of the pass in which all tokens go through; 0 runs the model once."""
+    """Weight of the two losses of the second pass, in which no token skips; 0 leaves this pass out."""
     temperature: PositiveFloat = 5.0
-    """Divisor of logits and draws in training."""
+    """Divisor of the gate's logits and draws in training."""
     threshold: Portion = 0.5
-    """Probability above which a token passes through."""
+    """Probability above which a token is chosen."""
     skip: bool = False
-    """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
-    has. For feed-forwards that treat each token by itself, and for one adapter at each; in routes and under
-    torch.compile all are computed."""
+    """Compute only the chosen tokens in evaluation without gradients; each row is padded to the largest number of
+    chosen tokens of a row. This needs feed-forwards that process each token by itself, and only one adapter at each of
+    them. In routes and under torch.compile all tokens are computed."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens in front always go through; None: those in front of a picture's patches."""
+    """How many tokens in front are always computed; None: all tokens in front of a picture's patches."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of w at the start."""
     init_bias: FiniteFloat = 0.0
-    """b at the start; where w starts at zero and b above it, all tokens go through: an exact identity."""
+    """The dispatcher's bias b at the start; if w starts at zero and b is positive, all tokens are chosen: an exact
+    identity."""
 
 
 def loss_of_share(taps: Taps, share: float) -> Tensor | None:
-    """Take what gates noted and return ``(mean gate - share)^2``; None where nothing was noted."""
+    """Return ``(mean gate - share)^2`` from the gates that the blocks recorded, and clear the record; None if it is
+    empty."""
     counts = taps.counts.take()
     if not counts:
         return None
@@ -114,7 +117,7 @@ def loss_of_share(taps: Taps, share: float) -> Tensor | None:
 
 
 def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
-    """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through.
+    """Return ``L(q) + KL(q | p)``, where q is a second pass in which no token skips.
 
     Raises:
         TrainingError: the model returns no logits, or labels of their shape are missing.
@@ -139,8 +142,8 @@ def _logits_of(output: Any, labels: Any) -> Tensor:
     ):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
     raise TrainingError(
-        "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
-        "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
+        "dyt also trains the model with all tokens, and needs its logits [rows, classes] (or of each pixel) and "
+        "labels: pass labels to the model or by peftcore.call(model, labels=...), or set complete=0"
     )
 
 

@@ -1,5 +1,5 @@
-"""The operator of DyT: a gate for each token, which is open or closed and learns as if it were not, and a bottleneck
-for all tokens; in evaluation the feed-forward can compute only the chosen tokens."""
+"""The operator of DyT: a gate of 0 or 1 for each token, whose gradient is that of a sigmoid, and a bottleneck for all
+tokens. In evaluation the feed-forward can compute only the chosen tokens."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from peftcore_vision.dyt import DyTConfig
 
 WHOLE, JOINED = "whole", "joined"
-"""The forms of the site of a whole feed-forward: where the branch joins the stream behind it, and where it does so as
-it leaves."""
+"""The two forms of a site at a whole feed-forward: a later module follows before its output joins the stream, or its
+own output joins the stream."""
 GATHERED = Tap()
-"""Whether what runs is given chosen tokens alone."""
+"""True while a feed-forward runs that gets only the chosen tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,16 @@ class Taps:
     """The taps that the gates of an adapter share."""
 
     everyone: Tap = field(default_factory=Tap)
-    """Whether all tokens go through, in a separate pass."""
+    """True during the second pass, in which no token skips."""
     counts: Tap = field(default_factory=Tap)
-    """For each block that ran in training the sum of its gates and how many they are, numbers without dimensions, so
-    that routes do not split them by rows."""
+    """The sum and the number of the gates of each block that ran in training, as tensors without dimensions, so that
+    routes do not split them by rows."""
     lies: dict[str, Tap] = field(default_factory=dict)
-    """One channel of a tower's patches, ``[images, rows, columns]``, by path of the convolution that embeds them."""
+    """One channel of a tower's patches, ``[images, rows, columns]``, by the path of the convolution that embeds
+    them."""
 
     def graft(self, surgeon: Surgeon, site: BranchSite, config: DyTConfig) -> None:
-        """Graft the operator of a site."""
+        """Install the operator at a site, with these taps."""
         patches = patch_sites(surgeon, site)
         tower = patches[0].path if patches else ""
         seen = () if tower in self.lies else tuple(patches)
@@ -60,10 +61,11 @@ class Taps:
 class DyTOperator(Bypass):
     """The dispatcher of one feed-forward, which gates its output token by token, and the parallel bottleneck.
 
-    With `skip` it gathers the chosen tokens in front of the feed-forward, and puts what it returns back among zeros.
+    With `skip` it passes only the chosen tokens to the feed-forward, and fills the output of the other tokens with
+    zeros.
 
     Raises:
-        SequenceError: another adapter has gathered tokens before.
+        SequenceError: another adapter already selects tokens for the same feed-forward.
     """
 
     observes = Bypass.observes | {"patch"}
@@ -105,8 +107,8 @@ class DyTOperator(Bypass):
         return h * self.laid_out(self.gates(self.layer.channels_last(read)).to(h.dtype))
 
     def gates(self, x: Tensor) -> Tensor:
-        """Return 1 for tokens that go through the branch and 0 for others, ``[batch, ..., 1]``, of ``[batch, ...,
-        features]``; in training take note of how many do."""
+        """Return 1 for chosen tokens and 0 for others, ``[batch, ..., 1]``, from the stream ``[batch, ..., features]``;
+        in training, record their sum."""
         precise = torch.promote_types(self.gate.dtype, torch.float32)
         with full_precision(x):
             logits = (x.to(precise) @ self.gate.to(precise) + self.gate_bias.to(precise)).unsqueeze(-1)
@@ -122,8 +124,8 @@ class DyTOperator(Bypass):
         return gates
 
     def prefix(self, x: Tensor) -> int:
-        """Return how many tokens in front always go through: those in front of the patches, where a picture was
-        embedded and its patches are complete."""
+        """Return how many tokens in front are always computed: the tokens in front of the patches, if the sequence has
+        all patches of an embedded picture."""
         if x.dim() != 3:
             return 0
         tokens, lie = x.shape[1], self.lie.get()
@@ -171,7 +173,9 @@ class DyTOperator(Bypass):
     def _skipped(self, call: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the feed-forward makes of the chosen tokens, with zeros for the others, and the stream."""
         if GATHERED.get():
-            raise SequenceError("two adapters would let tokens skip the same feed-forward: take skip=False for one")
+            raise SequenceError(
+                "two adapters would let tokens skip the same feed-forward: set skip=False for one of them"
+            )
         read = self._stream(x)
         chosen = self.gates(read).flatten(1) > 0  # [batch, tokens]
         count = max(int(chosen.sum(1).max()), 1)
@@ -195,13 +199,13 @@ class DyTOperator(Bypass):
 
 
 def drawn(like: Tensor) -> Tensor:
-    """Return differences of two draws of Gumbel's distribution."""
+    """Return differences of two draws from Gumbel's distribution, in the shape of the logits."""
     first, second = (-torch.empty_like(like).exponential_().log() for _ in range(2))
     return first - second
 
 
 def skipping_site(surgeon: Surgeon, site: BranchSite) -> BranchSite:
-    """Return a site with its feed-forward as one more place.
+    """Return the site together with the whole feed-forward that it belongs to, which chosen tokens can skip.
 
     Raises:
         UnsupportedSite: the site lacks a feed-forward, or the feed-forward is not a module, may mix tokens, or is
@@ -209,12 +213,14 @@ def skipping_site(surgeon: Surgeon, site: BranchSite) -> BranchSite:
     """
     whole, end = feed_forward_around(surgeon, site), surgeon.resolver.end_of(site.module_path)
     if whole is None:
-        raise UnsupportedSite(f"{site.path} is of no feed-forward that tokens could skip: take skip=False")
+        raise UnsupportedSite(f"{site.path} is not part of a feed-forward that tokens could skip: set skip=False")
     mixes = [name for name, parameter in whole.module.named_parameters() if parameter.dim() > 2]
     if mixes:
-        raise UnsupportedSite(f"{whole.path}: {mixes[0]} may mix tokens, so none of them can skip it: take skip=False")
+        raise UnsupportedSite(
+            f"{whole.path}: {mixes[0]} may mix tokens, so single tokens cannot skip it: set skip=False"
+        )
     if end is None or end.rest:
-        raise UnsupportedSite(f"{whole.path} does not end in a module, so no token can skip it: take skip=False")
+        raise UnsupportedSite(f"{whole.path} does not end with a module, so tokens cannot skip it: set skip=False")
     behind = end.path is not None and not f"{end.path}.".startswith(f"{whole.module_path}.")
     place: Site = replace(surgeon.resolver.site(whole.module_path, "weight"), form=WHOLE if behind else JOINED)
     return replace(site, places=(*site.places, place))
