@@ -219,7 +219,7 @@ def merge_bytes(injection: Injection) -> Mapping[torch.device, int]:
     sizes: dict[object, tuple[torch.device, int]] = {}
     for key, effects in _effects(injection).items():
         layer, module = effects[0].mount.layer, injection.module_at(key[0])
-        if any(map(is_cut, module._parameters.values())):
+        if any(map(is_cut, module.parameters(recurse=False))):
             continue
         if layer.packed:
             like = layer.like(module, key[1])

@@ -206,6 +206,7 @@ def _merging() -> dict[str, Case]:
             def then(model: nn.Module, begun: Any = begun, how: Any = how) -> None:
                 begun(model)
                 merged(model, **how)
+                outputs(model)
 
             found[f"merge into {scheme}, into={into!r}"] = Case(scene("a", then=begun), on_a(partial(_merge, **how)))
             found[f"unmerge from {scheme}, into={into!r}"] = Case(scene("a", then=then), on_a(lambda i: i.unmerge()))
@@ -218,11 +219,11 @@ def _merge(injection: peftcore.Injection, **how: Any) -> None:
 
 def _packing() -> dict[str, Case]:
     found = {}
-    for scheme in ("int8", "nf4", "hqq-8", "nf4-icq", "torchao-int8"):
+    for scheme in ("int8", "nf4", "hqq-8", "nf4-icq", "torchao-int8", "bnb-nf4", "bnb-int8"):
         if scheme in peftcore.schemes():
             found[f"quantize to {scheme}"] = Case(scene("a"), on_model(partial(packed, scheme)))
             found[f"dequantize from {scheme}"] = Case(
-                scene("a", then=partial(packed, scheme)), on_model(peftcore.dequantize)
+                scene("a", then=partial(packed_and_run, scheme)), on_model(peftcore.dequantize)
             )
     found["quantize for loftq"] = Case(scene("a", method="loftq"), on_model(partial(packed, "nf4")))
     return found
