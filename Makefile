@@ -13,7 +13,7 @@
 # make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
 # make evidence    write into the plugins' packages with whose numbers their tests compare
 # make held-defaults    say which defaults of methods no test holds
-# make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables and guidance, many more than `make test` draws
+# make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables, guidance and threads, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
 # make faults SECONDS= SEED=    operations of the core with a fault at every point; EVERY=10 tries a tenth of them, NAMES="merge load" some operations, METHODS=1 those of each method's life
 # Both create .venv when it is missing and install into it again when the requirements have changed.

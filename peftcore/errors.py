@@ -83,6 +83,11 @@ class MemoryLimit(PeftcoreError, RuntimeError):
     or the tensors that an operation makes exceed the free memory of a device. Nothing was changed."""
 
 
+class AdapterInUse(PeftcoreError, RuntimeError):
+    """An adapter cannot be merged, unmerged or removed while a forward that it changes runs in another thread; nothing
+    was changed."""
+
+
 class SwapError(PeftcoreError, ValueError):
     """The values of one adapter cannot replace those of another adapter exactly; nothing was changed."""
 

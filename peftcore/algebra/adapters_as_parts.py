@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftcore.algebra.combining import Source, established, opened, warn_of_heads
 from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.injection.injection import Injection
+from peftcore.layers.model_locks import changing
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.preset_methods import method_of
 
@@ -25,13 +26,14 @@ def gather(
     name: str | None = None,
     **options: Any,
 ) -> Injection:
-    """Returns an injection of `method` whose parts are existing adapters, by folder or by name on this host, each with
-    its weight. It is frozen (``trainable()`` lets it train on), and active in place of the injections on the host.
+    """Returns an injection of `method` whose parts are existing adapters, given by folder or by name on this host, each
+    with a weight. The injection is frozen (``trainable()`` makes it train again), and is active instead of the other
+    injections on the host.
 
     Args:
         model: the host.
-        method: a method of parts, with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare",
-            "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
+        method: a method with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare", "regmean",
+            "adapter_soup"; or a preset of such a method, "mix_of_show".
         sources: weights by folder or name.
         name: name of the new injection; the method's by default.
         options: the method's other options.
@@ -40,22 +42,25 @@ def gather(
         PeftcoreError: as `peftcore.load` and `peftcore.apply` do; nothing was changed.
     """
     kind = find_method(method)
-    with opened(model, sources) as adapters:
-        warn_of_heads(adapters)
-        parts = [each.config.model_dump(mode="json") for each in adapters]
-        found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
-        instead = [each.name for each in adapters]
-    own, config = method_of(kind, {"parts": parts, "weights": list(sources.values()), **options})
-    selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
-    dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
+    with changing(model):
+        with opened(model, sources) as adapters:
+            warn_of_heads(adapters)
+            parts = [each.config.model_dump(mode="json") for each in adapters]
+            found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
+            instead = [each.name for each in adapters]
+        own, config = method_of(kind, {"parts": parts, "weights": list(sources.values()), **options})
+        selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
+        dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
 
-    def give(made: Injection) -> None:
-        for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
-            for key, value in _tensors(part).items():
-                value.copy_(tensors[key])
-        made.method.parts_gathered(made)
+        def give(made: Injection) -> None:
+            for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
+                for key, value in _tensors(part).items():
+                    value.copy_(tensors[key])
+            made.method.parts_gathered(made)
 
-    return established(model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead, fill=give)
+        return established(
+            model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead, fill=give
+        )
 
 
 def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""Adapter algebra on whole adapters: `deltas` returns their weight changes, `to_lora` writes these as a LoRA, `combine`
-makes one adapter of several. The mathematics is in `peftcore.algebra.merge_math`."""
+"""Adapter algebra on whole adapters: `deltas` returns the weight changes of an adapter, `to_lora` converts them to a
+LoRA, `combine` merges several adapters into one. The mathematics is in `peftcore.algebra.merge_math`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from peftcore.injection.applying import apply_request
 from peftcore.injection.injection import Injection, injections
 from peftcore.injection.request import Request, check_name
 from peftcore.layers.layer import bias_name, put, take
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.targets.sites import Site
@@ -37,9 +38,9 @@ from peftcore.utils.progress import through
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
 Source = str | os.PathLike[str]
-"""An injection of the host by name, or the folder of a saved adapter."""
+"""The name of an injection on the host, or the folder of a saved adapter."""
 LOSSY = 0.01
-"""Relative error of a site from which on `combine` warns."""
+"""The relative error at a site from which on `combine` gives a warning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Change:
     computed: Tensor | None
     """The change in logical layout; None if it is the product of the factors, which takes the memory of a weight."""
     factors: Factors | None
-    """The factors of the change, where it is low-rank."""
+    """The factors of the change, if it is low-rank; else None."""
 
     @property
     @torch.no_grad()
@@ -69,8 +70,9 @@ class Change:
         return like.dim() < self.site.layer.batch_dims + 2
 
     def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
-        """Returns the change itself if it has factors of at most a rank, otherwise the nearest update of that rank; and
-        its relative error. A `moment` of the inputs is used for matrices ``[out, in]``."""
+        """Returns an update of at most `rank` with its relative error: the change itself if its factors have at most
+        this rank, otherwise the nearest update of that rank. For matrices ``[out, in]``, `moment`, the second moment of
+        the inputs, determines which update is nearest."""
         if self.factors is not None and self.factors[1].shape[-1] <= rank:
             return self.factors, 0.0
         delta = self.delta
@@ -99,17 +101,18 @@ def _acting(injection: Injection) -> None:
 
 @torch.no_grad()
 def changes(injection: Injection) -> dict[str, Change]:
-    """Returns the effective minus the base weight of each tensor, by site path, in float32 or better. Modules that the
-    user named in ``train`` are left out, since heads belong to one task; tensors that merging leaves out are left out,
-    too.
+    """Returns the change of each tensor (its effective value minus its base value) by site path, in float32 or better.
+    Modules that the user named in ``train`` are left out, since heads belong to one task, and so are tensors that
+    merging leaves out.
 
     Raises:
         NotMergeable: an operator has no effective weight.
         MergeError: the injection is merged.
     """
-    _acting(injection)
-    with injection.state.kept(injection.name):
-        return _changes(injection)
+    with changing(injection.model):
+        _acting(injection)
+        with injection.state.kept(injection.name):
+            return _changes(injection)
 
 
 def _changes(injection: Injection) -> dict[str, Change]:
@@ -196,10 +199,10 @@ def _note(
 
 def deltas(injection: Injection) -> dict[str, Tensor]:
     """Returns the change that an adapter makes to each tensor, by site path, in logical layout ``[*batch, out, in,
-    *kernel]`` and in float32 or better; nothing for tensors that it leaves as they are.
+    *kernel]`` and in float32 or better. Tensors that do not change are left out.
 
     Raises:
-        NotMergeable: the method makes no change of weights.
+        NotMergeable: the method does not change weights.
         MergeError: the injection is merged.
     """
     return {path: change.delta for path, change in changes(injection).items()}
@@ -218,14 +221,12 @@ def established(
     instead: Sequence[str] = (),
     fill: Callable[[Injection], object],
 ) -> Injection:
-    """Returns a new injection of a method whose selections are known already, with values that `fill` writes into it.
-    It is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
+    """Returns a new injection of a method with given selections (sites); `fill` writes its values. The injection is
+    frozen and active, like a loaded one; the injections named in `instead` are deactivated.
 
     Raises:
-        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
+        RouteError, CompositionError: the active route or composition uses one of the named injections.
     """
-    if (state := state_of(model)) is not None:
-        state.choices.check_free(instead)
     saved = {
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
@@ -236,15 +237,19 @@ def established(
         fill(injection)
         injection.trainable(False)
 
-    return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
+    with changing(model):
+        if (state := state_of(model)) is not None:
+            state.choices.check_free(instead)
+        return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
 
 
 @contextmanager
 def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[Injection]]:
-    """Context manager that yields injections of a host by name, and saved ones by folder, which are removed at its end.
+    """Context manager that yields the injections of the given sources. Adapters that it loads from folders are removed
+    at its end.
 
     Raises:
-        UnknownInjection: neither an injection nor a folder.
+        UnknownInjection: a source is neither an injection nor a folder.
     """
     with ExitStack() as stack:
         found = []
@@ -271,7 +276,7 @@ def _close(injection: Injection) -> None:
 
 
 def warn_of_heads(sources: Iterable[Injection]) -> None:
-    """Warn that modules trained along are left out."""
+    """Warn that additionally trained modules (heads) are left out."""
     heads = sorted({head for each in sources for head in each.wishes.train})
     if heads:
         warnings.warn(f"heads belong to one task and are left out: {', '.join(heads)}", UserWarning, stacklevel=3)
@@ -280,32 +285,34 @@ def warn_of_heads(sources: Iterable[Injection]) -> None:
 def to_lora(
     injection: Injection, rank: int, name: str | None = None, *, data: Data | None = None
 ) -> tuple[Injection, dict[str, float]]:
-    """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
+    """Returns a LoRA with the weight changes of another adapter, and the LoRA's error at each site relative to the
+    change.
 
-    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one.
-    Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
-    The new injection is frozen and active in place of the old one, which stays on the host.
+    The LoRA is exact if the change has factors of at most `rank`; otherwise it is the nearest LoRA of that rank. Ranks
+    that the change does not need are initialized as in a new LoRA, so that they add zero and can train. The new
+    injection is frozen, and active instead of the old one, which stays on the host.
 
     Args:
-        data: batches of inputs. At linear layers the LoRA is then the one whose outputs for them are nearest, and the
-            errors there are those of outputs.
+        data: batches of inputs. With these, the LoRA at a linear layer is the one whose outputs for the inputs are
+            nearest, and the error is that of the outputs.
 
     Raises:
         CalibrationError: `data` has no batches, or the model cannot be called with one.
-        NotMergeable: the method makes no change of weights.
-        UnsupportedSite: it changes vectors (biases, norms), which a product of factors cannot represent.
+        NotMergeable: the method does not change weights.
+        UnsupportedSite: the method changes vectors (biases, norms), which a product of factors cannot represent.
         UnknownMethod: LoRA is not installed.
-        RouteError, CompositionError: a route or composition that is in force uses the old one.
+        RouteError, CompositionError: the active route or composition uses the old injection.
     """
-    made = nearest(injection, rank, data)
-    factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
-    lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
-    return lora, {path: error for path, (_, _, error) in made.items()}
+    with changing(injection.model):
+        made = nearest(injection, rank, data)
+        factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
+        lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
+        return lora, {path: error for path, (_, _, error) in made.items()}
 
 
 def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
-    """Returns the updates of at most a rank that are nearest to the weight changes of an adapter, by site path, with
-    the errors of `to_lora`.
+    """Returns the updates of at most `rank` that are nearest to the weight changes of an adapter, by site path, with
+    their errors as in `to_lora`.
 
     Raises:
         CalibrationError, NotMergeable, UnsupportedSite: as `to_lora`.
@@ -325,17 +332,17 @@ def lora_of(
     instead: Sequence[str] = (),
     rank: int | None = None,
 ) -> Injection:
-    """Returns a LoRA with given updates, by the paths of their sites: A ``[rank, in, *kernel]``, B ``[out, rank]`` and
-    a scale. It is frozen and active, in place of the injections named in `instead`.
+    """Returns a LoRA with the given updates, by site path: A ``[rank, in, *kernel]``, B ``[out, rank]`` and a scale.
+    The LoRA is frozen, and active instead of the injections named in `instead`.
 
     Args:
-        rank: of the LoRA; by default the largest of the updates. Ranks that an update lacks are initialized as in a new
-            LoRA: one factor is zero and the other is not, so that they add zero and can train.
+        rank: the rank of the LoRA; by default the largest rank of the updates. Ranks that an update lacks are
+            initialized as in a new LoRA: one factor is zero and the other is not, so that they add zero and can train.
 
     Raises:
         UnknownMethod: LoRA is not installed.
         DuplicateInjection: the name is taken.
-        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
+        RouteError, CompositionError: the active route or composition uses one of the named injections.
     """
     try:
         method = find_method("lora")
@@ -387,68 +394,73 @@ def combine(
     sign: Sign = "total",
     seed: int = 0,
 ) -> Injection:
-    """Returns one new adapter of several, each with a weight. It is frozen and active in their place; they stay as they
-    are.
+    """Returns one new adapter that combines several adapters, each with a weight. The new adapter is frozen, and active
+    instead of the others, which do not change.
 
     Args:
         model: the host.
-        sources: weights by name of an injection, or by folder of a saved one.
+        sources: the weight of each adapter, by the name of an injection or the folder of a saved adapter.
         how: "cat" is the exact sum of low-rank updates, as a LoRA of all their ranks. "linear" sums parameters of
             adapters of one method with the same options (a soup, where weights sum to one). All other values sum or
             merge the weight changes of adapters of any methods that change weights, and make the nearest LoRA of
             `rank`: "svd" (the weighted sum), "magnitude_prune", "ties", "dare_linear", "dare_ties", and "slerp" (two
-            adapters; the weights say how far it is from one to the other). Where an adapter has no change, it counts as
-            0.
+            adapters; the weights define the position between them). At sites that an adapter does not change, its
+            change is 0.
         name: name of the new injection.
-        rank: of the result, for all but "cat" and "linear". If that loses one percent of the change at a site, a
-            warning says so.
-        density: share of the values that "ties", "dare_*" and "magnitude_prune" keep.
-        sign: how TIES elects.
-        seed: of the values that DARE drops.
+        rank: the rank of the result, except for "cat" and "linear". If it loses at least one percent of the change at a
+            site, a warning is given.
+        density: the share of the values that "ties", "dare_*" and "magnitude_prune" keep.
+        sign: how TIES elects the sign of a value (see `merge_math.ties`).
+        seed: the seed of the random choice of values that DARE drops.
 
     Raises:
         ConfigError: `rank` or `density` is missing or does not apply to `how`, or the adapters do not fit together.
         NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
-        RouteError, CompositionError: a route or composition that is in force uses one of them.
+        RouteError, CompositionError: the active route or composition uses one of the adapters.
     """
-    check_name(model, name)
-    if not sources:
-        raise ConfigError("combine needs adapters: {name or folder: weight}")
-    _check_use("rank", rank, how not in ("cat", "linear"), how)
-    _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
-    if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density={density} must be above 0 and at most 1")
-    weights = list(sources.values())
-    with opened(model, sources) as adapters:
-        instead = [each.name for each in adapters]
-        if how == "linear":
-            _check_alike(adapters)
-            tensors = _averaged([each.state_dict() for each in adapters], weights)
-        else:
-            warn_of_heads(adapters)
-            tasks = [_matrices(changes(each)) for each in adapters]
-            merge = _merger(how, weights, density or 1.0, sign, seed)
-            made = {path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)}
-    if how != "linear":
-        worst = max(made, key=lambda path: made[path][2])
-        if (error := made[worst][2]) >= LOSSY:
-            text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
-            warnings.warn(text, UserWarning, stacklevel=2)
-        return lora_of(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
-    first = adapters[0]
-    wishes, method = first.wishes, type(first.method)
-    return established(
-        model,
-        method,
-        first.config,
-        name,
-        first.selections,
-        dtype=wishes.dtype,
-        train=wishes.train,
-        untied=wishes.untied,
-        instead=instead,
-        fill=lambda soup: fill(soup, tensors),
-    )
+    with changing(model):
+        check_name(model, name)
+        if not sources:
+            raise ConfigError("combine needs adapters: {name or folder: weight}")
+        _check_use("rank", rank, how not in ("cat", "linear"), how)
+        _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
+        if density is not None and not 0 < density <= 1:
+            raise ConfigError(f"density={density} must be above 0 and at most 1")
+        weights = list(sources.values())
+        with opened(model, sources) as adapters:
+            instead = [each.name for each in adapters]
+            if how == "linear":
+                _check_alike(adapters)
+                tensors = _averaged([each.state_dict() for each in adapters], weights)
+            else:
+                warn_of_heads(adapters)
+                tasks = [_matrices(changes(each)) for each in adapters]
+                merge = _merger(how, weights, density or 1.0, sign, seed)
+                made = {
+                    path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)
+                }
+        if how != "linear":
+            worst = max(made, key=lambda path: made[path][2])
+            if (error := made[worst][2]) >= LOSSY:
+                text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
+                warnings.warn(text, UserWarning, stacklevel=2)
+            return lora_of(
+                model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank
+            )
+        first = adapters[0]
+        wishes, method = first.wishes, type(first.method)
+        return established(
+            model,
+            method,
+            first.config,
+            name,
+            first.selections,
+            dtype=wishes.dtype,
+            train=wishes.train,
+            untied=wishes.untied,
+            instead=instead,
+            fill=lambda soup: fill(soup, tensors),
+        )
 
 
 def _check_use(option: str, value: object, used: bool, how: str) -> None:

@@ -31,7 +31,7 @@ from peftcore.targets.sites import Site
 
 How = Literal["as it is", "as a LoRA", "projected"]
 NOTHING = 1e-6
-"""Relative error of an update up to which nothing of it is lost."""
+"""The relative error of an update up to which the update counts as exact."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Export:
     errors: dict[str, float]
     """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
     filled: tuple[str, ...] = ()
-    """Modules that the adapter does not change and that the LoRA adapts by an update of zero, since the program reads
-    updates of other modules only together with theirs.
+    """Modules that the adapter does not change, but that get an update of zero, since the program reads updates of
+    other modules only together with updates of these modules.
     """
 
     @property
@@ -65,17 +65,19 @@ def export(
     data: Data | None = None,
     home: Path | None = None,
 ) -> Export:
-    """Write an adapter so that a program reads all of it as it was trained. The model is unchanged afterwards.
+    """Write an adapter so that another program applies all of it: unchanged, as an equal LoRA, or as the nearest LoRA.
+    The model does not change.
 
     Args:
-        path: the folder, or the file where the format's adapters are one.
-        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None refuses that.
-        data: batches of inputs on which the nearest LoRA is measured, as of `to_lora`.
-        home: where the folder will be in the end, if that is another path.
+        path: the folder, or the file if the program's format is a single file.
+        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None raises an
+            error instead.
+        data: batches of inputs for whose outputs the LoRA is nearest, as in `to_lora`.
+        home: the final path of the folder, if it is written to another path first.
 
     Raises:
         ExportError: the program cannot read the adapter; the message says why; nothing was written.
-        NoWeights: its model is on the meta device, and writing it takes the weights.
+        NoWeights: the model is on the meta device, but its weights are needed to write the adapter as a LoRA.
         CalibrationError: `data` has no batches, or the model cannot be called with one.
     """
     try:
@@ -103,11 +105,11 @@ def export(
 
 
 def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> ReaderReport:
-    """Write an adapter in a program's format, if the program would read all of it as it was trained.
+    """Write an adapter in a format of the program, if the program then computes what the adapter computes here.
 
     Raises:
-        ExportError: no format of the program can hold it, or the program would change, drop or refuse a part; nothing
-            was written.
+        ExportError: no format of the program can store the adapter, or the program would change, drop or reject a part
+            of it; nothing was written.
     """
     reasons = []
     for format in reader.writes:

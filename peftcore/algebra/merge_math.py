@@ -1,7 +1,7 @@
 """Adapter algebra on tensors: sums, means and merges of weight changes.
 
 Pure functions, differentiable in the tensors. A *delta* (task vector) is ``tau = W_adapted - W_base`` of one site, of
-any shape; all deltas of one call have the same. Weights may be negative. For whole adapters see
+any shape; all deltas of one call have the same shape. Weights may be negative. For whole adapters see
 `peftcore.algebra.combining`.
 """
 
@@ -28,10 +28,10 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def magnitude_prune(t: Tensor, density: float) -> Tensor:
-    """`t` with the share `density` of its values that are largest by magnitude, the others 0.
+    """Returns `t` with all values set to 0 except the share `density` with the largest magnitudes.
 
-    Values as large as the smallest that is kept are kept too, and at least one is (peft keeps exactly
-    ``int(density * n)``, whichever of equal ones).
+    All values with the same magnitude as the smallest kept value are kept, and at least one value is kept. (peft keeps
+    exactly ``int(density * n)`` values, any of those with equal magnitude.)
     """
     kept = max(int(density * t.numel()), 1)
     if kept >= t.numel():
@@ -41,7 +41,8 @@ def magnitude_prune(t: Tensor, density: float) -> Tensor:
 
 
 def random_mask(shape: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
-    """Returns a mask that is True with probability `density`, each value by itself; drawn on the generator's device."""
+    """Returns a mask whose values are True with probability `density`, independently; drawn on the generator's
+    device."""
     return torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float32) < density
 
 
@@ -53,14 +54,14 @@ def random_prune(t: Tensor, density: float, generator: torch.Generator, rescale:
 
 
 def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, sign: Sign = "total") -> Tensor:
-    """TIES (Yadav et al., 2306.01708): of each ``w_t tau_t`` the share `density` that is largest is kept (trim); each
-    value gets the sign of the sum (elect; "frequency": of the more tasks); the result is the mean of the kept values
-    that have it (disjoint mean).
+    """TIES (Yadav et al., 2306.01708). Trim: of each ``w_t tau_t``, the share `density` of the largest values is kept.
+    Elect: each position gets the sign of the sum over tasks ("frequency": the sign that most tasks have). Disjoint
+    mean: the result is the mean of the kept values that have this sign.
 
     The authors' code trims the whole flattened model at once and does not have weights; here each tensor is trimmed
     separately. If tasks cancel exactly, the authors' code takes the sign that most values of the tensor have, as here;
-    peft takes +1. peft elects before it multiplies by the weights, so that there a task with a negative weight votes
-    for the sign that it is meant to undo.
+    peft takes +1. peft elects signs before it multiplies by the weights, so a task with a negative weight votes for the
+    sign that it should undo.
     """
     kept = torch.stack([magnitude_prune(t * w, density) for t, w in zip(tensors, weights, strict=True)])
     seen = kept.detach().sign()
@@ -75,7 +76,7 @@ def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, si
 def dare_linear(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator
 ) -> Tensor:
-    """The weighted sum of deltas that were dropped at random and rescaled (2311.03099)."""
+    """The weighted sum of deltas whose values were dropped at random and rescaled (2311.03099)."""
     return linear([random_prune(t, density, generator) for t in tensors], weights)
 
 
@@ -87,15 +88,15 @@ def dare_ties(
     sign: Sign = "total",
     trim: float = 1.0,
 ) -> Tensor:
-    """TIES of deltas that were dropped at random and rescaled (2311.03099). `trim` is the density for TIES itself: the
-    authors' code uses 0.2 there, peft does not trim again.
+    """TIES of deltas whose values were dropped at random and rescaled (2311.03099). `trim` is the density for TIES: the
+    authors' code uses 0.2, peft does not trim again.
     """
     return ties([random_prune(t, density, generator) for t in tensors], weights, trim, sign)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Returns the point from `a` (t = 0) to `b` (t = 1) along the arc between them (Shoemake 1985), each as one long
-    vector; along the straight line where they have nearly one direction, or opposite ones."""
+    """Returns the point at `t` on the arc from `a` (t = 0) to `b` (t = 1), both flattened to vectors (Shoemake 1985).
+    If their directions are nearly equal or opposite, the point is on the straight line between them."""
     lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     cosine = (a * b).sum() / lengths.clamp_min(torch.finfo(a.dtype).tiny)
     if abs(float(cosine)) > 0.9995:
@@ -106,27 +107,28 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 def cat(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """Returns the exact weighted sum of low-rank updates, each A ``[*batch, rank, in, *kernel]``, B ``[*batch, out,
-    rank]`` and a scale: the factors are concatenated, the ranks added. (peft's "linear" adds ``sqrt(w s)`` times A and
-    B apart instead, which leaves products of unrelated factors in the sum.)"""
+    rank]`` and a scale: the factors are concatenated, the ranks added. (peft's "linear" sums the A and the B
+    separately, times ``sqrt(w s)``, so the product also contains products of unrelated factors.)"""
     A = torch.cat([A for A, _, _ in factors], factors[0][1].dim() - 2)
     B = torch.cat([B * (scale * weight) for (_, B, scale), weight in zip(factors, weights, strict=True)], -1)
     return A, B, 1.0
 
 
 def product(factors: Factors) -> Tensor:
-    """Returns the delta ``[*batch, out, in, *kernel]`` of an update by its factors."""
+    """Returns the delta ``[*batch, out, in, *kernel]`` of a low-rank update from its factors."""
     A, B, scale = factors
     lead = B.dim() - 1
     return scale * (B @ A.flatten(lead)).view(*B.shape[:-1], *A.shape[lead:])
 
 
 def nearest(delta: Tensor, rank: int, batch_dims: int = 0, moment: Tensor | None = None) -> tuple[Factors, float]:
-    """Returns the nearest update of at most a rank to a delta ``[*batch, out, in, *kernel]``, trimmed, and its error
-    relative to the delta.
+    """Returns the update of at most `rank` that is nearest to a delta ``[*batch, out, in, *kernel]``, `trimmed`, and
+    its error relative to the delta.
 
-    Both are by the Frobenius norm (Eckart and Young 1936), or for a delta ``[out, in]`` by its outputs for inputs with
-    a second moment ``[in, in]``, as root mean squares over these inputs. With ``moment = R R'`` that is B A R nearest
-    to delta R: B are the first left singular vectors of delta R, and A = B' delta, so that nothing is inverted.
+    Distances are in the Frobenius norm (Eckart and Young 1936). With `moment`, the second moment ``[in, in]`` of the
+    inputs of a delta ``[out, in]``, distances are root mean squares of the outputs for these inputs. With ``moment = R
+    R'``, B A R is then nearest to delta R: B are the first left singular vectors of delta R, and A = B' delta, so no
+    matrix is inverted.
     """
     matrix = delta.flatten(batch_dims + 1)
     if moment is None:
@@ -143,8 +145,8 @@ def nearest(delta: Tensor, rank: int, batch_dims: int = 0, moment: Tensor | None
 
 
 def trimmed(factors: Factors) -> Factors:
-    """Returns the same update, up to rounding, without the last columns that consist of rounding errors: those whose
-    products are too small, compared with the largest one, to be distinguished from zero.
+    """Returns the same update, up to rounding, without the last ranks whose products consist of rounding errors: they
+    are too small, compared with the largest product, to be distinguished from zero.
     """
     A, B, scale = factors
     lead = B.dim() - 1

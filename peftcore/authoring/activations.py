@@ -13,4 +13,5 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
-"""Functions that make a module of an activation. An option lists the names that a method takes in its `Literal`."""
+"""Functions that build the module of an activation, by its name. A method's option lists the names it accepts in a
+`Literal`."""

@@ -1,4 +1,4 @@
-"""The blocks of a model as sites: where they are, their number in their stack, the width of their stream."""
+"""The blocks of a model as sites: their paths, their numbers in their stacks, the width of their hidden states."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class BlockSite(Site):
     """A whole block as a site."""
 
     width: int = 0
-    """Features of the stream that passes through the block."""
+    """The number of features of the block's hidden states."""
     depth: int = 0
     """The number of the block in its stack, from 0 on."""
     stack: str = ""
-    """The path of the block without numbers, which all blocks of its stack have in common."""
+    """The path of the block with `*` for its numbers: the same for all blocks of its stack."""
     blocks: int = 0
-    """How many blocks that stack has."""
+    """The number of blocks in its stack."""
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -55,11 +55,11 @@ def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
 
 
 def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
-    """Returns the blocks among the user's targets, or all that the method's target means.
+    """Returns the blocks among the user's targets, or those of the method's default target.
 
     Args:
-        surgeon: of the method.
-        each_run: whether the method treats each run of a block separately, so that the host may run one block for
+        surgeon: the method's surgeon.
+        each_run: whether the method treats each run of a block separately, so that the host may use one block as
             several layers.
 
     Raises:
@@ -79,8 +79,9 @@ def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
 
 
 def with_blocks(surgeon: Surgeon, *, each_run: bool = False) -> list[Site]:
-    """Returns the user's targets, or all that the method's target means, with whole blocks among them as `BlockSite`:
-    for methods that act behind a matrix, and behind a block as well.
+    """Returns the user's targets, or those of the method's default target; whole blocks among them are `BlockSite`s.
+
+    For methods that act on the output of a matrix, and also on the output of a block.
 
     Raises:
         UnsupportedSite: a target is a block, and `block_sites` would refuse it.
@@ -95,7 +96,7 @@ def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> Blo
     """Returns the block that a site is in; `each_run` as in `block_sites`.
 
     Raises:
-        UnsupportedSite: it is in none, or in one that `block_sites` would refuse.
+        UnsupportedSite: the site is not in a block, or in a block that `block_sites` would refuse.
     """
     numbers, path = block_depths(surgeon), site.module_path
     around = [block for block in numbers if block is not None and under(path, block)]
@@ -125,10 +126,10 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], ea
 
 
 def block_width(surgeon: Surgeon, path: str) -> int:
-    """Returns how many features the stream of a block has.
+    """Returns the number of features of a block's hidden states.
 
     Raises:
-        UnsupportedSite: the modules inside do not determine it.
+        UnsupportedSite: the modules in the block do not determine the number.
     """
     for role in WIDTHS:
         for entry in surgeon.resolver.host.entries:

@@ -28,8 +28,8 @@ class BorrowedLayer(nn.Module):
     """A layer of the model with a low-rank update: ``W x + b + up down x + bias``.
 
     Attributes:
-        path: of the layer, below the module that `lender` holds.
-        lender: the place into which an operator puts the module of the model that has the layer, before the network
+        path: the layer's path, below the module that `lender` holds.
+        lender: the `Tap` into which an operator puts the module of the model that has the layer, before the network
             runs.
         down: ``[rank, in, *kernel]``; None if the layer is borrowed without an update.
         up: ``[out, rank]``, zeros at the start.
@@ -69,7 +69,7 @@ class BorrowedLayer(nn.Module):
 
         Raises:
             MissingContext: no forward of the model runs.
-            UnsupportedHost: another adapter acts at the layer, and would act here, too.
+            UnsupportedHost: another adapter acts at the layer, and cannot be bypassed here.
         """
         lender = self.lender.get()
         if lender is None:
@@ -107,7 +107,7 @@ def borrow(
     Args:
         network: its layers have the paths that they have in the model.
         model: the module of the model that has them.
-        lender: the place into which an operator puts that module, before the network runs.
+        lender: the `Tap` into which an operator puts that module, before the network runs.
         layer_of: how the model's modules store their tensors, ``surgeon.resolver.layer_of``.
         rank: the rank of the updates.
         vectors: whether norms and biases change; otherwise they are borrowed unchanged.

@@ -1,5 +1,7 @@
-"""Adapters at the end of a branch of a block, or parallel to it: where the branch begins and ends, and how its input,
-or the input of the norm before it, is carried to its end."""
+"""Adapters at the end of a branch of a block, or in parallel with the branch.
+
+This module finds the start and the end of a branch, and passes the branch's input, or the input of the norm before it,
+to the end."""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ FIRST = {
 }
 """Roles of the first matrices of a branch, which read its input, by the role of its last matrix."""
 READ_STREAM = frozenset({"attn.k", "attn.v", "attn.kv"}).union(*FIRST.values())
-"""Roles of the matrices of a block that read its stream."""
+"""Roles of the matrices that read the hidden states of a block (its stream)."""
 
 Joins = Literal["stream", "matrix"]
 """The point at which an adapter joins a branch: after all modules that the host applies to the branch's output before
@@ -37,23 +39,24 @@ it adds it to the stream (dropout, layer scale, stochastic depth, a norm), or at
 modules.
 """
 END, ENTERED = "end", "entered"
-"""The forms of the site behind which a branch joins the stream, and of one that is given the sum of both."""
+"""Forms of two sites: the module after which a branch is added to the stream, and the module whose input is the sum."""
 
 
 @dataclass(frozen=True, eq=False)
 class BranchSite(Site):
-    """The last matrix of a branch, with the modules that read its input and the one behind which it ends. A module that
-    ends no branch is one by itself."""
+    """The last matrix of a branch, with the modules that read the branch's input and the module at which it ends.
+
+    A module that does not end a branch is treated as a branch of one module."""
 
     width: int = 0
     """The number of features of the branch's input."""
     places: tuple[Site, ...] = ()
     """Further sites of the operator: modules that read the input (form "first"), the block's norms ("norm"), and the
-    module behind which the branch joins the stream ("end") or which is given the sum of both ("entered")."""
+    module after which the branch is added to the stream ("end") or whose input is the sum ("entered")."""
     order: Order | None = None
-    """The order of dimensions in which the branch's output is there, where it is not that of the last matrix."""
+    """The order of dimensions of the branch's output, if it differs from the order in the output of the last matrix."""
     drops_path: bool = False
-    """Whether the module at the end is stochastic depth."""
+    """Whether the module at the end of the branch is stochastic depth."""
 
 
 class AtBranchEnd(Operator):
@@ -90,18 +93,19 @@ class AtBranchEnd(Operator):
         return on_first(output, lambda h: self.join(h, passed[0], call))
 
     def read(self, *args: Any) -> Tensor | None:
-        """Returns what `join` needs besides the branch's output, when the last matrix has run."""
+        """Returns the values that `join` needs in addition to the branch's output. Called after the last matrix has
+        run."""
         return None
 
     def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
-        """Returns the branch's output with the adapter; `end` is the call of the module where the branch ends."""
+        """Returns the branch's output with the adapter applied; `end` calls the module at which the branch ends."""
         if self.order is None:
             return self.adapt(h)
         back = sorted(range(h.dim()), key=self.order.__getitem__)
         return self.adapt(h.permute(back)).permute(self.order)
 
     def adapt(self, h: Tensor) -> Tensor:
-        """Returns the branch's output, in the layout of the last matrix, with the adapter."""
+        """Returns the branch's output with the adapter applied, in the layout of the last matrix."""
         raise NotImplementedError
 
 
@@ -174,13 +178,14 @@ class Bypass(AtBranchEnd):
         return h
 
     def laid_out(self, made: Tensor) -> Tensor:
-        """Returns what was made of the input, ``[batch, ..., features]``, in the layout of the branch's output."""
+        """Returns a tensor computed from the input, ``[batch, ..., features]``, in the layout of the branch's
+        output."""
         made = self.layer.channels_back(made)
         return made if self.order is None else made.permute(self.order)
 
     def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
-        """Returns the summand as it joins the stream behind the module where the branch ends, whose call `end` is: by
-        default as it is."""
+        """Returns the summand after the host's dropout or scaling at the end of the branch. `end` calls the module at
+        which the branch ends. By default the summand is returned unchanged."""
         return added
 
     def _beside(self, read: Tensor, y: Tensor) -> Tensor:
@@ -193,20 +198,22 @@ class Bypass(AtBranchEnd):
         return added
 
     def beside(self, x: Tensor) -> Tensor:
-        """Returns the summand for ``[batch, ..., features]``, in the dtype of the branch's output.
+        """Returns the summand for an input ``[batch, ..., features]``, in the dtype of the branch's output.
 
         Raises:
-            UnsupportedSite: the features are not laid out as the method needs them.
+            UnsupportedSite: the features do not have the layout that the method needs.
         """
         raise NotImplementedError
 
 
 def branch_end(surgeon: Surgeon, site: Site, joins: Joins = "stream", *, adds: bool = False) -> BranchSite:
-    """Returns a site with the place where the branch that it ends joins the stream, if that is another one.
+    """Returns a site, the last matrix of a branch, with the module after which the branch is added to the stream, if
+    that is another module.
 
-    Where the host drops or scales a branch's output by other code than that of a module, an operator that `adds` to the
-    branch without reading it (`Bypass`) joins the sum of branch and stream, if a module returns that or is given it.
-    Else the place is the last one that is a module, or the site itself, and the surgeon's notices say so.
+    If the host drops or scales a branch's output by code outside of a module, an operator that `adds` to the branch
+    without reading its output (`Bypass`) is added to the sum of branch and stream, if a module returns that sum or has
+    it as its input. Otherwise the operator acts at the last module of the branch, or at the site itself, and the
+    surgeon's notices say so.
     """
     end = surgeon.resolver.end_of(site.module_path) if joins == "stream" else None
     if end is None:
@@ -246,9 +253,9 @@ def stack_of(path: str) -> str:
 def branch(
     surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Joins = "stream", adds: bool = True
 ) -> BranchSite:
-    """Returns a site as the end of a branch, with the place where the branch joins the stream (`branch_end`); with
-    `before_norm`, its operator also acts at the norms of the block. It only `adds` to the branch, or changes what the
-    branch itself puts out, too.
+    """Returns a site as the end of a branch, with the module after which the branch is added to the stream
+    (`branch_end`). With `before_norm`, the operator also acts at the norms of the block. With `adds`, the operator only
+    adds to the branch's output; without it, the operator may change that output.
 
     Raises:
         UnsupportedSite: no matrix is known that reads the input of the branch.
@@ -297,13 +304,14 @@ def _steps_shared(path: str, other: str) -> int:
 
 
 def reads_stream(surgeon: Surgeon, site: Site) -> bool:
-    """Whether a site is a matrix that reads the stream of its block, or the norm of it: those of queries, keys and
-    values, and the first ones of a feed-forward; not those of cross-attention that read another stream."""
+    """Whether a site is a matrix that reads the hidden states of its block or their norm: the matrices of queries, keys
+    and values, and the first matrices of a feed-forward, but not the matrices of cross-attention that read another
+    stream."""
     return any(entry.role in READ_STREAM for entry in surgeon.resolver.host.at(site.module_path))
 
 
 def is_post_norm(resolver: Resolver, block: str) -> bool:
-    """Whether the norms of a block are after its branches, not before them. Torch's layers have an attribute for it;
+    """Whether the norms of a block are after its branches, not before them. Torch's layers have an attribute for this;
     other hosts that normalize before branches have one more norm after their blocks.
     """
     module, host = resolver.modules[block], resolver.host

@@ -1,8 +1,7 @@
 """Budgets: how many parameters a method trains with its default options, in models of well-known sizes.
 
-The models are built on the meta device.
-
-Nothing is allocated or fetched; models of libraries that are not installed are left out.
+The models are built on the meta device, so nothing is allocated or downloaded. Models of libraries that are not
+installed are left out.
 """
 
 from __future__ import annotations

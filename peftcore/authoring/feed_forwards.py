@@ -1,4 +1,4 @@
-"""Whole feed-forwards as sites, for methods that run one several times or put something around it."""
+"""Whole feed-forwards as sites, for methods that run a feed-forward several times or wrap it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FeedForwardSite(Site):
     """A whole feed-forward as a site."""
 
     width: int = 0
-    """Features of its input."""
+    """The number of features of its input."""
 
     @property
     def weight_shape(self) -> torch.Size:

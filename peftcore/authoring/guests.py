@@ -28,15 +28,15 @@ from peftcore.targets.sites import Site
 LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
 """The names that configs of transformers have, or accept, for the depth and the width of a stack."""
 OF_A_DECODER = "decoder_layers"
-"""A size of configs in which the names of others mean the encoder."""
+"""A size that a config has if its common names, such as `hidden_size`, mean the encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
-"""Names of sizes by which configs differ that map none of them."""
+"""Other names of sizes, for configs that do not map them to the names in `LAYERS` and `WIDTH`."""
 TYPES = "token_type_ids"
 HANDED_ON = (
     *("attention_mask", POSITIONS, "cache_position", "use_cache"),
     *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
-"""Arguments of the stack that the guest gets as they are: the last ones are of batches that pack sequences."""
+"""Arguments of the stack that are passed to the guest unchanged; the last ones describe batches of packed sequences."""
 
 
 class GuestNetwork(nn.Module):
@@ -44,9 +44,9 @@ class GuestNetwork(nn.Module):
 
     Attributes:
         network: the stack's class, built from its config with the changes.
-        projection: to the width of the stack's stream, where the guest has another.
-        own_table: whether it embeds tokens itself; else it gets the model's embeddings.
-        table: the path of the table below the network, or where it would be.
+        projection: maps the guest's states to the width of the stack's hidden states; the identity if both are equal.
+        own_table: whether the guest embeds tokens itself; otherwise it gets the model's embeddings.
+        table: the path of the token table below the network, also if the guest does not have a table.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GuestNetwork(nn.Module):
             cache: the guest's cache of earlier tokens.
 
         Returns:
-            Its states of the tokens, ``[batch, tokens, width of the stack]``, and its whole output.
+            The guest's states of the tokens, ``[batch, tokens, width of the stack]``, and its whole output.
         """
         mine = {name: given[name] for name in self._handed_on if given.get(name) is not None}
         if cache is not None:  # which the stack fills whatever it is told
@@ -122,10 +122,11 @@ class GuestNetwork(nn.Module):
         return states, output
 
     def take(self, network: nn.Module) -> None:
-        """Start from the values of a trained network, which is not changed.
+        """Copy the values of a trained network into the guest; the trained network does not change.
 
         Args:
-            network: of the guest's class and sizes. Its token table is ignored if the guest shares the model's.
+            network: a network of the guest's class and sizes. Its token table is ignored if the guest shares the
+                model's.
 
         Raises:
             ConfigError: the network has other tensors.
@@ -151,10 +152,10 @@ def guest_network(
     """Returns a guest in parallel with a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.
 
     Args:
-        surgeon: of the method.
+        surgeon: the method's surgeon.
         stack: the stack.
         sizes: see `GuestNetwork`.
-        own_table: whether it has a separate token table, which trains; otherwise it shares the model's.
+        own_table: whether the guest has a separate token table, which trains; otherwise it shares the model's.
         encoders: whether stacks whose tokens see later ones may have a guest too.
 
     Raises:
@@ -180,7 +181,7 @@ def guest_network(
 
 
 class GuestOperator(Operator):
-    """Runs a guest before the stack, over the same tokens, and leaves what it makes of them for other operators."""
+    """Runs a guest before the stack, over the same tokens, and stores the guest's states for other operators."""
 
     observes = frozenset({"activation"})
 
@@ -191,7 +192,7 @@ class GuestOperator(Operator):
         self.names, self.table = site.arguments, site.tensor.removesuffix(".weight")
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the function that acts around the stack, whose token table it reads."""
+        """Returns the function that wraps the stack; it reads the stack's token table."""
         return functools.partial(self._beside, module)
 
     def _beside(self, stack: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Shared code of hybrids, methods that are made of other methods: reading the options of a part, calling all parts."""
+"""Shared code of hybrids, which are methods that combine other methods: reads the options of a part, calls all
+parts."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from peftcore.registry.preset_methods import method_of, preset_of
 
 
 def options_of(part: Mapping[str, Any]) -> MethodConfig:
-    """Returns the checked options of one part: a method's options, its name under "method", and its "target" if it has
-    its own.
+    """Returns the validated options of one part. A part has a method's options, the method's name as "method", and may
+    have a "target".
 
     Raises:
-        ConfigError: it names no method, or its options break a rule of that method.
+        ConfigError: the part does not name a method, or its options break a rule of that method.
     """
     if not isinstance(part.get("method"), str):
         raise ConfigError('a part has no "method": name its method, as in {"method": "lora", ...}')
@@ -32,10 +33,10 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
 
 
 def without_preset(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a part whose "method" may be a preset as one of the preset's method.
+    """Returns a part with the preset in "method", if any, replaced by the preset's method and options.
 
     Raises:
-        ConfigError: as `options_of`; or the preset has modules that train along, which a part cannot have.
+        ConfigError: as `options_of`; or the preset trains additional modules, which a part cannot do.
     """
     config = options_of(part)
     cls = find_method(part["method"])
@@ -58,10 +59,10 @@ def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
 
 
 class OfParts:
-    """Mixin that calls the parts' functions for the whole; list it before `Method` among the base classes."""
+    """Mixin for hybrids whose functions call those of all parts; list it before `Method` among the base classes."""
 
     def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
-        """Let the parameters train that the parts select."""
+        """Turn on requires_grad of the parameters that the parts select."""
         for part in injection.parts.values():
             registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
 

@@ -1,4 +1,4 @@
-"""The user's data as methods see it: the inputs of linear layers as vectors, without padding, and their moments."""
+"""The inputs of linear layers on the user's data: as vectors without padding, and their second moments."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
 IGNORED = -100
-"""The label of a position that no loss counts."""
+"""The label of positions that losses ignore."""
 Look = Callable[[nn.Module, Tensor, Tensor], None]
-"""Gets a module, its input as it came, and that as vectors ``[tokens, in]`` in float32 at least."""
+"""Type of functions that get a module, its input, and that input as vectors ``[tokens, in]`` in float32 or better."""
 
 
 def sees_vectors(site: Site) -> bool:
-    """Returns whether the site is a linear layer that is called: then its inputs are vectors that can be looked at."""
+    """Returns whether the site is a linear layer that is called, so that its inputs are vectors that can be
+    recorded."""
     return site.form == "activation" and site.layer.called and site.layer.of_vectors and not site.batch
 
 
 @contextmanager
 def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, labels: bool = False) -> Iterator[None]:
-    """Context manager that shows `look` the inputs of modules, as they are called.
+    """Context manager that calls `look` with the inputs of modules whenever they are called.
 
-    Positions that the model's `attention_mask` leaves out are not shown; with `labels` nor are those whose label is
-    -100. Both count where they have the shape of the positions.
+    Positions that the model's `attention_mask` hides are left out; with `labels`, positions with the label -100 are
+    left out, too. Mask and labels are used if they have the shape of the positions.
     """
     masks: list[Tensor] = []
 
@@ -62,8 +63,8 @@ def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, l
 @torch.no_grad()
 def second_moments(injection: Injection, data: Data) -> dict[str, Tensor]:
     """Returns the mean of ``x x'`` ``[in, in]`` over the inputs x of each linear layer that is called, by the path of
-    its site, in float32 or better. The model runs on `data` in evaluation mode with the adapter alone; padding is not
-    counted.
+    its site, in float32 or better. The model runs on `data` in evaluation mode with only this adapter active; padding
+    is not counted.
 
     Raises:
         CalibrationError: there are no batches, or the model cannot be called with one.

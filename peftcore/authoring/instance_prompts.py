@@ -26,11 +26,11 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 
 
 class InstanceOperator(SequenceOperator):
-    """Base class of soft prompts that look at the text: subclasses define `rows_of`, and `tokens`, `look` or `learn`
-    where they want to.
+    """Base class of soft prompts that depend on the text. Subclasses define `rows_of`, and may define `tokens`, `look`
+    and `learn`.
 
     Raises:
-        UnsupportedSite: the stack reads what an encoder made of the text.
+        UnsupportedSite: the stack reads the output of an encoder instead of the text.
     """
 
     def __init__(self, site: SequenceSite, length: int) -> None:
@@ -44,8 +44,9 @@ class InstanceOperator(SequenceOperator):
         self._text = Tap()
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
-        for each sequence of the batch; `text` ``[batch, tokens]`` says which tokens are of the text."""
+        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]`` for all
+        sequences, or ``[batch, length, width]``. `text` is a mask of the tokens that belong to the text, ``[batch,
+        tokens]``."""
         raise NotImplementedError
 
     def tokens(self, embeds: Tensor, text: Tensor) -> Tensor:
@@ -55,8 +56,8 @@ class InstanceOperator(SequenceOperator):
         return embeds
 
     def look(self, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> None:
-        """Look at the text before the rows are made: with ``forward_context().without(self, call, **given)``, for
-        example, the stack's own pass over it. By default nothing is done.
+        """Read the text before the rows are computed: for example by the stack's own pass over the text,
+        ``forward_context().without(self, call, **given)``. By default nothing is done.
 
         Args:
             call: the stack's forward.
@@ -65,8 +66,8 @@ class InstanceOperator(SequenceOperator):
         """
 
     def learn(self, states: Tensor, text: Tensor) -> None:
-        """Called in training with the stack's output for the tokens after the rows: for losses on it, by
-        ``forward_context().add_loss``. By default nothing is done.
+        """Add losses on the stack's output for the tokens after the rows, by ``forward_context().add_loss``. Called in
+        training only. By default nothing is done.
 
         Args:
             states: the stack's output for the tokens, ``[batch, tokens, width]``.

@@ -31,11 +31,13 @@ class PassCache:
         """Returns the cache for the pass, for the `caches` of `ForwardContext.without`.
 
         Args:
-            cache: the model's cache, before its forward; in addition to its layers it holds those of earlier passes.
-            config: of transformers, of a network that is not the model's stack and has other layers.
+            cache: the model's cache, before its forward; in addition to the model's layers it has those of earlier
+                passes.
+            config: a config of transformers, for a network that is not the model's stack and has other layers.
 
         Raises:
-            SequenceError: it holds tokens that earlier passes did not process; or it is not a cache of transformers.
+            SequenceError: `cache` holds tokens that earlier passes did not process; or it is not a cache of
+                transformers.
         """
         own = self_attention_cache(cache)
         mine = self._layers(own)
@@ -51,11 +53,11 @@ class PassCache:
         return view
 
     def keep(self, given: Mapping[str, Any], output: Any, of_pass: Any) -> None:
-        """Put what a pass has cached behind the model's own layers, once the model's forward is through.
+        """Store the cache of a pass after the model's own layers in the cache. Call it after the model's forward.
 
         Args:
             given: the arguments of the forward by name.
-            output: its output; where no cache was given, it has the one that was made.
+            output: the output of the forward; if no cache was passed, it contains the new cache.
             of_pass: the output of the pass.
         """
         cache, mine = _cache_of(output), _cache_of(of_pass)

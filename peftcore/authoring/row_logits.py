@@ -1,7 +1,7 @@
 """The predictions of a model at the rows of a soft prompt: their logits, for losses on them.
 
-The rows are dropped before anything scores, so that labels need no change. In training what the stack made of them is
-kept for the head, which scores those rows that the author asks for.
+The rows are dropped before the head computes logits, so labels need no change. In training the stack's output for the
+rows is kept, and the head also computes the logits of the rows that the method asks for.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from peftcore.targets.sequence_sites import SequenceSite
 from peftcore.targets.sites import BesideSite, Site
 
 AFTER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Options of configs by which models change logits behind their head."""
+"""Options of configs with which models change logits after their head."""
 
 
 def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator, rows: Sequence[int]) -> Tap:
-    """Let the head score rows of a soft prompt in training.
+    """Let the head compute the logits of rows of a soft prompt in training.
 
     Args:
-        surgeon: of the method, which has put the operator at the site.
+        surgeon: the method's surgeon, which has installed the operator at the site.
         site: the stack.
-        operator: its soft prompt.
-        rows: the numbers of its rows, in order.
+        operator: the soft prompt of the stack.
+        rows: the numbers of the soft prompt's rows, in order.
 
     Returns:
         The `Tap` into which a training forward puts the logits for `Method.output_loss`: a `Rows` whose states are
@@ -62,7 +62,7 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
 
 
 def head_sites(surgeon: Surgeon) -> list[Site]:
-    """Returns the heads of the model, whatever the user's targets: for operators that adapt nothing there."""
+    """Returns the heads of the model, independent of the user's targets: for operators that do not adapt the heads."""
     try:
         found = default_sites(surgeon.resolver, ("head",)).sites
     except TargetError:
@@ -71,7 +71,7 @@ def head_sites(surgeon: Surgeon) -> list[Site]:
 
 
 class RowScorer(Operator):
-    """Scores rows of a soft prompt besides the tokens, which it leaves as they are."""
+    """Computes the logits of rows of a soft prompt, in addition to those of the tokens, which do not change."""
 
     def __init__(self, site: Site, states: Tap, logits: Tap, rows: Sequence[int]) -> None:
         super().__init__(site)

@@ -40,18 +40,18 @@ from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.sites import Site
 
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
-"""The arguments of blocks, and of the transformer, that are its streams."""
+"""The arguments of the transformer and of its blocks that contain the streams of image and text."""
 ROTARY = "image_rotary_emb"
-"""Cosines and sines of the places of all tokens that a block is given, ``[tokens, width]`` each."""
+"""The argument that passes cosines and sines of the positions of all tokens to a block, ``[tokens, width]`` each."""
 PLACES = {"txt_ids": -2}
-"""Arguments of the transformer that run along the text, and in which dimension."""
+"""Arguments of the transformer with one entry for each token of the text, and the dimension of these entries."""
 ALONG = "attention_mask"
 """The argument that hides tokens of the image from each other."""
 TOLD = frozenset({"temb", "timestep"})
 """The arguments that pass the timestep to blocks: blocks of a diffusion transformer have one of them."""
 FORM = "stream"
 BLOCK = f"{FORM}.block."
-"""The form of a block as a place, before its path."""
+"""The start of the form of a block's site; the block's path follows."""
 
 S = TypeVar("S", bound="RowStream")
 
@@ -61,15 +61,15 @@ class StreamSite(Site):
     """A diffusion transformer, as a site for a stream of rows in parallel with its tokens."""
 
     width: int = 0
-    """Features of its tokens inside of the blocks."""
+    """The number of features of its tokens inside the blocks."""
     places: tuple[Site, ...] = ()
     """The blocks of the transformer."""
     attentions: tuple[AttentionSite, ...] = ()
     """The attentions in which its tokens see each other."""
     joint: bool = False
-    """Whether the text is a stream of the blocks, and not only read by them."""
+    """Whether the blocks also change the text, instead of only reading it."""
     text: bool = False
-    """Whether its blocks are given a text."""
+    """Whether its blocks get a text."""
 
     def _make_path(self) -> str:
         return f"{self.module_path}:{FORM}".lstrip(":")
@@ -85,7 +85,7 @@ class StreamSite(Site):
         return tuple(place.module_path for place in self.places)
 
     def only(self, blocks: Iterable[str]) -> StreamSite:
-        """Returns the site of rows that go through these blocks alone; the others do not know of them."""
+        """Returns the site for rows that pass only through these blocks; the other blocks do not see the rows."""
         kept = set(blocks)
         pairs = [pair for pair in zip(self.places, self.attentions, strict=True) if pair[0].module_path in kept]
         places, attentions = zip(*pairs, strict=True)
@@ -93,11 +93,11 @@ class StreamSite(Site):
 
 
 def stream_sites(surgeon: Surgeon, paths: Iterable[str] = ("",)) -> list[StreamSite]:
-    """Returns the diffusion transformers of the host that contain one of the target modules, or are inside of one.
+    """Returns the diffusion transformers of the host that contain a target module, or are inside a target module.
 
     Raises:
-        UnsupportedSite: a diffusion transformer is not found; or one has blocks whose tokens do not see each other in
-            exactly one attention.
+        UnsupportedSite: no diffusion transformer is found; or a block does not have exactly one attention in which its
+            tokens see each other.
     """
     wanted, host = list(paths), surgeon.resolver.host
     lists: dict[str, list[str]] = {}
@@ -155,7 +155,7 @@ def _site(surgeon: Surgeon, owner: str, blocks: list[str]) -> StreamSite:
 
 
 class Reached(Exception):  # no error: it ends a pass that has given what it was for
-    """Ends a pass for the rows at the module that was asked for."""
+    """Raised to end a pass for the rows at the requested module."""
 
     def __init__(self, running: Running) -> None:
         super().__init__()
@@ -167,18 +167,18 @@ Keys = tuple[Tensor, Tensor]
 
 
 class Running:
-    """A stream in one forward of its transformer.
+    """The state of a stream of rows in one forward of its transformer.
 
     Attributes:
         told: the arguments of the first block for the rows, by name.
         begins: the form of the first block, if the rows are inserted there.
         rows: the rows after the last block that ran; None before the first block, and after their stream has ended.
         before: the rows before each block that ran, for blocks that run again inside backward.
-        makes: whether the transformer makes the rows now, of an input.
-        asks: whether the block runs for the rows' keys alone.
-        counts: tokens and rows in the attention of the block that runs.
-        of_tokens: its keys and values of tokens, once they are known.
-        of_rows: those of rows.
+        makes: whether the transformer now computes the rows from an input.
+        asks: whether the block now runs only to get the keys and values of the rows.
+        counts: the numbers of tokens and of rows in the attention of the current block.
+        of_tokens: keys and values of the tokens in that attention, once they are known.
+        of_rows: keys and values of the rows in that attention, once they are known.
     """
 
     def __init__(self) -> None:
@@ -193,12 +193,13 @@ class Running:
         self._inside = _reentrant()
 
     def check_gradients(self) -> None:
-        """Check that no reentrant checkpoint of blocks loses the rows' gradients, which are not among its arguments."""
+        """Verify that the rows get gradients: a reentrant checkpoint of a block loses them, since rows are not its
+        arguments."""
         if (here := _reentrant()) is not None and here != self._inside:
             raise TrainingError(REENTRANT)
 
     def enter(self, form: str, rows: Tensor) -> Tensor:
-        """Returns what the rows are before a block."""
+        """Returns the rows before a block; a block that runs again inside backward gets the same rows."""
         if form in self.before and not forward_context().repeating:
             raise SequenceError(
                 "a block runs twice in one forward, so it is ambiguous which rows belong to which tokens: run it once"
@@ -212,26 +213,26 @@ def _reentrant() -> int | None:
 
 
 NOW = Tap()
-"""The key of the stream for whose rows modules run now, none where they run for the transformer's own tokens."""
+"""The key of the stream for whose rows modules run now; empty while they run for the transformer's own tokens."""
 
 
 class Turn(Tap):
-    """Where one stream is in a forward (`Running`), and whether modules run for its rows, which operators inside of
-    blocks ask."""
+    """Holds the state of one stream in a forward (`Running`), and shows operators inside the blocks whether modules run
+    for the stream's rows."""
 
     def __init__(self) -> None:
         super().__init__(until_backward=True)
 
     def is_now(self) -> bool:
-        """Whether modules run for its rows."""
+        """Whether modules now run for the rows of this stream."""
         return bool(NOW.get() == self.key)
 
     def is_others(self) -> bool:
-        """Whether they run for the rows of another stream."""
+        """Whether modules now run for the rows of another stream."""
         return NOW.get() not in (None, self.key)
 
     def run(self, call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-        """Run a module for its rows."""
+        """Run a module for the rows of this stream."""
         NOW.put(self.key)
         try:
             return _called(call, given)
@@ -245,10 +246,10 @@ def _called(call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
 
 
 class RowStream(Operator):
-    """Base class of operators with a stream of rows: subclasses define `second` or `first`."""
+    """Base class of operators with a stream of rows. Subclasses define `second` or `first`."""
 
     beside_text = False
-    """Whether the rows are in parallel with the tokens of the text, and not with those of the image."""
+    """Whether the rows are in parallel with the tokens of the text, instead of those of the image."""
     sees_tokens = True
     """Whether the rows see the tokens; tokens always see the rows."""
 
@@ -265,20 +266,20 @@ class RowStream(Operator):
         self.turn = Turn()
 
     def second(self, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Returns the arguments by name with which the transformer makes the rows as it makes its tokens, timestep and
-        positions included; None where `first` gives them.
+        """Returns arguments by name from which the transformer computes the rows in the same way as its tokens,
+        timestep and positions included; None if `first` returns the rows.
 
         Args:
-            given: those that the user gave it.
+            given: the arguments that the user passed to the transformer.
 
         Raises:
-            MissingContext, RouteError, ConfigError: this call lacks what the rows are made of, or what it has does not
-                fit.
+            MissingContext, RouteError, ConfigError: this call lacks the values from which rows are computed, or the
+                values do not fit.
         """
         return None
 
     def first(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the arguments of the first block for the rows, by name; `alike` makes them from ``[batch, rows,
+        """Returns the arguments of the first block for the rows, by name; `alike` builds them from rows ``[batch, rows,
         width]``.
 
         Args:
@@ -287,16 +288,18 @@ class RowStream(Operator):
         raise NotImplementedError
 
     def at_block(self, block: str, rows: Tensor) -> Tensor:
-        """Returns the rows that enter a block, ``[batch, rows, width]``; by default those that left the former one.
+        """Returns the rows that enter a block, ``[batch, rows, width]``; by default the output rows of the previous
+        block.
 
         Args:
-            block: its path.
-            rows: the rows after the former block.
+            block: the path of the block.
+            rows: the rows after the previous block.
         """
         return rows
 
     def alike(self, given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-        """Returns the arguments of a block for rows without positions; all other arguments are those for the tokens."""
+        """Returns the arguments of a block for rows without positions; the other arguments are the same as for the
+        tokens."""
         mine = {**given, self.stream: rows}
         if given.get(ROTARY) is not None:  # the angle of rows is zero
             cos, sin = given[ROTARY]
@@ -305,7 +308,7 @@ class RowStream(Operator):
         return mine
 
     def at(self, form: str, module: Any) -> Callable[..., Any]:
-        """Returns the function that is called around the transformer, or around one of its blocks."""
+        """Returns the function that wraps the transformer, or one of its blocks."""
         return self if form == FORM else partial(self._block, form)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -447,8 +450,9 @@ def _last(count: int, key: Tensor, value: Tensor) -> Keys:
 def add_stream(
     surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None, **own: Any
 ) -> S:
-    """Put ``operator(site, config, **own)``, a `RowStream`, at a diffusion transformer, and return it. Its `turn` shows
-    operators inside of the blocks when the blocks run for the rows.
+    """Install ``operator(site, config, **own)``, a `RowStream`, at a diffusion transformer.
+
+    Returns the operator. Its `turn` shows operators inside the blocks when the blocks run for the rows.
     """
     stream = surgeon.graft(site, operator, config, site.places, **own)
     for attention in site.attentions:

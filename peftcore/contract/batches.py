@@ -1,4 +1,5 @@
-"""The user's data, as a method sees it before training: batches with an output and a loss, behind a progress bar."""
+"""The user's data, which a method uses before training: batches with the model's output and loss, and a progress
+bar."""
 
 from __future__ import annotations
 
@@ -23,18 +24,19 @@ class Labelled:
     """
 
     batch: Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]
-    """The batch, as data has it without labels."""
+    """The batch without the labels."""
     labels: Tensor
     """The labels of the batch."""
 
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any] | Labelled]
-"""Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model
-runs it itself, and returns the loss where the model does not. Each of them may be `Labelled`."""
+"""The type of the user's data, an iterable of batches. A mapping is called as ``model(**batch)``, a tuple or list as
+``model(*batch)``. A function gets the model and runs it; if the model's output lacks a loss, the function returns the
+loss. Each batch may be `Labelled`."""
 
 
 class Batch:
-    """One batch of the user's data; tensors in it go to the model's device."""
+    """One batch of the user's data; its tensors are moved to the model's device."""
 
     def __init__(self, model: nn.Module, content: Any) -> None:
         labelled = isinstance(content, Labelled)
@@ -44,8 +46,8 @@ class Batch:
 
     @property
     def beside(self) -> Tensor | None:
-        """The labels of a `Labelled` batch; None for other batches. `labels` also finds those among the model's inputs.
-        For methods that need extra information for some batches only.
+        """The labels of a `Labelled` batch; None for other batches, also if the model's inputs contain labels (use
+        `labels` for these). For methods that need extra information for some batches only.
         """
         return self._labels
 
@@ -53,7 +55,7 @@ class Batch:
         """Returns the model's output for the batch.
 
         Raises:
-            CalibrationError: a model cannot be called with the batch.
+            CalibrationError: the model cannot be called with the batch.
         """
         if isinstance(self._content, Mapping):
             return self._model(**_to(_device(self._model), dict(self._content)))
@@ -82,7 +84,7 @@ class Batch:
         return output
 
     def loss(self) -> Tensor:
-        """Returns the output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
+        """Returns the output's loss, or the output itself if it is a scalar: a tensor of shape ``[]``, with its graph.
 
         Raises:
             CalibrationError: the output lacks a loss.
@@ -97,11 +99,12 @@ class Batch:
         return loss.view(())
 
     def inputs(self) -> Mapping[str, Any]:
-        """Returns what the model is given: its arguments by the names of its forward, on its device. Where the batch is
-        a function, those of its first call of the model; it runs once for that, unless it did.
+        """Returns the model's inputs: the arguments of its forward by name, on its device. If the batch is a function,
+        these are the arguments of its first call of the model; the function runs once to find them, unless it ran
+        already.
 
         Raises:
-            CalibrationError: the function does not call the model, or a model cannot be called with the batch.
+            CalibrationError: the function does not call the model, or the model cannot be called with the batch.
         """
         if isinstance(self._content, Mapping):
             inputs: Mapping[str, Any] = _to(_device(self._model), dict(self._content))

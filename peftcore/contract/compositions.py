@@ -29,8 +29,8 @@ Combiners = Mapping[str, Combiner]
 
 
 class Composition(ABC):
-    """Base class of compositions, which combine several injections or other compositions. Immutable, compared by
-    value."""
+    """Base class of compositions, which combine several injections or other compositions. Compositions are immutable
+    and compared by value."""
 
     def __init__(self, *parts: str | Composition, **options: Any) -> None:
         wrong = [part for part in parts if not isinstance(part, str | Composition)]
@@ -39,7 +39,7 @@ class Composition(ABC):
             raise CompositionError(f"{type(self).__name__} takes names of injections and compositions of them, {what}")
         self.parts = parts
         self.options = options
-        """The other values of the composition, plain ones, which a file stores with the parts."""
+        """The other arguments of the composition, plain values, which a file stores with the parts."""
 
     def names(self) -> Iterator[str]:
         """Yields the names of all injections in the composition, in order."""

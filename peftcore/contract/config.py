@@ -74,8 +74,8 @@ class MethodConfig(BaseModel):
     method: str
     """Name of the method these options belong to."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_OVERRIDES)
-    """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; the first that
-    matches counts."""
+    """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; for each site
+    the first glob that matches is used."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -170,11 +170,11 @@ def described(error: ValidationError) -> list[dict[str, Any]]:
 
 
 Advice = Callable[[str], str | None]
-"""Returns what to write for an option of another library; None for other names."""
+"""Type of functions that return the advice for an option of another library; None for other names."""
 
 
 def no_advice(option: str) -> None:
-    """Advises nothing."""
+    """Returns None: there is no advice for any option."""
 
 
 def _explain(kind: type[MethodConfig], error: ValidationError, advice: Advice = no_advice) -> str:
@@ -198,7 +198,8 @@ def validate(kind: type[C], options: dict[str, Any], advice: Advice = no_advice)
     """Returns the options as a config of `kind`. Lists are accepted for tuples, which YAML and flags do not have.
 
     Raises:
-        ConfigError: naming method, field, value and rule, one line each; `advice` answers unknown options.
+        ConfigError: an option is unknown or breaks a rule. The message has one line for each error, with method, field,
+            value and rule; for unknown options it has the text of `advice`.
     """
     try:
         return kind.model_validate({name: _as_asked(kind, name, value) for name, value in options.items()})
@@ -218,7 +219,8 @@ def validate_json(kind: type[C], text: str | bytes) -> C:
     """Returns the options in JSON text as a config of `kind` (lists are accepted for tuples).
 
     Raises:
-        ConfigError: naming method, field, value and rule, one line each.
+        ConfigError: an option is unknown or breaks a rule. The message has one line for each error, with method, field,
+            value and rule.
     """
     try:
         return kind.model_validate_json(text)
@@ -227,7 +229,7 @@ def validate_json(kind: type[C], text: str | bytes) -> C:
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
-    """Returns the operator dtype of this name, or the dtype that was given; float32 by default.
+    """Returns the operator dtype of this name, or `name` itself if it is a dtype; float32 if it is None.
 
     Raises:
         ConfigError: not a floating-point dtype.

@@ -40,9 +40,9 @@ class ForcedAttributes:
     always: bool = True
     """Forced while any injection is on the host; otherwise only while one acts inside the module."""
     wanted: Callable[[nn.Module], bool] = lambda module: True
-    """Whether this very module needs it."""
+    """Returns whether a given module of the class needs the forced attributes."""
     ready: Callable[[nn.Module], None] = lambda module: None
-    """Brings a module into the state that the forced attributes assume; its weights stay what they are."""
+    """Puts a module into the state that the forced attributes assume, without changing its weights."""
 
 
 hookspec = pluggy.HookspecMarker("peftcore")
@@ -51,16 +51,16 @@ hookimpl = pluggy.HookimplMarker("peftcore")
 
 @hookspec
 def peftcore_methods() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Name the methods that a plugin brings.
+    """Name the methods of a plugin.
 
     Runs when the catalogue is first asked for anything; once for each plugin. Returns method names mapped to
-    ``"module:Class"``. Strings, so that a method's module is imported on its first use only.
+    ``"module:Class"``: strings, so that a method's module is imported only on its first use.
     """
 
 
 @hookspec
 def peftcore_presets() -> Mapping[str, Preset]:  # type: ignore[empty-body]
-    """Name the presets that a plugin brings: options of a method, its own or another plugin's, under another name.
+    """Name the presets of a plugin: named sets of options of a method, which may belong to another plugin.
 
     Runs when the catalogue is first asked for anything; once for each plugin. Returns names mapped to `Preset`.
     """
@@ -70,7 +70,7 @@ def peftcore_presets() -> Mapping[str, Preset]:  # type: ignore[empty-body]
 def peftcore_map(model: nn.Module) -> HostMap | None:
     """Map the modules of a host to their roles.
 
-    Runs at the start of `apply` and `plan`, unless the user handed in a map. Gets the host. Returns the host's map, or
+    Runs at the start of `apply` and `plan`, unless the user passed a map. Gets the host. Returns the host's map, or
     None if the plugin cannot map this host; the core derives one from structure and names. Stops at the first result
     that is not None.
     """
@@ -78,31 +78,31 @@ def peftcore_map(model: nn.Module) -> HostMap | None:
 
 @hookspec(firstresult=True)
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Say how a module stores one of its tensors: its logical layout, how to read and write it, its linear map.
+    """Return how a module stores one of its tensors: the logical layout, how to read and write it, the linear map.
 
-    Runs when sites are chosen, once for all modules that are built alike: modules of one class, with equal attributes,
-    and with plain tensors of equal shapes and dtypes. The answer is plain data that later reads and writes without
-    hooks. Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core
-    answers for dense tensors, a quantizing plugin for quantized ones. Stops at the first result that is not None.
+    Runs when sites are chosen, once for all modules with the same structure: modules of one class, with equal
+    attributes, and with plain tensors of equal shapes and dtypes. The `Layer` is plain data; later it reads and writes
+    tensors without hooks. Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`,
+    or None; the core returns the layers of dense tensors, a quantizing plugin those of quantized tensors. Stops at the
+    first result that is not None.
     """
 
 
 @hookspec(firstresult=True)
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Say which attributes modules of a class must have while their host is adapted.
+    """Return the attributes that modules of a class must have while their host is adapted.
 
-    Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, those
-    that the module's view has, or None; the core answers for modules of torch. Stops at the first result that is not
-    None.
+    Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, or None;
+    the core returns those for modules of torch. Stops at the first result that is not None.
     """
 
 
 @hookspec
 def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Name the ways of packing weights that a plugin brings, for `quantize`.
+    """Name the quantization schemes of a plugin, for `quantize`.
 
-    Runs when a scheme is first asked for. Returns names mapped to ``"module:Class"``, each a `Scheme`. Strings, so that
-    their packages are imported on first use only. Modules so packed are recognized by `peftcore_layer`.
+    Runs when a scheme is first asked for. Returns names mapped to ``"module:Class"``, each a `Scheme`: strings, so that
+    the packages are imported only on first use. `peftcore_layer` recognizes the quantized modules.
     """
 
 
@@ -110,26 +110,26 @@ def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_formats() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Name the file formats that a plugin reads or writes.
 
-    Runs when an adapter is loaded, or saved in another format than ours. Returns names mapped to ``"module:Class"``,
-    each a `peftcore.files.formats.format.Format`.
+    Runs when an adapter is loaded, or saved in a format other than peftcore's. Returns names mapped to
+    ``"module:Class"``, each a `peftcore.files.formats.format.Format`.
     """
 
 
 @hookspec
 def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Say how files of other libraries store a plugin's methods.
+    """Name the classes that describe how files of other libraries store a plugin's methods.
 
     Runs when such a file is read or written. Returns ``"format/name"`` mapped to ``"module:Class"``, where the name is
-    the one that the format itself has for the method: ``"peft/LORA"``. The class's interface is up to the format.
+    the format's own name for the method: ``"peft/LORA"``. The format defines the interface of the class.
     """
 
 
 @hookspec
 def peftcore_tasks() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Name the tasks that a plugin brings to ``peftcore train``, ``compare`` and ``search``: what its examples are, and
-    how they are scored.
+    """Name the tasks that a plugin adds to ``peftcore train``, ``compare`` and ``search``. A task defines its examples,
+    and how they are scored.
 
-    Runs when a run's task is looked for, by the distribution peftcore-lab; without it, never. Returns names mapped to
+    Called by the distribution peftcore-lab, when it looks for the task of a run. Returns names mapped to
     ``"module:Class"``, each a `peftcore_lab.tasks.task.Task`.
     """
 
@@ -138,10 +138,10 @@ def peftcore_tasks() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_commands(app: typer.Typer) -> None:
     """Add commands to the command line ``peftcore``.
 
-    Runs when the command line is asked for a command that the core does not have, or lists all commands; never on
-    ``import peftcore``. Gets a typer application of the plugin's own: ``app.command()(function)`` adds a command, and
-    ``app.add_typer`` a group of commands. Returns nothing. If a command has a name that is taken, the plugin's commands
-    are left out and a warning says why.
+    Runs when the user calls a command that the core does not have, or lists all commands; never on ``import peftcore``.
+    Gets a typer application of the plugin's own: ``app.command()(function)`` adds a command, and ``app.add_typer`` a
+    group of commands. Returns nothing. If a command has a name that is taken, the plugin's commands are left out and a
+    warning says why.
     """
 
 
@@ -158,9 +158,9 @@ def peftcore_file_schemas() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
     """Put a method's operators at its sites.
 
-    Runs once in `apply` and `plan`; nothing in the host has changed yet, and nothing does before it returns. Gets the
-    host, the method, its options and the surgeon whose verbs record the changes. Returns True when done; the core calls
-    ``method.inject``. Stops at the first result that is not None.
+    Runs once in `apply` and `plan`. The host does not change before the hook returns. Gets the host, the method, its
+    options and the surgeon whose verbs record the changes. Returns True when done; the core calls ``method.inject``.
+    Stops at the first result that is not None.
     """
 
 
@@ -170,8 +170,9 @@ def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, inje
 
     Runs after the operators are in the host and the base is frozen, and when an injection is made trainable again. Runs
     in a plan too, where the operators are on the meta device and not in the host: choose by names, shapes and options.
-    Gets the host, the method, its options and the injection; of a hybrid, each part where the hybrid's method asks for
-    it. Returns True when done; the core calls ``method.trainable``. Stops at the first result that is not None.
+    Gets the host, the method, its options and the injection; for a hybrid also each part, if the hybrid's method calls
+    the hook for its parts. Returns True when done; the core calls ``method.trainable``. Stops at the first result that
+    is not None.
     """
 
 

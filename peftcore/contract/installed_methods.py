@@ -1,4 +1,4 @@
-"""One method with its operators in a model, for that method's own functions to read: an injection, or a part of a
+"""One method with its operators in a model, as the functions of that method get it: an injection, or a part of a
 hybrid."""
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class AppliedMethod(ABC):
-    """One method in a model, with its operators. The functions of `Method` get one: an `Injection`, or a `HybridPart`
-    where the method is a part of a hybrid. Both read the same: a part names things as if it were applied by itself.
-    `trainable` gets a `Planned` too, for a plan.
+    """One method in a model, with its operators: the argument of the functions of `Method`. It is an `Injection`, or a
+    `HybridPart` if the method is a part of a hybrid. Both have the same names of operators and tensors, as if the part
+    were applied alone. For a plan, `trainable` gets a `Planned`.
 
     Attributes:
-        name: of an injection, its name on this model; of a part, its name in the hybrid.
+        name: the name of the injection on this model, or the name of the part in the hybrid.
         model: the model.
         method: the method.
         config: its options.
         grafts: the operators, each with its sites.
-        steps_taken: which step the method's schedule saw last, if it has one.
+        steps_taken: the number of the last step that the method's schedule has processed.
     """
 
     def __init__(self, name: str, surgeon: Surgeon) -> None:
@@ -46,13 +46,13 @@ class AppliedMethod(ABC):
     @property
     @abstractmethod
     def whole(self) -> Installed:
-        """The injection itself, or of a part the injection that it belongs to, which is switched, merged, saved,
+        """The injection itself; for a part, the injection that contains it and can be activated, merged, saved,
         removed."""
 
     @property
     @abstractmethod
     def parts(self) -> Mapping[str, AppliedMethod]:
-        """The methods of a hybrid, by name of the part."""
+        """The parts of a hybrid, by name; empty for other methods."""
 
     @property
     def operators(self) -> dict[str, _Base]:
@@ -71,23 +71,23 @@ class AppliedMethod(ABC):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether an operator asks for the tokens of the model's forward."""
+        """Whether an operator uses the tokens of the model's forward (`Method.reads_tokens`)."""
         return any(each.method.reads_tokens for each in self.family())
 
     def family(self) -> Iterator[AppliedMethod]:
-        """Yields it itself and, of a hybrid, all its parts."""
+        """Yields the applied method itself and, if it is a hybrid, all its parts."""
         yield self
         for part in self.parts.values():
             yield from part.family()
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yields operators and shared modules under the names that files use."""
+        """Yields operators and shared modules with the names that they have in files."""
         yield from self.operators.items()
         for name, module in self.shared.items():
             yield f"shared:{name}", module
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yields every parameter of the adapter, each once; all of them, trainable or not."""
+        """Yields every parameter of the adapter once, trainable or not."""
         tensors: list[nn.Parameter | None] = []
         for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
             for inner in module.modules() if module._modules else (module,):
@@ -95,11 +95,11 @@ class AppliedMethod(ABC):
         yield from {id(each): each for each in tensors if each is not None}.values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
-        the operators' own, no copies. They may be pieces (FSDP2).
+        """Returns the adapter's tensors by ``<site path>.<operator tensor>``, the names in files, without the
+        injection's name. They are the operators' own tensors, not copies, and may be pieces (FSDP2).
 
         Raises:
-            ExportError: DeepSpeed has cut them apart (ZeRO-3), and they are empty.
+            ExportError: DeepSpeed (ZeRO-3) has partitioned the tensors, and they are empty.
         """
         if any(map(is_empty, self.parameters())):
             raise ExportError(
@@ -111,18 +111,18 @@ class AppliedMethod(ABC):
 
 
 class Installed(AppliedMethod):
-    """An applied method that is in the model by itself, and not as a part of a hybrid: an `Injection`, as methods and
-    forwards of the model see it."""
+    """An applied method that is not a part of a hybrid: the interface of `Injection` for methods and for forwards of
+    the model."""
 
     @property
     @abstractmethod
     def merged(self) -> bool:
-        """Whether its effect is in the host's weights now."""
+        """Whether the adapter is merged into the host's weights now."""
 
     @property
     @abstractmethod
     def made_dense(self) -> tuple[str, ...]:
-        """The paths of quantized modules that are dense while it is merged."""
+        """The paths of quantized modules that are dense while the adapter is merged."""
 
     @property
     @abstractmethod
@@ -131,13 +131,13 @@ class Installed(AppliedMethod):
 
     @abstractmethod
     def stored_anew(self, module: nn.Module) -> None:
-        """Read the layers of a module's sites again, after the module was quantized or made dense."""
+        """Find the layers of a module's sites again, after the module was quantized or made dense."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
-        """Context manager in which the model computes without it.
+        """Context manager in which the model computes without this adapter.
 
         Raises:
-            MergeError: it is merged and cannot be unmerged.
-            CompositionError: the composition in force needs it to combine outputs (`Fuse`).
+            MergeError: the adapter is merged and cannot be unmerged.
+            CompositionError: the active composition needs the adapter to combine outputs (`Fuse`).
         """

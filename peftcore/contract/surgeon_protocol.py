@@ -1,4 +1,4 @@
-"""The surgeon as a method sees it: the verbs of `Method.inject`, and the operators that they record."""
+"""The surgeon, the object with which `Method.inject` puts operators at sites, and the operators that it records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Graft:
 
     @property
     def trained_along(self) -> bool:
-        """Whether the user named it in ``train``."""
+        """Whether the operator replaces a tensor that the user named in ``train``."""
         return not self.by_method and not self.adds_rows
 
     @property
@@ -62,14 +62,14 @@ class Wishes:
     seed: int = 0
     dtype: torch.dtype = torch.float32
     saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
-    """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
+    """The selections of a saved adapter, which are used unchanged instead of being resolved again."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """The range (first, end) of the token table rows that are stored in a saved adapter, by path of the table."""
+    """The rows (first, end) of token tables that a saved adapter contains, by path of the table."""
     left_out: Collection[str] = ()
-    """The paths of sites at which the method, having looked at data, puts no operator."""
+    """The paths of sites that get no operator, as the method decided from the user's data (`Method.structure`)."""
     untied: tuple[str, ...] = ()
-    """The paths of modules whose trained replacements are theirs alone, even if other modules hold the same tensors:
-    the other modules keep the originals.
+    """The paths of modules whose trained tensors are not shared with the other modules that hold the same tensor: the
+    other modules keep the original tensor.
     """
 
 
@@ -79,46 +79,47 @@ class Surgeon(ABC):
     model: nn.Module
     """The host."""
     method: Method
-    """The method that acts."""
+    """The method whose operators are recorded."""
     config: MethodConfig
-    """Its options."""
+    """The options of the method."""
     resolver: Resolver
-    """Finds modules and tensors of the host, and has its map."""
+    """Finds modules and tensors of the host, and holds the host map."""
     wishes: Wishes
     """The user's arguments besides the method's options."""
     dry: bool
-    """Whether this is a dry run, with operators on the meta device and no installation."""
+    """Whether this is a dry run: operators are built on the meta device and not installed."""
     part: str
     """The prefix of the paths of a hybrid's part: ``"0/"``."""
     parts: Mapping[str, Surgeon]
-    """The methods that this one includes, by name of the part."""
+    """The parts of a hybrid method, by name."""
     grafts: list[Graft]
     """The operators so far, in the order in which they were recorded."""
     owned: dict[str, Shared]
     """The shared modules built by `own`, by name."""
     selections: dict[str, list[Site]]
-    """The sites of each target, by its text; "" for the user's or the default one."""
+    """The sites of each target, by the text of the target; "" for the user's or the default target."""
     notices: list[str]
-    """Lines for the user about targets: the alternative that was taken, the parts that are left out."""
+    """Lines for the user about targets: the alternative that is used, the parts of the host that are left out."""
 
     @abstractmethod
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
         """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
 
-        Default targets stay in one tower of a multimodal host, and pass over roles that the host lacks.
+        Default targets select sites in one tower of a multimodal host only, and ignore roles that the host lacks.
 
         Raises:
-            TargetError: nothing matches, and it is not `optional`.
+            TargetError: nothing matches, and `optional` is False.
             CheckpointError: a file names a site of the method twice, or no sites at all.
         """
 
     @abstractmethod
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
-        """Returns the sites whose modules match the user's target and exclude; all, where the user named no target. For
-        methods that find their sites by themselves; like `sites`, recorded for files."""
+        """Returns those of the given sites whose modules match the user's target, or all of them if the user did not
+        pass a target; in both cases without excluded ones. For methods that find their sites themselves. The result is
+        recorded for files, like that of `sites`."""
 
     def at(self, role: str) -> list[Site]:
-        """Returns the sites of one role in the main tower; none when the host lacks the role."""
+        """Returns the sites of one role in the main tower; an empty list if the host lacks the role."""
         return self.sites(role, optional=True)
 
     @abstractmethod
@@ -130,19 +131,19 @@ class Surgeon(ABC):
         holders: tuple[Site, ...] = (),
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)`` at a site: built from (seed, path), moved to the site's device, in the
-        wished dtype. Without `config` it is ``operator(site, **own)``. At `holders` the same operator acts too; see
-        `Operator.at`.
+        """Put ``operator(site, config, **own)`` at a site; without `config`, ``operator(site, **own)``. Random initial
+        values depend only on the seed and the site's path. The operator is moved to the site's device and to the
+        requested dtype. It also acts at `holders`, further sites; see `Operator.at`.
 
         Raises:
-            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
-                acts on a weight that no layer can read; or the site is trained along, as the user asked with ``train``.
-            PluginError: the method has grafted this site before.
+            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read without a call; or the
+                operator acts on a weight that cannot be read; or the user named the site in ``train``.
+            PluginError: the method has put an operator at this site before.
         """
 
     def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None, **own: Any) -> O:
-        """Put ``operator(site, config, **own)``, an `AttentionOperator`, inside an attention module: around what its
-        queries, keys and values go through.
+        """Put ``operator(site, config, **own)``, an `AttentionOperator`, inside an attention module, where it can
+        change queries, keys and values.
 
         Raises:
             UnsupportedSite: the module's attention cannot be edited.
@@ -151,7 +152,7 @@ class Surgeon(ABC):
 
     @abstractmethod
     def attention_site(self, site: Site) -> AttentionSite:
-        """Returns the attention at a site, with the sizes of its heads; raises UnsupportedSite where it cannot be
+        """Returns the attention at a site, with the sizes of its heads; raises UnsupportedSite if it cannot be
         edited."""
 
     @abstractmethod
@@ -180,38 +181,41 @@ class Surgeon(ABC):
 
     @abstractmethod
     def sequence_site(self, site: Site) -> SequenceSite:
-        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite where
-        there is none."""
+        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite if the
+        site is not a stack."""
 
     @abstractmethod
     def blocks_of(self, site: Site) -> int:
-        """Returns how many blocks the stack at a site has; raises UnsupportedSite where there is none."""
+        """Returns the number of blocks of the stack at a site; raises UnsupportedSite if the site is not a stack."""
 
     @abstractmethod
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
-        """Let another method act as one part of this one (a hybrid). The operators, shared modules and selections of
+        """Include another method as a part of this method (a hybrid). The operators, shared modules and selections of
         the part are recorded under its name.
 
         Raises:
-            CompositionError: the part would replace a tensor that an earlier part changes by a value that it trains.
+            CompositionError: the part would replace a tensor by a trainable value, but an earlier part changes that
+                tensor.
         """
 
     @abstractmethod
     def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
-        """Returns the operators of another method as a part of this one. They are not installed: this method puts them
-        into its own, as children. The part's shared modules and selections are recorded as by `include`."""
+        """Returns the operators of another method, which is a part of this method. They are not installed: this method
+        uses them as children of its own operators. The part's shared modules and selections are recorded as by
+        `include`."""
 
     @abstractmethod
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
-        """Returns state that sites share, registered and saved once: built on the first call with that name."""
+        """Returns a module as state that several operators share: built on the first call with its name, and registered
+        and saved once."""
 
     @abstractmethod
     def replace(self, site: Site) -> Replacement:
-        """Let a trainable value replace the site's tensor: one for each tensor, so all modules tied to it see the same,
-        but for those that a file unties. It is stored as the host stores the tensor, and has its shape.
+        """Replace the site's tensor by a trainable value of the same shape, stored like the host's tensor. All modules
+        that are tied to the tensor get the same value, except modules that a file unties.
 
         Raises:
-            UnsupportedSite: there is an operator already.
+            UnsupportedSite: the tensor already has an operator.
         """
 
     @abstractmethod
@@ -220,5 +224,5 @@ class Surgeon(ABC):
 
         Raises:
             TargetError: there is neither a module nor a parameter at `path`.
-            UnsupportedSite: an operator is at one of them.
+            UnsupportedSite: one of the parameters already has an operator.
         """

@@ -19,6 +19,7 @@ from peftcore.files.save_load import load
 from peftcore.forward.state.host_state import known
 from peftcore.injection.injection import injections
 from peftcore.injection.switching import activate
+from peftcore.layers.model_locks import changing
 
 FILE = "composition.json"
 MOST = 1000
@@ -31,11 +32,12 @@ def save_composition(model: nn.Module, composition: Composition, path: str | os.
     Raises:
         UnknownInjection: the host has no injection of this name.
     """
-    names = list(dict.fromkeys(composition.names()))
-    known(model, names)
-    folder = Path(path)
-    for name in names:
-        injections(model)[name].save(folder / name)
+    with changing(model):
+        names = list(dict.fromkeys(composition.names()))
+        known(model, names)
+        folder = Path(path)
+        for name in names:
+            injections(model)[name].save(folder / name)
     write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
 
 
@@ -56,18 +58,19 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
                 raise ValueError(f"it has more than {MOST} {what}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
         raise CheckpointError(f"{folder} cannot be read as a composition: {error}") from None
-    loaded = []
-    try:
-        for name in dict.fromkeys(composition.names()):
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{folder}: {name!r} does not name an adapter inside this folder")
-            loaded.append(load(model, folder / name, name=name, active=False))
-        activate(model, composition)
-    except BaseException:  # on any error nothing stays behind
-        for injection in reversed(loaded):
-            injection.remove()
-        raise
-    return composition
+    with changing(model):
+        loaded = []
+        try:
+            for name in dict.fromkeys(composition.names()):
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise CheckpointError(f"{folder}: {name!r} does not name an adapter inside this folder")
+                loaded.append(load(model, folder / name, name=name, active=False))
+            activate(model, composition)
+        except BaseException:  # on any error nothing stays behind
+            for injection in reversed(loaded):
+                injection.remove()
+            raise
+        return composition
 
 
 def _spelled(part: str | Composition) -> Any:

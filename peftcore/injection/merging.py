@@ -174,8 +174,7 @@ def _check(injection: Injection) -> None:
             f"{injection.method.name} cannot be merged into weights: its effect is not a function of the weight alone "
             f"(first at {stuck[0]}). Keep it active, or remove() it"
         )
-    for where, choice in state.choices.in_force():
-        check_merge(state.injections, state.merged, name, choice, where)
+    check_choices(injection)
     for other in state.injections.values():
         check_unread(other, name, places(injection))
     try:
@@ -193,6 +192,17 @@ def _check(injection: Injection) -> None:
                 _check_values(site, graft.operator)
             except UnsupportedSite as error:
                 raise MergeError(f"{site.path} cannot be merged, keep {name!r} active: {error}") from None
+
+
+def check_choices(injection: Injection) -> None:
+    """Verify that forwards under the choices in force compute the right result once the injection is merged.
+
+    Raises:
+        MergeError: another choice is in force in some thread or task.
+    """
+    state = injection.state
+    for where, choice in state.choices.in_force():
+        check_merge(state.injections, state.merged, injection.name, choice, where)
 
 
 def _check_values(site: Site, operator: nn.Module) -> None:

@@ -2,13 +2,14 @@
 
 It may import `utils` and `peftcore.errors`. In the order of reading:
 
-- `pieces`: a parameter of which this process holds a piece (FSDP2, tensor parallelism, ZeRO-3).
+- `pieces`: parameters that are partitioned over processes (FSDP2, tensor parallelism, ZeRO-3).
 - `fsdp`: models whose parameters are sharded over processes.
 - `adapter_modules`: the modules in which operators live.
-- `kernels`: fused products, each equal to plain mathematics.
+- `model_locks`: locks that a thread holds while it changes a model.
+- `kernels`: fused kernels, each with an equal plain form.
 - `computed_tensors`: tensors that a module computes from others (weight norm, pruning).
-- `layer`: the interface of any layer.
+- `layer`: `Layer`, the interface of all layers.
 - `kinds`: linear layers, embeddings, convolutions and related kinds.
-- `tensor_parallel`: linear layers of which each process holds rows or columns.
+- `tensor_parallel`: linear layers whose rows or columns are distributed over processes.
 - `detect`: finds the kind of a module's dense tensor.
 """

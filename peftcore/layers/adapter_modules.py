@@ -1,4 +1,4 @@
-"""Adapter modules, which hold the operators: one level above the module that they act on,
+"""Adapter modules, which hold the operators. They are children of the parent of the module on which the operators act:
 ``self_attn.peft.q_proj.<injection>``."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ADAPTER_MODULES = "peft"
 IDLE = "_peftcore_idle"
 """The key in an operator's ``__dict__`` of the placeholder for its values while they are offloaded."""
 BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
-"""Whether state dicts leave operators out."""
+"""Whether state dicts contain only the base, without operators."""
 
 
 class AdapterModules(nn.Module):
@@ -35,11 +35,11 @@ class AdapterModules(nn.Module):
                 child.state_dict(destination=state_dict, prefix=f"{prefix}{name}.")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns torch's state dict; nothing while the base is saved alone."""
+        """Returns torch's state dict; it is empty while only the base is saved."""
         return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yields torch's named modules; nothing while the base is saved alone: a saving function may count the
+        """Yields torch's named modules; none while only the base is saved, since a function that saves may count the
         parameters."""
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
@@ -49,7 +49,7 @@ def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, m
     """Hook of an adapted model for loading a state dict: if it holds adapters, adapters without entries are reported as
     missing. A state dict of the bare base holds no adapters, and operators keep their values.
 
-    It is a hook of the model, since torch passes to a module only the entries below it.
+    The hook is registered on the model, since torch passes to each module only the entries below it.
     """
     inside = {f"{prefix}{path}.": each for path, each in model.named_modules() if isinstance(each, AdapterModules)}
     ours = [key for key in state_dict if f".{ADAPTER_MODULES}." in f".{key}"]

@@ -1,5 +1,5 @@
-"""Finds the `Layer` of a module's dense tensor, by the module's class and by the tensor's dimensions: the core's answer
-to `peftcore_layer`, after all plugins."""
+"""Finds the `Layer` of a module's dense tensor by the module's class and the tensor's dimensions. The core's
+implementation of the hook `peftcore_layer` uses it, after those of all plugins."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def _kinds() -> dict[type, Callable[[Any], Layer]]:
 
 
 def dense_layer(module: nn.Module, tensor: str) -> Layer:
-    """Returns the layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor
-    by its dimensions. A tensor of a child module is stored as in the child, but the layer does not count as called."""
+    """Returns the layer of a dense tensor: for a `weight`, by the class of the module that holds it; for other tensors,
+    by their dimensions. For a tensor of a child module, the layer has the child's storage layout, and `called` is
+    False."""
     path, _, name = tensor.rpartition(".")
     owner = module.get_submodule(path)
     held = getattr(owner, name, None)

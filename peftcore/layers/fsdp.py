@@ -31,7 +31,7 @@ _WHOLE: ContextVar[frozenset[int]] = ContextVar("_WHOLE", default=frozenset())
 
 
 def is_sharded_class(cls: type[nn.Module]) -> bool:
-    """Whether the class is the one that torch puts over the module's own class when it shards the parameters."""
+    """Whether a class is the subclass that torch sets on a module when it shards the module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule
 
@@ -66,9 +66,9 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which a sharded model has the whole values of a state dict, in the process that has this state
-    dict: the process saves without the others. If `values` is None or lacks some of `wanted`, the model stays as it
-    is."""
+    """Context manager in which a sharded model has the whole values of a state dict, so that the process with this
+    state dict can save without the other processes. If `values` is None or lacks some of `wanted`, the model does not
+    change."""
     named = model.named_parameters(remove_duplicate=False)
     pieces = {each: name for name, each in named if is_cut(each) or is_partitioned(each)}
     needed = [pieces[each] for each in wanted if each in pieces]
@@ -82,7 +82,8 @@ def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: It
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
-"""Whole parameters by the pieces that they replace. Outside of `gathered` they are empty; the objects stay the same."""
+"""Maps pieces to the whole parameters that replace them. Outside of `gathered` the whole parameters are empty; the
+objects stay the same."""
 
 
 @contextmanager
@@ -97,8 +98,8 @@ def gathered(
     are sharded again afterwards.
 
     Args:
-        wanted: returns the parameters; called when all sharded parameters are in pieces.
-        whole_parameters: the whole parameters to use, if the caller must recognize them.
+        wanted: a function that returns the parameters to gather; called when all sharded parameters are in pieces.
+        whole_parameters: the parameter objects to fill with the whole values, if the caller must know the objects.
         reads: whether the caller only reads the parameters, without gradients.
 
     Raises:
@@ -155,8 +156,8 @@ def loading_whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]]) -> Iterator[None]:
-    """Context manager for the middle of a forward, in which parameters in pieces are whole; gradients flow through the
-    gathering."""
+    """Context manager inside a forward, in which parameters that are in pieces are whole; gradients flow back to the
+    pieces."""
     with standing(model, {piece: whole(piece) for piece in wanted() if is_cut(piece)}):
         yield
 

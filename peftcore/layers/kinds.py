@@ -18,7 +18,7 @@ from peftcore.layers import kernels
 from peftcore.layers.layer import Layer
 
 SMALL = 2**14
-"""The number of values of an output up to which saving one pass over it takes longer than the pass itself."""
+"""Outputs with at most this many values are computed without a fused kernel, which would not save time."""
 DENSE = (Tensor, nn.Parameter)
 """The classes of plain tensors."""
 
@@ -70,12 +70,12 @@ class Linear(Layer):
 
 
 PRODUCTS: set[Callable[..., Any]] = {nn.Linear.forward}
-"""Forwards that only multiply by the weight and add the bias (`detect` adds one of transformers)."""
+"""Forward functions that only multiply by the weight and add the bias (`detect` adds one of transformers)."""
 
 
 def is_linear(call: Callable[..., Any]) -> bool:
-    """Whether `call` is a linear layer's own forward, with the layer's own weight: then its output is a new tensor
-    without other references."""
+    """Whether `call` is a linear layer's own forward with its own weight, so that its output is a new tensor without
+    other references."""
     return type(call) is functools.partial and call.func in PRODUCTS
 
 

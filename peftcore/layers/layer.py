@@ -23,7 +23,7 @@ from peftcore.layers.fsdp import is_sharded_class
 from peftcore.layers.pieces import outline
 
 Slices = tuple[tuple[int, int], ...]
-"""Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
+"""Half-open ranges ``(start, stop)`` of the logical output dimension: the slices of one part of a fused projection."""
 SLOT = "_peftcore_slot"
 """The attribute in which an adapted module keeps its slot: its operators and their plans."""
 GRAFTED = "_peftcore_base"
@@ -40,7 +40,7 @@ class Layer:
     of_vectors: ClassVar[bool] = False
     """True when the module maps each vector in the last dimension of its input independently."""
     batch_dims: int = 0
-    """Leading dimensions that are neither output nor input: 1 for stacked experts."""
+    """The number of leading dimensions that are neither output nor input: 1 for stacked experts."""
     called: bool = False
     """True when the module computes exactly `apply` plus its bias, so that an adapter may act on activations."""
     one_hot: bool = False
@@ -53,8 +53,8 @@ class Layer:
 
     @property
     def runs_dense(self) -> type[nn.Module] | None:
-        """The class whose forward runs with an effective tensor in place of the module's own tensor; None for the
-        module's class."""
+        """The class whose forward runs if an effective tensor replaces the module's tensor; None for the module's own
+        class."""
         return None
 
     @property
@@ -111,14 +111,14 @@ class Layer:
         """Verify that `read` supports the format; cheap, and does not read values.
 
         Raises:
-            UnsupportedSite: it does not support the format.
+            UnsupportedSite: `read` does not support the format.
         """
 
     def check_trains(self, module: nn.Module) -> None:
         """Verify that gradients go through the module.
 
         Raises:
-            UnsupportedHost: they do not, so a frozen module would block the gradients of the modules before it.
+            UnsupportedHost: gradients do not, so a frozen module would block the gradients of the modules before it.
         """
 
     def check_cut(self, module: nn.Module) -> None:
@@ -132,15 +132,15 @@ class Layer:
         """Verify that the module's tensors may be saved as they are.
 
         Raises:
-            ExportError: they may not: a quantizer's format would be loaded as another one.
+            ExportError: the tensors would be loaded as tensors of another format of the quantizer.
         """
 
     def for_forward(self, module: nn.Module, tensor: str, effective: Tensor | None) -> Tensor | None:
-        """Returns an effective stored tensor as the module's forward takes it."""
+        """Returns an effective tensor (in storage layout) in the form that the module's forward needs."""
         return effective
 
     def has(self, module: nn.Module, tensor: str) -> bool:
-        """Whether the module has the tensor; cheap even if reading it is expensive."""
+        """Whether the module has the tensor. This is cheap even if reading the tensor is expensive."""
         return self.read(module, tensor) is not None
 
     def slots(self, module: nn.Module) -> tuple[str, ...]:
@@ -197,16 +197,16 @@ class Layer:
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        """Returns ``call(x) + scale * B A dropout(x)``, A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]``
-        of any dtype, `call` the inner layer of an operator."""
+        """Returns ``call(x) + scale * B A dropout(x)``, with A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out,
+        rank]`` of any dtype; `call` is the inner layer of an operator."""
         y = call(x)
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
         """Returns weight ``[out, in]``, in logical layout, and bias ``[out]`` of a frozen linear layer, if `call` is
-        the layer's own forward. They are for a fused kernel, which computes the layer together with an operator on its
-        inputs or outputs and so saves a pass over memory.
+        the layer's own forward. A fused kernel uses them to compute the layer together with an operator on its inputs
+        or outputs, which saves a pass over memory.
 
         Returns None if such a kernel must not run or is not worth it: `call` is something else, such as another
         operator; weight or bias train, or are not plain tensors (quantized, sharded, traced); the plain mathematics

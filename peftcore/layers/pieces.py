@@ -1,9 +1,9 @@
-"""Parameters of which this process holds a piece and other processes the rest.
+"""Parameters that are partitioned: each process holds one piece.
 
-Two kinds are known. A distributed tensor of torch (FSDP2, tensor parallelism) has the shape of the whole. A parameter
-of DeepSpeed's ZeRO-3 is empty, of shape ``[0]``, except while DeepSpeed gathers it: in the forward and backward that
-use it, and on demand. This module looks up the classes and functions of both without importing them: if they are not
-imported, no tensor is in pieces.
+There are two kinds. A distributed tensor of torch (FSDP2, tensor parallelism) has the shape of the whole tensor. A
+parameter of DeepSpeed's ZeRO-3 is empty, of shape ``[0]``, except while DeepSpeed gathers it: in the forward and
+backward that use it, and on demand. This module looks up the classes and functions of both without importing them: if
+they are not imported, no tensor is in pieces.
 
 All processes must call the functions that make a tensor whole.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from peftcore.errors import ExportError
 
 ALONE: ContextVar[bool] = ContextVar("ALONE", default=False)
-"""Whether this process now works without the others, so that it cannot gather tensors."""
+"""Whether this process now works without the other processes, so that it cannot gather tensors."""
 ZERO = "deepspeed.runtime.zero"
 ENGINE = (
     "DeepSpeed's ZeRO-3 has partitioned the parameters, and its optimizer has separate copies of their values, which "
@@ -48,7 +48,7 @@ def whole(tensor: Tensor) -> Tensor:
     ZeRO-3, the result is a copy of the values, unless the parameter is gathered already.
 
     Raises:
-        ExportError: this process now works without the others.
+        ExportError: this process now works without the other processes.
     """
     if ALONE.get() and (is_cut(tensor) or is_empty(tensor)):
         raise ExportError(

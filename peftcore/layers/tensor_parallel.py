@@ -1,9 +1,8 @@
-"""Linear layers of which each process holds some rows or columns (tensor parallelism, as transformers and torch have
-it).
+"""Linear layers whose rows or columns are distributed over processes (tensor parallelism of transformers and torch).
 
-Operators act on the whole weight, which all processes gather, and the effective weight is cut again, so each process
-runs its part of it. Operators are whole in every process, and so are their gradients. Without gradients, transformers
-replaces the distributed tensor by its local piece: the layer knows the tensor to which the piece belongs.
+Operators act on the whole weight, which all processes gather. The effective weight is sharded again, so each process
+computes with its own piece. Every process has whole operators and their whole gradients. Without gradients,
+transformers replaces the distributed tensor by its local piece: the layer knows the tensor to which the piece belongs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ WHOLE = "merge the adapter into the whole model, and shard the result"
 
 @dataclass(frozen=True)
 class Cut:
-    """How one tensor is cut: over which processes, along which dimension, and the shape of the whole."""
+    """How one tensor is sharded: the processes, the dimension, and the shape of the whole tensor."""
 
     mesh: Any
     placements: tuple[Any, ...]
@@ -32,11 +31,11 @@ class Cut:
 
     @classmethod
     def of(cls, tensor: Any) -> Cut:
-        """Returns how a distributed tensor is cut."""
+        """Returns how a distributed tensor is sharded."""
         return cls(tensor.device_mesh, tensor.placements, tensor.shape)
 
     def whole(self, piece: Tensor) -> Tensor:
-        """Returns the whole tensor of which every process has a piece, without gradients."""
+        """Returns the whole tensor, gathered from the pieces of all processes, without gradients."""
         stride = torch.empty(self.shape, device="meta").stride()
         tensors: Any = sys.modules["torch.distributed.tensor"]
         distributed = tensors.DTensor.from_local(
@@ -55,10 +54,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class ParallelLinear(Layer):
-    """A weight, or a bias, of a linear layer that is cut over processes."""
+    """A weight or bias of a linear layer that is sharded over processes."""
 
     cuts: dict[str, Cut] = field(default_factory=dict, hash=False)
-    """How each tensor of the module is cut, including a missing bias."""
+    """How each tensor of the module is sharded, including a missing bias."""
 
     @property
     def in_pieces(self) -> bool:
@@ -117,8 +116,8 @@ class ParallelLinear(Layer):
 
 
 def agree(module: nn.Module, layer: ParallelLinear) -> None:
-    """Broadcast the values of an adapter's module from the first process that shares a layer. Gradients are the same in
-    all processes, so the values must be too, whatever the seeds of the processes are."""
+    """Broadcast the values of an adapter's module from the first of the processes that share a layer. Gradients are
+    equal in these processes, so the values must be equal too, even if the seeds of the processes differ."""
     group = layer.cuts["weight"].mesh.get_group()
     first = torch.distributed.get_global_rank(group, 0)
     for each in (*module.parameters(), *module.buffers()):
@@ -126,13 +125,13 @@ def agree(module: nn.Module, layer: ParallelLinear) -> None:
 
 
 def parallel_linear(module: nn.Module, tensor: str, called: bool) -> Layer | None:
-    """Returns the layer of a linear module's own weight or bias, if it is cut over processes; else None.
+    """Returns the layer of a linear module's own weight or bias, if the tensor is sharded over processes; else None.
 
     Args:
         called: whether the module's forward is that of torch's linear layer.
 
     Raises:
-        UnsupportedSite: it is cut in a way that peftcore does not support.
+        UnsupportedSite: the tensor is sharded in a way that peftcore does not support.
     """
     weight: Any = module._parameters.get("weight")
     if weight is None or not is_cut(weight) or tensor not in ("weight", "bias"):

@@ -1,4 +1,4 @@
-"""Adapts methods and attributes of models that transformers and diffusers use, such as ``save_pretrained``.
+"""Replaces methods and attributes of adapted models that transformers and diffusers use, such as ``save_pretrained``.
 
 It may import `registry` and lower packages. In the order of reading:
 

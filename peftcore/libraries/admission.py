@@ -1,8 +1,8 @@
 """Makes transformers' Trainer accept adapted quantized models, which it rejects because it only knows adapters of peft.
 
-Before the Trainer looks at its callbacks, it reads one attribute of the model, which says whether the model has
-adapters of peft. On an adapted model it is true while a new callback waits for its Trainer, and false otherwise:
-without the callback, checkpoints of quantized weights could not be written or read.
+Before the Trainer processes its callbacks, it reads one attribute of the model, which declares that the model has
+adapters of peft. On an adapted model the attribute is true while a new callback of peftcore waits for its Trainer, and
+false otherwise: without the callback, checkpoints of quantized weights could not be written or read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def await_trainer(callback: object) -> None:
 
 
 def has_trainer() -> None:
-    """End `await_trainer`."""
+    """End `await_trainer`: the Trainer of the callback exists now."""
     _WAITING.set(None)
 
 
@@ -40,9 +40,8 @@ class TakesAdapters(Protocol):
 
 
 class Admitted(InstanceMethod):
-    """The attribute that declares a model with adapters of peft, on a model with adapters of peftcore: true while a
-    callback waits for its Trainer. If it stayed true, transformers would save adapters of peft in place of the
-    model."""
+    """The attribute that declares that a model has adapters of peft, on a model with adapters of peftcore: true while a
+    callback waits for its Trainer. If it stayed true, transformers would save adapters of peft instead of the model."""
 
     name = "_hf_peft_config_loaded"
     having = TakesAdapters

@@ -1,5 +1,5 @@
-"""Methods of a model that are replaced while it is adapted: each is replaced on the instance, so its class and other
-models of the class do not change."""
+"""Replaces methods of a model while it is adapted. A method is replaced on the instance, so the class and other models
+of the class do not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class InstanceMethod(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.owners: list[object] = []
-        """The states of the hosts to which the model belongs: itself, and those around it."""
+        """The states of the hosts to which the model belongs: the model itself and models that contain it."""
 
     @property
     def plain(self) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ class InstanceMethod(ABC):
 
 
 def replace_methods(journal: Journal, modules: Iterable[nn.Module], kind: type[InstanceMethod], owner: object) -> None:
-    """Replace the method on each module whose class has it, unless the instance itself has an attribute of that
+    """Replace the method on each module whose class has it, unless the instance already has an attribute of that
     name."""
     having: dict[type, bool] = {}
     for module in modules:

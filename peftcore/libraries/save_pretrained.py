@@ -1,6 +1,6 @@
 """Saving an adapted model with other libraries' ``save_pretrained``: it writes the original base, and `Injection.save`
-writes the adapters. It raises an error if the result could not be loaded again, because the weights have another form
-than the model's config says.
+writes the adapters. It raises an error if the result could not be loaded again, because the model's config describes
+another form of the weights (quantized or dense).
 
 ``state_dict()`` contains base and adapters, since checkpoints of a training need both. So ``save_pretrained(folder)``,
 which transformers, diffusers and hub mixins have, is replaced on the instance while the host is adapted.
@@ -25,7 +25,7 @@ from peftcore.utils.notices import notice
 from peftcore.utils.variables import holding
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
-"""The dtypes of codes in unknown quantized layers; buffers of positions have wider dtypes."""
+"""Dtypes of buffers that count as quantized values in unknown layers; buffers with positions have wider dtypes."""
 
 
 @contextmanager
@@ -86,20 +86,21 @@ class SavesBase(InstanceMethod):
             return self.base(*args, **kwargs)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the base. Weights that were loaded quantized are still in the format of their folder, to which
-        transformers cannot convert them again."""
+        """Save the base. Weights that were loaded in quantized form still have the format of their folder, and
+        transformers cannot convert them to it a second time."""
         try:
             return self.plain(*args, **kwargs)
         except NotImplementedError:
             return self.plain(*args, **kwargs, **self.own_names())
 
     def own_names(self) -> dict[str, bool]:
-        """Returns the argument for the model's own names; a class with another ``save_pretrained`` may lack it."""
+        """Returns the argument that keeps the model's own names of tensors, if the class's ``save_pretrained`` has
+        it."""
         name = "save_original_format"
         return {name: False} if name in self.__signature__.parameters else {}
 
     def check_form(self) -> None:
-        """Verify that the weights have the form that the model's config says.
+        """Verify that the weights have the form (quantized or dense) that the model's config describes.
 
         Raises:
             ExportError: they have another form.

@@ -1,8 +1,8 @@
-"""Counts the memory that a forward keeps for its backward, without taking it.
+"""Counts the memory that a forward keeps for its backward, without allocating it.
 
-The model's tensors are replaced by ones that only claim to be on the CPU (torch's fake tensors), and it runs. So each
-operation takes the kernel that it takes on a CPU, and keeps what that keeps; tensors on the meta device would take
-others, which keep more of an attention.
+The model runs with torch's fake tensors, which have no values but behave as if they were on the CPU. So each operation
+uses the same kernel as on a CPU, and saves the same tensors for backward. Tensors on the meta device would use other
+kernels, which save more tensors of an attention.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Run = Callable[[Inputs], Any]
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """The inputs of a forward, with labels where the model then computes a loss."""
+    """The inputs of a forward; with labels, if the model computes a loss from them."""
 
     inputs: Inputs
     loss: bool
 
     @classmethod
     def of(cls, skeleton: Skeleton, size: Size, run: Run) -> ExampleBatch:
-        """Make the batch of a size; `run` gives the model's outputs."""
+        """Make a batch of the given size; `run` returns the model's outputs for inputs."""
         inputs = skeleton.inputs(size)
         with torch.no_grad():
             labelled = skeleton.with_labels(inputs, run(inputs))
@@ -55,15 +55,14 @@ class ExampleBatch:
 
 
 def kept(tensors: Mapping[str, Tensor], run: Run, inputs: Inputs, repeated: Collection[nn.Module] = ()) -> int:
-    """Count the bytes of the distinct storages that a forward saves for backward and that hold none of the model's
-    tensors.
+    """Count the bytes that a forward saves for backward: of distinct storages, without those of the model's tensors.
 
     Args:
-        tensors: those of the model.
+        tensors: the model's tensors.
         run: the forward.
-        inputs: its inputs.
-        repeated: blocks that backward runs again (gradient checkpointing): of each its inputs are saved, and while it
-            runs again, what it saves; the largest of them counts.
+        inputs: the inputs of the forward.
+        repeated: blocks that backward runs again (gradient checkpointing). The inputs of each block are counted, and
+            the tensors that the largest block saves when it runs again.
     """
     own = {_storage(each) for each in tensors.values()}
     outside: dict[int, Tensor] = {}  # alive until the end: a storage that is freed gives its address to the next
@@ -105,7 +104,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, tied ones by all their names."""
+    """Return parameters and buffers by name; tied ones occur under all their names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -114,7 +113,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Pretended:
-    """Runs models on the meta device; their batches fit each other."""
+    """Runs models of the meta device with fake tensors, on batches that are shared between the models."""
 
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -122,7 +121,7 @@ class Pretended:
         """Make a batch for the model.
 
         Raises:
-            Unknown: its forward cannot run without values.
+            UnknownInputs: the model's forward cannot run without values.
         """
         with explained(), self.mode:
             tensors = self._tensors(skeleton.model)
@@ -131,21 +130,21 @@ class Pretended:
             )
 
     def kept(self, model: nn.Module, batch: ExampleBatch, repeated: Collection[nn.Module] = ()) -> int:
-        """Count the bytes that a forward saves for backward, where these blocks run again in it.
+        """Count the bytes that a forward saves for backward, if backward runs the given blocks again.
 
         Raises:
-            Unknown: it cannot run without values.
+            UnknownInputs: the forward cannot run without values.
         """
         with explained(), self.mode:
             tensors = self._tensors(model)
             return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs, repeated)
 
     def step(self, model: nn.Module, batch: ExampleBatch) -> StorageCounter:
-        """Run a forward and its backward; the watch has the peak, the model's tensors and the gradients of its
-        parameters in it, and the operations.
+        """Run a forward and its backward, and return a counter of the operations and of the peak memory, which includes
+        the model's tensors and the gradients of its parameters.
 
         Raises:
-            Unknown: they cannot run without values.
+            UnknownInputs: forward or backward cannot run without values.
         """
         with explained(), self.mode:
             tensors = self._tensors(model)
@@ -181,14 +180,15 @@ class _Step(nn.Module):
 
 
 def stand_in(tensor: Tensor) -> Tensor:
-    """Make a tensor like this one, a parameter where it is one."""
+    """Make an empty tensor like the given one; for a parameter, a parameter."""
     like = torch.empty(tensor.shape, dtype=tensor.dtype)
     return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn whatever a forward raises into a reason why nothing is known; torch's own report of it is left out."""
+    """Context manager that turns any error of a forward into the reason why its costs are unknown, without torch's
+    report."""
     log = logging.getLogger(FakeTensorMode.__module__)
     level = log.level
     try:

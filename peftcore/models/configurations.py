@@ -1,7 +1,7 @@
 """Configurations of transformers, diffusers and timm, and the classes that they name.
 
-Which library a ``config.json`` is of, is determined by a key that it has. Classes are those that the libraries export
-by the name in the file: no module is imported because a file names it.
+A key in ``config.json`` shows to which library the file belongs. The classes named in the file are looked up among the
+exports of that library, so a file cannot cause the import of other modules.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: Path | str) -> Reader:
-    """Return the reader of a configuration, by a key that it has; the first that is there counts."""
+    """Return the reader of a configuration: that of the first key of `readers` that the configuration has."""
     found = next((reader for key, reader in readers.items() if key in config), None)
     if found is None:
         kinds = "transformers, timm or diffusers"
@@ -46,6 +46,6 @@ def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: 
 
 
 def exported(library: ModuleType, name: object, base: type[T]) -> type[T] | None:
-    """Return the subclass of `base` that a library exports under a name, if it does."""
+    """Return the subclass of `base` that a library exports under the given name; None if it does not export one."""
     found = getattr(library, name) if isinstance(name, str) and name in dir(library) else None
     return found if isinstance(found, type) and issubclass(found, base) else None

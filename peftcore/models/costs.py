@@ -34,14 +34,14 @@ class Passes:
     activations: int | None = None
     """Bytes that the forward keeps for its backward."""
     peak: int | None = None
-    """The most bytes at once, with the model's tensors and the gradients, and without the optimizer's states."""
+    """The peak memory in bytes, with the model's tensors and the gradients, but without the optimizer's states."""
     flops: int | None = None
-    """Floating-point operations of both, including those that backward runs again."""
+    """Floating-point operations of forward and backward, including forwards that backward runs again."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """The passes of the adapted model and of the model as it is, or the reason why they are not known."""
+    """The passes of the adapted model and of the original model, or the reason why they are unknown."""
 
     batch: ExampleBatch | None = None
     adapted: Passes = Passes()
@@ -51,7 +51,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one step of training takes."""
+    """The memory of one training step, in bytes."""
 
     weights: int
     adapter: int
@@ -61,7 +61,7 @@ class Memory:
     gathered: int = 0
     """Sharded weights that are whole while the largest block runs."""
     within: int | None = None
-    """The most in a forward and its backward, as in `Passes.peak`."""
+    """The peak memory in a forward and its backward, as in `Passes.peak`."""
 
     @classmethod
     def of(cls, weights: int, adapter: int, trained: Iterable[Tensor], passes: Passes) -> Memory:
@@ -74,14 +74,15 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """Return the sum, where all of it is known; memory that is allocated and freed within a step (gradients of
-        activations, buffers of kernels) is not in it."""
+        """Return the sum of all parts; None if a part is unknown. Memory that is allocated and freed within a step
+        (gradients of activations, buffers of kernels) is not included."""
         known = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
         return None if self.activations is None else known + self.activations
 
     @property
     def peak(self) -> int | None:
-        """Return the most bytes at once: within the passes, or where the optimizer uses all gradients."""
+        """Return the peak memory in bytes: in forward and backward, or in the optimizer's step, when all gradients
+        exist."""
         if self.within is None:
             return None
         return self.optimizer + max(self.within, self.weights + self.adapter + self.gradients)
@@ -94,7 +95,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Costs:
-    """All that ``peftcore plan`` says."""
+    """All costs that ``peftcore plan`` reports."""
 
     skeleton: Skeleton
     recorded: Recorded
@@ -106,7 +107,7 @@ class Costs:
     sharded: tuple[Memory, ...] = ()
     """The memory of each process; empty unless a number of processes was given."""
     adapters: int = 1
-    """Adapters that are resident at once when they serve."""
+    """The number of adapters that are in memory at once when the model serves them."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ class Costs:
 
     @property
     def resident(self) -> int:
-        """Return the bytes of the adapters, without those of the weights."""
+        """Return the bytes of these adapters, without those of the model's weights."""
         return self.adapters * self.recorded.plan.resident
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,19 +145,20 @@ def costs(
     shards: int | None = None,
     adapters: int = 1,
 ) -> Costs:
-    """Plan a method on a model that is never loaded.
+    """Compute the costs of a method on a model, without loading the model's weights.
 
     Args:
-        source: a MODEL.
-        wanted: the method.
-        size: of a batch.
-        dtype: of the weights; that of the configuration by default.
-        checkpointed: whether blocks run again in backward.
-        shards: processes over which the weights are sharded.
-        adapters: adapters that are resident at once when they serve.
+        source: the name of the model, as MODEL in commands.
+        wanted: the method with its options.
+        size: the size of a batch.
+        dtype: the dtype of the weights; by default that of the configuration.
+        checkpointed: whether gradient checkpointing is on, so that blocks run again in backward.
+        shards: the number of processes over which the weights are sharded.
+        adapters: the number of adapters that are in memory at once when the model serves them.
 
     Raises:
-        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be planned.
+        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: the method cannot be
+            planned on this model.
     """
     wanted.resolved()  # a wrong name or option is said before anything is built
     built = skeleton(source, dtype)
@@ -181,10 +183,10 @@ def costs(
 
 
 def repeating(model: nn.Module, source: str) -> Sequence[nn.Module]:
-    """Have the model checkpoint its gradients, and return the blocks that run again.
+    """Turn on the model's gradient checkpointing, and return the blocks that backward runs again.
 
     Raises:
-        BadInput: it does not do that.
+        BadInput: the model does not support gradient checkpointing.
     """
     blocks = checkpointable(model)
     if not blocks:
@@ -197,14 +199,15 @@ def repeating(model: nn.Module, source: str) -> Sequence[nn.Module]:
 
 
 def checkpointable(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that transformers repeats where gradients are checkpointed."""
+    """Return the blocks that run again in backward if transformers' gradient checkpointing is on."""
     transformers = sys.modules.get("transformers")
     kind = () if transformers is None else transformers.modeling_layers.GradientCheckpointingLayer
     return [each for each in model.modules() if isinstance(each, kind)]
 
 
 def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.Module] = ()) -> Counted:
-    """Run the model as it is, then the adapted one, which it is afterwards, on tensors without values."""
+    """Count the passes of the original model, then of the adapted model, on tensors without values. The model stays
+    adapted."""
     pretended = Pretended()
     batch, full, adapted = None, Passes(), Passes()
     try:
@@ -219,7 +222,7 @@ def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.M
 
 
 def passes(pretended: Pretended, model: nn.Module, batch: ExampleBatch, blocks: Sequence[nn.Module]) -> Passes:
-    """Count a forward and its backward."""
+    """Count the memory and the operations of a forward and its backward."""
     activations = pretended.kept(model, batch, blocks)
     watch = pretended.step(model, batch)
     return Passes(activations, watch.peak, watch.flops)
@@ -231,8 +234,8 @@ def held(tensors: Iterable[Tensor]) -> int:
 
 
 def size_of_file(recorded: Recorded) -> int:
-    """Return the bytes of ``adapter.safetensors``: eight for the header's length, the header, which is filled up to a
-    multiple of eight, and the tensors, the widest numbers first."""
+    """Return the size of ``adapter.safetensors`` in bytes: eight for the header's length, the header, padded to a
+    multiple of eight, and the tensors, those with the widest dtype first."""
     planned = recorded.plan
     envelope = envelope_of(Injection("planned", recorded.surgeon, HostState()))
     header: dict[str, Any] = {"__metadata__": {METADATA: envelope.short}}

@@ -1,4 +1,4 @@
-"""A method as the user asks for it, and its changes to a model, recorded and not carried out."""
+"""The changes that a requested method would make to a model: they are recorded, but not made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peftcore.utils.quiet import unlogged
 
 @dataclass(frozen=True)
 class RequestedMethod:
-    """A method as the user asks for it."""
+    """A method and its options, as the user requested them."""
 
     method: str
     options: Mapping[str, Any]
@@ -46,23 +46,24 @@ class RequestedMethod:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One place at which the method acts."""
+    """One site or shared module at which the method adds tensors."""
 
     name: str
-    """The site's path, in a hybrid after the part's number; or the name of a module that several places share."""
+    """The site's path, in a hybrid with the part's number in front; or the name of a module that several sites
+    share."""
     path: str
     """The path of the module or bare parameter."""
     shape: tuple[int, ...]
     role: str | None
     tensors: Mapping[str, tuple[int, ...]]
-    """The shapes of its tensors that are saved."""
+    """The shapes of the tensors that the method saves for it."""
     trainable: int
     rows: bool = False
-    """Whether this is one slice of a fused weight only: that of the role."""
+    """Whether the site is only one part of a fused weight: the slices of its role."""
 
     @classmethod
     def of(cls, name: str, operator: nn.Module) -> PlannedSite:
-        """Return the place of a module that several places share."""
+        """Return the entry of a module that several sites share."""
         tensors = {key: tuple(each.shape) for key, each in operator.state_dict().items()}
         return cls(name, "", (), None, tensors, trainable_numbers([operator]))
 
@@ -86,7 +87,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The recorded changes of a method to a model."""
+    """The recorded changes that a method would make to a model."""
 
     request: Request
     surgeon: RecordingSurgeon
@@ -94,13 +95,14 @@ class Recorded:
     places: tuple[PlannedSite, ...]
     shared: tuple[PlannedSite, ...]
     notes: tuple[str, ...]
-    """Notices and warnings of peftcore."""
+    """Notices and warnings that peftcore gave while recording."""
 
     @classmethod
     def of(cls, wanted: RequestedMethod, model: nn.Module, shards: int | None = None) -> Recorded:
-        """Plan a method on a model, which may be sharded over processes.
+        """Record the changes of a method to a model, which may be sharded over processes.
 
-        Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be.
+        Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: the method cannot be
+            applied to the model.
         """
         with unlogged(), warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
@@ -122,7 +124,7 @@ class Recorded:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the options that are not as by default."""
+        """Return the options that differ from their defaults."""
         return self.surgeon.config.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)
 
     def operators(self) -> list[nn.Module]:

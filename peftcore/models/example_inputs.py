@@ -1,6 +1,7 @@
 """Example inputs of a model's forward, from its configuration: zeros of the right shapes and kinds.
 
-One table a library: the name of an argument, and how its tensor follows from the configuration (None: not there).
+There is one table for each library. It maps the name of an argument to a function that computes its tensor from the
+configuration, or returns None if the model lacks the argument.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from peftcore.errors import BadInput
 Config = Mapping[str, Any]
 
 TOKENS, PROMPT, SOUND = 128, 77, 16_000
-"""Lengths where the user gives none: of a text, of a prompt for a denoiser (that of CLIP's text encoder), of a sound (a
+"""Default lengths: of a text, of a denoiser's prompt (the length of CLIP's text encoder), and of a sound (one
 second)."""
 PICTURE = 224
-"""Height and width of a picture where the configuration does not say: convolutions take any."""
+"""Height and width of a picture if the configuration does not define them, since convolutions accept any size."""
 LATENTS = 4096
-"""Places of a picture of 1024 x 1024 in a denoiser that takes them in a row."""
+"""The number of positions of a picture of 1024 x 1024, for denoisers that take the positions as a sequence."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class Size:
 
     batch: int
     length: int | None = None
-    """Tokens of each row, where the user said."""
+    """The number of tokens in each row, if the user set it."""
 
 
 class UnknownInputs(Exception):
-    """Raised where nothing is known here about the inputs of this model's forward; the message says what is missing."""
+    """Raised if the inputs of a model's forward cannot be determined; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """The configuration and sizes that shapes follow from."""
+    """The configuration and the sizes from which the shapes of inputs are computed."""
 
     config: Config
     size: Size
@@ -53,7 +54,7 @@ class Given:
         return torch.zeros(self.size.batch, *shape, dtype=self.dtype)
 
     def first(self, *names: str) -> Any:
-        """Return the first value that the configuration has."""
+        """Return the value of the first of these keys that the configuration has."""
         return next((self.config[name] for name in names if self.config.get(name) is not None), None)
 
 
@@ -61,7 +62,7 @@ Build = Callable[[Given], Tensor | None]
 
 
 def pair(size: Any) -> tuple[int, ...]:
-    """Return height and width, where one number may mean both."""
+    """Return height and width; a single number means both."""
     if isinstance(size, Mapping):
         return int(size["height"]), int(size["width"])
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -112,7 +113,7 @@ TRANSFORMERS: Mapping[str, Build] = {
 def for_transformers(
     config: Any, main: Collection[str], accepted: Collection[str], size: Size, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the main inputs, and with them those of a decoder."""
+    """Return the main inputs of a model of transformers, and the inputs of its decoder if it has one."""
     given = Given(flattened(config), size, dtype)
     wanted = {*main, "decoder_input_ids"} & {*accepted}
     found = {name: build(given) for name, build in TRANSFORMERS.items() if name in wanted}
@@ -125,8 +126,8 @@ def for_transformers(
 
 
 def flattened(config: Any) -> dict[str, Any]:
-    """Return values of a configuration of transformers and of those inside it (the outer's and the text's count first),
-    by the names that they have in most."""
+    """Return the values of a configuration of transformers and of the configurations inside it, by their most common
+    names. If several have a value, that of the outer configuration is used, then that of the text configuration."""
     values: dict[str, Any] = {}
     inner = [part for name in config.sub_configs if (part := vars(config).get(name)) is not None]
     for each in (config, config.get_text_config(), *inner):
@@ -186,7 +187,7 @@ DIFFUSERS: Mapping[str, Build] = {
 
 
 def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all arguments of forward that the configuration speaks of."""
+    """Return all arguments of forward whose shapes the configuration defines."""
     given = Given(config, size, dtype)
     found = {name: build(given) for name, build in DIFFUSERS.items() if name in accepted}
     inputs: dict[str, Any] = {name: value for name, value in found.items() if value is not None}

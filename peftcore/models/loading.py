@@ -1,4 +1,4 @@
-"""Loads models and tokenizers from where the user keeps them; classifiers get a head that every method trains alike."""
+"""Loads models and tokenizers to train. Classifiers get a head, which is trained in the same way with every method."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from peftcore.layers.layer import is_dense
 from peftcore.models.model_names import Use, find
 
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
-"""A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
+"""Options that keep transformers from loading kernels from the Hub, which are code; it uses its own kernels instead."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""Errors that transformers raises for a folder that holds no model, half a model or a model of another kind, or one
-that takes a package that is missing, as quantized ones do."""
+"""Errors that transformers raises for a folder without a model, with an incomplete model or a model of another kind, or
+with a model that needs a package that is not installed, such as quantized models."""
 
 
 def load_tokenizer(model: Path | str) -> Any:
-    """Load the model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
+    """Load the model's tokenizer. If it lacks a padding token (most decoders), it pads with its end-of-text token."""
     named = find(model)
     named.check(Use.TEXT)
     where, options = named.origin()
@@ -62,8 +62,8 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
 
 
 def made_dense(model: Any) -> None:
-    """Drop the mark of quantization from a model whose weights were made dense as they were read: transformers still
-    calls it quantized, and would neither train nor save it."""
+    """Remove the mark of quantization from a model whose weights were made dense when they were loaded. Transformers
+    still treats the model as quantized, and would neither train nor save it."""
     if all(map(is_dense, model.parameters())):
         model.hf_quantizer.remove_quantization_config(model)
 
@@ -71,8 +71,8 @@ def made_dense(model: Any) -> None:
 def classifier(
     auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Load a model with a head for these classes, by one of the Auto classes; return it and the names of its head
-    modules."""
+    """Load a model with a head for these classes, by one of the Auto classes. Return the model and the names of its
+    head modules."""
     loaded, info = from_pretrained(
         auto,
         model,
@@ -103,10 +103,12 @@ def _without_classes(model: Path | str) -> dict[str, Any]:
 
 
 def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
-    """Return the parts outside the base model (in it, where it is all there is), and parts of the base of which nothing
-    was in the folder (a pooler, say).
+    """Return the names of the modules outside the base model, and of the modules of the base model that the folder has
+    no tensors of (a pooler, for example). If nothing is outside the base model, the modules with the role head are
+    used.
 
-    They start from nothing or from another task, so every method has to train them. No other tensor may be missing.
+    These modules have fresh weights or weights for another task, so every method has to train them. No other tensor may
+    be missing.
     """
     outside = parts(model)
     backbones = [name for name, part in outside.items() if isinstance(part, BackboneMixin)]
@@ -131,7 +133,7 @@ def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, 
 
 
 def parts(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the children that have parameters."""
+    """Return the child modules that have parameters, by name."""
     return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
 
 

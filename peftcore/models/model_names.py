@@ -1,6 +1,7 @@
-"""The kinds of MODEL that a command, a file or Python may name, one class each: where its files are, how to load it.
+"""The kinds of names that a MODEL may have in commands, files and Python: one class for each kind, which finds the
+model's files and knows how to load it.
 
-Nothing is loaded here. Uses that a kind does not support are refused by `Named.check` before anything happens.
+Nothing is loaded here. `Named.check` raises an error for uses that a kind does not support, before anything else runs.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ MODEL = (
     "A folder of a model, a GGUF file, package:NAME or package:NAME/FOLDER for what an installed Python package holds, "
     "timm:NAME, or a name on the Hub."
 )
-"""The help of a MODEL in all commands and in the schemas of their files: all that may be written there."""
+"""The help text of MODEL in all commands and in the schemas of their files: it lists all names that are accepted."""
 GGUF, TIMM = ".gguf", "timm:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline of diffusers that contain the model that is trained."""
+"""Folders of a pipeline of diffusers that may contain the model to train."""
 SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Files of a repository other than weights: configurations and tokenizers."""
 WEIGHTS = ".safetensors"
 
 
 class Use(Enum):
-    """The use for which a model is named."""
+    """The use for which a command needs a model."""
 
     TEXT = "text"
     """A model that reads tokens, so it has a tokenizer."""
@@ -41,67 +42,67 @@ class Use(Enum):
     PIPELINE = "pipeline"
     """A pipeline of diffusers."""
     MERGE = "merge"
-    """A model whose weights are written again, in its own format."""
+    """A model whose weights are written to a new folder, in the model's own format."""
 
 
 @dataclass(frozen=True)
 class ModelConfiguration:
-    """A model's configuration, and where it is from."""
+    """A model's configuration and its source."""
 
     config: Mapping[str, Any]
     source: str
-    """The name that is shown: as the user gave it, or the folder inside a pipeline."""
+    """The name that is shown: the name that the user passed, or the folder inside a pipeline."""
     name: str
-    """The name by which its library's loaders know it; files of adapters name it so."""
+    """The name that the library's loaders accept; files of adapters store it."""
     folder: Path | None = None
-    """Where its files are, if it has some."""
+    """The folder with its files, if there is one."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of transformers' loaders."""
+    """Additional arguments for transformers' loaders."""
 
 
 @dataclass(frozen=True)
 class Named(ABC):
-    """A model that the user named."""
+    """Base class of models that the user named, one subclass for each kind of name."""
 
     said: str
     refusals: ClassVar[Mapping[Use, str]] = {}
-    """Messages for the uses that this kind does not have: the kind, and the name to use instead."""
+    """Error messages for the uses that this kind of name does not support, with the names to use instead."""
 
     def check(self, use: Use) -> None:
-        """Refuse what this kind cannot be used for.
+        """Verify that this kind of name supports a use.
 
         Raises:
-            BadInput: it cannot.
+            BadInput: the use is not supported.
         """
         if use in self.refusals:
             raise BadInput(f"{self.said} {self.refusals[use]}")
 
     @abstractmethod
     def origin(self) -> tuple[str, dict[str, Any]]:
-        """Return the name by which transformers' loaders know it, and their arguments.
+        """Return the name and the arguments with which transformers' loaders load the model.
 
         Raises:
-            BadInput: they cannot load it.
+            BadInput: transformers cannot load it.
         """
 
     @abstractmethod
     def place(self) -> Path:
-        """Return the folder with its files, or the GGUF file. Weights are fetched from the Hub where they have to be.
+        """Return the folder with the model's files, or the GGUF file. Weights are downloaded from the Hub if necessary.
 
         Raises:
-            BadInput: it cannot be had.
+            BadInput: the files cannot be found or downloaded.
         """
 
     @abstractmethod
     def configured(self) -> ModelConfiguration:
-        """Return its configuration; no weights are fetched.
+        """Return the model's configuration; weights are not downloaded.
 
         Raises:
-            BadInput: it cannot be had.
+            BadInput: the configuration cannot be found or downloaded.
         """
 
     def local(self) -> tuple[Path, ...]:
-        """Return what of the user's is read, so that nothing is written over it."""
+        """Return the user's files or folders that are read, so that a command does not overwrite them."""
         return ()
 
 
@@ -155,7 +156,7 @@ class InGguf(Named):
 
 @dataclass(frozen=True)
 class OnHub(Named):
-    """A repository of the Hub, or what the local cache has of it; offline, that alone."""
+    """A repository of the Hub, with the local cache; offline, only the cache is used."""
 
     name: str
 
@@ -192,7 +193,7 @@ class OnHub(Named):
 
 @dataclass(frozen=True)
 class OfTimm(Named):
-    """An architecture of timm; its weights are those that timm has for it on the Hub."""
+    """An architecture of timm, with the weights that timm provides for it on the Hub."""
 
     refusals: ClassVar[Mapping[Use, str]] = {
         Use.TEXT: "is a model of pictures: pass a folder, a GGUF file or a name on the Hub, of a model that reads text",
@@ -228,10 +229,10 @@ class OfTimm(Named):
 
 
 def find(model: Path | str) -> Named:
-    """Return what a MODEL names.
+    """Return the model that a MODEL names.
 
     Raises:
-        BadInput: it looks like a path, and nothing is there; or like a package, and none is installed.
+        BadInput: the name looks like a path that does not exist, or like a package that is not installed.
     """
     said = str(model)
     if isinstance(model, str) and said.startswith(TIMM):
@@ -255,10 +256,10 @@ def find(model: Path | str) -> Named:
 
 
 def check_architecture(source: str, name: str) -> None:
-    """Refuse a name that is not an architecture of timm.
+    """Verify that timm has an architecture of that name.
 
     Raises:
-        BadInput: it has none.
+        BadInput: timm does not have it.
     """
     import timm
 

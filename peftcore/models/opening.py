@@ -1,6 +1,6 @@
-"""Models of transformers, diffusers and timm in folders: opened with their weights, and written again.
+"""Opens folders with a model of transformers, diffusers or timm, and writes such folders.
 
-No code of a repository runs, and no pickle is read.
+Code in a model's repository is never run, and pickles are never read.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
     "AutoProcessor": ("processor_config.json", "preprocessor_config.json"),
 }
-"""Parts that prepare a model's inputs: transformers' loaders, and the files by which one knows that there is
-something."""
+"""Parts that prepare a model's inputs: transformers' loaders, and the files that show that a folder has such a part."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,27 @@ class MadeOn:
     """The model that an adapter was made on, as its file describes it."""
 
     host: str = ""
-    """The model's class; empty where the file does not name it."""
+    """The model's class; empty if the file does not name it."""
     task: str = ""
-    """Peft's name for the class, in a file that has no better one."""
+    """Peft's task type, used if the file does not name a class."""
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that the adapter contains, such as those of a head."""
     base: str = ""
     """The file's name for the model's weights; empty if the file does not contain it."""
     meant: str | None = None
-    """The class of transformers that the user says it is."""
+    """The class of transformers that the user chose."""
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model, and a way to write it into a folder together with all that belongs to it."""
+    """A model, and the function that writes it into a folder together with its tokenizer and other companions."""
 
     model: Any
     write: Callable[[Path], None]
     fresh: Collection[str] = ()
-    """Parameters that the folder does not have; the adapter must."""
+    """Parameters that the folder lacks, so that the adapter must contain them."""
     unpack: Callable[[], None] = lambda: None
-    """Make it a model of which no weight is quantized, to be written as one that never was."""
+    """Make all quantized weights dense, and remove the marks of quantization, so that a dense model is written."""
 
 
 Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], OpenedModel]
@@ -80,12 +79,14 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
     """Open the model in a folder, or in a GGUF file.
 
     Args:
-        folder: or the file.
+        folder: the folder, or the GGUF file.
         weights: False builds it from its configuration on the meta device.
-        made_on: what an adapter was made on: a head that the adapter contains is added to a model without a head.
+        made_on: the model that an adapter was made on. If the adapter contains a head, the head is added to a model
+            without one.
 
     Raises:
-        BadInput: there is none, its library is missing, or the weights are damaged, of another model or pickled.
+        BadInput: there is no model, its library is not installed, or the weights are damaged, pickled, or belong to
+            another model.
     """
     config = _of_gguf(folder) if folder.suffix == GGUF else read_config(folder / CONFIG)
     reader = reader_of(READERS, config, folder)
@@ -316,7 +317,7 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
 
 
 READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _transformers, "architecture": _timm}
-"""The library that reads a folder, by a key of its ``config.json``; the first that is there counts."""
+"""The functions that open a folder, by a key of its ``config.json``; the first key that the file has is used."""
 
 
 def _cannot(out: Path) -> None:

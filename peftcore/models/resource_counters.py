@@ -1,5 +1,5 @@
-"""Counts what runs within a block: the bytes that are alive at once, and floating-point operations; of tensors with
-values and of fake ones alike."""
+"""Counts the operations within a ``with`` block, and the bytes that are allocated at once: for tensors with values and
+for fake tensors."""
 
 from __future__ import annotations
 

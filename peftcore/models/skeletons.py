@@ -1,8 +1,8 @@
 """Skeletons of models: built from a configuration, without weights, on the meta device, for code that inspects a model
 and does not train it.
 
-Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
-No code of a repository runs, and files of weights are not opened.
+For each library, `LIBRARIES` has a class that builds the model and its inputs, found by a key of ``config.json``. Code
+in a model's repository is never run, and files of weights are not opened.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class Skeleton(ABC):
     notes: tuple[str, ...] = ()
 
     library: ClassVar[str]
-    """Import name of the library that builds it."""
+    """The import name of the library that builds the model."""
 
     @classmethod
     @abstractmethod
     def build(cls, found: ModelConfiguration, dtype: torch.dtype | None) -> Skeleton:
-        """Build the model of a configuration; in `dtype`, or in the dtype of the configuration, or in float32."""
+        """Build the model of a configuration: in `dtype`, by default in the dtype of the configuration, otherwise in
+        float32."""
 
     @property
     def title(self) -> str:
@@ -51,7 +52,7 @@ class Skeleton(ABC):
         return f"{type(self.model).__name__} ({self.library}, {str(self.dtype).removeprefix('torch.')})\n{self.source}"
 
     def as_dict(self) -> dict[str, str]:
-        """Return the same for scripts."""
+        """Return class, library and source as a dictionary."""
         return {
             "model": self.source,
             "class": type(self.model).__name__,
@@ -61,7 +62,7 @@ class Skeleton(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype in which the model takes pictures and other numbers."""
+        """Return the dtype of the model's floating-point inputs, such as pictures."""
         return next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
 
     @abstractmethod
@@ -69,17 +70,17 @@ class Skeleton(ABC):
         """Return the inputs of a forward for a batch: zeros, on the CPU.
 
         Raises:
-            Unknown: the configuration does not say.
+            UnknownInputs: the configuration does not define the shapes of the inputs.
         """
 
     def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
-        """Return the inputs, with labels of the outputs where forward computes a loss when it is given some."""
+        """Return the inputs, with labels that fit the outputs if forward computes a loss from labels."""
         return inputs
 
 
 class TransformersSkeleton(Skeleton):
-    """Skeletons of transformers: the class that ``architectures`` names, else what ``AutoModel`` makes of the
-    configuration."""
+    """Skeletons of transformers: of the class that ``architectures`` names, otherwise of the class that ``AutoModel``
+    chooses."""
 
     library = "transformers"
 
@@ -172,14 +173,14 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
     "model_type": TransformersSkeleton,
     "architecture": TimmSkeleton,
 }
-"""The library that builds a model, by a key that its ``config.json`` has; the first that is there counts."""
+"""The classes that build a model, by a key of its ``config.json``; the first key that the file has is used."""
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:
-    """Build the model that the user means.
+    """Build the skeleton of the model that the user named.
 
     Raises:
-        BadInput: there is no such model, its library is not installed, or the configuration makes no sense.
+        BadInput: there is no such model, its library is not installed, or no model can be built from its configuration.
     """
     wanted = None if dtype is None else chosen_dtype(dtype)
     found = find(source).configured()
@@ -197,12 +198,13 @@ def chosen_dtype(name: str) -> torch.dtype:
 
 
 def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of forward."""
+    """Return the arguments of the model's forward by name."""
     return inspect.signature(model.forward).parameters
 
 
 def emptied(model: nn.Module) -> nn.Module:
-    """Return the model in training mode, on the meta device also where it made tensors without asking for a device."""
+    """Return the model in training mode, with all tensors on the meta device, also those that it built on another
+    device."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -217,7 +219,7 @@ def emptied(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def meta(dtype: torch.dtype | None) -> Iterator[None]:
-    """Build modules in the block without memory, with parameters of this dtype where they do not say another."""
+    """Context manager in which modules are built on the meta device, with this dtype unless they choose another one."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype or torch.float32)
@@ -229,7 +231,8 @@ def meta(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(source: str, what: str) -> Iterator[None]:
-    """Turn any error that a library raises about a configuration into bad input: libraries do not list their errors."""
+    """Context manager that turns any error of a library into `BadInput`, since libraries do not list the errors that a
+    configuration may cause."""
     try:
         yield
     except Exception as error:

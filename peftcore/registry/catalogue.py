@@ -25,7 +25,8 @@ _loaded: dict[str, type[Method]] = {}
 TRAINS, COMBINES, QUANTIZED = "trains", "combines", "quantized"
 """The values of `MethodInfo.kind`, the purpose of a method."""
 BUDGETS = "peftcore.authoring.budgets:budgets"
-"""The function that counts parameters on reference models; named, not imported, since it is in a layer above."""
+"""The function that counts parameters on reference models. It is in a higher layer, so it is imported by name on
+use."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class MethodInfo:
     name: str
     """The name by which `apply` finds the method."""
     plugin: str
-    """The plugin's name: if two methods have the same name, ``"plugin/name"`` identifies one."""
+    """The plugin's name. If two plugins have a method of the same name, ``"plugin/name"`` identifies one."""
     distribution: str
-    """Distribution and version that contain the method, or "registered at run time"."""
+    """The distribution that contains the method, with its version; or "registered at run time"."""
     location: str = field(repr=False)
-    """The method's class, ``module:Class``."""
+    """The path of the method's class, ``module:Class``."""
     aliases: tuple[str, ...] = ()
     """Other names of the method."""
     preset: Preset | None = None
-    """The method and the options of a preset; None for a method."""
+    """The preset (its method and options), if the entry is one; None for a method."""
 
     def _tags(self) -> Tags:
         return method(f"{self.plugin}/{self.name}").tags
@@ -80,8 +81,8 @@ class MethodInfo:
 
     @property
     def kind(self) -> str:
-        """One of three kinds: the method "trains" new parameters; it "combines" trained adapters, its parts; or it is
-        for "quantized" models (imports the method's module)."""
+        """The purpose of the method: it "trains" new parameters, "combines" trained adapters as its parts, or is for
+        "quantized" models (imports the method's module)."""
         if self.category == "quantized":
             return QUANTIZED
         parts = "parts" in method(f"{self.plugin}/{self.name}").Config.model_fields
@@ -101,7 +102,8 @@ class MethodInfo:
 
     @property
     def checked(self) -> bool:
-        """Whether its tests compare with numbers of another source. Otherwise the method is *equation only*."""
+        """Whether the tests compare the method with numbers of another source. Otherwise the method is *equation
+        only*."""
         return bool(self.checked_against)
 
     @property
@@ -109,15 +111,16 @@ class MethodInfo:
         """The number of trainable values with default options, by name of the reference hosts in which the method finds
         a target.
 
-        Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
+        It plans the method on the meta device, on models of those of transformers and diffusers that are installed.
+        This takes one or two seconds.
         """
         found: Mapping[str, int] = imported(BUDGETS)(f"{self.plugin}/{self.name}")
         return found
 
 
 def register(cls: M) -> M:
-    """Add a method at run time, for notebooks: no packaging needed. Usable as a decorator; registering a name again
-    replaces it.
+    """Add a method at run time, without a package, for example in a notebook. Usable as a decorator. A method
+    registered earlier under the same name is replaced.
 
     Raises:
         PluginError: the class breaks the contract.
@@ -175,9 +178,10 @@ def method(name: str) -> type[Method]:
     matter. A preset has the class of its method, with other defaults.
 
     Raises:
-        UnknownMethod: with similar names, the plugins that failed, and the packages to install if they are known.
-        AmbiguousMethod: naming the distributions that clash.
-        PluginError: its module cannot be imported, or its class breaks the contract.
+        UnknownMethod: no plugin has the method. The message lists similar names, plugins that failed to load, and
+            packages to install.
+        AmbiguousMethod: several plugins have the method; the message names their distributions.
+        PluginError: the method's module cannot be imported, or its class breaks the contract.
     """
     plugin, slash, short = name.rpartition("/")
     found = _called(short, plugin if slash else None) or _called(_plain(short), plugin if slash else None)
@@ -247,8 +251,8 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
 
 
 def schema(name: str | None = None) -> dict[str, Any]:
-    """Returns the JSON schema of one method's options, or of all methods' options, as alternatives with the
-    discriminator `method`."""
+    """Returns the JSON schema of one method's options; without a name, the schemas of all methods as alternatives that
+    are distinguished by `method`."""
     if name is not None:
         return method(name).Config.model_json_schema()
     kinds = [method(f"{info.plugin}/{info.name}").Config for info in methods()]

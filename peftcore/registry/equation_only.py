@@ -1,4 +1,4 @@
-"""The notice, given once, that a method is *equation only*; see `evidence`."""
+"""The notice, logged once, that a method is *equation only*: tested only against its equation. See `evidence`."""
 
 from __future__ import annotations
 

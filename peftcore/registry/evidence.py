@@ -61,7 +61,7 @@ class EvidenceRow:
 
 
 Evidence = Mapping[str, tuple[EvidenceRow, ...]]
-"""Rows by the name of a method."""
+"""The evidence of a plugin: rows by the name of the method."""
 
 
 def sources(location: str, name: str) -> str:
@@ -79,8 +79,9 @@ def sources(location: str, name: str) -> str:
 
 
 def parts(location: str, name: str) -> dict[str, tuple[Part, ...]]:
-    """Returns the parts of a method that its tests compare with each source, by the source as text, libraries first;
-    see `sources`.
+    """Returns the parts of a method that its tests compare with each source, by the source's text, libraries first.
+
+    The arguments are those of `sources`.
 
     Raises:
         PluginError: the package's file cannot be read.

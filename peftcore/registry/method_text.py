@@ -12,7 +12,7 @@ on the same line or below."""
 
 
 def text_of(cls: type[Method]) -> str:
-    """Returns the docstring of a method's module; that of the class if the module has none."""
+    """Returns the docstring of a method's module, or of its class if the module does not have one."""
     module = inspect.getmodule(cls)
     return inspect.cleandoc((module and module.__doc__) or cls.__doc__ or "")
 

@@ -1,7 +1,7 @@
-"""Configurations of peft, and advice for users who write peft's name of an option.
+"""Configurations of peft, and advice for users who use peft's name of an option.
 
-The names that many types of peft share are here. Those of a single type are in its translation, `PeftMethod.advice`, in
-the plugin of the method.
+This module has the names of options that many methods of peft share. Names that only one method has are in
+`PeftMethod.advice`, in the plugin of that method.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PASSED = {
     "task_type": "leave it out: no task changes how a model is adapted",
     "token_dim": "leave it out: the model has the width",
 }
-"""Advice for options that many types have in peft and no method has in peftcore: an argument of `apply` or the model
-holds their values."""
+"""Advice for options that many methods have in peft, but none in peftcore, because an argument of `apply` or the model
+itself defines their values."""
 RENAMED = (
     (r"r", "rank", "use rank="),
     (r"num_virtual_tokens", "length", "use length="),
@@ -43,18 +43,18 @@ RENAMED = (
     (r"\w+_dropout", "dropout", "use dropout="),
     (r"(\w+)_pattern", r"\1", r'use overrides={"*.q_proj": {"\1": 4}}'),
 )
-"""Names of options that peft builds by one rule: a pattern, the option that a method must have, and the advice."""
+"""Names of peft's options that follow a rule: a pattern, the option that a method must have, and the advice."""
 
 
 def is_peft_config(method: object) -> bool:
-    """Whether the object is a configuration of peft. Does not import peft: a process that has such an object has
-    imported it."""
+    """Whether an object is a configuration of peft. This does not import peft, since a process with such an object has
+    already imported it."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(method, peft.PeftConfig)
 
 
 def peft_advice(method: str, option: str, options: Collection[str]) -> str | None:
-    """Returns what to write for an option of peft; None if the method has nothing for it, or peft has no such option.
+    """Returns the advice what to write instead of an option of peft; None if there is no advice.
 
     Args:
         method: the name of the method.

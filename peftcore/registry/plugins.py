@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 GROUP = "peftcore"
 """The entry point group of plugins."""
 RUNTIME = "registered"
-"""The plugin name of methods that `register` adds."""
+"""The plugin name of methods that are added with `register`."""
 CORE = "peftcore.core_plugin"
 """The module of the core's own hook implementations, a plugin that is imported on first use like the others."""
 RESERVED = {RUNTIME, CORE}
 DISABLE = "PEFTCORE_DISABLE"
-"""Environment variable: names of plugins that are not loaded, separated by commas."""
+"""The environment variable with the names of plugins not to load, separated by commas."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Plugin:
     name: str
     """The name of its entry point."""
     distribution: str
-    """Distribution and version."""
+    """The distribution with its version."""
     methods: Mapping[str, str]
-    """``"module:Class"`` by name."""
+    """The methods: ``"module:Class"`` by name."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
     """Presets by name."""
 
@@ -61,7 +61,7 @@ class Failure:
 
 
 class PluginWarning(UserWarning):
-    """A plugin could not be loaded; everything else works."""
+    """The warning that a plugin could not be loaded; all other plugins work."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Registry:
 
     @property
     def hook(self) -> Any:
-        """Calls every implementation of a hook: ``registry().hook.peftcore_map(model=model)``."""
+        """The hooks; calling one calls all its implementations: ``registry().hook.peftcore_map(model=model)``."""
         return self.manager.hook
 
     def load(self, name: str, distribution: str, module: Any) -> None:
@@ -165,7 +165,8 @@ def registry() -> Registry:
 
 
 def named_places(hook: str, what: str) -> dict[str, str]:
-    """Returns the names that all plugins return for one hook, mapped to ``"module:Class"``, the core's first.
+    """Returns the names that all plugins return for one hook, mapped to ``"module:Class"``; the core's names come
+    first.
 
     Raises:
         PluginError: two plugins return the same name.
@@ -185,6 +186,6 @@ def imported(place: str) -> Any:
 
 
 def layer_of(module: nn.Module, tensor: str) -> Layer:
-    """Returns how `module` stores `tensor`, by the first plugin that knows it."""
+    """Returns the `Layer` of a module's tensor, from the first plugin that returns one."""
     layer: Layer = registry().hook.peftcore_layer(module=module, tensor=tensor)
     return layer

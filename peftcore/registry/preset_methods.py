@@ -1,5 +1,5 @@
-"""The class of a preset: the method's class with the preset's defaults. Its adapters are always adapters of the
-method."""
+"""The class of a preset: the method's class with the preset's options as defaults. Adapters of a preset are adapters of
+the method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _presets: dict[type[Method], tuple[type[Method], Preset]] = {}
 
 
 def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
-    """Returns a class like the method `cls`, whose options have the preset's defaults."""
+    """Returns a copy of the method class `cls` whose options have the preset's values as defaults."""
     fields: dict[str, Any] = {"method": (Literal[name], name)}
     for option, value in preset.options.items():
         field = copy.copy(cls.Config.model_fields[option])  # with its limits and its description
@@ -72,10 +72,11 @@ def as_arguments(cls: type[Method]) -> tuple[type[Method], dict[str, Any]]:
 
 
 def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
-    """Returns a method and its checked options, from a class that may be a preset's.
+    """Returns a method and its validated options; `cls` may be the class of a preset.
 
     Raises:
-        ConfigError: an option is unknown, or its value breaks a rule; or the preset is a workflow.
+        ConfigError: an option is unknown, or its value breaks a rule; or the preset needs more than one call
+            (`Preset.workflow`).
     """
     advice = functools.partial(peft_advice, cls.name, options=cls.Config.model_fields)
     if cls not in _presets:

@@ -1,14 +1,15 @@
-"""Roles of the parts of a model: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
+"""Roles of the parts of a model: `derive` finds them, `HostMap` maps them to modules, `probe` refines the map by a
+forward.
 
 It may import `layers` and lower packages. The rules by which a map is derived, R1 to R17, are in `docs/roles.md`. In
 the order of reading:
 
-- `vocabulary`: the roles, and the names by which rules know them.
+- `vocabulary`: the roles, and the names by which the rules recognize them.
 - `entries`: the entry of one module or bare parameter.
 - `tree`: the map as text.
 - `virtual_roles`: roles that no single weight has, such as "all-linear".
-- `hostmap`: the map, which answers by role.
-- `equal_modules`: modules that are built alike.
+- `hostmap`: the map of roles to modules.
+- `equal_modules`: modules of equal structure.
 - `survey`: one walk over the model.
 - `mixers`: attention and state space.
 - `repeated_blocks`: the blocks that repeat along the depth.
@@ -16,8 +17,8 @@ the order of reading:
 - `embeddings_norms_heads`: embeddings, norms, convolutions, heads.
 - `towers`: sub-models.
 - `layouts`: the order of slices in fused projections.
-- `token_tables`: tables that have a row for each token.
-- `weight_readers`: modules that read a weight in place of calling its module.
+- `token_tables`: tables with one row for each token.
+- `weight_readers`: modules that read a weight without calling the weight's module.
 - `source_code`: the source of forwards, and the values of the names in it.
 - `code_frames`: follows values through the source code of functions, for the two rules below.
 - `branch_ends`: where branches join the stream.

@@ -2,10 +2,10 @@
 block.
 
 Most models have rows first and run each block once. XLNet transposes its inputs, so its blocks have tokens first;
-ALBERT runs one block for all of its layers. The structure of a model does not show this, but its code does. So the
-source of the forwards is read from the host down to the module: values are followed from the arguments, through
-transpositions, to the call of the next module on the way, and so are the loops around that call. No code runs. Rule R17
-of `docs/roles.md`.
+ALBERT runs one block for all of its layers. The structure of a model does not show this, but its code does. So this
+module reads the source of the forwards from the host down to the module. It follows values from the arguments, through
+transpositions, to the call of the next module on the path, and the loops around that call. No code runs. Rule R17 of
+`docs/roles.md`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore.roles.stacks import arguments
 
 Runs = Literal["once", "several", "unknown"]
 Arms = tuple[tuple[ast.stmt, bool], ...]
-"""Conditions in the code, each with the branch of it in which a call is."""
+"""Conditions in the code that surround a call, each with the branch that contains the call."""
 FIRST: Dims = frozenset({0})
 LISTS = nn.ModuleList | nn.ModuleDict
 _TURNS = {"transpose", "swapaxes", "swapdims"}
@@ -34,13 +34,13 @@ _REGROUPS = {"view", "reshape", "flatten", "unflatten", "expand"}
 
 
 class BlockCalls(NamedTuple):
-    """The calls of one module in the code: where the rows of the batch are, and how often one forward runs it."""
+    """The calls of one module in the code: the dimension of the batch, and the number of runs in one forward."""
 
     rows: Dims
-    """The dimensions at which its first argument may have the rows of the batch, where the host is given rows first;
-    empty if the code cannot be followed."""
+    """The dimensions that may be the batch dimension of the module's first argument, if the host gets rows first; empty
+    if the code cannot be followed."""
     runs: Runs
-    """How often one forward runs it."""
+    """The number of runs of the module in one forward."""
 
 
 class CodeReader:
@@ -57,7 +57,7 @@ class CodeReader:
         self._turned: dict[str, bool] = {}
 
     def of(self, path: str, top: str = "") -> BlockCalls:
-        """Returns the calls of a module in the code; its runs are counted per forward of the module `top`."""
+        """Returns the calls of a module in the code; its runs are those in one forward of the module `top`."""
         key = alike(path), top
         if key not in self._read:
             self._read[key] = _read(self._modules, path, top, self._plain)
@@ -84,15 +84,15 @@ class CodeReader:
 
 
 def alike(path: str) -> str:
-    """Returns the path of a module with `*` for its numbers: modules at corresponding places share it."""
+    """Returns the path of a module with `*` for its numbers, which corresponding modules share."""
     return re.sub(r"\d+", "*", path)
 
 
 class FollowedCall(NamedTuple):
-    """A call of a module on the way."""
+    """A call of a module on the path from the host to the module in question."""
 
     at: int
-    """The number of the called module on the way."""
+    """The index of the called module on this path."""
     given: list[Value]
     named: dict[str, Value]
     runs: Runs

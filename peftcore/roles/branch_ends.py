@@ -1,11 +1,11 @@
-"""Where a branch ends: the operations of a block on a branch's output, from the last matrix to the addition to the
-stream.
+"""Finds the end of a branch: the operations of a block on the branch's output, from the last matrix to the addition to
+the hidden states (the stream).
 
 Dropout, layer scale, stochastic depth and norms of a branch's output are modules that are called after the last matrix.
 The structure of a model does not show which modules these are: the dropout next to the last matrix drops the hidden
-features in T5, and the output of the matrix in GPT-2. The code shows it. So the source of the forwards is read from the
-last matrix up to the block, and the value that the matrix returns is followed through assignments, calls and methods
-until it is added to another value. No code runs.
+features in T5, and the output of the matrix in GPT-2. The code shows it. So this module reads the source of the
+forwards from the last matrix up to the block, and follows the value that the matrix returns through assignments, calls
+and methods until it is added to another value. No code runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftcore.roles.vocabulary import DROP_PATH_CLASS
 
 Rest = Literal["", "dropout", "scale", "unknown"]
 Order = tuple[int, ...]
-"""An order of dimensions, as `Tensor.permute` takes it."""
+"""An order of dimensions, as an argument of `Tensor.permute`."""
 
 
 class State(Enum):
@@ -49,15 +49,15 @@ class End:
     """The end of a branch.
 
     Attributes:
-        path: the module after which the branch joins the stream; None if no module follows the last matrix.
-        order: the order of dimensions that the branch's output has there, if the code permutes it on the way.
+        path: the module after which the branch is added to the stream; None if no module follows the last matrix.
+        order: the order of dimensions of that module's output, if the code permutes the branch's output before it.
         drops_path: whether that module is stochastic depth, which drops the branch of whole rows.
-        rest: the operations of the block's code after it that are not modules: "dropout", "scale" (also by a
-            parameter), or "unknown" where the code cannot be followed, or changes the shape before another module; else
+        rest: the operations after that module that are code instead of modules: "dropout", "scale" (also by a
+            parameter), or "unknown" if the code cannot be followed, or changes the shape before another module; else
             "".
         entered: the module that is the only reader of the sum of stream and branch (a norm after the branch).
-        left: the module that returns the sum, if nothing has read it.
-        reader: the first module that is given the sum, alone and in whatever shape (the norm of the next branch).
+        left: the module that returns the sum, if no other module has read the sum before.
+        reader: the first module whose only input is the sum, in any shape (the norm of the next branch).
     """
 
     path: str | None = None

@@ -1,8 +1,8 @@
 """Follows values through the source code of a function, without running it.
 
-A `CodeFrame` has the names of one function. It follows the statements in order: assignments, both sides of conditions
-that attributes of modules do not decide, loops once, and methods and functions that are called. Each question about the
-code is a subclass, which defines the results of calls, operations and loops.
+A `CodeFrame` has the values of the names in one function. It follows the statements in order: assignments, both
+branches of a condition (if attributes of modules do not decide it), each loop once, and methods and functions that are
+called. For each question about the code there is a subclass, which defines the results of calls, operations and loops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peftcore.roles.source_code import UNKNOWN, called, definition_of
 Dims = frozenset[int]
 NONE: Dims = frozenset()
 DEPTH = 8
-"""The number of calls within each other that are followed."""
+"""The limit on the depth of nested calls that are followed."""
 HELD = nn.ModuleList | nn.ModuleDict | nn.Sequential
 _ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "stride"}
 """Attributes and methods of a tensor that return none of its values."""
@@ -41,15 +41,15 @@ class Value(NamedTuple):
     """The value of an expression in the code, as far as it is known."""
 
     known: Any = UNKNOWN
-    """The object, where that is known."""
+    """The object, if it is known."""
     rows: Dims = NONE
-    """Where the rows of the batch may be in it."""
+    """The dimensions that may be the value's batch dimension."""
     loops: frozenset[int] = frozenset()
-    """The loops that choose it."""
+    """The loops whose variables determine the value."""
     part: bool = False
-    """Whether it is a part of a list, of which other code may take the rest."""
+    """Whether the value is a part of a list whose other elements may be used by other code."""
     state: Any = None
-    """The state that a question records for it."""
+    """The state that a question about the code records for the value."""
 
 
 class CodeFrame:
@@ -58,10 +58,10 @@ class CodeFrame:
     Args:
         question: an object that all frames of one question share.
         function: the function.
-        tree: its code.
-        names: the values of its parameters.
+        tree: the function's code.
+        names: the values of the function's parameters.
         plain: returns the class of a module as the host built it.
-        depth: the number of frames around it.
+        depth: the number of frames around this frame.
     """
 
     def __init__(
@@ -102,21 +102,22 @@ class CodeFrame:
         raise NotImplementedError
 
     def element(self, held: Any) -> Any:
-        """Returns the element of a list of modules that represents the element which the code chooses."""
+        """Returns the element of a list of modules that represents all elements, for code that chooses an element."""
         return UNKNOWN
 
     def branched(self, statement: ast.stmt, side: bool | None) -> None:
-        """Called at the start of each side of an undecided condition, and with None at its end."""
+        """Called at the start of each branch of an undecided condition, and with None at the end of the condition."""
 
     # ---- statements
 
     def run(self) -> Value:
-        """Returns what the function returns."""
+        """Returns the value that the function returns."""
         self.all(self.tree.body)
         return self.returned
 
     def all(self, statements: Sequence[ast.stmt]) -> None:
-        """Follow statements in order. Behind a condition that leaves the function, the other side holds."""
+        """Follow statements in order. After a condition with a branch that leaves the function, the other branch is
+        valid."""
         left = 0
         for statement in statements:
             self._one(statement)
@@ -195,11 +196,11 @@ class CodeFrame:
             self.set(target, self.assigned(target, value))
 
     def assigned(self, target: ast.expr, value: ast.expr) -> Value:
-        """Returns the value of an expression that a target gets."""
+        """Returns the value of an expression that is assigned to a target."""
         return self.of(value)
 
     def set(self, target: ast.expr, value: Value) -> None:
-        """Assign a value to a target; of several targets, the first gets the state of the question."""
+        """Assign a value to a target; if there are several targets, the first one gets the state of the question."""
         if isinstance(target, ast.Name):
             self.names[target.id] = value
         elif isinstance(target, ast.Tuple | ast.List):

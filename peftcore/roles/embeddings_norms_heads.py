@@ -1,4 +1,5 @@
-"""Roles of all that is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads.
+"""Roles of the modules that are neither mixers nor feed-forwards: embeddings, norms, patches, modulation, convolutions,
+heads.
 
 Rules R12 to R14 of `docs/roles.md`.
 """
@@ -22,7 +23,7 @@ POSITION = V.POSITION - {"r"}
 
 @dataclass(slots=True)
 class NodeFacts:
-    """The place of a node: facts that the rules below use."""
+    """The facts about a node that the rules below use."""
 
     node: Node
     relative: frozenset[str]  # words of the path within the block, or of the whole path
@@ -35,7 +36,7 @@ class NodeFacts:
 
 
 class Rest:
-    """Assigns a role to every weight that is still without one."""
+    """Assigns a role to every weight that does not have one yet."""
 
     def __init__(self, survey: Survey, mixers: Mixers, blocks: Blocks, mlps: FeedForwards) -> None:
         self.survey = survey

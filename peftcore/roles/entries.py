@@ -27,22 +27,22 @@ class HostEntry:
     """One module or bare parameter of the host.
 
     Attributes:
-        path: of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
-        module: path of the module that owns or reads the weight; "" is the root. `nn.MultiheadAttention` reads its
-            `out_proj` and never calls it: there it is the attention.
-        tensor: the parameter's name in that module, when the weight is not its plain `weight`: "out_proj.weight".
+        path: the path of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
+        module: the path of the module that owns or reads the weight; "" is the root. For `out_proj` of
+            `nn.MultiheadAttention`, which is read and never called, it is the path of the attention.
+        tensor: the parameter's name in that module, unless it is the module's plain `weight`: "out_proj.weight".
         role: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
         stream: "main", or "context" for the second stream of joint attention.
-        tower: path of the nearest sub-model that contains blocks, "" when the host has only one.
-        block: path of the enclosing block.
-        layer: the index of that block among the blocks of its list.
+        tower: the path of the nearest sub-model that contains blocks; "" if the host has only one.
+        block: the path of the enclosing block.
+        layer: the index of the enclosing block among the blocks of its list.
         layout: the slices of a fused projection, None when it is not fused or the order is not known without a probe.
         called: False when the weight is known to be read without its module being called.
-        reader: the nearest module above that is called, if the module that holds the weight is known never to be
+        reader: the nearest enclosing module that is called, if the module that holds the weight is known never to be
             called.
         kind: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
-        shape: of the weight; (out, in) for a matrix whatever the storage.
-        among_experts: whether it is inside a list of experts, each of which gets only the tokens routed to it.
+        shape: the shape of the weight; (out, in) for a matrix, independent of its storage.
+        among_experts: whether the entry is inside a list of experts, each of which gets only the tokens routed to it.
     """
 
     path: str

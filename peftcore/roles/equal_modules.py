@@ -1,7 +1,5 @@
-"""Modules of equal structure, such as the blocks of a transformer or the experts of a layer: a role found for one by
-its structure holds for the others.
-
-So a list of a hundred blocks is surveyed like a list of three, and the map is expanded to all blocks afterwards.
+"""Modules of equal structure, such as the blocks of a transformer or the experts of a layer. They have equal roles, so
+only a few of a hundred blocks are surveyed, and the map is expanded to all blocks afterwards.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ from peftcore.roles import vocabulary as V
 NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "index", "idx"})
 """Attributes in which the elements of a list store their index."""
 TORCHS = frozenset(vars(nn.Module()))
-"""Attributes that are torch's own: tensors, children, and hooks."""
+"""Attributes of torch itself: tensors, children, and hooks."""
 WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
 """Types of attributes that are compared by value."""
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
 """Type, shape and dtype of a tensor. The type is None for tensors of special subclasses, which never count as alike."""
 Run = list[tuple[str, nn.Module, list[int]]]
-"""Elements with their names; the third entry has the ids of the element's modules that the first element lacks."""
+"""Elements: name, module, and the ids of those of its modules that the first element does not share."""
 
 
 class Structure:
@@ -44,8 +42,8 @@ class Structure:
         self.modules: set[int] = {id(module)}.union(*(structure.modules for structure in inside))
         """The ids of the module and of all its parts."""
         self.has_table: bool = _is_table(module) or any(structure.has_table for structure in inside)
-        """Whether something in it is looked up: which of several tables the host reads its input from does not show in
-        the way they are built."""
+        """Whether the module contains a table: the structure of several tables does not show which of them the host
+        uses for which input."""
 
     def fits(self, other: nn.Module, met: list[int] | None = None) -> bool:
         """Whether another module has this structure. If so, its tensors are of torch's own classes, and attributes

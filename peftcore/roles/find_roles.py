@@ -1,6 +1,7 @@
-"""The static rules that derive the host map of a model: no forward, no weights touched, one walk.
+"""The static rules that derive the host map of a model, in one walk over its modules: no forward runs, and no weights
+are read.
 
-`docs/roles.md` has the rules, R1 to R17, in words.
+`docs/roles.md` describes the rules, R1 to R17.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from peftcore.roles.weight_readers import reader_of
 
 
 def derive(model: nn.Module) -> HostMap:
-    """Returns the roles of everything in the host, by structure and names.
+    """Returns the host map: the roles of all modules and bare parameters, derived from structure and names.
 
     The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward branches,
     and the other modules are classified by their place relative to mixers, blocks and branches.
@@ -65,8 +66,8 @@ def judged(survey: Survey) -> Entries:
 
 
 def with_stacks(survey: Survey, entries: Entries) -> Entries:
-    """Returns the entries with roles of modules that take token ids: "stack.decoder" where they read another one, else
-    "stack"; their tensor is the token table."""
+    """Returns the entries, with the role "stack" for modules that take token ids, or "stack.decoder" if the module
+    reads another stack. The tensor of these entries is the token table."""
     modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
     stacks = {stack.path: stack for stack in find(modules, chain.from_iterable(entries))}
     return [
@@ -81,9 +82,9 @@ def with_stacks(survey: Survey, entries: Entries) -> Entries:
 
 
 def are_told_apart(survey: Survey, entries: Entries) -> bool:
-    """Whether an element that represents others got other roles than the element before it, though both are built
-    alike. Then the represented elements may differ in their roles too (matrices of one shape, each second one of which
-    is the counterpart of the first)."""
+    """Whether an element that represents others got roles that differ from those of the element before it, although
+    both have equal structure. Then the represented elements may differ too (for example matrices of one shape that
+    alternate between two roles)."""
     for node in survey.nodes:
         if node.twins and node.parent is not None:
             before = node.parent.children[node.parent.children.index(node) - 1]
@@ -94,7 +95,7 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
 
 
 def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
-    """Returns the entries of a node and all below it, with those of the elements that others represent."""
+    """Returns the entries of a node and of all nodes below it, and the entries of the elements that they represent."""
     found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)

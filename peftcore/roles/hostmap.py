@@ -59,7 +59,7 @@ _PARTS_OF = {role: _PARTS[part] for role in ROLES if (part := role.partition("."
 
 @dataclass(frozen=True)
 class HostMap:
-    """A map of roles to modules and parameters. `derive` makes one, `probe` refines it, `override` corrects it."""
+    """A map of roles to modules and parameters. `derive` builds a map, `probe` refines it, `override` corrects it."""
 
     entries: tuple[HostEntry, ...]
     """The entries of each module and each bare parameter, in the order of the host."""
@@ -91,12 +91,12 @@ class HostMap:
         return tuple(self._by_path.get(path, ()))
 
     def roles(self) -> frozenset[str]:
-        """Returns every role that `select` understands on this host: those of its weights and modules, parts of fused
-        ones, virtual ones."""
+        """Returns every role that `select` accepts for this host: roles of weights and modules, of parts of fused
+        weights, and virtual roles."""
         return self._held | {role for role in VIRTUAL if self.select(role)}
 
     def knows(self, role: str) -> bool:
-        """Whether `select` understands a role on this host, or a family such as ``norm.*``."""
+        """Whether `select` accepts a role, or a family such as ``norm.*``, for this host."""
         if role.endswith(".*"):
             return any(f"{held}.".startswith(role[:-1]) for held in self._held)
         return role in self._held or (role in VIRTUAL and bool(self.select(role)))
@@ -112,15 +112,14 @@ class HostMap:
         return frozenset(present | families)
 
     def select(self, role: str, tower: str | None = None) -> Selection:
-        """Returns the places of a role, in the order of the host, each with its slices when it is a part of a fused
-        weight.
+        """Returns the entries of a role in the order of the host; for a part of a fused weight, with its slices.
 
         * a role: "attn.q" finds the query matrices and the query slices of fused ones;
         * a family: "norm.*" finds the weights of every role with this prefix, and of "norm" itself (modules, if the
           role is one of modules);
-        * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and
-          "mlp.output", the places whose output a branch adds to the residual stream; "attn.core" and "cross.core", the
-          modules that compute attention.
+        * a virtual role: "all-linear" finds every matrix inside blocks that is useful for linear adapters;
+          "attn.output" and "mlp.output" find the modules whose output a branch adds to the residual stream; "attn.core"
+          and "cross.core" find the modules that compute attention.
 
         Raises:
             TargetError: the role is a part of a fused weight whose slices are not known without a forward.
@@ -161,8 +160,8 @@ class HostMap:
         return "block" in self.by_role
 
     def on_grid(self, block: str) -> bool:
-        """Whether a block mixes features by convolutions besides its attentions and feed-forwards: then its stream is a
-        grid with features in front of it (MaxViT), not a sequence."""
+        """Whether a block has convolutions in addition to attentions and feed-forwards, so that its hidden states are a
+        grid with the features first (MaxViT) instead of a sequence."""
         return any(
             entry.block == block
             and entry.role == "conv"
@@ -173,7 +172,7 @@ class HostMap:
         )
 
     def main_tower(self) -> str:
-        """Returns the tower with most parameters in its blocks."""
+        """Returns the tower (sub-model) with the most parameters in its blocks."""
         sizes: dict[str, int] = {}
         for entry in self.entries:
             if entry.block is not None and entry.shape:
@@ -196,7 +195,8 @@ class HostMap:
         return named
 
     def override(self, roles: Mapping[str, str]) -> HostMap:
-        """Returns the map with corrections, path to role; "other" removes a path from every role.
+        """Returns the map with corrections, a mapping of paths to roles; the role "other" removes a path from all
+        roles.
 
         Raises:
             TargetError: the path is not in the host, or the role does not exist.
@@ -233,7 +233,7 @@ class HostMap:
 
 
 def part_roles(entry: HostEntry) -> set[str]:
-    """Returns the roles of the parts of a fused weight: those of its layout, or all that its role may have when the
+    """Returns the roles of the parts of a fused weight: those of its layout, or all possible parts of its role if the
     layout is unknown."""
     parts = entry.layout.names if entry.layout is not None else _PARTS_OF[entry.role]
     family = entry.role.partition(".")[0]
@@ -254,7 +254,7 @@ def under(path: str, top: str) -> bool:
 
 
 def reblocked(entries: list[HostEntry]) -> list[HostEntry]:
-    """Returns the entries with `block` and `layer` read anew from the block entries."""
+    """Returns the entries with `block` and `layer` computed again from the entries of blocks."""
     layers: dict[str, int] = {}
     counts: dict[str, int] = {}
     for entry in entries:

@@ -1,10 +1,10 @@
 """The order of slices in fused projections, found without a forward.
 
-Every fused attention layout has one form: G groups, each a run of parts with their widths. ``[q|k|v]`` is one group,
-GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. Most modules declare the form: by a flag,
-by widths, by a name such as query_key_value. The few other modules are listed below by the package that defines their
-class. If the form is in neither place, the answer is None: a probe finds it, while a guess could silently adapt the
-wrong slices.
+Every fused attention layout has one form: G groups, each a sequence of parts with their widths. ``[q|k|v]`` is one
+group, GPT-NeoX has one group for each head, Falcon one for each key-value head. Most modules declare the form by a
+flag, by widths, or by a name such as query_key_value. The few other modules are listed below by the package that
+defines their class. If the form is unknown, the layout is None: a probe can find it, while a guess could silently adapt
+the wrong slices.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ GATE_FIRST = ("transformers.", "diffusers.models.transformers.transformer_flux2.
 
 
 def static_layout(node: Node, attention: Attention | None) -> Layout | None:
-    """Returns the layout of a matrix that has just got its role; None if it is not fused or its order is not known."""
+    """Returns the layout of a matrix with a known role; None if the matrix is not fused or the order of parts is
+    unknown."""
     _, _, part = (node.role or "").partition(".")
     if part == "gate_up":
         return gate_up(node)
@@ -59,7 +60,7 @@ def static_layout(node: Node, attention: Attention | None) -> Layout | None:
 
 @lru_cache(maxsize=4096)
 def grouped(groups: int, parts: tuple[tuple[str, int], ...]) -> Layout:
-    """Returns the layout of `groups` times the parts with their widths, one after another."""
+    """Returns the layout in which the parts with their widths are repeated `groups` times."""
     size = sum(width for _, width in parts)
     slices: dict[str, list[tuple[int, int]]] = {name: [] for name, _ in parts}
     for group in range(groups):
@@ -75,7 +76,8 @@ def grouped(groups: int, parts: tuple[tuple[str, int], ...]) -> Layout:
 
 
 def query_key_value(node: Node, attention: Attention) -> Layout | None:
-    """Returns the layout by declared forms first, then the contiguous default with grouped-query widths."""
+    """Returns the layout of a q, k, v matrix: a declared form if there is one, else the contiguous form with
+    grouped-query widths."""
     total, told = node.fan_out, Told(attention)
     if attention.node.kind is Kind.MHA:
         return thirds(node.shape[0])
@@ -110,15 +112,15 @@ def by_key_value_group(told: Told, total: int, head: int) -> Layout | None:
 
 
 def per_head(told: Told, total: int, parts: tuple[tuple[str, int], ...]) -> Layout | None:
-    """Returns one group for each head; a matrix that serves a single head is one group (cascaded attention)."""
+    """Returns a layout with one group for each head; a matrix of a single head is one group (cascaded attention)."""
     size = sum(width for _, width in parts)
     groups = total // size
     return grouped(groups, parts) if total % size == 0 and groups in (told.heads, 1) else None
 
 
 def contiguous(told: Told, total: int, query_width: int, head: int) -> Layout | None:
-    """Returns [q|k|v]. Fewer key-value heads than query heads must be declared, because two-part matrices look the same
-    (GCViT's [k|v])."""
+    """Returns the layout [q|k|v]. Fewer key-value heads than query heads must be declared, because two-part matrices
+    look the same (GCViT's [k|v])."""
     if total == 3 * query_width:
         return thirds(total)
     declared = told.key_value_heads
@@ -129,7 +131,7 @@ def contiguous(told: Told, total: int, query_width: int, head: int) -> Layout | 
 
 
 def key_value(node: Node, attention: Attention) -> Layout | None:
-    """Returns [k|v] in halves, or for each head where the module declares two widths (LeViT)."""
+    """Returns the layout [k|v] in halves; if the module declares two widths, one [k|v] for each head (LeViT)."""
     total, told = node.fan_out, Told(attention)
     if told.width("key_dim") and told.width("val_dim"):
         return per_head(told, total, (("k", told.width("key_dim")), ("v", told.width("val_dim"))))
@@ -144,7 +146,7 @@ def latent_key_value(node: Node, attention: Attention) -> Layout | None:
 
 
 def whole_query(node: Node, attention: Attention) -> Layout | None:
-    """Returns the layout of a low-rank query's second factor, which makes all of it."""
+    """Returns the layout of the second factor of a low-rank query, whose outputs are the whole query."""
     return grouped(1, (("q", node.fan_out),))
 
 
@@ -178,13 +180,13 @@ def gate_up(node: Node) -> Layout | None:
 
 
 def nearest_class(node: Node) -> nn.Module:
-    """Returns the module whose forward reads the matrix: the nearest module above that is not just a list."""
+    """Returns the module whose forward reads the matrix: the nearest enclosing module that is not a list."""
     above = (ancestor.module for ancestor in node.ancestors())
     return next((m for m in above if not isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential))), node.module)
 
 
 def defined_in(module: nn.Module, prefixes: tuple[str, ...]) -> bool:
-    """Whether a module's class, or one of its base classes, is defined in these packages: subclasses keep the order of
+    """Whether a module's class, or one of its base classes, is defined in these packages. Subclasses keep the order of
     their base."""
     return any(f"{base.__module__}.{base.__qualname__}".startswith(prefixes) for base in type(module).__mro__)
 

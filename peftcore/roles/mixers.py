@@ -17,7 +17,8 @@ MULTIHEAD_OPERANDS = {"in_proj_weight": "qkv", "q_proj_weight": "q", "k_proj_wei
 
 @dataclass(slots=True, eq=False)
 class Attention:
-    """An attention, the operands of its input matrices (nn.MultiheadAttention lacks separate ones), and its outputs."""
+    """An attention, the operands (q, k, v) of its input matrices, and its outputs. For nn.MultiheadAttention there are
+    no separate input matrices."""
 
     node: Node
     operands: dict[Node, str]
@@ -25,7 +26,7 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        """The width of the input: that of the query matrix, else of the first matrix."""
+        """The width of the input: the input width of the query matrix, else of the first matrix."""
         if self.node.kind is Kind.MHA:
             return int(getattr(self.node.module, "embed_dim", 0)) or None
         queries = self.queries or list(self.operands)
@@ -55,7 +56,7 @@ class Mixers:
         return [self.by_node[node] for node in self.nodes.under(top) if node in self.by_node]
 
     def attention_around(self, node: Node) -> Attention | None:
-        """Returns the nearest attention that is `node` or contains it."""
+        """Returns the attention that is `node`, or else the nearest one that contains it."""
         around = next((a for a in (node, *node.ancestors()) if a in self.by_node), None)
         return self.by_node[around] if around is not None else None
 
@@ -81,9 +82,10 @@ def is_state_space(node: Node) -> bool:
 
 
 def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
-    """R3, R4: a holder whose matrices are called q, k and v is an attention; one that calls itself so needs only v.
+    """R3, R4: a module whose matrices are called q, k and v is an attention; a module whose class name says attention
+    needs only v.
 
-    Feed-forward holders are left out because gated MLPs like to call their halves v and w.
+    Feed-forwards are left out, because gated MLPs often call their halves v and w.
     """
     groups: dict[Node, dict[Node, str]] = {}
     for node in survey.matrices:
@@ -100,7 +102,8 @@ def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
 
 
 def is_cross(attention: Attention) -> bool:
-    """R6: a declared flag, else the name, else keys that read another width than queries do."""
+    """R6: whether an attention is a cross-attention: by a declared flag, else by the name, else because keys read
+    another width than queries."""
     node = attention.node
     declared = getattr(node.module, "is_cross_attention", None)
     if declared is not None:
@@ -113,10 +116,10 @@ def is_cross(attention: Attention) -> bool:
 
 
 def assign_multihead(attention: Attention, all_body: bool) -> None:
-    """nn.MultiheadAttention names its parameters itself. Outside any block it pools tokens (SigLIP's head), except in a
-    host without blocks, where all modules count as body (a single nn.TransformerEncoderLayer).
+    """Assign the roles of nn.MultiheadAttention, whose parameters have fixed names. Outside of blocks it pools tokens
+    (SigLIP's head), except in a host without blocks (a single nn.TransformerEncoderLayer).
 
-    Next to a sibling that is called self_attn it is the cross attention (nn.TransformerDecoderLayer).
+    If a sibling is called self_attn, it is the cross-attention (nn.TransformerDecoderLayer).
     """
     node = attention.node
     siblings = [child for child in node.parent.children if child.kind is Kind.MHA] if node.parent is not None else []
@@ -132,7 +135,7 @@ def assign_multihead(attention: Attention, all_body: bool) -> None:
 
 
 class AttentionRoles:
-    """R4, R6, R7 for one attention."""
+    """Assigns the roles of one attention, by the rules R4, R6 and R7."""
 
     def __init__(self, survey: Survey, attention: Attention) -> None:
         self.survey = survey
@@ -157,7 +160,8 @@ class AttentionRoles:
         module.role = self.family
 
     def operand_role(self, node: Node, operand: str) -> str:
-        """R4: next to a separate query, qkv makes only k and v; a and b mark the two factors of a low-rank pair."""
+        """R4: the role of an input matrix. If there is a separate query matrix, qkv computes only k and v; a and b mark
+        the two factors of a low-rank pair."""
         if operand == "qkv" and self.attention.separate_query:
             operand = "kv"
         if operand in ("q", "kv"):
@@ -165,9 +169,9 @@ class AttentionRoles:
         return operand
 
     def outputs(self) -> tuple[Node, list[Node]]:
-        """R7: the output matrix gives back the width that the query reads, and is called out, proj, dense, o, ...
+        """R7: the output matrix returns the width that the query reads, and is called out, proj, dense, o, ...
 
-        BERT keeps it one level up (attention.self, attention.output), SqueezeBERT next to the attention.
+        In BERT it is one level up (attention.self, attention.output), in SqueezeBERT next to the attention.
         """
         scope, block, parent = self.node, self.node.block, self.node.parent
         found = self.candidates(scope)
@@ -197,7 +201,8 @@ class AttentionRoles:
 
 
 def assign_state_space(mixer: Node) -> None:
-    """R5: in, conv, x, dt, out by name. Linear attention keeps its q, k, v (Qwen3-Next), and then out is attn.out."""
+    """R5: assign the roles in, conv, x, dt and out by name. Matrices q, k, v of linear attention keep their roles
+    (Qwen3-Next), and its out is then attn.out."""
     mixer.role = "ssm"
     attends = any(V.operands(child.name) == "q" for child in mixer.children)
     for child in mixer.children:

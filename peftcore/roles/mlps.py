@@ -14,7 +14,8 @@ from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 
 class FeedForwards:
-    """Assigns the roles of all feed-forward branches. Runs after the mixers, whose matrices then have roles."""
+    """Assigns the roles of all feed-forward branches. It runs after `Mixers`, so matrices of mixers have roles
+    already."""
 
     def __init__(self, survey: Survey, mixers: Mixers, blocks: Blocks) -> None:
         self.survey = survey
@@ -38,7 +39,8 @@ class FeedForwards:
         return [*self.blocks.blocks, *Ordered({*lone, *around})]
 
     def width(self, scope: Node) -> int | None:
-        """Returns the width of the residual stream: that of the mixer's input, else the scope's own first norm."""
+        """Returns the width of the residual stream: the width of the mixer's input, else of the first norm of the
+        scope."""
         for attention in self.mixers.attentions_under(scope):
             if attention.width and attention.node.kind is not Kind.MHA:
                 return attention.width
@@ -91,7 +93,8 @@ class FeedForwards:
 
 
 def expert_part(tensor: Node) -> str:
-    """Returns "gate_up", "gate", "up" or "down"; w1, v1, w2 are the names of DBRX."""
+    """Returns the part that a stack of experts is, by its name: "gate_up", "gate", "up" or "down". In DBRX, w1 is the
+    gate, v1 the up and w2 the down part."""
     named, name = V.words(tensor.name), tensor.name
     if named >= {"gate", "up"} or (tensor.tensor is None and "input" in named):
         return "gate_up"
@@ -108,7 +111,8 @@ def expert_count(node: Node) -> int | None:
 
 
 class Pairing:
-    """R9, R10 in one block: an up matrix reads the width h, a down matrix returns it, and their inner widths fit."""
+    """Pairs the matrices of feed-forwards in one block, by the rules R9 and R10: an up matrix reads the width h, a down
+    matrix returns it, and their inner widths are equal or fit a gate."""
 
     def __init__(self, owner: FeedForwards, scope: Node) -> None:
         self.owner = owner

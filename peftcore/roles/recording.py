@@ -29,7 +29,7 @@ _SHALLOW = 40  # autograd nodes between a softmax and its product: masking, drop
 
 @dataclass(frozen=True, slots=True)
 class MatrixOutput:
-    """The output of a matrix, with its time."""
+    """The output of a matrix, with the time at which the matrix ran."""
 
     value: Tensor
     time: int
@@ -45,7 +45,7 @@ class RunningModule:
 
 @dataclass(slots=True)
 class AttentionEvent:
-    """The operands of one attention, the modules running around it, and the outputs of matrices until then."""
+    """The operands of one attention, the modules that were running, and the earlier outputs of matrices."""
 
     frames: tuple[RunningModule, ...]
     operands: dict[str, Tensor]
@@ -72,7 +72,7 @@ class Recording:
 
 
 def record(model: nn.Module, inputs: Inputs, matrices: frozenset[str], downs: frozenset[str]) -> Recording:
-    """Run the model once. The caller has made it differentiable."""
+    """Run the model once and return its recording. The caller must have made the model `differentiable`."""
     recorder = _Recorder(matrices, downs)
     try:
         recorder.watch(model)
@@ -86,7 +86,8 @@ def record(model: nn.Module, inputs: Inputs, matrices: frozenset[str], downs: fr
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Context manager with evaluation mode and gradients for every floating parameter; all flags are restored."""
+    """Context manager in which the model is in evaluation mode, and every floating-point parameter has requires_grad;
+    all flags are restored afterwards."""
     training = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
@@ -177,7 +178,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Returns the two factors of a matrix product, however it was written."""
+    """Returns the two factors of a matrix product, for all functions that compute one."""
     if func in _PRODUCTS:
         factors = [*args, *kwargs.values()][:2]
     elif func in (torch.baddbmm, Tensor.baddbmm):
@@ -190,8 +191,8 @@ def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def first_product(products: list[tuple[Tensor, Tensor, Tensor]], scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns the query and key of a softmax: the last product of its shape, else the product from which it was
-    computed (gpt_oss adds a column)."""
+    """Returns the query and key of a softmax: the factors of the last product with the softmax's shape, else of the
+    product from which its input was computed (gpt_oss adds a column)."""
     latest = products[::-1]
     alike = ((query, key) for query, key, output in latest if output.shape[-2:] == scores.shape[-2:])
     source = ((query, key) for query, key, output in latest if comes_from(scores, output))

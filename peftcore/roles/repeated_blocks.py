@@ -103,8 +103,8 @@ class Blocks:
 
 
 def list_elements(node: Node) -> list[Node]:
-    """Returns the elements of a list of modules: composite children of a ModuleList or Sequential, or of numbered
-    siblings of one class (ResNet's layer1, layer2, RegNet's b1, b2), which are a list in all but type."""
+    """Returns the elements of a list of modules: composite children of a ModuleList or Sequential, or numbered siblings
+    of one class, which are treated as a list (ResNet's layer1, layer2, RegNet's b1, b2)."""
     children = node.children
     if not children:
         return []

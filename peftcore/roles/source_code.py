@@ -1,4 +1,4 @@
-"""The source of forwards and the values of the names in it, for rules that read code. No code runs."""
+"""Returns the source of forwards and the values of names in it, for rules that read code. No code runs."""
 
 from __future__ import annotations
 

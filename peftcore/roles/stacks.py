@@ -1,8 +1,8 @@
 """The stacks of a host: the modules that take token ids, embed them, and run the blocks.
 
-A sequence can be changed in a stack, not in the root that the user calls: `generate` runs an encoder by itself,
-`get_text_features` runs a tower, multimodal models merge images and pass embeddings on. Found by signatures and by the
-roles of modules below, never by class names.
+Operators that change a sequence act at a stack instead of the root model that the user calls: `generate` runs only the
+encoder at first, `get_text_features` runs a tower, and multimodal models merge images and pass embeddings to a stack.
+Stacks are found by signatures and by the roles of the modules inside them, never by class names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IDS = "input_ids"
 EMBEDS = "inputs_embeds"
 MEMORY = "encoder_hidden_states"
 CACHES = frozenset({"cache", "past_key_values", "past_key_value", "layer_past", "cache_params"})
-"""Names of transformers' arguments for the cache of earlier tokens, of models and of blocks."""
+"""Names of the arguments with which models and blocks of transformers get the cache of earlier tokens."""
 _TABLES = ("table", "raw", "tensor")
 NEED_IDS = frozenset({"per_layer_inputs"})
 """Arguments of stacks that are computed from the ids in addition to embeddings, so that embeddings alone are not
@@ -40,11 +40,12 @@ class TokenStack:
     path: str
     """The path of the stack; "" for the host itself."""
     entry: str
-    """The module that takes embeddings in place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
+    """The module that accepts embeddings instead of ids: the stack itself, or its embedding module (CLIP's text
+    tower)."""
     body: str
     """The module that contains all blocks; poolers run after it."""
     table: str
-    """Path of the token table below the stack."""
+    """The path of the token table below the stack."""
     causal: bool = False
     """Whether its tokens see only earlier ones."""
     position_padding: int | None = None
@@ -65,16 +66,16 @@ class TokenStack:
         return "stack.decoder" if self.reads else "stack"
 
     def check_positions(self, front: int, text: int, places: Tensor | None, what: str = "rows") -> None:
-        """Check that the table has positions for a text and the rows in front of it.
+        """Verify that the table has enough positions for a text and the rows in front of it.
 
         Args:
             front: the number of rows in front.
             text: the number of tokens in the text, including a cache.
             places: the positions of both, if they are passed or counted; padding may lack positions.
-            what: the name of the rows in front, for the error.
+            what: the name of the rows in front, for the error message.
 
         Raises:
-            SequenceError: it has fewer positions.
+            SequenceError: the table has fewer positions.
         """
         if self.positions is None or torch.compiler.is_compiling():
             return
@@ -111,14 +112,15 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def is_cache(value: Any) -> bool:
-    """Whether a value is a cache of transformers. Looked up, not imported: without transformers nothing is one."""
+    """Whether a value is a cache of transformers. This does not import transformers: if it is not imported, the answer
+    is False."""
     utils = sys.modules.get("transformers.cache_utils")
     return utils is not None and isinstance(value, utils.Cache)
 
 
 def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the caches among a module's arguments by name: values that are caches, and arguments with the name of
-    one."""
+    """Returns the caches among a module's arguments by name: values that are caches, and arguments with a name in
+    `CACHES`."""
     return {name: value for name, value in given.items() if value is not None and (name in CACHES or is_cache(value))}
 
 

@@ -1,12 +1,12 @@
-"""One walk over the host: every module and every bare parameter as a node of a tree that answers subtree questions
-fast.
+"""One walk over the host, which makes every module and every bare parameter a node of a tree with fast queries on
+subtrees.
 
 Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices are under this
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
 
-Of elements of a list that are built alike and follow each other, three have nodes, and the third represents the others:
-rules only ask whether there are two or three of something. If the rules assign different roles to the three (by their
-place), all elements must be surveyed.
+Of consecutive list elements with equal structure, only three have nodes, and the third represents the others, since
+rules depend only on whether there are two or three of something. If the rules assign different roles to the three
+(because of their position), all elements must be surveyed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peftcore.roles.equal_modules import Run, runs
 GUESTS = frozenset({"parametrizations", "peft"})
 LISTS = (nn.ModuleList, nn.Sequential)
 NODES = 3
-"""The number of elements that are alike and have nodes."""
+"""The number of nodes for list elements of equal structure."""
 
 
 class Kind(Enum):
@@ -50,9 +50,7 @@ class Kind(Enum):
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A module or a bare parameter of the host. The first group of fields is the survey, the second is filled by the
-    rules.
-    """
+    """A module or a bare parameter of the host. The walk sets the first group of fields, the rules set the second."""
 
     path: str
     name: str
@@ -112,7 +110,7 @@ class Node:
 
 
 class Ordered:
-    """Nodes in the order of the walk, asked by subtree."""
+    """Nodes in the order of the walk, for queries on subtrees."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.nodes = sorted(nodes, key=lambda node: node.index)
@@ -145,7 +143,7 @@ class Ordered:
 
 
 class Survey:
-    """The tree of one host and its nodes by kind; with `each`, all elements of lists have nodes."""
+    """The tree of one host, with its nodes by kind. With `each`, all list elements have nodes."""
 
     def __init__(self, model: nn.Module, each: bool = False) -> None:
         self._lists = () if each else LISTS
@@ -206,7 +204,7 @@ class Survey:
 
 
 def declared(model: nn.Module, getter: str) -> set[nn.Module]:
-    """Returns the embeddings or the head that the host declares; many hosts do not declare them."""
+    """Returns the embeddings or the heads that the host declares; an empty set if it does not declare them."""
     method = getattr(model, getter, None)
     if not callable(method):
         return set()
@@ -225,7 +223,7 @@ def conv1d_class() -> type | None:
 
 
 def weight_of(module: nn.Module) -> torch.Tensor | None:
-    """Returns the weight: a parameter, a buffer of a frozen norm, or computed by a parametrization."""
+    """Returns a module's weight: a parameter, a buffer of a frozen norm, or the value of a parametrization."""
     weight: torch.Tensor | None = module._parameters.get("weight")
     if weight is None:
         weight = module._buffers.get("weight")
@@ -257,7 +255,7 @@ def declared_fan(module: nn.Module) -> tuple[int, int] | None:
 
 
 def bare_parameters(module: nn.Module) -> list[str]:
-    """Returns names of the parameters of rank 2 or more, except plain weights and biases."""
+    """Returns the names of a module's parameters with two or more dimensions, except plain weights and biases."""
     return [
         name
         for name, parameter in module._parameters.items()
@@ -266,7 +264,7 @@ def bare_parameters(module: nn.Module) -> list[str]:
 
 
 def classify(node: Node) -> None:
-    """Set the kind by R1: the rank of the parameters; where rank is not enough, the class."""
+    """Set the kind of a node by R1: by the rank of its parameters, or by the class if the rank is ambiguous."""
     module, weight = node.module, weight_of(node.module)
     node.shape = tuple(weight.shape) if weight is not None else ()
     fan = declared_fan(module)
@@ -293,7 +291,7 @@ def classify(node: Node) -> None:
 
 
 def classify_bare(node: Node) -> None:
-    """Set the kind of a bare parameter: it is a matrix when it is called q, k, v or o (XLNet)."""
+    """Set the kind of a bare parameter: it is a matrix if it is called q, k, v or o (XLNet)."""
     parameter = node.module._parameters[node.name]
     assert parameter is not None and node.parent is not None
     node.kind, node.shape = Kind.TENSOR, tuple(parameter.shape)
@@ -310,8 +308,8 @@ def pointwise_fan(conv: _ConvNd) -> tuple[int, int] | None:
 
 
 def name_effectively(node: Node) -> None:
-    """Set the label by R2: climb while the name is generic, or `proj` under a q, k, v holder, whose name carries the
-    meaning."""
+    """Set the label of a node by R2: the node's name, with the parent's name in front as long as the name is generic,
+    or is `proj` inside a module called q, k or v."""
     top, label = node, node.name
     while top.parent is not None and top.parent.path:
         if not (V.is_generic(top.name) or (top.name == "proj" and V.operands(top.parent.name))):

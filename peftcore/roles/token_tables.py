@@ -1,4 +1,4 @@
-"""The tables of a model that have a row for each token: its embeddings, and its head where that has as many rows."""
+"""The tables of a model with one row for each token: its embeddings, and its head if it has as many rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @runtime_checkable
 class HasTables(Protocol):
-    """A model that names its tables, as those of transformers do."""
+    """A model with methods that return its tables, like models of transformers."""
 
     def get_input_embeddings(self) -> Any:
         """Return the module that embeds tokens."""
@@ -20,7 +20,7 @@ class HasTables(Protocol):
 
 
 def token_tables(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules whose weight has a row for each token, the embeddings first; empty for a model that does not
+    """Returns the modules whose weight has one row for each token, the embeddings first; empty if the model does not
     declare them."""
     found: list[Any] = []
     if isinstance(model, HasTables):
@@ -37,8 +37,8 @@ def token_count(model: nn.Module) -> int:
 
 
 def tables_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the same modules by path, and all other modules that hold one of their weights: stacks with a separate
-    table module, tied heads."""
+    """Returns the modules of `token_tables` by path, and all other modules that hold one of their weights: stacks with
+    a separate table module, tied heads."""
     weights = {id(each._parameters["weight"]) for each in token_tables(model)}
     modules = model.named_modules() if weights else ()
     return {path: each for path, each in modules if id(each._parameters.get("weight")) in weights}

@@ -1,4 +1,4 @@
-"""Towers: the sub-model of a host to which a node belongs, and the layer in which it is.
+"""Towers: the sub-model of a host to which a node belongs, and the index of its layer.
 
 A tower is one of several sub-models with separate blocks: CLIP's text and vision models, LLaVA's vision tower and
 language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
@@ -21,7 +21,7 @@ class Towers:
         self.roots = self._find(survey.root)
 
     def of(self, survey: Survey) -> list[str]:
-        """Returns the tower of each node: the path of the nearest tower root above it, "" outside all of them."""
+        """Returns the tower of each node: the path of the nearest tower root that contains it; "" outside of towers."""
         towers: list[str] = []
         for node in survey.nodes:
             inherited = towers[node.parent.index] if node.parent is not None else ""

@@ -1,9 +1,9 @@
 """Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, unused
 modules.
 
-The probe uses gradients, not tables of names. Rows belong to the query if the query's gradient reaches them; rows are
-the up part of a gated MLP if the product is linear in them; a matrix whose parameter receives a gradient although its
-module never ran is read and not called.
+The probe uses gradients, not tables of names. Rows of a fused matrix belong to the query if the query's gradient
+reaches them. Rows are the up part of a gated MLP if the product is linear in them. If a parameter receives a gradient
+although its module never ran, the parameter is read without a call.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _LINEAR_HALF = 3e-3  # float16, bfloat16
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
     """Run the model once on example inputs and correct the map by the recorded events.
 
-    Nothing on the model changes: modes, `requires_grad` and gradients are as before. Entries for which the forward
-    gives no information stay as they are.
+    The model does not change: modes, `requires_grad` and gradients are as before. Entries for which the forward gives
+    no information stay as they are.
     """
     matrices = frozenset(entry.path for entry in host.entries if entry.kind in _MATRIX_KINDS and entry.tensor is None)
     downs = frozenset(entry.path for entry in host.entries if entry.role == "mlp.down")
@@ -61,7 +61,7 @@ class Changes:
             self._places.setdefault(entry.path, []).append(place)
 
     def at(self, path: str) -> HostEntry | None:
-        """Returns the entry of a path that is not the block's."""
+        """Returns the entry of a path; for a block that is also another module, the entry of that module."""
         places = self._places.get(path)
         return self.entries[places[-1]] if places else None
 
@@ -172,12 +172,14 @@ def own_parameter(model: nn.Module, entry: HostEntry) -> nn.Parameter | None:
 
 
 def output_rows(entry: HostEntry, output: Tensor) -> Tensor:
-    """Returns the output of a matrix, rows first: convolutions give channels first, everything else last."""
+    """Returns the output of a matrix with its rows (channels) first: convolutions have channels first, other modules
+    last."""
     return output.movedim(1 if entry.kind == "conv" else -1, 0)
 
 
 def parameter_rows(entry: HostEntry, stored: Tensor) -> Tensor:
-    """Returns a stored matrix, rows first: bare q, k, v parameters and GPT-2's Conv1D are stored as (in, out...)."""
+    """Returns a stored matrix with its rows first: bare q, k, v parameters and GPT-2's Conv1D are stored as (in,
+    out...)."""
     straight = tuple(stored.shape[:2]) == entry.shape[:2]
     return stored.flatten(1) if straight else stored.flatten(1).movedim(1, 0)
 
@@ -208,11 +210,11 @@ def as_ranges(rows: Sequence[int]) -> Slices:
 
 
 def refine_gates(changes: Changes, event: DownEvent) -> None:
-    """Find the rows of the up part: the product is linear in them, so its derivative contracted with them gives it
-    back.
+    """Find the rows of the up part of gated MLPs. The product of gate and up is linear in the up part, so its
+    derivative contracted with the up part equals the product.
 
-    In the gate the product is not linear. Where it is (ReLU), or where more happens in between, not exactly one order
-    fits, and nothing is changed.
+    The product is not linear in the gate. If it is (ReLU), or if there are further operations, more or fewer than one
+    order fits, and the entries do not change.
     """
     ups = [(path, event.outputs[path].value) for path in matching_ups(changes, event)]
     if not ups or not event.value.requires_grad:
@@ -247,14 +249,14 @@ def same_per_token(contracted: Tensor, expected: Tensor, tolerance: float) -> bo
 
 @dataclass(frozen=True)
 class GateOrder:
-    """One way in which gate and up may share rows."""
+    """One possible order of gate and up in the rows."""
 
     gate: range
     up: range
 
 
 def gate_orders(matrices: int, rows: int) -> list[GateOrder]:
-    """Returns two halves in either order; in a single matrix also by turns."""
+    """Returns the possible orders: two halves in either order; in a single matrix also alternating rows."""
     first, second = range(0, rows // 2), range(rows // 2, rows)
     orders = [GateOrder(first, second), GateOrder(second, first)]
     if matrices == 1:
@@ -264,7 +266,7 @@ def gate_orders(matrices: int, rows: int) -> list[GateOrder]:
 
 
 def matching_ups(changes: Changes, event: DownEvent) -> list[str]:
-    """Returns the gated matrices of the same branch: the nearest ones that ran, of fitting width."""
+    """Returns the up and gate matrices of the same branch: the nearest matrices that ran and have a fitting width."""
     scope = event.path
     while scope:
         scope = scope.rpartition(".")[0]
@@ -293,8 +295,8 @@ def write_gates(changes: Changes, paths: Sequence[str], order: GateOrder) -> Non
 
 
 def refine_norms(changes: Changes, recording: Recording) -> None:
-    """Distinguish norms before the blocks from norms after them, by the order of calls; registration order is only a
-    guess."""
+    """Distinguish norms before the blocks from norms after them, by the order of calls. Without a forward, the order of
+    registration is used, which may differ."""
     time = recording.first_call
     blocks = [entry.path for entry in changes.entries if entry.role == "block" and entry.path in time]
     for entry in list(changes.entries):
@@ -339,8 +341,8 @@ def refine_head(changes: Changes, recording: Recording) -> None:
 
 
 def refine_calls(model: nn.Module, changes: Changes, recording: Recording) -> None:
-    """Mark parameters on which the result depends although their module never ran: they are read by the nearest module
-    above that ran, or one below it."""
+    """Mark parameters on which the output depends although their module never ran. The nearest enclosing module that
+    ran reads them, or a module inside it."""
     silent = [
         (path, parameter)
         for path, module in model.named_modules()

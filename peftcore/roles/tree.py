@@ -19,7 +19,7 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 @dataclass(slots=True)
 class Branch:
-    """One component of the paths, the entries that end there, and the components below."""
+    """A node of the tree: one component of paths, the entries whose path ends with it, and the child components."""
 
     entries: list[HostEntry] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class TreeLine:
-    """One line of the tree, for a module or for several that are alike."""
+    """One line of the tree, for one module or for several equal modules."""
 
     depth: int
     name: str
@@ -43,7 +43,7 @@ class TreeLine:
     shape: str
     notes: str
     marks: tuple[str, ...] = ()
-    """Additional texts for the place."""
+    """Additional texts for the line."""
 
 
 def render(host: HostMap) -> str:
@@ -58,8 +58,8 @@ def render(host: HostMap) -> str:
 
 
 def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[TreeLine]:
-    """Returns the map's lines from top to bottom. `marks` are further texts by path; modules with different texts are
-    not alike, and a path with a text gets a line even if the map lacks a role for it."""
+    """Returns the map's lines from top to bottom. `marks` are additional texts by path. Modules with different texts do
+    not share a line, and a path with a text gets a line even if it does not have a role."""
     root = Branch()
     for entry in host.entries:
         if entry.role != OTHER or entry.path in marks:
@@ -80,7 +80,7 @@ def descend(root: Branch, path: str) -> Branch:
 
 
 def below(branch: Branch, depth: int) -> list[TreeLine]:
-    """Returns the lines of all children. Numbered ones that look alike share their lines: `[0-11]`, `[0,2,4-6]`."""
+    """Returns the lines of all children. Numbered children with equal lines share them: `[0-11]`, `[0,2,4-6]`."""
     alike: dict[tuple[str, tuple[TreeLine, ...]], list[str]] = {}
     for name, child in branch.children.items():
         prefix, number = split(name)

@@ -1,4 +1,4 @@
-"""Virtual roles, which no single weight has: each is found by a rule over the whole map."""
+"""Virtual roles, such as "all-linear": a rule over the whole map finds their entries; no single weight has one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _all_layers(host: HostMap) -> list[HostEntry]:
 
 
 def enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
-    """Returns the nearest entry of a role at or above a path."""
+    """Returns the entry of a role whose path is the given path or its nearest ancestor."""
     at_or_above = (entry for prefix in prefixes(path) for entry in host.at(prefix))
     return next((entry for entry in at_or_above if entry.role == role), None)
 

@@ -1,7 +1,7 @@
-"""The vocabulary: all names by which the host rules recognize modules.
+"""The vocabulary: all names by which the rules recognize modules.
 
-Structure decides first (shapes, containment, repetition); words decide only where structure is silent: which of three
-square matrices is the query, which table holds positions. Names are compared token by token, never as substrings,
+Rules use structure first (shapes, containment, repetition). Names are used only if the structure is ambiguous: which of
+three square matrices is the query, which table has positions. Names are compared token by token, never as substrings,
 except where a pattern below says so. If a rule must look at the name of a *class*, the pattern is below with the other
 class patterns and a comment with the reason.
 """
@@ -100,7 +100,7 @@ def tokens(text: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=65536)
 def words(text: str) -> frozenset[str]:
-    """Returns the tokens as a set, for questions of the kind "does the name mention a position"."""
+    """Returns the tokens of a name as a set, to test whether the name mentions, for example, positions."""
     return frozenset(tokens(text))
 
 

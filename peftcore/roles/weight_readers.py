@@ -1,6 +1,6 @@
-"""Which module reads a weight whose own module is not called: rule R15 of `docs/roles.md`.
+"""Finds the module that reads a weight whose own module is not called: rule R15 of `docs/roles.md`.
 
-The names in compiled code answer this, without following values and without source, so `code_frames` is not used.
+The rule uses only the names in compiled code. It needs neither the source nor `code_frames`, which follows values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.roles.survey import Kind, Node
 from peftcore.roles.vocabulary import FUSED_ROLES
 
 READ_BY_MIXERS = frozenset({"ssm.dt", "ssm.conv"})
-"""Roles whose weights and biases kernels of state-space mixers take from their modules."""
+"""Roles of modules whose weights and biases are read by kernels of state-space mixers."""
 
 
 def reader_of(node: Node) -> str | None:

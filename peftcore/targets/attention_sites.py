@@ -29,7 +29,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Projection:
-    """The slices of one matrix by which an attention makes queries, keys or values."""
+    """The slices of one matrix with which an attention computes queries, keys or values."""
 
     module: str
     """Path, below the attention, of the module that holds the matrix; "" for the attention itself."""
@@ -41,7 +41,8 @@ class Projection:
 
     def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
         """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
-        merged or not; with `base`, the projection of the bare base, for rows that use different injections."""
+        merged or not. With `base`, it is the projection of the base without injections, for batches whose rows use
+        different injections."""
         module = attention.get_submodule(self.module)
         if self.layer.called and not base:
             return take(module(states), self.slices, -1)
@@ -60,7 +61,7 @@ class AttentionSite(Site):
     geometry: Geometry = field(kw_only=True)
     """The numbers of heads and of key and value heads, and their widths."""
     projections: Mapping[str, Projection] = field(kw_only=True)
-    """The attention's own matrices by part: "q", "k", "v", as far as they exist."""
+    """The existing matrices of the attention by part: "q", "k", "v"."""
     calls: Any = field(kw_only=True, default=None)
     """The way in which the module calls its attention function; None for a site that only provides sizes."""
 

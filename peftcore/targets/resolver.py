@@ -1,10 +1,11 @@
 """Resolves targets to sites: globs, suffixes, regular expressions, roles, types and predicates.
 
-A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
-the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path. A
-pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices of fused projections;
-the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects only the towers
-that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and cannot be targets.
+A string is interpreted in this order: ``re:...`` is a regular expression for the whole path; a string with ``* ? [`` is
+a glob for the whole path (``*`` also matches dots); a name of a role in the host map is that role; any other string is
+the end of a path. A pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices
+of fused projections; the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them
+selects only the towers that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and
+cannot be targets.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from peftcore.targets.sites import SEVERAL, LayerOf, Site
 UNSEEN = (AdapterModules, ScriptModule)
 """Modules that are never targets, including all modules inside them."""
 KINDS = 8
-"""The number of structures that are remembered for modules of one class and shape."""
+"""The number of structures that are cached for modules of one class and shape."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 
 
@@ -120,7 +121,7 @@ class Resolver:
         """Returns the sites of a target, in the host's order, without those of `exclude`.
 
         Raises:
-            TargetError: a part of the target matches nothing, or everything was excluded.
+            TargetError: a part of the target matches nothing, or all sites were excluded.
             UnsupportedSite: a site is the output of experts whose width cannot be read from their matrices.
         """
         found, unmatched = self.matching(target, None)
@@ -129,10 +130,10 @@ class Resolver:
         return self.without(found, target, exclude)
 
     def matching(self, target: Target, tower: str | None) -> tuple[dict[str, Site], list[Any]]:
-        """Returns the sites of a target by path, and the parts of it that match nothing.
+        """Returns the sites of a target by path, and the parts of the target that match nothing.
 
         Raises:
-            TargetError: it names slices of a fused weight that are not known without a forward.
+            TargetError: the target names slices of a fused weight that are not known without a forward.
         """
         found: dict[str, Site] = {}
         unmatched: list[Any] = []
@@ -147,7 +148,7 @@ class Resolver:
         """Returns the sites of a target, in the host's order, without those of `exclude`.
 
         Raises:
-            TargetError: everything was excluded.
+            TargetError: all sites were excluded.
             UnsupportedSite: a site is the output of experts whose width cannot be read from their matrices.
         """
         if exclude is not None:
@@ -201,7 +202,7 @@ class Resolver:
         return find(self.modules, self.host.entries)
 
     def end_of(self, path: str) -> End | None:
-        """Returns the place where a branch joins the stream; the module is the branch's last matrix, or the whole
+        """Returns the point at which a branch is added to the stream, for the branch's last matrix or for the whole
         branch. None for a module that does not end a branch."""
         if path not in self._branches:
             return None
@@ -218,7 +219,7 @@ class Resolver:
         """Returns the site of a whole module or of one parameter by exact path.
 
         Raises:
-            TargetError: the host has neither.
+            TargetError: the host has neither a module nor a parameter of this path.
         """
         if path in self.modules:
             return self._whole(path)
@@ -263,7 +264,7 @@ class Resolver:
         return self._code.tokens_first(self._block_of.get(path, path))
 
     def check_runs_once(self, block: str) -> bool:
-        """Verify that one forward runs a block once. Methods that keep a value of the block, or add to its output, once
+        """Verify that one forward runs a block once. Methods that store a value of the block or add to its output once
         per forward need this.
 
         Returns:
@@ -291,7 +292,7 @@ class Resolver:
         return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """Returns the site that a file records.
+        """Returns the site that is recorded in a file.
 
         Raises:
             HostMismatch: the host lacks the module, the tensor or the slices.
@@ -321,7 +322,7 @@ class Resolver:
         return self.layer_of(owner, "weight").slots(owner)
 
     def has_parameter(self, path: str) -> bool:
-        """Whether a module has a place for a parameter at exactly the given path (it may be empty)."""
+        """Whether a module registers a parameter at exactly the given path; the parameter may be None."""
         owner, _, tensor = path.rpartition(".")
         return owner in self.modules and tensor in self._slots(self.modules[owner], tensor)
 

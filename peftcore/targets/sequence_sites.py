@@ -30,10 +30,11 @@ class SequenceSite(Site):
     stack: TokenStack = NOWHERE
     """The stack that embeds ids and runs blocks."""
     places: tuple[Site, ...] = ()
-    """The operator's other sites: the module that takes embeddings, the module after the last block, and modules that
-    read the output."""
+    """The other sites of the operator: the module that gets the embeddings, the module after the last block, and
+    modules that read the stack's output."""
     behind: bool = False
-    """Whether the rows are put in front of the output of the module that takes embeddings, instead of its input."""
+    """Whether the rows are inserted in front of the output of the module that gets the embeddings, instead of its
+    input."""
 
     @property
     def path(self) -> str:
@@ -44,8 +45,8 @@ class SequenceSite(Site):
         positions, types and the norm.
 
         Raises:
-            UnsupportedSite: no single module makes the embeddings, or code other than the blocks would have to handle
-                the rows.
+            UnsupportedSite: the embeddings are not computed by a single module, or code outside the blocks would have
+                to handle the rows.
         """
         name, below, _ = self.stack.table.partition(".")
         module = self.module.get_submodule(name)
@@ -61,7 +62,7 @@ class SequenceSite(Site):
         return replace(self, stack=replace(self.stack, entry=path), places=(*others, entry), behind=True)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """Returns the stack's embeddings of ids, with the stack's scaling; only a shape while planning."""
+        """Returns the stack's embeddings of ids, with the stack's scaling; while planning, a tensor without values."""
         if self.meta:
             return torch.empty(*ids.shape, self.out_features, device="meta")
         table = self.module.get_submodule(self.stack.table)

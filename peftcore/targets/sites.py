@@ -29,7 +29,7 @@ CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "rou
 
 
 def is_not_turned(path: str) -> bool:
-    """Returns False: modules without a host map count as receiving rows first."""
+    """Returns False: without a host map, modules are assumed to receive rows first."""
     return False
 
 
@@ -126,15 +126,15 @@ class Site(_Memory):
 
     @property
     def separable(self) -> bool:
-        """Whether the module can run on some rows of the batch by themselves: it receives rows, or is a stack of
-        experts that receives all tokens in order and routes them itself."""
+        """Whether the module can run separately on some rows of the batch: it receives rows, or is a stack of experts
+        that receives all tokens in order and routes them itself."""
         chooses = self.layer.batch_dims == 1 and self.arguments[1:3] in CHOOSE_AMONG_TOKENS
         return chooses or not self.mixes_rows
 
     @property
     def of_tokens(self) -> bool:
-        """Whether the module acts on each token by itself: a linear map of vectors, an embedding of tokens, a norm, or
-        experts that route all tokens."""
+        """Whether the module acts on each token independently: a linear map of vectors, an embedding of tokens, a norm,
+        or experts that route all tokens."""
         layer = self.layer_of(self.module, "weight") if self.tensor == "bias" else self.layer
         maps = layer.called and (layer.of_vectors or layer.one_hot)
         known = (self.role or "").partition(".")[0] in ("norm", "embed")
@@ -266,14 +266,14 @@ class Site(_Memory):
         return self.at(f"{owner}.weight".lstrip("."))
 
     def tensors(self) -> tuple[str, ...]:
-        """Returns the module's parameters next to the site's tensor, by path below the module; empty ones (no bias)
-        included."""
+        """Returns the parameters that the module holds next to the site's tensor, by path below the module, including
+        missing ones (None)."""
         owner = self.tensor.rpartition(".")[0]
         module = self.module.get_submodule(owner)
         return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
 
     def missing(self, tensor: str) -> bool:
-        """Whether the host left a parameter empty."""
+        """Whether the host's parameter is None."""
         return not self.layer_of(self.module, tensor).has(self.module, tensor)
 
     def at(self, tensor: str) -> Site:

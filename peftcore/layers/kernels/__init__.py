@@ -1,5 +1,5 @@
-"""Fused kernels that methods of several families use at every step. Each equals its plain mathematics (`plain_*`), with
-which the tests compare it, and which runs in its place under torch.compile, torch.func and tracing."""
+"""Fused kernels that methods of several families use at every step. Each kernel has an equal plain form (`plain_*`).
+The tests compare both, and the plain form runs under torch.compile, torch.func and tracing."""
 
 from peftcore.layers.kernels.autograd import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kernels.fused_dropout import dropout_mask, dropped_linear, plain_dropped_linear

@@ -10,25 +10,26 @@ from torch import Tensor
 
 
 def transformed() -> bool:
-    """Whether transforms of torch.func such as grad and vmap are active, which support neither saved-tensor hooks nor
+    """Whether transforms of torch.func (such as grad and vmap) are active. These support neither saved-tensor hooks nor
     data pointers."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def saves_elsewhere() -> bool:
-    """Whether other saved-tensor hooks are active (a checkpoint, an offload to the CPU), which would not get the
-    tensors that further hooks pack. True if this version of torch does not report its hooks."""
+    """Whether other saved-tensor hooks are active (of a checkpoint or an offload to the CPU). These would not get
+    tensors that inner hooks pack. True if this version of torch does not report its hooks."""
     top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks")
     return top is None or top(False) is not None
 
 
 def runs_plain(product: Tensor | None = None) -> bool:
-    """Whether plain mathematics is to run in place of a function with a custom gradient: in code that is compiled,
+    """Whether the plain form must run instead of a function with a custom gradient: in code that is compiled,
     transformed by torch.func, or traced.
 
     Args:
         product: an operand of a kernel that only rearranges products. Compilers do not rearrange products, so such a
-            kernel also runs in code compiled for a CPU. Exported code is plain, for any runtime.
+            kernel also runs in code compiled for a CPU. Exported code always has the plain form, so that every runtime
+            can run it.
     """
     if torch.compiler.is_compiling():
         return product is None or product.device.type != "cpu" or _exports() or transformed()

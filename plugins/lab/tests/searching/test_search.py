@@ -48,7 +48,8 @@ def test_one_worker_finds_the_same_again_and_goes_on_where_it_stopped(file, inst
 def test_the_trial_of_a_lost_worker_is_given_up_and_its_point_tried_again(file, instant, monkeypatch):
     first = searched(file)
     lost = optuna.load_study(study_name="search", storage=JournalStorage(JournalFileBackend("study.log"))).ask()
-    first.space.suggest(lost)  # and here it is killed
+    first.space.suggest(lost)
+    lost.set_user_attr(studies.KEY, "its point is drawn")  # and here it is killed
     first.work()
     assert len(instant) == 5, "the sixth is still thought to be running"
     monkeypatch.setattr(studies, "GRACE", 0.0)
