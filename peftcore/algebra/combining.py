@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -47,10 +48,26 @@ class Change:
     """The change that an adapter makes to one tensor of the host."""
 
     site: Site
-    delta: Tensor
-    """The change in logical layout."""
+    computed: Tensor | None
+    """The change in logical layout; None if it is the product of the factors, which takes the memory of a weight."""
     factors: Factors | None
     """The factors of the change, if it is low-rank; else None."""
+
+    @property
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """Returns the change in logical layout."""
+        if self.computed is not None:
+            return self.computed
+        assert self.factors is not None, "a change has a value or factors"
+        return product(self.factors)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it changes a bias or the like, which has no low-rank form."""
+        like = self.computed if self.factors is None else self.factors[0]
+        assert like is not None, "a change has a value or factors"
+        return like.dim() < self.site.layer.batch_dims + 2
 
     def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
         """Returns an update of at most `rank` with its relative error: the change itself if its factors have at most
@@ -58,8 +75,9 @@ class Change:
         the inputs, determines which update is nearest."""
         if self.factors is not None and self.factors[1].shape[-1] <= rank:
             return self.factors, 0.0
-        moment = moment.to(self.delta) if moment is not None and self.delta.dim() == 2 else None
-        return merge_math.nearest(self.delta, rank, self.site.layer.batch_dims, moment)
+        delta = self.delta
+        moment = moment.to(delta) if moment is not None and delta.dim() == 2 else None
+        return merge_math.nearest(delta, rank, self.site.layer.batch_dims, moment)
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -99,7 +117,8 @@ def changes(injection: Injection) -> dict[str, Change]:
 
 def _changes(injection: Injection) -> dict[str, Change]:
     found: dict[str, Change] = {}
-    now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored
+    now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored, where several act
+    several = _changed_by_several(injection)
     for graft in injection.grafts:
         if graft.by_method and not graft.operator.trains_only:
             site, operator = graft.site, graft.operator
@@ -108,9 +127,20 @@ def _changes(injection: Injection) -> dict[str, Change]:
             if changes_bias(operator):
                 bias = _bias_change(site, operator, weight, now)
                 if bias is not None and bias.any():
-                    _note(found, now, site.at(bias_name(site.tensor)), bias, None)
-            _note(found, now, site, *_weight_change(operator, weight))
+                    _note(found, now, several, site.at(bias_name(site.tensor)), bias, None)
+            _note(found, now, several, site, *_weight_change(operator, weight))
     return found
+
+
+def _changed_by_several(injection: Injection) -> set[tuple[str, str]]:
+    """Returns the tensors that more than one operator may change, by module path and tensor."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for graft in injection.grafts:
+        path, tensor = graft.site.module_path, graft.site.tensor
+        counts.update([(path, tensor)])
+        if changes_bias(graft.operator):
+            counts.update([(path, bias_name(tensor))])
+    return {key for key, count in counts.items() if count > 1}
 
 
 def _stored(site: Site, now: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
@@ -119,11 +149,10 @@ def _stored(site: Site, now: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
     return None if read is None else _precise(whole(read))
 
 
-def _weight_change(operator: _Base, weight: Tensor | None) -> tuple[Tensor, Factors | None]:
+def _weight_change(operator: _Base, weight: Tensor | None) -> tuple[Tensor | None, Factors | None]:
     factors = None if weight is None else operator.factors()
     if factors is not None:
-        factors = _precise(factors[0]), _precise(factors[1]), factors[2]
-        return product(factors), factors
+        return None, (_precise(factors[0]), _precise(factors[1]), factors[2])
     new: Tensor = operator.merged(weight)  # type: ignore[arg-type]  # only replacements stand for a missing tensor
     return (_precise(new) if weight is None else new - weight), None
 
@@ -141,25 +170,30 @@ def _bias_change(
 def _note(
     found: dict[str, Change],
     now: dict[tuple[str, str], Tensor],
+    several: Collection[tuple[str, str]],
     site: Site,
-    delta: Tensor,
+    delta: Tensor | None,
     factors: Factors | None,
 ) -> None:
     key, dims = (site.module_path, site.tensor), site.layer.batch_dims
-    base = _stored(site, now)
-    if base is None:
-        now[key] = delta
-    else:
-        logical = site.layer.logical(base)
-        now[key] = site.layer.stored(put(logical, take(logical, site.slices, dims) + delta, site.slices, dims))
+    change = Change(site, delta, factors)
+    if key in several:
+        base = _stored(site, now)
+        if base is None:
+            now[key] = change.delta
+        else:
+            logical = site.layer.logical(base)
+            changed = take(logical, site.slices, dims) + change.delta
+            now[key] = site.layer.stored(put(logical, changed, site.slices, dims))
     if site.slices is None:  # a replacement sees the tensor as it is stored
         plain = site.layer_of(site.module, site.tensor)
-        delta, site = plain.logical(site.layer.stored(delta)), replace(site, layer=plain)
+        same = delta is None and plain == site.layer
+        delta, site = None if same else plain.logical(site.layer.stored(change.delta)), replace(site, layer=plain)
     before = found.get(site.path)
     if before is not None:
         both = before.factors is not None and factors is not None
         factors = cat([before.factors, factors], [1.0, 1.0]) if both else None  # type: ignore[list-item]
-        delta = before.delta + delta
+        delta = before.delta + (change.delta if delta is None else delta)
     found[site.path] = Change(site, delta, factors)
 
 
@@ -335,7 +369,7 @@ Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
 
 
 def _matrices(found: dict[str, Change]) -> dict[str, Change]:
-    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
+    vectors = [path for path, each in found.items() if each.is_vector]
     if vectors:
         raise UnsupportedSite(
             f"vectors (biases, norms) have no low-rank form, and the adapter changes {', '.join(vectors[:8])}"
@@ -454,10 +488,12 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
 
     def merge(path: str, tasks: list[dict[str, Change]], rank: int | None) -> Made:
         here = [(task[path], weight) for task, weight in zip(tasks, weights, strict=True) if path in task]
-        site, like = here[0][0].site, here[0][0].delta
+        site = here[0][0].site
         if rank is None:
             return site, cat([_factors(path, change) for change, _ in here], [weight for _, weight in here]), 0.0
-        taus = [task[path].delta if path in task else torch.zeros_like(like) for task in tasks]
+        known = [task[path].delta if path in task else None for task in tasks]
+        like = next(tau for tau in known if tau is not None)
+        taus = [torch.zeros_like(like) if tau is None else tau for tau in known]
         return site, *Change(site, merges[how](taus), None).nearest(rank)
 
     return merge

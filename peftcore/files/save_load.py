@@ -48,7 +48,7 @@ from peftcore.files.safe_io import (
     put_files,
     write_tensors,
 )
-from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.host_state import HostState, state_of
 from peftcore.injection import base_dependence
 from peftcore.injection.applied import check_filled, fill
 from peftcore.injection.applying import apply_request, record
@@ -59,6 +59,7 @@ from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import at_hand
 from peftcore.libraries.save_pretrained import saving_base
+from peftcore.utils.device_memory import check_room, totals
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -240,7 +241,8 @@ def load(
         NoWeights: the host is on the meta device, and the adapter depends on values of the host's weights.
         SwapError, ConfigError: the adapter would not compute the same with the options of `room`, or these options do
             not exist.
-        MemoryLimit: the model has a limit (`keep_within`), and the adapters that cannot become idle leave no room.
+        MemoryLimit: the model has a limit (`keep_within`), and the adapters that cannot become idle leave no room; or
+            the adapter certainly does not fit into the memory of a device.
 
     After an error the host is unchanged.
     """
@@ -321,6 +323,7 @@ def _read_at(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Se
         envelope.check(rehearsal)
         tensors = content.tensors(rehearsal, strict)
         _check_memory(rehearsal, tensors)
+        _check_room(rehearsal)
         _check_values(rehearsal, tensors)
     return _Read(replace(request, host=rehearsal.resolver.host), content.where, tensors)
 
@@ -412,6 +415,26 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"it holds {known:,} bytes, but its options need {needed:,}: more than the host itself, {host:,}"
         )
+
+
+def _check_room(surgeon: Surgeon) -> None:
+    """Check that the operators fit into the memory of their devices, unless others can be offloaded for them."""
+    state = state_of(surgeon.model)
+    if state is not None and state.residency is not None:
+        return
+    built = {
+        id(each): (graft.site.device, each.nbytes) for graft in surgeon.grafts for each in _tensors(graft.operator)
+    }
+    check_room(
+        totals(built.values()),
+        "the adapter",
+        "Remove an adapter, or give adapters a limit with peftcore.keep_within",
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the tensors of an operator that was made without values."""
+    yield from (each for each in (*module.parameters(), *module.buffers()) if each.is_meta)
 
 
 class _Files:

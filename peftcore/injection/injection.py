@@ -347,6 +347,7 @@ class Injection(Installed):
         Raises:
             ConfigError: an argument has a value that is not listed above.
             NotMergeable: the method has no merged form.
+            MemoryLimit: the merged tensors certainly do not fit into the free memory of a GPU.
             MergeError: it is merged in another way, or cannot be merged now: another choice is in force, a tensor of
                 the base trains, the result would not be finite, or a weight cannot be packed again or not well enough;
                 no weight was changed.

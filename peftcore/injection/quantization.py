@@ -31,6 +31,7 @@ from peftcore.libraries.save_pretrained import check_readable, note_form
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sites import Site
+from peftcore.utils.device_memory import check_room, totals
 from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 from peftcore.utils.progress import Progress
@@ -207,6 +208,7 @@ def dequantize(model: M) -> M:
 
     Raises:
         QuantizationError: an injection is merged into quantized weights.
+        MemoryLimit: the dense weights certainly do not fit into the memory of a device.
         UnsupportedSite: a weight is quantized in a way that no installed plugin can read.
 
     Nothing was changed then.
@@ -222,6 +224,16 @@ def dequantize(model: M) -> M:
         for path in packed:
             _check_unmerged(model.get_submodule(path))
         modules = {path: model.get_submodule(path) for path in packed}
+        check_room(
+            totals(
+                (layer.like(module, "weight").device, layer.shape(module, "weight").numel() * width.itemsize)
+                for path, layer in packed.items()
+                for module in [modules[path]]
+                for width in [layer.dtype(module) or dtype]
+            ),
+            "making the weights dense",
+            "Move the model to the CPU first",
+        )
         dense = [
             dense_linear(layer.unpack(modules[path]), layer.dtype(modules[path]) or dtype)
             for path, layer in packed.items()
