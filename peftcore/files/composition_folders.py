@@ -45,8 +45,7 @@ def save_composition(model: nn.Module, composition: Composition, path: str | os.
                 sync_folder(folder)
             for name in names:
                 injections(model)[name].save(folder / name)
-            write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "
-")
+            write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
 
 
 def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composition:
