@@ -160,7 +160,8 @@ class HostState:
     @contextmanager
     def exchanging(self, name: str, everyone: bool = False) -> Iterator[list[Choice]]:
         """Context manager in which this thread changes what an injection computes, and in which forwards that name the
-        injection wait before they begin, or with `everyone` all forwards of the host. Yields the choices of the forwards that already run, in all threads."""
+        injection wait before they begin, or with `everyone` all forwards of the host. Yields the choices of the
+        forwards that already run, in all threads."""
         drop_interrupted()
         with self.swap_lock:
             before = self.swapping
