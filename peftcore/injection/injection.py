@@ -416,12 +416,12 @@ class Injection(Installed):
     @contextmanager
     def _between_forwards(self, done: str, everyone: bool) -> Iterator[None]:
         """Context manager in which no forward runs that names this injection, or with `everyone`, none of the model;
-        forwards that name it and begin meanwhile wait.
+        such forwards that begin meanwhile wait.
 
         Raises:
             AdapterInUse: such a forward runs.
         """
-        with self.state.exchanging(self.name) as running:
+        with self.state.exchanging(self.name, everyone) as running:
             if any(everyone or self.name in choice.named for choice in running):
                 which = "" if everyone else " that uses it"
                 raise AdapterInUse(

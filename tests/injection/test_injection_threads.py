@@ -146,6 +146,23 @@ def test_a_forward_that_begins_during_a_merge_waits(pool: ThreadPoolExecutor, mo
     torch.testing.assert_close(forward.result(), expected)
 
 
+def test_a_forward_of_another_choice_waits_for_a_merge_too(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("a", "b")
+    expected = peftcore.using(model, "b")(run_without_gradients, model, X)
+    with paused(monkeypatch, merging, "merge") as (there, on):
+        merge = pool.submit(peftcore.injections(model)["a"].merge)
+        assert there.wait(10)
+        forward = pool.submit(peftcore.using(model, "b"), run_without_gradients, model, X)
+        with pytest.raises(TimeoutError):
+            forward.result(0.2)
+        on.set()
+        with pytest.raises(MergeError, match="cannot be merged now"):
+            merge.result()
+    assert torch.equal(forward.result(), expected)
+
+
 def test_a_choice_that_is_made_during_a_merge_refuses_one_of_the_two(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,11 @@ class Step:
         by_call = called and (self.name, self.result) in (
             ("swap", SwapError), ("merge", MergeError), ("merge for good", MergeError), ("bake", MergeError)
         )  # fmt: skip
-        return self.result in (AdapterInUse, UnknownInjection) or by_call
+        packed = self.name in ("forward", "call") and any(
+            each.name in ("quantize", "dequantize") and each.begun < self.ended and self.begun < each.ended
+            for each in others
+        )  # forwards are to run before or after: see docs/promises.md
+        return self.result in (AdapterInUse, UnknownInjection) or by_call or packed
 
     def __repr__(self) -> str:
         given = self.result.__name__ if isinstance(self.result, type) else type(self.result).__name__

@@ -114,8 +114,9 @@ class HostState:
     running: dict[int, ForwardContext] = field(default_factory=dict)
     """The forwards of the host that run now, in all threads, by id; forwards of compiled models are not included."""
 
-    swapping: frozenset[str] = frozenset()
-    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`."""
+    swapping: frozenset[str | None] = frozenset()
+    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`. With
+    None among them all forwards wait, since tensors of the base are exchanged too."""
 
     swap_lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -157,14 +158,15 @@ class HostState:
         return self.residency is None and not self.choices.elsewhere() and not self.running
 
     @contextmanager
-    def exchanging(self, name: str) -> Iterator[list[Choice]]:
+    def exchanging(self, name: str, everyone: bool = False) -> Iterator[list[Choice]]:
         """Context manager in which this thread changes what an injection computes, and in which forwards that name the
-        injection wait before they begin. Yields the choices of the forwards that already run, in all threads."""
+        injection wait before they begin, or with `everyone` all forwards of the host. Yields the choices of the
+        forwards that already run, in all threads."""
         drop_interrupted()
         with self.swap_lock:
             before = self.swapping
             try:
-                self.swapping = before | {name}
+                self.swapping = before | ({name, None} if everyone else {name})
                 forwards = [each.choice for each in list(self.running.values()) if each.open]
                 yield [] if name in before else [choice for choice in forwards if choice is not None]
             finally:
@@ -214,7 +216,7 @@ class HostState:
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
         """
-        if self.swapping and not self.swapping.isdisjoint(choice.named):
+        if self.swapping and (None in self.swapping or not self.swapping.isdisjoint(choice.named)):
             with self.swap_lock:
                 pass
         if self.residency is not None:
