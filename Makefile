@@ -13,9 +13,10 @@
 # make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
 # make evidence    write into the plugins' packages with whose numbers their tests compare
 # make held-defaults    say which defaults of methods no test holds
-# make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables and guidance, many more than `make test` draws
+# make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables, guidance and threads, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
 # make faults SECONDS= SEED=    operations of the core with a fault at every point; EVERY=10 tries a tenth of them, NAMES="merge load" some operations, METHODS=1 those of each method's life
+# make kills KILLS= SEED=    commands and trainings that are killed at a write or a step, and resumed; KILLS points for each
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -27,7 +28,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-oldest test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz faults version changelog release-check clean
+.PHONY: demo test test-slow test-oldest test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz faults kills version changelog release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -114,6 +115,13 @@ faults: export OMP_NUM_THREADS := 1
 faults: $(INSTALLED)
 	$(IN_MEMORY) $(BIN)/python tests/running/every_fault.py $(NAMES) $(if $(METHODS),--methods) --seed $(or $(SEED),0) --every $(or $(EVERY),1) \
 		$(if $(SECONDS),--seconds $(SECONDS))
+
+# Another seed kills at other points: make kills SEED=3 KILLS=100
+kills: export PEFTCORE_KILLS = $(or $(KILLS),40)
+kills: export PEFTCORE_SEED = $(or $(SEED),0)
+kills: export OMP_NUM_THREADS := 1
+kills: $(INSTALLED)
+	$(IN_MEMORY) $(BIN)/python -m pytest -n 2 --timeout=0 `find tests plugins/lab/tests -name "test_*_killed.py"`
 
 version: $(INSTALLED)
 	$(BIN)/python release/version.py $(VERSION)

@@ -79,8 +79,13 @@ class IdleAdapter(PeftcoreError, RuntimeError):
 
 
 class MemoryLimit(PeftcoreError, RuntimeError):
-    """The adapters of a choice exceed the limit of `keep_within`, together with the adapters that cannot be
-    offloaded."""
+    """The adapters of a choice exceed the limit of `keep_within`, together with the adapters that cannot be offloaded;
+    or the tensors that an operation makes exceed the free memory of a device. Nothing was changed."""
+
+
+class AdapterInUse(PeftcoreError, RuntimeError):
+    """An adapter cannot be merged, unmerged or removed while a forward runs that this would change; nothing was
+    changed."""
 
 
 class SwapError(PeftcoreError, ValueError):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftcore.algebra.combining import Source, established, opened, warn_of_heads
 from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.injection.injection import Injection
+from peftcore.layers.model_locks import changing
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.preset_methods import method_of
 
@@ -41,22 +42,25 @@ def gather(
         PeftcoreError: as `peftcore.load` and `peftcore.apply` do; nothing was changed.
     """
     kind = find_method(method)
-    with opened(model, sources) as adapters:
-        warn_of_heads(adapters)
-        parts = [each.config.model_dump(mode="json") for each in adapters]
-        found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
-        instead = [each.name for each in adapters]
-    own, config = method_of(kind, {"parts": parts, "weights": list(sources.values()), **options})
-    selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
-    dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
+    with changing(model):
+        with opened(model, sources) as adapters:
+            warn_of_heads(adapters)
+            parts = [each.config.model_dump(mode="json") for each in adapters]
+            found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
+            instead = [each.name for each in adapters]
+        own, config = method_of(kind, {"parts": parts, "weights": list(sources.values()), **options})
+        selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
+        dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
 
-    def give(made: Injection) -> None:
-        for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
-            for key, value in _tensors(part).items():
-                value.copy_(tensors[key])
-        made.method.parts_gathered(made)
+        def give(made: Injection) -> None:
+            for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
+                for key, value in _tensors(part).items():
+                    value.copy_(tensors[key])
+            made.method.parts_gathered(made)
 
-    return established(model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead, fill=give)
+        return established(
+            model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead, fill=give
+        )
 
 
 def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,6 +30,7 @@ from peftcore.injection.applying import apply_request
 from peftcore.injection.injection import Injection, injections
 from peftcore.injection.request import Request, check_name
 from peftcore.layers.layer import bias_name, put, take
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.targets.sites import Site
@@ -46,10 +48,26 @@ class Change:
     """The change that an adapter makes to one tensor of the host."""
 
     site: Site
-    delta: Tensor
-    """The change in logical layout."""
+    computed: Tensor | None
+    """The change in logical layout; None if it is the product of the factors, which takes the memory of a weight."""
     factors: Factors | None
     """The factors of the change, if it is low-rank; else None."""
+
+    @property
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """Returns the change in logical layout."""
+        if self.computed is not None:
+            return self.computed
+        assert self.factors is not None, "a change has a value or factors"
+        return product(self.factors)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it changes a bias or the like, which has no low-rank form."""
+        like = self.computed if self.factors is None else self.factors[0]
+        assert like is not None, "a change has a value or factors"
+        return like.dim() < self.site.layer.batch_dims + 2
 
     def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
         """Returns an update of at most `rank` with its relative error: the change itself if its factors have at most
@@ -57,8 +75,9 @@ class Change:
         the inputs, determines which update is nearest."""
         if self.factors is not None and self.factors[1].shape[-1] <= rank:
             return self.factors, 0.0
-        moment = moment.to(self.delta) if moment is not None and self.delta.dim() == 2 else None
-        return merge_math.nearest(self.delta, rank, self.site.layer.batch_dims, moment)
+        delta = self.delta
+        moment = moment.to(delta) if moment is not None and delta.dim() == 2 else None
+        return merge_math.nearest(delta, rank, self.site.layer.batch_dims, moment)
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -90,14 +109,16 @@ def changes(injection: Injection) -> dict[str, Change]:
         NotMergeable: an operator has no effective weight.
         MergeError: the injection is merged.
     """
-    _acting(injection)
-    with injection.state.kept(injection.name):
-        return _changes(injection)
+    with changing(injection.model):
+        _acting(injection)
+        with injection.state.kept(injection.name):
+            return _changes(injection)
 
 
 def _changes(injection: Injection) -> dict[str, Change]:
     found: dict[str, Change] = {}
-    now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored
+    now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored, where several act
+    several = _changed_by_several(injection)
     for graft in injection.grafts:
         if graft.by_method and not graft.operator.trains_only:
             site, operator = graft.site, graft.operator
@@ -106,9 +127,20 @@ def _changes(injection: Injection) -> dict[str, Change]:
             if changes_bias(operator):
                 bias = _bias_change(site, operator, weight, now)
                 if bias is not None and bias.any():
-                    _note(found, now, site.at(bias_name(site.tensor)), bias, None)
-            _note(found, now, site, *_weight_change(operator, weight))
+                    _note(found, now, several, site.at(bias_name(site.tensor)), bias, None)
+            _note(found, now, several, site, *_weight_change(operator, weight))
     return found
+
+
+def _changed_by_several(injection: Injection) -> set[tuple[str, str]]:
+    """Returns the tensors that more than one operator may change, by module path and tensor."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for graft in injection.grafts:
+        path, tensor = graft.site.module_path, graft.site.tensor
+        counts.update([(path, tensor)])
+        if changes_bias(graft.operator):
+            counts.update([(path, bias_name(tensor))])
+    return {key for key, count in counts.items() if count > 1}
 
 
 def _stored(site: Site, now: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
@@ -117,11 +149,10 @@ def _stored(site: Site, now: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
     return None if read is None else _precise(whole(read))
 
 
-def _weight_change(operator: _Base, weight: Tensor | None) -> tuple[Tensor, Factors | None]:
+def _weight_change(operator: _Base, weight: Tensor | None) -> tuple[Tensor | None, Factors | None]:
     factors = None if weight is None else operator.factors()
     if factors is not None:
-        factors = _precise(factors[0]), _precise(factors[1]), factors[2]
-        return product(factors), factors
+        return None, (_precise(factors[0]), _precise(factors[1]), factors[2])
     new: Tensor = operator.merged(weight)  # type: ignore[arg-type]  # only replacements stand for a missing tensor
     return (_precise(new) if weight is None else new - weight), None
 
@@ -139,25 +170,30 @@ def _bias_change(
 def _note(
     found: dict[str, Change],
     now: dict[tuple[str, str], Tensor],
+    several: Collection[tuple[str, str]],
     site: Site,
-    delta: Tensor,
+    delta: Tensor | None,
     factors: Factors | None,
 ) -> None:
     key, dims = (site.module_path, site.tensor), site.layer.batch_dims
-    base = _stored(site, now)
-    if base is None:
-        now[key] = delta
-    else:
-        logical = site.layer.logical(base)
-        now[key] = site.layer.stored(put(logical, take(logical, site.slices, dims) + delta, site.slices, dims))
+    change = Change(site, delta, factors)
+    if key in several:
+        base = _stored(site, now)
+        if base is None:
+            now[key] = change.delta
+        else:
+            logical = site.layer.logical(base)
+            changed = take(logical, site.slices, dims) + change.delta
+            now[key] = site.layer.stored(put(logical, changed, site.slices, dims))
     if site.slices is None:  # a replacement sees the tensor as it is stored
         plain = site.layer_of(site.module, site.tensor)
-        delta, site = plain.logical(site.layer.stored(delta)), replace(site, layer=plain)
+        same = delta is None and plain == site.layer
+        delta, site = None if same else plain.logical(site.layer.stored(change.delta)), replace(site, layer=plain)
     before = found.get(site.path)
     if before is not None:
         both = before.factors is not None and factors is not None
         factors = cat([before.factors, factors], [1.0, 1.0]) if both else None  # type: ignore[list-item]
-        delta = before.delta + delta
+        delta = before.delta + (change.delta if delta is None else delta)
     found[site.path] = Change(site, delta, factors)
 
 
@@ -191,8 +227,6 @@ def established(
     Raises:
         RouteError, CompositionError: the active route or composition uses one of the named injections.
     """
-    if (state := state_of(model)) is not None:
-        state.choices.check_free(instead)
     saved = {
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
@@ -203,7 +237,10 @@ def established(
         fill(injection)
         injection.trainable(False)
 
-    return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
+    with changing(model):
+        if (state := state_of(model)) is not None:
+            state.choices.check_free(instead)
+        return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
 
 
 @contextmanager
@@ -266,10 +303,11 @@ def to_lora(
         UnknownMethod: LoRA is not installed.
         RouteError, CompositionError: the active route or composition uses the old injection.
     """
-    made = nearest(injection, rank, data)
-    factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
-    lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
-    return lora, {path: error for path, (_, _, error) in made.items()}
+    with changing(injection.model):
+        made = nearest(injection, rank, data)
+        factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
+        lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
+        return lora, {path: error for path, (_, _, error) in made.items()}
 
 
 def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
@@ -331,7 +369,7 @@ Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
 
 
 def _matrices(found: dict[str, Change]) -> dict[str, Change]:
-    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
+    vectors = [path for path, each in found.items() if each.is_vector]
     if vectors:
         raise UnsupportedSite(
             f"vectors (biases, norms) have no low-rank form, and the adapter changes {', '.join(vectors[:8])}"
@@ -380,44 +418,49 @@ def combine(
         NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
         RouteError, CompositionError: the active route or composition uses one of the adapters.
     """
-    check_name(model, name)
-    if not sources:
-        raise ConfigError("combine needs adapters: {name or folder: weight}")
-    _check_use("rank", rank, how not in ("cat", "linear"), how)
-    _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
-    if density is not None and not 0 < density <= 1:
-        raise ConfigError(f"density={density} must be above 0 and at most 1")
-    weights = list(sources.values())
-    with opened(model, sources) as adapters:
-        instead = [each.name for each in adapters]
-        if how == "linear":
-            _check_alike(adapters)
-            tensors = _averaged([each.state_dict() for each in adapters], weights)
-        else:
-            warn_of_heads(adapters)
-            tasks = [_matrices(changes(each)) for each in adapters]
-            merge = _merger(how, weights, density or 1.0, sign, seed)
-            made = {path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)}
-    if how != "linear":
-        worst = max(made, key=lambda path: made[path][2])
-        if (error := made[worst][2]) >= LOSSY:
-            text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
-            warnings.warn(text, UserWarning, stacklevel=2)
-        return lora_of(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
-    first = adapters[0]
-    wishes, method = first.wishes, type(first.method)
-    return established(
-        model,
-        method,
-        first.config,
-        name,
-        first.selections,
-        dtype=wishes.dtype,
-        train=wishes.train,
-        untied=wishes.untied,
-        instead=instead,
-        fill=lambda soup: fill(soup, tensors),
-    )
+    with changing(model):
+        check_name(model, name)
+        if not sources:
+            raise ConfigError("combine needs adapters: {name or folder: weight}")
+        _check_use("rank", rank, how not in ("cat", "linear"), how)
+        _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
+        if density is not None and not 0 < density <= 1:
+            raise ConfigError(f"density={density} must be above 0 and at most 1")
+        weights = list(sources.values())
+        with opened(model, sources) as adapters:
+            instead = [each.name for each in adapters]
+            if how == "linear":
+                _check_alike(adapters)
+                tensors = _averaged([each.state_dict() for each in adapters], weights)
+            else:
+                warn_of_heads(adapters)
+                tasks = [_matrices(changes(each)) for each in adapters]
+                merge = _merger(how, weights, density or 1.0, sign, seed)
+                made = {
+                    path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)
+                }
+        if how != "linear":
+            worst = max(made, key=lambda path: made[path][2])
+            if (error := made[worst][2]) >= LOSSY:
+                text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
+                warnings.warn(text, UserWarning, stacklevel=2)
+            return lora_of(
+                model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank
+            )
+        first = adapters[0]
+        wishes, method = first.wishes, type(first.method)
+        return established(
+            model,
+            method,
+            first.config,
+            name,
+            first.selections,
+            dtype=wishes.dtype,
+            train=wishes.train,
+            untied=wishes.untied,
+            instead=instead,
+            fill=lambda soup: fill(soup, tensors),
+        )
 
 
 def _check_use(option: str, value: object, used: bool, how: str) -> None:
@@ -445,10 +488,12 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
 
     def merge(path: str, tasks: list[dict[str, Change]], rank: int | None) -> Made:
         here = [(task[path], weight) for task, weight in zip(tasks, weights, strict=True) if path in task]
-        site, like = here[0][0].site, here[0][0].delta
+        site = here[0][0].site
         if rank is None:
             return site, cat([_factors(path, change) for change, _ in here], [weight for _, weight in here]), 0.0
-        taus = [task[path].delta if path in task else torch.zeros_like(like) for task in tasks]
+        known = [task[path].delta if path in task else None for task in tasks]
+        like = next(tau for tau in known if tau is not None)
+        taus = [torch.zeros_like(like) if tau is None else tau for tau in known]
         return site, *Change(site, merges[how](taus), None).nearest(rank)
 
     return merge

@@ -148,7 +148,7 @@ def _as_lora(
     most = reader.ranks.most if reader.ranks else None
     exact: Updates = {}
     for path, change in changes(injection).items():
-        if change.delta.dim() < change.site.layer.batch_dims + 2:
+        if change.is_vector:
             raise ExportError(f"vectors have no low-rank form, and the adapter changes {path}")
         factors = _lossless(change)
         if factors is None or (most is not None and factors[1].shape[-1] > most):

@@ -24,6 +24,7 @@ from peftcore.injection.base_dependence import make_anew
 from peftcore.injection.idle_adapters import IdleValues, MemoryStore, Store, Values
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import check_model
+from peftcore.layers.model_locks import changing
 from peftcore.utils.journal import Journal
 
 Shapes = dict[str, tuple[torch.dtype, torch.Size]]
@@ -89,30 +90,31 @@ def keep_within(
     """
     check_model(model)
     room = bytes_of(limit)
-    fresh = state_of(model) is None
-    state = state_of(model) or HostState()
-    if state.residency is not None:
-        raise ConfigError("this model has an AdapterPool already: set pool.limit, or call pool.end() first")
-    inside = [path for path, module in model.named_modules() if path and state_of(module) is not None]
-    if fresh and inside:
-        raise ConfigError(f"this model has no adapters, but its submodule {inside[0]!r} has: pass that submodule")
-    on_cpu = all(each.device.type == "cpu" for each in model.parameters())
-    if idle == "cpu" and on_cpu:
-        raise ConfigError('the model is on the CPU, so idle="cpu" would free no memory: pass a folder, idle=path')
-    store: Store = MemoryStore() if idle == "cpu" else FolderStore(Path(idle))
-    with Journal() as journal:
-        state = ensure_state(journal, model, list(model.modules()), make_anew)
-        pool = AdapterPool(model, state, room, store)
-        for injection in state.injections.values():
-            pool.residency.add(injection)
-        journal.set(state, "residency", pool.residency)
-        try:
-            pool.residency.make_room()
-        except BaseException:
-            pool.residency.limit = 2**63
-            pool.residency.bring(pool.idle)  # the stored values would be removed with the pool
-            raise
-    return pool
+    with changing(model):
+        fresh = state_of(model) is None
+        state = state_of(model) or HostState()
+        if state.residency is not None:
+            raise ConfigError("this model has an AdapterPool already: set pool.limit, or call pool.end() first")
+        inside = [path for path, module in model.named_modules() if path and state_of(module) is not None]
+        if fresh and inside:
+            raise ConfigError(f"this model has no adapters, but its submodule {inside[0]!r} has: pass that submodule")
+        on_cpu = all(each.device.type == "cpu" for each in model.parameters())
+        if idle == "cpu" and on_cpu:
+            raise ConfigError('the model is on the CPU, so idle="cpu" would free no memory: pass a folder, idle=path')
+        store: Store = MemoryStore() if idle == "cpu" else FolderStore(Path(idle))
+        with Journal() as journal:
+            state = ensure_state(journal, model, list(model.modules()), make_anew)
+            pool = AdapterPool(model, state, room, store)
+            for injection in state.injections.values():
+                pool.residency.add(injection)
+            journal.set(state, "residency", pool.residency)
+            try:
+                pool.residency.make_room()
+            except BaseException:
+                pool.residency.limit = 2**63
+                pool.residency.bring(pool.idle)  # the stored values would be removed with the pool
+                raise
+        return pool
 
 
 class AdapterPool:
@@ -182,14 +184,17 @@ class AdapterPool:
     def end(self) -> None:
         """Restore all adapters, and remove the limit."""
         state, model = self._state(), self._model()
-        if state is None or state.residency is not self.residency:
+        if state is None or model is None:
             return
-        with self.residency.lock:
-            self.residency.limit = 2**63
-            self.residency.bring(self.idle)
-            state.residency = None
-        if model is not None and not state.injections and not state.choices.elsewhere():
-            drop_state(Journal(), model)
+        with changing(model):
+            if state.residency is not self.residency:
+                return
+            with self.residency.lock:
+                self.residency.limit = 2**63
+                self.residency.bring(self.idle)
+                state.residency = None
+            if not state.injections and state.can_go():
+                drop_state(Journal(), model)
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
         state = self._state()

@@ -14,11 +14,12 @@ from torch import nn
 
 from peftcore.contract.compositions import KINDS, Composition, branches
 from peftcore.errors import CheckpointError, CompositionError
-from peftcore.files.safe_io import read_json, write_text
+from peftcore.files.safe_io import folder_lock, make_folder, read_json, sync_folder, write_text
 from peftcore.files.save_load import load
 from peftcore.forward.state.host_state import known
 from peftcore.injection.injection import injections
 from peftcore.injection.switching import activate
+from peftcore.layers.model_locks import changing
 
 FILE = "composition.json"
 MOST = 1000
@@ -28,15 +29,23 @@ MOST = 1000
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
     """Save the adapters of a composition into subfolders of `path` with their names, and the composition itself.
 
+    If the process is killed on the way, the folder lacks ``composition.json``, and `load_composition` says so.
+
     Raises:
         UnknownInjection: the host has no injection of this name.
     """
-    names = list(dict.fromkeys(composition.names()))
-    known(model, names)
     folder = Path(path)
-    for name in names:
-        injections(model)[name].save(folder / name)
-    write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
+    with changing(model):
+        names = list(dict.fromkeys(composition.names()))
+        known(model, names)
+        make_folder(folder)
+        with folder_lock(folder):
+            if (folder / FILE).exists():
+                (folder / FILE).unlink()
+                sync_folder(folder)
+            for name in names:
+                injections(model)[name].save(folder / name)
+            write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
 
 
 def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composition:
@@ -47,6 +56,11 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
             its adapters. After an error nothing is loaded.
     """
     folder = Path(path)
+    with folder_lock(folder, shared=True):
+        return _load(model, folder)
+
+
+def _load(model: nn.Module, folder: Path) -> Composition:
     data = read_json(folder / FILE)
     try:
         composition = _read(data)
@@ -56,18 +70,19 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
                 raise ValueError(f"it has more than {MOST} {what}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
         raise CheckpointError(f"{folder} cannot be read as a composition: {error}") from None
-    loaded = []
-    try:
-        for name in dict.fromkeys(composition.names()):
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{folder}: {name!r} does not name an adapter inside this folder")
-            loaded.append(load(model, folder / name, name=name, active=False))
-        activate(model, composition)
-    except BaseException:  # on any error nothing stays behind
-        for injection in reversed(loaded):
-            injection.remove()
-        raise
-    return composition
+    with changing(model):
+        loaded = []
+        try:
+            for name in dict.fromkeys(composition.names()):
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise CheckpointError(f"{folder}: {name!r} does not name an adapter inside this folder")
+                loaded.append(load(model, folder / name, name=name, active=False))
+            activate(model, composition)
+        except BaseException:  # on any error nothing stays behind
+            for injection in reversed(loaded):
+                injection.remove()
+            raise
+        return composition
 
 
 def _spelled(part: str | Composition) -> Any:

@@ -1,11 +1,14 @@
 """Reading and writing adapter files: files are untrusted, and none is left half-written.
 
 Reading accepts only JSON and safetensors, and checks sizes, structure and names before it allocates memory. Writing
-replaces each file as a whole: if the process is killed or the disk is full, the old file still exists.
+replaces each file as a whole: if the process is killed, the power fails or the disk is full, the old file still exists.
+When a function that writes returns, the file and its name are on the disk, if the file system keeps what `fsync`
+promises and renames at once.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -16,7 +19,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -30,6 +34,11 @@ from torch import Tensor
 
 from peftcore.contract.config import fits
 from peftcore.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MAX_HEADER = 32 * 2**20
 """The largest header of a safetensors file, in bytes: twice the size that a hundred thousand tensors need."""
@@ -202,25 +211,115 @@ class TensorFile:
         return found
 
 
-def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new file, then rename it to `path` at once. It is filled in a folder of its own, for libraries
-    put files of theirs next to it meanwhile. Where a file is replaced, the new one is flushed to disk before: a power
-    cut leaves no half-written file in place of a whole one. Where there was none, there is nothing to lose."""
+Write = Callable[[Path], Any]
+"""Fills a new file."""
+
+
+def _put(path: Path, write: Write) -> None:
+    put_files({path: write})
+
+
+def put_files(files: Mapping[Path, Write], together: Collection[Path] = ()) -> None:
+    """Fill new files, then rename all of them to their paths. The contents are flushed to the disk before the first
+    rename, and the names after the last one: a power cut leaves each file as it was, or the new one.
+
+    Args:
+        files: what fills the file of each path, in the order of the renames.
+        together: paths of files that are read together. If several of them are replaced, the old ones are moved away
+            first: a process that is killed between two renames leaves files missing, never a mixture. If a rename
+            fails, the old files are put back.
+    """
+    tied = [path for path in files if path in together]
+    tied = tied if len(tied) > 1 else []
+    with ExitStack() as stack:
+        filled = {path: stack.enter_context(_filled(path, write)) for path, write in files.items()}
+        moved: dict[Path, Path] = {}
+        try:
+            for path in tied:
+                if path.exists():
+                    moved[path] = filled[path].with_name("before")
+                    os.replace(path, moved[path])
+            for folder in {path.parent for path in moved}:
+                sync_folder(folder)  # or a power cut may keep a later rename and lose this one
+            for path, partial in filled.items():
+                os.replace(partial, path)
+        except BaseException:
+            for path in tied:
+                if not filled[path].exists():
+                    path.unlink(missing_ok=True)
+            for path, before in moved.items():
+                if before.exists():
+                    os.replace(before, path)
+            raise
+    for folder in {path.parent: None for path in files}:
+        sync_folder(folder)
+
+
+@contextmanager
+def _filled(path: Path, write: Write) -> Iterator[Path]:
+    """Context manager with a new file, filled and flushed, in a folder of its own next to its path: other libraries put
+    their own files next to it meanwhile. The folder is removed at the end."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         try:
             scratch.mkdir()
             partial = scratch / path.name
             write(partial)
-            if path.exists():
-                with partial.open("rb+") as file:
-                    os.fsync(file.fileno())
             partial.chmod(scratch.stat().st_mode & 0o666)  # as the umask has it; libraries may make files private
-            os.replace(partial, path)
+            sync_file(partial)
+            yield partial
         finally:
             discard(scratch)
     finally:  # also where the first removal is interrupted before it begins
         discard(scratch)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Context manager that holds the lock of a folder: one process writes, or several read with `shared`; others wait.
+    The system drops the lock of a process that is killed. Without locks in the system or the file system, nothing
+    waits."""
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # a process that was forked meanwhile has the number too, and would keep the lock
+            fcntl.flock(number, fcntl.LOCK_UN)
+        os.close(number)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, on systems that can open folders."""
+    if os.name == "nt":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
+            raise
+    finally:
+        os.close(number)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it, unless it is there; their names are on the disk afterwards."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def discard(folder: Path) -> None:
@@ -233,21 +332,27 @@ def discard(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_text(path: Path, text: str) -> bool:
+    """Returns whether a file already has this text."""
+    return path.is_file() and path.stat().st_size <= MAX_JSON and path.read_bytes() == text.encode()
+
+
+def of_text(text: str) -> Write:
+    """Returns a function that writes a text file."""
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole, or not at all. A file that already has this text is not written again, for example the
     options of an adapter that is saved again after more training."""
-    if path.is_file() and path.stat().st_size <= MAX_JSON and path.read_bytes() == text.encode():
+    if is_text(path, text):
+        sync_folder(path.parent)  # the process that wrote it may have been killed before
         return
-    _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    _put(path, of_text(text))
 
 
-def write_made(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file by a function of another library, whole or not at all."""
-    _put(path, write)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole, or not at all; equal tensors give equal bytes.
+def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
+    """Returns a function that writes a safetensors file; equal tensors give equal bytes.
 
     Args:
         tensors: the tensors by name. Tensors that share memory, as after ``vector_to_parameters`` and in the flat
@@ -260,13 +365,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         key: value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value for key, value in ready.items()
     }
 
-    def write(partial: Path) -> None:
+    def write(path: Path) -> None:
         try:
-            save_file(ready, partial, metadata=dict(metadata) or None)  # {} without tensors breaks the file's header
+            save_file(ready, path, metadata=dict(metadata) or None)  # {} without tensors breaks the file's header
         except SafetensorError as error:  # a full disk, for instance
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise OSError(f"{path.name} cannot be written: {error}") from error
 
-    _put(path, write)
+    return write
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole, or not at all, as `of_tensors` fills it."""
+    _put(path, of_tensors(tensors, metadata))
 
 
 def clear_partial(folder: Path, name: str = "") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +37,18 @@ from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format_named, recognize
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
-from peftcore.files.safe_io import clear_partial, write_made, write_tensors, write_text
-from peftcore.forward.state.host_state import HostState
+from peftcore.files.safe_io import (
+    Write,
+    clear_partial,
+    folder_lock,
+    is_text,
+    make_folder,
+    of_tensors,
+    of_text,
+    put_files,
+    write_tensors,
+)
+from peftcore.forward.state.host_state import HostState, state_of
 from peftcore.injection import base_dependence
 from peftcore.injection.applied import check_filled, fill
 from peftcore.injection.applying import apply_request, record
@@ -46,8 +56,10 @@ from peftcore.injection.injection import Injection
 from peftcore.injection.request import Request, check_model, check_name
 from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import at_hand
 from peftcore.libraries.save_pretrained import saving_base
+from peftcore.utils.device_memory import check_room, totals
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -94,9 +106,9 @@ def save(
         logger.warning("the adapter is saved, although a part of it has no effect any more: %s", error)
     base_dependence.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters, reads=True):
-        contents = {
-            name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
-        }
+        found = [(kind, kind.files(injection, weights)) for each in formats for kind in [format_named(each)]]
+        contents = {name: content for _, files in found for name, content in files.items()}
+        together = [name for kind, files in found if not kind.file for name in files]
     if moves and (fixed := [name for name, content in contents.items() if isinstance(content, Placed)]):
         raise ExportError(
             f"{fixed[0]} in the format {' and '.join(formats)} contains paths of folders on this machine, which "
@@ -111,7 +123,9 @@ def save(
         if mine and only:
             _write_file(path, contents[only])
         elif mine:
-            _write(injection, path, formats, contents, metrics, Path(os.path.abspath(path if home is None else home)))
+            if is_ours(path / CARD):
+                contents[CARD] = card(injection, formats, metrics)
+            _write(path, contents, together, Path(os.path.abspath(path if home is None else home)))
 
 
 def _only_file(path: Path, formats: Sequence[str]) -> str:
@@ -135,34 +149,33 @@ def _only_file(path: Path, formats: Sequence[str]) -> str:
 
 def _write_file(path: Path, content: Tensors | str | Placed | Made) -> None:
     assert isinstance(content, Tensors), "tensors are what a format's only file holds"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     clear_partial(path.parent, path.name)
     write_tensors(path, content.values, content.metadata)
 
 
 def _write(
-    injection: Injection,
-    path: Path,
-    formats: Sequence[str],
-    contents: dict[str, Tensors | str | Placed | Made],
-    metrics: Metrics | None,
-    home: Path,
+    path: Path, contents: Mapping[str, Tensors | str | Placed | Made], together: Collection[str], home: Path
 ) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    if is_ours(path / CARD):
-        contents[CARD] = card(injection, formats, metrics)
-    for folder in sorted({(path / name).parent for name in contents}):
-        folder.mkdir(exist_ok=True)
+    for folder in sorted({path, *((path / name).parent for name in contents)}):
+        make_folder(folder)
         clear_partial(folder)
-    for name, content in contents.items():
-        if isinstance(content, Placed):
-            write_text(path / name, content.text(home))
-        elif isinstance(content, Tensors):
-            write_tensors(path / name, content.values, content.metadata)
-        elif isinstance(content, Made):
-            write_made(path / name, content.write)
-        else:
-            write_text(path / name, content)
+    texts = {name: content.text(home) if isinstance(content, Placed) else content for name, content in contents.items()}
+    with folder_lock(path):
+        put_files(
+            {
+                path / name: _writing(content)
+                for name, content in texts.items()
+                if not (isinstance(content, str) and is_text(path / name, content))
+            },
+            {path / name for name in together},
+        )
+
+
+def _writing(content: Tensors | str | Made) -> Write:
+    if isinstance(content, Tensors):
+        return of_tensors(content.values, content.metadata)
+    return content.write if isinstance(content, Made) else of_text(content)
 
 
 def push(
@@ -176,7 +189,8 @@ def push(
     """
     with tempfile.TemporaryDirectory(prefix="peftcore-") as name:
         folder = Path(name) / "adapter"
-        save(injection, folder, formats, False, metrics, moves=True)
+        with changing(injection.model):
+            save(injection, folder, formats, False, metrics, moves=True)
         with one_writes(injection.model) as mine:
             return upload(folder, repository, **options) if mine else None
 
@@ -227,31 +241,34 @@ def load(
         NoWeights: the host is on the meta device, and the adapter depends on values of the host's weights.
         SwapError, ConfigError: the adapter would not compute the same with the options of `room`, or these options do
             not exist.
-        MemoryLimit: the model has a limit (`keep_within`), and the adapters that cannot become idle leave no room.
+        MemoryLimit: the model has a limit (`keep_within`), and the adapters that cannot become idle leave no room; or
+            the adapter certainly does not fit into the memory of a device.
 
     After an error the host is unchanged.
     """
     check_model(model)
     if name is not None:
         check_name(model, name)
-    found = _read(model, path, revision, strict, words)
-    name = check_name(model, found.request.method.name if name is None else name)
-    with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
-        source = None if room is None else found.filled()
-        config = found.request.config.replace(**(room or {}))
+    place = located(path, revision)  # other threads can change the model while it is fetched
+    with changing(model):
+        found = _read(model, place, strict, words)
+        name = check_name(model, found.request.method.name if name is None else name)
+        with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
+            source = None if room is None else found.filled()
+            config = found.request.config.replace(**(room or {}))
 
-        def give(injection: Injection) -> None:
-            if source is None:
-                fill(injection, found.tensors)
-                check_filled(injection)
-            else:
-                write(injection, matched(injection, source))
-            injection.trainable(trainable)
+            def give(injection: Injection) -> None:
+                if source is None:
+                    fill(injection, found.tensors)
+                    check_filled(injection)
+                else:
+                    write(injection, matched(injection, source))
+                injection.trainable(trainable)
 
-        return apply_request(replace(found.request, config=config, name=name, active=active, fill=give))
+            return apply_request(replace(found.request, config=config, name=name, active=active, fill=give))
 
 
-def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
+def values_of(injection: Injection, path: Path) -> Injection:
     """Returns a saved adapter with its values, checked against the model of `injection` as `load` does, but not
     installed.
 
@@ -259,11 +276,12 @@ def values_of(injection: Injection, path: str | os.PathLike[str], revision: str 
         CheckpointError, HostMismatch, NewerFormat, UnknownMethod, NoWeights: as `load`.
         MergeError: it depends on weights into which another injection is merged.
     """
-    found = _read(injection.model, path, revision, True)
-    with _about(found.where), _values_wanted(injection.model):
-        source = found.filled()
-        base_dependence.check_nothing_merged(source, injection.state)
-    return source
+    with changing(injection.model):
+        found = _read(injection.model, path, True)
+        with _about(found.where), _values_wanted(injection.model):
+            source = found.filled()
+            base_dependence.check_nothing_merged(source, injection.state)
+        return source
 
 
 @dataclass(frozen=True)
@@ -281,15 +299,13 @@ class _Read:
         return source
 
 
-def _read(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    revision: str | None,
-    strict: bool,
-    words: Mapping[str, Sequence[int]] | None = None,
-) -> _Read:
-    place = located(path, revision)
-    # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
+def _read(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Sequence[int]] | None = None) -> _Read:
+    with folder_lock(place, shared=True):
+        return _read_at(model, place, strict, words)
+
+
+def _read_at(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Sequence[int]] | None) -> _Read:
+    # A file does not know of other adapters on the host: `saving_base` hides them.
     with _about(place), _values_wanted(model), one_file(), saving_base():
         kind = recognize(place)
         content = kind.open(place, model) if words is None else kind.open_with_words(place, model, words)
@@ -307,6 +323,7 @@ def _read(
         envelope.check(rehearsal)
         tensors = content.tensors(rehearsal, strict)
         _check_memory(rehearsal, tensors)
+        _check_room(rehearsal)
         _check_values(rehearsal, tensors)
     return _Read(replace(request, host=rehearsal.resolver.host), content.where, tensors)
 
@@ -323,7 +340,7 @@ def describe(path: str | os.PathLike[str], revision: str | None = None) -> Descr
         HubError: as in `load`.
     """
     place = located(path, revision)
-    with _about(place), one_file():
+    with _about(place), one_file(), folder_lock(place, shared=True):
         return recognize(place).describe(place)
 
 
@@ -400,10 +417,31 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _check_room(surgeon: Surgeon) -> None:
+    """Check that the operators fit into the memory of their devices, unless others can be offloaded for them."""
+    state = state_of(surgeon.model)
+    if state is not None and state.residency is not None:
+        return
+    built = {
+        id(each): (graft.site.device, each.nbytes) for graft in surgeon.grafts for each in _tensors(graft.operator)
+    }
+    check_room(
+        totals(built.values()),
+        "the adapter",
+        "Remove an adapter, or give adapters a limit with peftcore.keep_within",
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the tensors of an operator that was made without values."""
+    yield from (each for each in (*module.parameters(), *module.buffers()) if each.is_meta)
+
+
 class _Files:
     """What the verbs of an injection call, which is in a layer below."""
 
-    save, push, values_of = staticmethod(save), staticmethod(push), staticmethod(values_of)
+    save, push = staticmethod(save), staticmethod(push)
+    located, values_of = staticmethod(located), staticmethod(values_of)
 
 
 Injection._files = _Files()

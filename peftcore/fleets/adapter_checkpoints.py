@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError, TrainingError
 from peftcore.files.formats.native import TENSORS
-from peftcore.files.safe_io import TensorFile, discard, read_json, write_tensors, write_text
+from peftcore.files.safe_io import TensorFile, discard, make_folder, read_json, sync_folder, write_tensors, write_text
 from peftcore.injection.applied import fill
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import gathered, in_group, is_sharded
@@ -71,7 +71,7 @@ def _claim(folder: Path, training: str, takes_over: bool) -> None:
             f"{folder} {what} an earlier training, or one that still runs: pass another folder, one for each adapter, "
             "or continue that training with join(..., resume=True)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / OWNER, json.dumps({"training": training}) + "\n")
 
 
@@ -122,6 +122,7 @@ def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: in
             shutil.rmtree(before, ignore_errors=True)
             place.rename(before)
         partial.rename(place)
+        sync_folder(folder)
         for each in folder.glob(f"{STEP}*"):
             if each != place:
                 shutil.rmtree(each, ignore_errors=True)

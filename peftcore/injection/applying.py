@@ -27,6 +27,7 @@ from peftcore.injection.applied import Planned, choose_trained
 from peftcore.injection.freezing import freeze
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import Part, Request, check_model, check_name
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
 from peftcore.registry.peft_names import is_peft_config
@@ -105,24 +106,25 @@ def apply(
     default ones (`Method.alternatives`), and which parts of the host they leave out.
     """
     check_model(model)
-    if is_peft_config(method):
-        _check_alone(method, target, exclude, train, data, dtype, host, config)
-        injection: Injection = imported(OF_PEFT)(model, method, name=name, seed=seed)
-        return injection
-    request = Request.of(
-        model,
-        method,
-        config,
-        name=name,
-        target=target,
-        exclude=exclude,
-        train=train,
-        data=data,
-        seed=seed,
-        dtype=dtype,
-        host=host,
-    )
-    return apply_request(request)
+    with changing(model):
+        if is_peft_config(method):
+            _check_alone(method, target, exclude, train, data, dtype, host, config)
+            injection: Injection = imported(OF_PEFT)(model, method, name=name, seed=seed)
+            return injection
+        request = Request.of(
+            model,
+            method,
+            config,
+            name=name,
+            target=target,
+            exclude=exclude,
+            train=train,
+            data=data,
+            seed=seed,
+            dtype=dtype,
+            host=host,
+        )
+        return apply_request(request)
 
 
 def plan(
@@ -151,11 +153,12 @@ def plan(
         PeftcoreError: the same errors as `apply`; UnsupportedHost also where a parameter cannot be sharded.
     """
     check_model(model)
-    request = Request.of(
-        model, method, config, target=target, exclude=exclude, train=train, seed=seed, dtype=dtype, host=host
-    )
-    with at_hand(model.parameters()):
-        return plan_of(record(request, dry=True), shards)
+    with changing(model):
+        request = Request.of(
+            model, method, config, target=target, exclude=exclude, train=train, seed=seed, dtype=dtype, host=host
+        )
+        with at_hand(model.parameters()):
+            return plan_of(record(request, dry=True), shards)
 
 
 def apply_request(request: Request) -> Injection:
@@ -164,8 +167,8 @@ def apply_request(request: Request) -> Injection:
     Raises:
         PeftcoreError: as `apply`, or as `Request.fill` does. Nothing was changed then.
     """
-    check_name(request.model, request.name)
-    with at_hand(request.model.parameters()):
+    with changing(request.model), at_hand(request.model.parameters()):
+        check_name(request.model, request.name)
         request = _decided_by_data(request)
         surgeon = record(request)
         request.check_data(surgeon)
@@ -238,11 +241,13 @@ def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
             if request.fill is not None:
                 request.fill(injection)
             notice_equation_only(each.method for each in surgeon.with_parts())
+            if request.active:  # last: forwards of other threads that begin before do not see it half made
+                state.choices.add(request.name, request.instead)
     return injection
 
 
 def _put_in(journal: Journal, injection: Injection, state: HostState, request: Request) -> Active:
-    """Install the operators and register the injection with the host; returns the stack in which it acts."""
+    """Install the operators and register the injection with the host; returns the stack in which it will act."""
     name, surgeon = injection.name, injection._surgeon
     journal.afterwards(state.choices.restore, state.choices.saved())
     journal.afterwards(injection._replan)
@@ -250,12 +255,10 @@ def _put_in(journal: Journal, injection: Injection, state: HostState, request: R
     journal.set(state, "reads_tokens", state.reads_tokens + injection.reads_tokens)
     installation.install(journal, surgeon, state, name)
     journal.set(state, "frozen", state.frozen + freeze(journal, surgeon.resolver.parameters()))
-    stack = state.choices.add(name, request.instead) if request.active else (name,)
-    if not request.active:
-        state.replan()
+    state.replan()
     injection.trainable(True)
     watched_sites(state).expect(journal, surgeon, state, name)
-    return stack
+    return state.choices.joined(name, request.instead) if request.active else (name,)
 
 
 def _check_alone(method: object, *others: Any) -> None:

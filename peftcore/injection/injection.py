@@ -19,6 +19,7 @@ from peftcore.contract.installed_methods import AppliedMethod, Installed
 from peftcore.contract.operators import Combiner, InputOperator, trainable_numbers
 from peftcore.contract.surgeon_protocol import Graft, Wishes
 from peftcore.errors import (
+    AdapterInUse,
     CompositionError,
     InactiveSite,
     MergeError,
@@ -39,6 +40,7 @@ from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
+from peftcore.layers.model_locks import changing
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.libraries.save_pretrained import note_form
 from peftcore.surgery.installation import release, uninstall
@@ -63,7 +65,10 @@ class AdapterFiles(Protocol):
     ) -> CommitInfo | None:
         """Upload an adapter to a model hub."""
 
-    def values_of(self, injection: Injection, path: str | os.PathLike[str], revision: str | None, /) -> Injection:
+    def located(self, path: str | os.PathLike[str], revision: str | None, /) -> Path:
+        """Returns the place of a saved adapter on this machine; one on a model hub is fetched."""
+
+    def values_of(self, injection: Injection, path: Path, /) -> Injection:
         """Returns a saved adapter for the model of an injection, not installed."""
 
 
@@ -155,9 +160,10 @@ class Injection(Installed):
 
     @low_memory.setter
     def low_memory(self, mode: bool) -> None:
-        self._alive()
-        self._low_memory = mode
-        self._replan()
+        with changing(self.model):
+            self._alive()
+            self._low_memory = mode
+            self._replan()
 
     def enabled(self) -> Chosen:
         """Activate this injection in addition to the active ones; as a context manager, until the end of the block. If
@@ -184,6 +190,7 @@ class Injection(Installed):
 
         Raises:
             MergeError: it is merged and cannot be unmerged; or it cannot be merged again at the end of the block.
+            AdapterInUse: it is merged, and a forward of the model runs, at the begin or at the end of the block.
             CompositionError: the composition in force needs it to combine outputs (`Fuse`).
 
         If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged,
@@ -196,9 +203,11 @@ class Injection(Installed):
                 f"{self.name!r} combines the outputs of others in a composition, so it cannot be disabled: exit the "
                 "composition first"
             )
-        merged = self._merge
+        merged = None
         try:
-            self.unmerge()
+            with changing(self.model):
+                merged = self._merge
+                self.unmerge()
             with self.state.choices.block(self.state.now().without(self.name)):
                 yield
         finally:
@@ -207,13 +216,14 @@ class Injection(Installed):
 
     def trainable(self, mode: bool = True) -> None:
         """Make the injection's parameters trainable, or freeze them. No other parameter of the host changes."""
-        self._alive()
-        with self.state.kept(*([self.name] if mode else [])), Journal() as journal:  # then it trains, and stays
-            if mode:
-                choose_trained(journal, self)
-                journal.set(self, "_chosen", [parameter.requires_grad for parameter in self.parameters()])
-            else:
-                freeze(journal, self.parameters())
+        with changing(self.model):
+            self._alive()
+            with self.state.kept(*([self.name] if mode else [])), Journal() as journal:  # then it trains, and stays
+                if mode:
+                    choose_trained(journal, self)
+                    journal.set(self, "_chosen", [parameter.requires_grad for parameter in self.parameters()])
+                else:
+                    freeze(journal, self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the injection's tensors by ``<site path>.<operator tensor>``, without the injection's name, as in
@@ -337,37 +347,46 @@ class Injection(Installed):
         Raises:
             ConfigError: an argument has a value that is not listed above.
             NotMergeable: the method has no merged form.
+            MemoryLimit: the merged tensors certainly do not fit into the free memory of a GPU.
             MergeError: it is merged in another way, or cannot be merged now: another choice is in force, a tensor of
                 the base trains, the result would not be finite, or a weight cannot be packed again or not well enough;
                 no weight was changed.
+            AdapterInUse: a forward of the model runs, in this thread or another one; no weight was changed. A forward
+                that begins during the merge waits.
         """
-        self._alive()
-        return self._merge_as(merging.MergeOptions(keep, into, max_error, weight)).report
+        wanted = merging.MergeOptions(keep, into, max_error, weight)
+        with changing(self.model):
+            self._alive()
+            return self._merge_as(wanted).report
 
     def _merge_as(self, wanted: merging.MergeOptions, whole: Journal | None = None) -> merging.MergeInForce:
         merged = self._merge
         if merged is None:
-            with self.state.kept(self.name), (whole or Journal()).part() as journal:
+            kept, alone = self.state.kept(self.name), self._between_forwards("merged", everyone=True)
+            with kept, alone, (whole or Journal()).part() as journal:
                 journal.afterwards(self._rewritten)
                 merged = merging.merge(self, journal, wanted)
-                self._note(journal, merged)
+                with self.state.choices.unchanged():  # another thread may have chosen meanwhile
+                    merging.check_choices(self)
+                    self._note(journal, merged)
                 self._rewritten()
         elif merged.wanted != wanted:
             raise MergeError(f"{self.name!r} is merged already, with {merged.wanted}; unmerge() it first")
         return merged
 
     def _merge_again(self, merged: merging.MergeInForce) -> None:
-        if self.state.injections.get(self.name) is not self:
-            return  # removed in the block
-        try:
-            self._merge_as(merged.wanted)
-        except BaseException as error:
-            if self._merge is None:
-                error.add_note(
-                    f"Merging {self.name!r} again at the end of disabled() failed: it stays unmerged, and the weights "
-                    "are those of the base. Call merge() to merge it again."
-                )
-            raise
+        with changing(self.model):
+            if self.state.injections.get(self.name) is not self:
+                return  # removed in the block
+            try:
+                self._merge_as(merged.wanted)
+            except BaseException as error:
+                if self._merge is None:
+                    error.add_note(
+                        f"Merging {self.name!r} again at the end of disabled() failed: it stays unmerged, and the "
+                        "weights are those of the base. Call merge() to merge it again."
+                    )
+                raise
 
     @property
     def made_dense(self) -> tuple[str, ...]:
@@ -380,27 +399,46 @@ class Injection(Installed):
         Raises:
             MergeError: it was merged with ``keep=None``, another injection was merged on top, or the merged tensors
                 were loaded, trained, cast or replaced since; nothing was changed.
+            AdapterInUse: a forward of the model runs; nothing was changed.
         """
-        self._alive()
-        with Journal() as journal:
-            self._unmerge(journal)
+        with changing(self.model):
+            self._alive()
+            if self._merge is not None:
+                with self._between_forwards("unmerged", everyone=True), Journal() as journal:
+                    self._unmerge(journal, self._merge)
 
-    def _unmerge(self, journal: Journal) -> None:
-        if self._merge is not None:
-            journal.afterwards(self._rewritten)
-            merging.unmerge(self, journal, self._merge)
-            self._note(journal, None)
-            self._rewritten()
+    def _unmerge(self, journal: Journal, merged: merging.MergeInForce) -> None:
+        journal.afterwards(self._rewritten)
+        merging.unmerge(self, journal, merged)
+        self._note(journal, None)
+        self._rewritten()
+
+    @contextmanager
+    def _between_forwards(self, done: str, everyone: bool) -> Iterator[None]:
+        """Context manager in which no forward runs that names this injection, or with `everyone`, none of the model;
+        forwards that name it and begin meanwhile wait.
+
+        Raises:
+            AdapterInUse: such a forward runs.
+        """
+        with self.state.exchanging(self.name) as running:
+            if any(everyone or self.name in choice.named for choice in running):
+                which = "" if everyone else " that uses it"
+                raise AdapterInUse(
+                    f"{self.name!r} cannot be {done} now: a forward of the model{which} runs, and would compute a part "
+                    "with it and a part without it. Wait until the forward has ended, then try again"
+                )
+            yield
 
     def bake(self) -> None:
         """Merge permanently and remove the injection: the host keeps the injection's effect (`merge_and_unload` of
         peft).
 
         Raises:
-            NotMergeable, MergeError: as `merge`; the injection is still there.
+            NotMergeable, MergeError, AdapterInUse: as `merge`; the injection is still there.
             RouteError, CompositionError: as `remove`.
         """
-        with self._leaving() as journal:
+        with changing(self.model), self._leaving(everyone=True) as journal:
             merged = self._merge or self._merge_as(merging.MergeOptions(keep=None), journal)
             merging.let_go(journal, merged)
             self._note(journal, None)
@@ -422,9 +460,12 @@ class Injection(Installed):
         Raises:
             MergeError: it is merged, and `unmerge` is impossible.
             RouteError, CompositionError: a route or composition that is in force here uses it.
+            AdapterInUse: a forward that uses it runs, or if it is merged, any forward of the model; nothing was
+                changed.
         """
-        with self._leaving() as journal:
-            self._unmerge(journal)
+        with changing(self.model), self._leaving(everyone=self.merged) as journal:
+            if self._merge is not None:
+                self._unmerge(journal, self._merge)
             self._take_out(journal)
 
     def save(
@@ -453,10 +494,11 @@ class Injection(Installed):
             ExportError: another library's format cannot hold this adapter, or not in one file; or metrics are not
                 numbers, or were given for one file. Nothing was written.
         """
-        self._alive()
-        with self.state.kept(self.name):
-            formats = (format,) if isinstance(format, str) else tuple(format)
-            self._files.save(self, Path(path), formats, weights, metrics)
+        formats = (format,) if isinstance(format, str) else tuple(format)
+        with changing(self.model):
+            self._alive()
+            with self.state.kept(self.name):
+                self._files.save(self, Path(path), formats, weights, metrics)
 
     def swap(
         self,
@@ -494,25 +536,31 @@ class Injection(Installed):
 
         Nothing was changed then.
         """
+        self._check_swappable()
+        if source is self:
+            return
+        if isinstance(source, Mapping):
+            self._swap(lambda: swapping.matched_state(self, source))
+        elif isinstance(source, Injection):
+            self._swap(lambda: swapping.matched(self, source), source)
+        else:
+            place = self._files.located(source, revision)  # other threads can change the model while it is fetched
+            self._swap(lambda: swapping.matched(self, self._files.values_of(self, place)))
+
+    def _swap(self, find: Callable[[], swapping.Swap], source: Injection | None = None) -> None:
+        other = self if source is None else source
+        with changing(self.model, other.model), self.state.kept(self.name), other.state.kept(other.name):
+            self._check_swappable()
+            found = find()
+            with swapping.exchanging(self.state, self.name):
+                swapping.write(self, found)
+
+    def _check_swappable(self) -> None:
         self._alive()
         if self.merged:
             raise MergeError(f"{self.name!r} is merged, so its values are in the base's weights: unmerge() it first")
-        if source is self:
-            return
         if any(map(is_partitioned, self.parameters())):
             raise SwapError(f"{ENGINE}: load the other adapter into the model before deepspeed.initialize")
-        with self.state.kept(self.name):
-            if isinstance(source, Injection):
-                with source.state.kept(source.name):
-                    self._swap(swapping.matched(self, source))
-            elif isinstance(source, Mapping):
-                self._swap(swapping.matched_state(self, source))
-            else:
-                self._swap(swapping.matched(self, self._files.values_of(self, source, revision)))
-
-    def _swap(self, found: swapping.Swap) -> None:
-        with swapping.exchanging(self.state, self.name):
-            swapping.write(self, found)
 
     def push_to_hub(
         self,
@@ -692,13 +740,17 @@ class Injection(Installed):
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
     @contextmanager
-    def _leaving(self) -> Iterator[Journal]:
-        """Context manager with the journal of its removal from the host; its offloaded values are dropped last."""
+    def _leaving(self, everyone: bool) -> Iterator[Journal]:
+        """Context manager with the journal of its removal from the host; its offloaded values are dropped last.
+
+        Raises:
+            AdapterInUse: as `_between_forwards`.
+        """
         self._alive()
         state = self.state
         state.choices.check_free([self.name])
         try:
-            with Journal() as journal:
+            with self._between_forwards("removed", everyone), Journal() as journal:
                 yield journal
         finally:
             if state.residency is not None and self.name not in state.injections:
@@ -715,8 +767,7 @@ class Injection(Installed):
         if not state.injections:
             thaw(journal, state.frozen)
             release(journal, self.model, state)
-            told = not state.choices.elsewhere()  # else others are told first that their choice is gone
-            if told and state.residency is None:
+            if state.can_go():  # else others are told first that their choice is gone
                 drop_state(journal, self.model)
 
 

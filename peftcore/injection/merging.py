@@ -51,6 +51,7 @@ from peftcore.registry.plugins import layer_of, registry
 from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.sites import Site
 from peftcore.utils.autocast import full_precision
+from peftcore.utils.device_memory import check_room, totals
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
@@ -134,8 +135,9 @@ def _precise(tensor: Tensor) -> Tensor:
 def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
     """Returns the new stored tensor, computed in float32 or better and rounded once."""
     like = effects[0].mount.layer.like(module, effects[0].mount.tensor) if base is None else base
+    precise = _precise(like)  # one copy of the base, not two
     with full_precision(like):
-        new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
+        new = fold(module, effects, None if base is None else precise, precise, _precise)
     return None if new is None else new.to(like.dtype)
 
 
@@ -172,8 +174,7 @@ def _check(injection: Injection) -> None:
             f"{injection.method.name} cannot be merged into weights: its effect is not a function of the weight alone "
             f"(first at {stuck[0]}). Keep it active, or remove() it"
         )
-    for where, choice in state.choices.in_force():
-        check_merge(state.injections, state.merged, name, choice, where)
+    check_choices(injection)
     for other in state.injections.values():
         check_unread(other, name, places(injection))
     try:
@@ -193,6 +194,17 @@ def _check(injection: Injection) -> None:
                 raise MergeError(f"{site.path} cannot be merged, keep {name!r} active: {error}") from None
 
 
+def check_choices(injection: Injection) -> None:
+    """Verify that forwards under the choices in force compute the right result once the injection is merged.
+
+    Raises:
+        MergeError: another choice is in force in some thread or task.
+    """
+    state = injection.state
+    for where, choice in state.choices.in_force():
+        check_merge(state.injections, state.merged, injection.name, choice, where)
+
+
 def _check_values(site: Site, operator: nn.Module) -> None:
     """Verify that the values of a site can be read, and an operator be folded into them."""
     site.layer.check_readable(site.module, site.tensor)
@@ -206,6 +218,25 @@ def _check_values(site: Site, operator: nn.Module) -> None:
             "it is sharded, but the adapter was applied later and is not; save the adapter, and merge it into the "
             "model before sharding"
         )
+
+
+def merge_bytes(injection: Injection) -> Mapping[torch.device, int]:
+    """Returns the bytes of the tensors that a merge makes, by device: all of them exist before the first is written.
+
+    They are counted by shapes, so the host may be on the meta device. Tensors that are sharded, or that a module
+    computes, are left out. To compute each tensor takes more, which is free again afterwards.
+    """
+    sizes: dict[object, tuple[torch.device, int]] = {}
+    for key, effects in _effects(injection).items():
+        layer, module = effects[0].mount.layer, injection.module_at(key[0])
+        if any(map(is_cut, module.parameters(recurse=False))):
+            continue
+        if layer.packed:
+            like = layer.like(module, key[1])
+            sizes[key] = like.device, layer.shape(module, key[1]).numel() * like.element_size()
+        elif (old := held(*_owner(injection, key))) is not None and not is_cut(old):
+            sizes[id(old)] = old.device, old.nbytes
+    return totals(sizes.values())
 
 
 def _check_places(injection: Injection, layers: Mapping[Key, Layer]) -> None:
@@ -293,6 +324,7 @@ def merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merge
 
     Raises:
         NotMergeable: the method has no merged form.
+        MemoryLimit: the merged tensors certainly do not fit into the memory of a device.
         MergeError: another choice is in force somewhere, an effective tensor is not finite, a tied tensor would change
             elsewhere, an earlier injection has to be merged first, a tensor cannot be replaced, or a weight cannot be
             packed again or not well enough.
@@ -305,11 +337,18 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
     model = injection.model
     in_pieces(model)
     _check(injection)
+    check_room(
+        merge_bytes(injection),
+        f"merging {injection.name!r}",
+        "Merge on the CPU (move the model there first, or use `peftcore merge`), or keep the adapter active",
+    )
     new = registry().hook.peftcore_merge(
         model=model, method=injection.method, config=injection.config, injection=injection
     )
+    new = dict(new)
     if wanted.weight != 1.0:
-        new = {key: _towards(injection, key, tensor, wanted.weight) for key, tensor in new.items()}
+        for key in new:
+            new[key] = _towards(injection, key, new[key], wanted.weight)
     layers = {key: layer_of(injection.module_at(key[0]), key[1]) for key in new}
     bad: list[str] = []
     prints: dict[Key, Fingerprint] = {}
@@ -324,10 +363,10 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
     holders = holders_of(model)
     _check_ties(injection, new, holders)
     writer = _Writer(injection, journal, wanted, holders, prints)
-    for key, tensor in new.items():
-        writer.write(key, layers[key], tensor)
+    for key, layer in layers.items():
+        writer.write(key, layer, new.pop(key))  # a quantized layer gets a copy
     dense = [each.key[0] for each in writer.written if isinstance(each, QuantizedLayerWrite)]
-    report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(new))
+    report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(layers))
     frozen = _exchange(injection, journal, [(each.outgoing(), each.incoming()) for each in writer.written])
     return MergeInForce(
         wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen]

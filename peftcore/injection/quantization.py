@@ -26,10 +26,12 @@ from peftcore.injection.request import host_map
 from peftcore.layers.adapter_modules import IDLE, AdapterModules
 from peftcore.layers.computed_tensors import computation, has_place, parametrized, resting
 from peftcore.layers.kinds import Linear
+from peftcore.layers.model_locks import changing
 from peftcore.libraries.save_pretrained import check_readable, note_form
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sites import Site
+from peftcore.utils.device_memory import check_room, totals
 from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 from peftcore.utils.progress import Progress
@@ -175,26 +177,27 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
     Nothing was changed then.
     """
     chosen = scheme(name, **options)
-    sites = list(_sites(model, target, exclude))
-    progress, packed = Progress(f"packing as {name}"), []
-    progress.expect(len(sites))
-    try:
-        for site in sites:
-            packed.append(chosen.module(_to_pack(site)).train(site.module.training))
-            progress.step()
-    finally:
-        progress.close()
-    with Journal() as journal:
-        for site, new in zip(sites, packed, strict=True):
-            if computation(site.module, "weight") is not None:  # packed with the value that it has now
-                fold(journal, site.module, "weight", nn.Parameter(torch.empty(0), requires_grad=False))
-            replace_in_place(journal, site.module, new)
-        for site in sites:
-            for operator in _operators(site.module):
-                journal.note(operator)
-                operator.base_was_packed()
-        note_form(journal, model)
-    return model
+    with changing(model):
+        sites = list(_sites(model, target, exclude))
+        progress, packed = Progress(f"packing as {name}"), []
+        progress.expect(len(sites))
+        try:
+            for site in sites:
+                packed.append(chosen.module(_to_pack(site)).train(site.module.training))
+                progress.step()
+        finally:
+            progress.close()
+        with Journal() as journal:
+            for site, new in zip(sites, packed, strict=True):
+                if computation(site.module, "weight") is not None:  # packed with the value that it has now
+                    fold(journal, site.module, "weight", nn.Parameter(torch.empty(0), requires_grad=False))
+                replace_in_place(journal, site.module, new)
+            for site in sites:
+                for operator in _operators(site.module):
+                    journal.note(operator)
+                    operator.base_was_packed()
+            note_form(journal, model)
+        return model
 
 
 def dequantize(model: M) -> M:
@@ -205,28 +208,41 @@ def dequantize(model: M) -> M:
 
     Raises:
         QuantizationError: an injection is merged into quantized weights.
+        MemoryLimit: the dense weights certainly do not fit into the memory of a device.
         UnsupportedSite: a weight is quantized in a way that no installed plugin can read.
 
     Nothing was changed then.
     """
-    check_readable(model)
-    dtype = floating_dtype(module for module in model.modules() if not isinstance(module, AdapterModules))
-    layers = {path: layer_of(module, "weight") for path, module in model.named_modules()}
-    packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}
-    for module in model.modules():
-        if (slot := slot_of(module)) is not None and slot.state.made_dense:
-            raise QuantizationError(f"{MERGED}, because unmerging would restore quantized codes")
-    for path in packed:
-        _check_unmerged(model.get_submodule(path))
-    modules = {path: model.get_submodule(path) for path in packed}
-    dense = [
-        dense_linear(layer.unpack(modules[path]), layer.dtype(modules[path]) or dtype) for path, layer in packed.items()
-    ]
-    with Journal() as journal:
-        for module, new in zip(modules.values(), dense, strict=True):
-            replace_in_place(journal, module, new.train(module.training))
-        note_form(journal, model, list(packed))
-    return model
+    with changing(model):
+        check_readable(model)
+        dtype = floating_dtype(module for module in model.modules() if not isinstance(module, AdapterModules))
+        layers = {path: layer_of(module, "weight") for path, module in model.named_modules()}
+        packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}
+        for module in model.modules():
+            if (slot := slot_of(module)) is not None and slot.state.made_dense:
+                raise QuantizationError(f"{MERGED}, because unmerging would restore quantized codes")
+        for path in packed:
+            _check_unmerged(model.get_submodule(path))
+        modules = {path: model.get_submodule(path) for path in packed}
+        check_room(
+            totals(
+                (layer.like(module, "weight").device, layer.shape(module, "weight").numel() * width.itemsize)
+                for path, layer in packed.items()
+                for module in [modules[path]]
+                for width in [layer.dtype(module) or dtype]
+            ),
+            "making the weights dense",
+            "Move the model to the CPU first",
+        )
+        dense = [
+            dense_linear(layer.unpack(modules[path]), layer.dtype(modules[path]) or dtype)
+            for path, layer in packed.items()
+        ]
+        with Journal() as journal:
+            for module, new in zip(modules.values(), dense, strict=True):
+                replace_in_place(journal, module, new.train(module.training))
+            note_form(journal, model, list(packed))
+        return model
 
 
 def _check_unmerged(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from peftcore.errors import UnsupportedHost
 from peftcore.injection.injection import injections
 from peftcore.layers.adapter_modules import ADAPTER_MODULES
+from peftcore.layers.model_locks import changing
 from peftcore.utils.journal import Journal
 
 Ranges = Sequence[Sequence[int]]
@@ -34,26 +35,27 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
         UnsupportedHost: the model lacks a list of layers, or has several; a range is outside of the list; or the model
             is adapted already.
     """
-    if injections(model):
-        raise UnsupportedHost("layers can be replicated only in a model without adapters: remove() them first")
-    path = _stack(model) if path is None else path
-    layers = model.get_submodule(path)
-    numbers = [number for start, stop in ranges for number in range(start, stop)]
-    if not isinstance(layers, nn.ModuleList) or not numbers or not all(0 <= n < len(layers) for n in numbers):
-        raise UnsupportedHost(
-            f"{path} has no layers {ranges}; it is a {type(layers).__name__} of {_length(layers)}. Pass ranges of "
-            "existing layers"
-        )
-    parent, _, name = path.rpartition(".")
-    made = nn.ModuleList(_again(layers[number], index) for index, number in enumerate(numbers))
-    made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
-    config: Any = getattr(model, "config", None)
-    with Journal() as journal:
-        journal.set(model.get_submodule(parent), name, made)
-        if getattr(config, "num_hidden_layers", None) is not None:
-            journal.set(config, "num_hidden_layers", len(numbers))
-        if isinstance(kinds := getattr(config, "layer_types", None), list):
-            journal.set(config, "layer_types", [kinds[number] for number in numbers])
+    with changing(model):
+        if injections(model):
+            raise UnsupportedHost("layers can be replicated only in a model without adapters: remove() them first")
+        path = _stack(model) if path is None else path
+        layers = model.get_submodule(path)
+        numbers = [number for start, stop in ranges for number in range(start, stop)]
+        if not isinstance(layers, nn.ModuleList) or not numbers or not all(0 <= n < len(layers) for n in numbers):
+            raise UnsupportedHost(
+                f"{path} has no layers {ranges}; it is a {type(layers).__name__} of {_length(layers)}. Pass ranges of "
+                "existing layers"
+            )
+        parent, _, name = path.rpartition(".")
+        made = nn.ModuleList(_again(layers[number], index) for index, number in enumerate(numbers))
+        made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
+        config: Any = getattr(model, "config", None)
+        with Journal() as journal:
+            journal.set(model.get_submodule(parent), name, made)
+            if getattr(config, "num_hidden_layers", None) is not None:
+                journal.set(config, "num_hidden_layers", len(numbers))
+            if isinstance(kinds := getattr(config, "layer_types", None), list):
+                journal.set(config, "layer_types", [kinds[number] for number in numbers])
 
 
 def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:

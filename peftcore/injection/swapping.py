@@ -17,7 +17,6 @@ from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.operators import Checked, Shared, _Base
 from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import SwapError
-from peftcore.forward.context.context import drop_interrupted
 from peftcore.forward.context.taps import Tap
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.tensors.view import TORCHS
@@ -246,20 +245,14 @@ def exchanging(state: HostState, name: str) -> Iterator[None]:
     Raises:
         SwapError: a forward that uses the injection is running, or a call of `using` that names it has not ended.
     """
-    drop_interrupted()
-    with state.swap_lock:
-        try:
-            state.swapping = frozenset({name})
-            forwards = [each.choice for each in list(state.running.values()) if each.open]
-            if any(choice is not None and name in choice.named for choice in (*forwards, *state.choices.called())):
-                raise SwapError(
-                    f"{name!r} is in use: a forward or a call of peftcore.using that names it has not ended, and would "
-                    f"compute with old and new values. Swap between calls; if calls always overlap, {LOAD}, and use "
-                    "that name in new calls"
-                )
-            yield
-        finally:
-            state.swapping = frozenset()
+    with state.exchanging(name) as forwards:
+        if any(name in choice.named for choice in (*forwards, *state.choices.called())):
+            raise SwapError(
+                f"{name!r} is in use: a forward or a call of peftcore.using that names it has not ended, and would "
+                f"compute with old and new values. Swap between calls; if calls always overlap, {LOAD}, and use that "
+                "name in new calls"
+            )
+        yield
 
 
 def write(mine: AppliedMethod, swap: Swap) -> None:

@@ -248,10 +248,10 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
     choice = Choice(active, None, {}, composition)
     _check(state, choice)
     for stack in [active] if composition is None else branches([composition]):
-        for slot in state.slots if len(stack) > 1 else ():
+        for slot in [*state.slots] if len(stack) > 1 else ():  # another thread may add some
             slot.check_stack(stack)
     if composition is not None:
-        for slot in state.slots:
+        for slot in [*state.slots]:
             slot.check_mixed(composition, active)
     return state, lambda before: replace(choice, context=before.context)
 

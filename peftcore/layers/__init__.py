@@ -5,6 +5,7 @@ It may import `utils` and `peftcore.errors`. In the order of reading:
 - `pieces`: parameters that are partitioned over processes (FSDP2, tensor parallelism, ZeRO-3).
 - `fsdp`: models whose parameters are sharded over processes.
 - `adapter_modules`: the modules in which operators live.
+- `model_locks`: locks that a thread holds while it changes a model.
 - `kernels`: fused kernels, each with an equal plain form.
 - `computed_tensors`: tensors that a module computes from others (weight norm, pruning).
 - `layer`: `Layer`, the interface of all layers.

@@ -112,9 +112,11 @@ def shapes_are_told_without_unpacking(case: QuantizerCase) -> None:
 
 
 @check(
-    "quantize keeps modules, hooks, biases, modes and all other modules",
-    cause="the module goes round torch's `__call__`, or brings a bias or hooks of its own",
-    remedy="define `forward` alone, and register a bias of None: the layer's own is put there",
+    "quantize keeps modules, hooks, biases, modes, all other modules and torch's random state",
+    cause="the module goes round torch's `__call__`, or has a bias or hooks of its own, or initializes a weight that "
+    "is then replaced",
+    remedy="define `forward` alone, and register a bias of None: the layer's own is put there; build a module of "
+    'another library with device="meta"',
 )
 def quantize_keeps_what_stands_there(case: QuantizerCase) -> None:
     model, seen = case.dense(), list[Any]()
@@ -122,7 +124,9 @@ def quantize_keeps_what_stands_there(case: QuantizerCase) -> None:
     model.second.train()
     first.register_forward_hook(lambda module, inputs, output: seen.append(module))
     first.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    drawn = torch.random.get_rng_state()
     quantize(model, case.name, **case.options)
+    case.expect(torch.equal(torch.random.get_rng_state(), drawn), "torch's random state changed")
     case.expect(model.first is first and first.bias is bias, "the module or its bias is another one")
     case.expect(all(layer_of(model.get_submodule(path), "weight").packed for path in LINEAR), "not all are packed")
     case.expect((model.training, first.training, model.second.training) == (False, False, True), "modes changed")

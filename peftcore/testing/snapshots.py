@@ -194,7 +194,7 @@ def described(value: Any, depth: int = DEPTH) -> Any:
     if isinstance(value, partial):
         return "partial", described(value.func, depth - 1), [described(each, depth - 1) for each in value.args]
     if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType | type):
-        return getattr(value, "__qualname__", repr(value))
+        return value.__qualname__
     if isinstance(value, Mapping):
         return type(value).__name__, [
             (described(key, depth - 1), described(each, depth - 1)) for key, each in list(value.items())

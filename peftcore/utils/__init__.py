@@ -8,6 +8,7 @@ It may import `peftcore.errors` only. In the order of reading:
 - `autocast`: the dtype under autocast.
 - `packages`: which Python packages are installed.
 - `numbers`: formats numbers for people.
+- `device_memory`: checks that new tensors fit into the memory of their devices.
 - `quiet`: silences other libraries.
 - `yaml_values`: values that users write in YAML.
 - `journal`: writes that are undone together, after an error or later.

@@ -110,6 +110,7 @@ def test_a_part_of_a_change_is_merged(method: str, weight: float) -> None:
     change = peftcore.deltas(source)
     source.merge("record", weight=weight)
     for path, delta in change.items():
+        assert not delta.requires_grad
         key = path if path.endswith(".bias") else f"{path}.weight"
         assert close(model.state_dict()[key], base[key] + weight * delta)
     with source.disabled():

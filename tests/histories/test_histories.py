@@ -12,10 +12,13 @@ from history_machine import History
 from history_peft import PeftHistory
 from history_rows import RowHistory
 from history_tables import TableHistory
+from history_threads import History as ThreadHistory
 from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis import seed as seeded
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from slowly import quick
+
+from peftcore.errors import PeftcoreError
 
 SEED = int(os.environ.get("PEFTCORE_HISTORIES_SEED") or "0")
 MINUTES = float(os.environ.get("PEFTCORE_HISTORIES_MINUTES") or "0")
@@ -65,6 +68,23 @@ def test_histories(kind: str, part: int) -> None:
     run(KINDS[kind], 1000 * SEED + part)
 
 
+@pytest.mark.parametrize("part", quick(range(5), range(1)))
+def test_histories_of_threads(part: int) -> None:
+    for seed in range(10):
+        ThreadHistory(1000 * SEED + 10 * part + seed).check()
+
+
+def test_without_locks_of_models_threads_mix_their_changes() -> None:
+    """What the histories of threads are for: without locks some end as no order of the operations does."""
+    for seed in range(100):
+        try:
+            ThreadHistory(seed, excludes=False).check()
+        except Exception as error:
+            if not isinstance(error, PeftcoreError):
+                return
+    raise AssertionError("none of these histories needs a lock")
+
+
 @pytest.mark.skipif(not MINUTES, reason="make histories says for how long")
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_histories(kind: str) -> None:
@@ -74,6 +94,16 @@ def test_more_histories(kind: str) -> None:
         run(KINDS[kind], seed)
         seed += 1
     print(f"{KINDS[kind].each * (seed - 1000 * SEED - 100)} histories of {kind}")
+
+
+@pytest.mark.skipif(not MINUTES, reason="make histories says for how long")
+def test_more_histories_of_threads() -> None:
+    end, first = time.monotonic() + 60 * MINUTES / len(KINDS), 100_000 * SEED + 1000
+    seed = first
+    while time.monotonic() < end:
+        ThreadHistory(seed).check()
+        seed += 1
+    print(f"{seed - first} histories of threads")
 
 
 def test_a_failing_history_prints_a_script() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from core_toys import perceptron
 from fault_scenes import CASES
+from fault_scenes_outside import OUTSIDE
 from torch import nn
 
 from peftcore.files.safe_io import write_text
@@ -273,10 +274,10 @@ def test_copies_are_compared_by_their_values_and_one_scene_by_its_objects(tmp_pa
     assert before.differences(snapshot(other)) == ["second.bias", "optimizer 0, parameter 3", "outputs"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *OUTSIDE])
 def test_a_share_of_the_core(name: str) -> None:
     """All of them: ``make faults``."""
-    case = CASES[name]
+    case = {**CASES, **OUTSIDE}[name]
     report = inject_faults(
         case.operation,
         case.make,

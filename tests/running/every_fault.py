@@ -5,9 +5,9 @@ exit status is 1 if there is any.
     python tests/running/every_fault.py --methods [PART OF A NAME ...] [--most 3]
 
 With `--methods` the operations are those of each method's life (`peftcore.testing.checks_faults`) on one host, else
-those of the core (`fault_scenes`). `--every 10` takes a tenth of the faults, `--most 3` no more than three of each kind
-of point, by the seed. After `--seconds` no further one is tried; operations follow each
-other in an order by the seed then.
+those of the core (`fault_scenes`) and those with other libraries (`fault_scenes_outside`). `--every 10` takes a tenth
+of the faults, `--most 3` no more than three of each kind of point, by the seed. After `--seconds` no further one is
+tried; operations follow each other in an order by the seed then.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests/toys"))
 
 from declared_cases import declared  # noqa: E402
 from fault_scenes import CASES  # noqa: E402
+from fault_scenes_outside import OUTSIDE  # noqa: E402
 
 import peftcore  # noqa: E402
 from peftcore.testing.checks_faults import break_step, life  # noqa: E402
@@ -39,13 +40,14 @@ Run = Callable[..., FaultReport]
 
 
 def of_the_core() -> dict[str, Run]:
-    """The operations of `fault_scenes`, by name."""
+    """The operations of `fault_scenes` and `fault_scenes_outside`, by name."""
+    cases = CASES | OUTSIDE
 
     def broken(name: str) -> Run:
-        case = CASES[name]
+        case = cases[name]
         return partial(inject_faults, case.operation, case.make, name=name, leave=case.leave, ends=case.ends)
 
-    return {name: broken(name) for name in CASES}
+    return {name: broken(name) for name in cases}
 
 
 def of_methods() -> dict[str, Run]:

@@ -137,6 +137,12 @@ def packed(scheme: str, model: nn.Module) -> None:
     peftcore.quantize(model, scheme, target=AT["target"])
 
 
+def packed_and_run(scheme: str, model: nn.Module) -> None:
+    """Packs the model, and runs it once: some libraries prepare a layer in its first forward."""
+    packed(scheme, model)
+    outputs(model)
+
+
 def merged(model: nn.Module, **how: Any) -> None:
     a(model).merge(**how)
 
@@ -191,14 +197,16 @@ def _merging() -> dict[str, Case]:
     for way in WAYS:
         left = () if way in BY_PARAMETRIZATION else ("layers.0.self_attn.q_proj.weight",)  # of the last forward
         found[f"merge where {way} computes the weight"] = Case(scene("a", way=way), on_a(lambda i: i.merge()), left)
-    for scheme in ("int8", "nf4"):
+    schemes = ("int8", "nf4", "hqq-8", "nf4-icq", "bnb-nf4", "bnb-fp4", "bnb-int8", "torchao-int8", "torchao-float8")
+    for scheme in filter(peftcore.schemes().__contains__, schemes):
         for into in ("float", "same"):
             how = {"into": into, "max_error": 10.0}
-            begun = partial(packed, scheme)
+            begun = partial(packed_and_run, scheme)
 
             def then(model: nn.Module, begun: Any = begun, how: Any = how) -> None:
                 begun(model)
                 merged(model, **how)
+                outputs(model)
 
             found[f"merge into {scheme}, into={into!r}"] = Case(scene("a", then=begun), on_a(partial(_merge, **how)))
             found[f"unmerge from {scheme}, into={into!r}"] = Case(scene("a", then=then), on_a(lambda i: i.unmerge()))
@@ -211,11 +219,11 @@ def _merge(injection: peftcore.Injection, **how: Any) -> None:
 
 def _packing() -> dict[str, Case]:
     found = {}
-    for scheme in ("int8", "nf4", "hqq-8", "nf4-icq", "torchao-int8"):
+    for scheme in ("int8", "nf4", "hqq-8", "nf4-icq", "torchao-int8", "bnb-nf4", "bnb-int8"):
         if scheme in peftcore.schemes():
             found[f"quantize to {scheme}"] = Case(scene("a"), on_model(partial(packed, scheme)))
             found[f"dequantize from {scheme}"] = Case(
-                scene("a", then=partial(packed, scheme)), on_model(peftcore.dequantize)
+                scene("a", then=partial(packed_and_run, scheme)), on_model(peftcore.dequantize)
             )
     found["quantize for loftq"] = Case(scene("a", method="loftq"), on_model(partial(packed, "nf4")))
     return found

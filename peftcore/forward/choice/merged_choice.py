@@ -56,7 +56,8 @@ def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterat
         elif name not in choice.active:
             yield name, f"the chosen adapters ({', '.join(choice.active)}) do not include it", "activate it first"
         else:
-            waiting = [each for each in choice.active if each not in merged]
+            # One that was removed meanwhile acts nowhere: a forward under this choice raises UnknownInjection.
+            waiting = [each for each in choice.active if each in injections and each not in merged]
             for other in _before(injections, name, waiting) if waiting else ():
                 yield name, f"{other!r} was applied before it and acts on the same weights", f"merge {other!r} first"
 

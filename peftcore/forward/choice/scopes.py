@@ -294,6 +294,15 @@ class Choices:
         return self.everybody[-1].block if HERE.token is self.owner else None
 
     def _set(self, choice: Choice) -> Statement:
+        with _LOCK:  # no merge in another thread comes in between
+            self.host.check_merged(choice)
+            statement = self._make(choice)
+            published = self._make_current()
+        if published:
+            self.host.replan()
+        return statement
+
+    def _make(self, choice: Choice) -> Statement:
         _disturb()
         scopes = self._open_scopes()
         over = self.own_scopes()[len(scopes) :]
@@ -310,10 +319,8 @@ class Choices:
         if over:
             self._write(())
         _THREAD.set(self.owner)
-        with _LOCK:
-            before = self.everybody[-1]
-            made = self.everybody[-1] = Scope(choice, before.block)
-        self._publish()
+        before = self.everybody[-1]
+        made = self.everybody[-1] = Scope(choice, before.block)
         return Statement(made, before, over)
 
     def undo(self, statement: Statement) -> None:
@@ -346,14 +353,21 @@ class Choices:
                 return self._open(choice)
 
     def _open(self, choice: Choice) -> ChoiceBlock:
+        with _LOCK:  # as in `_set`
+            self.host.check_merged(choice)
+            block = self._begin_block(choice)
+            published = self._make_current()
+        if published:
+            self.host.replan()
+        return block
+
+    def _begin_block(self, choice: Choice) -> ChoiceBlock:
         _disturb()
         scopes, place = self._live_scopes(), _place()
         owned = HERE.token is self.owner
         if owned and place[1] is None and not scopes:
             block = ChoiceBlock(choice, place)
-            with _LOCK:
-                self.everybody.append(Scope(choice, block))
-            self._publish()
+            self.everybody.append(Scope(choice, block))
             return block
         block = self._enlisted(
             ChoiceBlock(choice, place, frozenset(threading.enumerate()), owned and place[1] is not None)
@@ -386,8 +400,9 @@ class Choices:
     @contextmanager
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
         """Context manager in which a choice holds only for the code that this thread calls."""
-        self.host.check_merged(choice)
-        block = self._enlisted(ChoiceBlock(choice, _place(), before))
+        with _LOCK:  # as in `_set`
+            self.host.check_merged(choice)
+            block = self._enlisted(ChoiceBlock(choice, _place(), before))
         block.calls = True
         scopes, traced = self._live_scopes(), HERE.traced
         try:
@@ -440,14 +455,25 @@ class Choices:
                 block.choice = choice
 
     def _publish(self) -> None:
-        """Make the innermost shared choice the current one."""
+        """Make the innermost shared choice the current one, and plan for it."""
         with _LOCK:
-            self.everybody[1:] = [each for each in self.everybody[1:] if each.block.open]
-            choice = self.everybody[-1].choice
-            if choice is self.choice:
-                return
-            self.choice = choice
-        self.host.replan()
+            published = self._make_current()
+        if published:
+            self.host.replan()
+
+    def _make_current(self) -> bool:
+        """Make the innermost shared choice the current one, with `_LOCK` held; returns whether it is another one."""
+        self.everybody[1:] = [each for each in self.everybody[1:] if each.block.open]
+        choice = self.everybody[-1].choice
+        if choice is self.choice:
+            return False
+        self.choice = choice
+        return True
+
+    @staticmethod
+    def unchanged() -> AbstractContextManager[object]:
+        """Returns the context manager in which no thread begins a choice."""
+        return _LOCK
 
     # ----------------------------------------------------------------------------------- injections that come and go
 
@@ -464,17 +490,29 @@ class Choices:
             The stack, the new one included.
         """
         _disturb()
-        scopes, owned = list(self._open_scopes()), HERE.token is self.owner
-        if not owned and not any(_is_stack(each.choice) for each in scopes) and _is_stack(self.choice):
-            scopes.insert(0, Scope(self.choice, self._enlisted(ChoiceBlock(self.choice, _place()))))
-        stack = _joined(scopes, name, instead)
-        self._write(scopes)
-        if stack is None and owned:
-            with _LOCK:
-                stack = _joined(self.everybody, name, instead)
-            self._publish()
+        with _LOCK:
+            scopes, everybody, stack = self._joining(name, instead)
+            if len(scopes) > len(self._open_scopes()):
+                self._enlisted(scopes[0].block)
+            self._write(scopes)
+            self.everybody[:] = everybody
+            self._make_current()
         self.host.replan()
-        return (name,) if stack is None else stack
+        return stack
+
+    def joined(self, name: str, instead: Collection[str] = ()) -> Active:
+        """Returns the stack that `add` would return; nothing is changed."""
+        return self._joining(name, instead)[2]
+
+    def _joining(self, name: str, instead: Collection[str]) -> tuple[list[Scope], list[Scope], Active]:
+        """Returns the scopes of this thread or task, the shared ones, and the stack, with a new injection added."""
+        scopes, everybody, owned = list(self._open_scopes()), list(self.everybody), HERE.token is self.owner
+        if not owned and not any(_is_stack(each.choice) for each in scopes) and _is_stack(self.choice):
+            scopes.insert(0, Scope(self.choice, ChoiceBlock(self.choice, _place())))
+        stack = _joined(scopes, name, instead)
+        if stack is None and owned:
+            stack = _joined(everybody, name, instead)
+        return scopes, everybody, (name,) if stack is None else stack
 
     def check_free(self, names: Iterable[str]) -> None:
         """Check that injections may be removed.
@@ -513,19 +551,24 @@ class Choices:
         return self.own_scopes(), tuple(self.everybody if HERE.token is self.owner else self.everybody[:shared])
 
     def restore(self, saved: tuple[Scopes, Scopes]) -> None:
-        """Restore the choices that `saved` returned. Does not plan the slots again."""
+        """Restore the choices that `saved` returned, the shared ones without injections that another thread has removed
+        since. Does not plan the slots again."""
         _disturb()
         self._write(saved[0])
         if saved[1]:
             with _LOCK:
                 end = len(self.everybody if HERE.token is self.owner else saved[1])  # others' are not in what was saved
-                self.everybody[:end] = saved[1]
+                self.everybody[:end] = map(self._of_present, saved[1])
                 self.choice = self.everybody[-1].choice
 
     def elsewhere(self) -> bool:
         """Whether other threads or tasks have open blocks, which may name removed injections."""
         mine = {id(each.block) for each in self.own_scopes()}
         return (HERE.token is not self.owner and len(self.everybody) > 1) or bool(self.own.keys() - mine)
+
+    def _of_present(self, scope: Scope) -> Scope:
+        choice = self._present(scope.choice)
+        return scope if choice is scope.choice else Scope(choice, scope.block)
 
     def _present(self, choice: Choice) -> Choice:
         for name in choice.active:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, MutableMapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,10 +25,11 @@ from peftcore.forward.choice.merged_choice import check_choice
 from peftcore.forward.choice.residency import Residency
 from peftcore.forward.choice.scopes import ChoiceBlock, Choices
 from peftcore.forward.choice.unused_parameters import check_all_act
-from peftcore.forward.context.context import ForwardContext, graph_task
+from peftcore.forward.context.context import ForwardContext, drop_interrupted, graph_task
 from peftcore.forward.state.generate import GeneratesFromCache
 from peftcore.forward.state.recorder import Recorder, replayed
 from peftcore.layers.adapter_modules import note_lacking
+from peftcore.layers.model_locks import changing
 from peftcore.libraries.admission import Admitted
 from peftcore.libraries.instance_methods import give_methods_back, replace_methods
 from peftcore.libraries.save_pretrained import SavesBase
@@ -114,7 +115,7 @@ class HostState:
     """The forwards of the host that run now, in all threads, by id; forwards of compiled models are not included."""
 
     swapping: frozenset[str] = frozenset()
-    """The injections whose values are being exchanged now, by the thread that holds `swap_lock`."""
+    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`."""
 
     swap_lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -142,12 +143,32 @@ class HostState:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on the host: opens a forward context. A host without injections keeps the hook while a
         thread or task may still choose a removed injection, so that its forward raises an error."""
-        if not self.injections and self.residency is None and not self.current() and not self.choices.elsewhere():
-            drop_state(Journal(), model)
-            return
+        if not self.injections:
+            with changing(model):  # waits while another thread applies an adapter
+                if drop_unused(Journal(), model):
+                    return
         choice = self.recorder.enter(self, model, args, kwargs)
         if len(self.injections) > 1 and choice is not None:
             check_all_act(model, self.injections, self.unmerged(choice.acting))
+
+    def can_go(self) -> bool:
+        """Whether no thread needs the state of a host without injections: no limit is set, no thread or task chose a
+        removed injection, and no forward runs, whose context the state has to close."""
+        return self.residency is None and not self.choices.elsewhere() and not self.running
+
+    @contextmanager
+    def exchanging(self, name: str) -> Iterator[list[Choice]]:
+        """Context manager in which this thread changes what an injection computes, and in which forwards that name the
+        injection wait before they begin. Yields the choices of the forwards that already run, in all threads."""
+        drop_interrupted()
+        with self.swap_lock:
+            before = self.swapping
+            try:
+                self.swapping = before | {name}
+                forwards = [each.choice for each in list(self.running.values()) if each.open]
+                yield [] if name in before else [choice for choice in forwards if choice is not None]
+            finally:
+                self.swapping = before
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook on the host: closes the context, also when the forward raised."""
@@ -254,7 +275,7 @@ class HostState:
         Raises:
             UnknownInjection: the operator belongs to no injection of the host.
         """
-        for name, injection in self.injections.items():
+        for name, injection in [*self.injections.items()]:
             if any(graft.operator is operator for graft in injection.grafts):
                 return name
         raise UnknownInjection(
@@ -265,13 +286,13 @@ class HostState:
     def ordered(self, names: Iterable[str]) -> Active:
         """Returns names of injections in the order in which they were applied."""
         wanted = set(names)
-        return tuple(name for name in self.injections if name in wanted)
+        return tuple(name for name in [*self.injections] if name in wanted)  # another thread may add one
 
     def together(self, stack: Active, name: str) -> Active:
         """Returns the stack that is active while a new injection reads data: the injection alone, if it cannot act
         together with the others."""
         try:
-            for slot in self.slots:
+            for slot in [*self.slots]:
                 slot.check_stack(stack)
         except CompositionError:
             return (name,)
@@ -285,7 +306,7 @@ class HostState:
         with suppress(
             MergeError, CompositionError
         ):  # likewise: a merge outlives its block, a new one overrides another
-            for slot in self.slots:
+            for slot in [*self.slots]:  # another thread may add some
                 slot.plan(choice)
 
     def forget(self, journal: Journal, name: str) -> None:
@@ -317,6 +338,7 @@ def ensure_state(
     """Returns the host's state, which is created if missing. From then on each forward of the host opens a context,
     `loaded` runs after a state dict was loaded, modules with ``save_pretrained`` save themselves without adapters, and
     ``generate`` computes effective weights once per call."""
+    drop_unused(journal, model)  # a new state has a new owner
     state = state_of(model)
     if state is None:
         state = HostState(tokens=token_count(model), loaded=loaded)
@@ -336,6 +358,15 @@ def _adapt(model: nn.Module, state: HostState | None) -> None:
     model.register_load_state_dict_pre_hook(note_lacking)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(state.loaded)  # type: ignore[no-untyped-call]
     return None
+
+
+def drop_unused(journal: Journal, model: nn.Module) -> bool:
+    """Remove the state of a host if nothing needs it any more; returns whether it was removed."""
+    state = state_of(model)
+    if state is None or state.injections or not state.can_go() or state.choices.around().acting:
+        return False
+    drop_state(journal, model)
+    return True
 
 
 def drop_state(journal: Journal, model: nn.Module) -> None:

@@ -131,12 +131,16 @@ class Slot:
 
     def plan(self, choice: Choice) -> None:
         """Plan ahead for the choice of the host's owner."""
+        plans = self.plans
         self.planned = self._plan(choice)
+        if self.plans is not plans:  # another thread called `changed` meanwhile: the plan may be one of before
+            self.planned = None
 
     def _plan(self, choice: Choice) -> ModulePlan:
-        plan = self.plans.get(choice.key)
+        plans = self.plans  # read once: `changed` in another thread puts others in their place, without this plan
+        plan = plans.get(choice.key)
         if plan is None:
-            plan = self.plans[choice.key] = self._make_plan(choice)
+            plan = plans[choice.key] = self._make_plan(choice)
         return plan
 
     def _make_plan(self, choice: Choice) -> ModulePlan:
@@ -234,7 +238,8 @@ class Slot:
 
     def changed(self) -> None:
         """Drop all plans and cached values."""
-        self.planned, self.plans, self.asked, self.edition = None, {}, {}, object()
+        self.plans, self.asked, self.edition = {}, {}, object()
+        self.planned = None  # last: see `plan`
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plans": {}, "asked": {}}

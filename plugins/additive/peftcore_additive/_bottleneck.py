@@ -1,5 +1,5 @@
-"""The bottleneck that serial adapters have in common: two linear maps with a non-linearity between, and optionally a
-layer norm, a scale and stochastic depth."""
+"""The common bottleneck of serial adapters: two linear maps with a non-linearity between them, and optionally a layer
+norm, a scale and stochastic depth."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ Scale = PositiveFloat | Literal["learned", "channel"]
 
 
 def width_of(site: Site) -> int:
-    """Return the number of features that an adapter reads and adds: of a block, of inputs, or else of outputs."""
+    """Return the number of features that an adapter reads and adds at a site: the width of a block, the number of
+    inputs, or else the number of outputs."""
     width = site.width if isinstance(site, BlockSite | BranchSite) else 0
     return width or site.out_features
 
 
 def learned_scale(scale: Scale, width: int) -> int:
-    """Return how many numbers of a scale train: none, one, or one for each of the features."""
+    """Return the number of trained parameters of a scale: none, one, or one for each feature."""
     return {"learned": 1, "channel": width}.get(str(scale), 0)
 
 
@@ -37,7 +38,7 @@ def draw(weight: Tensor, std: float, start: Start) -> None:
 
 
 def cast_linear(operator: Operator, linear: nn.Linear, x: Tensor) -> Tensor:
-    """Return a linear map of an operator, computed in the dtype of its input."""
+    """Return the output of a linear layer that belongs to an operator, computed in the dtype of the input."""
     held = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
     return nn.functional.linear(x, *operator.cast(x, *held))
 
@@ -66,7 +67,7 @@ class BottleneckOperator(AtBranchEnd):
         return self.layer.channels_back(self.bottleneck(self.layer.channels_last(h)))
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """Map [..., d] to [..., d] through r numbers."""
+        """Map [..., d] to [..., d] through the bottleneck of width r."""
         return cast_linear(self, self.up, self.activation(cast_linear(self, self.down, h)))
 
 

@@ -13,12 +13,12 @@ from peftcore.author import InstanceOperator, forward_context
 
 
 class Summary(NamedTuple):
-    """The result of one pass over the texts of a batch: the state of one token of each."""
+    """The result of one pass over the texts of a batch: the state of one token of each text."""
 
     state: Tensor
     """``[batch, width]``, without gradients."""
     at: Tensor
-    """``[batch]``: the column of the token whose state it is."""
+    """``[batch]``: the positions of the tokens whose states these are."""
 
     def same(self, states: Tensor) -> Tensor:
         """Return the states ``[batch, width]`` of the same tokens in another pass ``[batch, tokens, width]``."""
@@ -38,5 +38,6 @@ def first_pass(operator: InstanceOperator, call: Callable[..., Any], given: Mapp
 
 
 def of(states: Tensor, at: Tensor) -> Tensor:
-    """Return the state of one token of each text."""
+    """Return the states ``[batch, width]`` of the tokens at positions `at` ``[batch]``, from ``[batch, tokens,
+    width]``."""
     return states[torch.arange(len(states), device=states.device), at]

@@ -1,4 +1,4 @@
-"""The start of soft prompts: embeddings of tokens, drawn or given."""
+"""The start of soft prompts from embeddings of given or randomly drawn tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from peftcore.errors import ConfigError
 
 
 def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) -> Tensor:
-    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut; without ids, those of randomly drawn
-    tokens, all different if the vocabulary is large enough. The result is a new float32 tensor.
+    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut to the length; without ids, the
+    embeddings of randomly drawn tokens, all different if the vocabulary is large enough. The result is a new float32
+    tensor.
 
     Raises:
         ConfigError: an id is outside of the vocabulary.

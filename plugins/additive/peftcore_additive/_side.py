@@ -40,8 +40,8 @@ class SideBlock(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """A transformer block like BERT's, w wide: attention, then a feed-forward four times as wide, each with a residual
-    sum and a norm behind it."""
+    """A transformer block like BERT's, w wide: attention, then a feed-forward with an inner width of 4 w, each followed
+    by a residual sum and a norm."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class PostNormBlock(nn.Module):
 
 
 def attended(qkv: Tensor, heads: int, visible: Tensor, cache: Any, dropout: float = 0.0) -> Tensor:
-    """Return the attention of tokens to the tokens that are `visible` to them ``[.., 1, tokens, held + tokens]``: their
-    queries, keys and values ``[batch, tokens, 3 w]`` to ``[batch, tokens, w]``. A layer of a `cache` holds earlier
-    ones."""
+    """Return the attention's output ``[batch, tokens, w]`` for queries, keys and values ``[batch, tokens, 3 w]``.
+    `visible` ``[.., 1, tokens, held + tokens]`` is True where a token attends to another; a layer of a `cache` stores
+    the keys and values of earlier tokens."""
     parts = qkv.unflatten(-1, (3, heads, -1))  # [batch, tokens, 3, heads, w / heads]
     query, key, value = parts.permute(2, 0, 3, 1, 4)
     key, value = (key, value) if cache is None else cache.update(key, value)
@@ -70,8 +70,8 @@ def attended(qkv: Tensor, heads: int, visible: Tensor, cache: Any, dropout: floa
 
 
 class Ends(torch.autograd.Function):
-    """Returns h as a function of x whose gradient ends here: reentrant checkpoints want outputs that require a gradient
-    where their inputs do."""
+    """Returns h as a function of x that passes no gradient to x. Reentrant checkpoints need this: their outputs must
+    require a gradient if their inputs do."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor) -> Tensor:
@@ -84,25 +84,26 @@ class Ends(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SideLayer:
-    """A layer of the model's cache, for an operator that is given all rows of the batch or some of them."""
+    """A layer of the model's cache for a side network; it works for operators that get all rows of the batch or only
+    some."""
 
     kept: Any
-    """Transformers' own, which holds all rows."""
+    """The transformers cache layer, which stores all rows."""
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens; return those of all tokens so far."""
+        """Add the keys and values of new tokens, and return the keys and values of all tokens so far."""
         keys, values = forward_context().keep_rows(self.kept.update, key, value)
         return keys, values
 
     def get_seq_length(self) -> Any:
-        """Return how many tokens it holds."""
+        """Return how many tokens the layer stores."""
         return self.kept.get_seq_length()
 
 
 def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[SideLayer]:
-    """Return the `count` cache layers of the network with a stamp, and create them in a cache that lacks them. The list
-    is empty if `given`, the block's arguments by name, is without a cache. The host's own layers, `blocks` of them,
-    precede the side layers."""
+    """Return the `count` cache layers of the side network with this stamp, and create them in a cache that lacks them.
+    The list is empty if the block's arguments `given` do not contain a cache. The host's own layers, `blocks` of them,
+    precede the side layers in the cache."""
     cache = cache_in(given)
     if cache is None:
         return []
@@ -123,7 +124,8 @@ def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -
 
 
 def held_by(layers: list[SideLayer], held: int) -> int:
-    """Return how many tokens the cache layers hold, which has to be the number in the model's own layers (`held`).
+    """Return how many tokens the side layers of the cache store; it must equal `held`, the number in the model's own
+    layers.
 
     Raises:
         SequenceError: the numbers differ.

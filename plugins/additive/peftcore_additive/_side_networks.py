@@ -38,14 +38,14 @@ class BesideOperator(Operator):
         return None
 
     def answer(self, states: list[Tensor], told: Any) -> Tensor:
-        """Map the states ``[..., d]`` before the first block and behind each block to the replacement of the last
-        state, in its shape or with its positions flattened."""
+        """Map the states ``[..., d]`` before the first block and after each block to the replacement of the last state.
+        It has the shape of that state, or flattened positions."""
         raise NotImplementedError
 
 
 def beside(surgeon: Surgeon) -> list[tuple[BlockSite, list[Tap]]]:
-    """Return the blocks that the model answers from, each with taps for the states before the first block and behind
-    each block up to itself."""
+    """Return the target blocks that collect states, each with taps for the states before the first block and after each
+    block up to itself."""
     sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
     taps = [Tap(until_backward=True) for _ in (None, *sites)]
     return [(site, taps[:number]) for number, site in enumerate(sites, 2)]

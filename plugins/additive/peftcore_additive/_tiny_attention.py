@@ -1,4 +1,5 @@
-"""A very narrow attention in parallel with the stream, its layers in the model's cache, and the place of the stream."""
+"""A very narrow attention in parallel with the stream, its layers in the model's cache, and a function that finds the
+stream in a block."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from peftcore_additive._bottleneck import width_of
 from peftcore_additive._side import SideLayer, side_layers
 
 JOINED = "joined"
-"""The form of the site of the norm behind the sum of stream and attention."""
+"""The form of a site at the norm after the sum of stream and attention."""
 
 
 class TinyAttention(nn.Module):
@@ -53,20 +54,21 @@ class TinyAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Room:
-    """The cache of keys and values of earlier tokens: layers that follow the model's own in its cache."""
+    """The cache for keys and values of earlier tokens: its layers follow the model's own layers in the model's
+    cache."""
 
     count: int
     blocks: int
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def layers(self, given: dict[str, Any]) -> list[SideLayer]:
-        """Return these layers of the cache in a block's arguments; an empty list without a cache."""
+        """Return this network's layers of the cache among a block's arguments; an empty list without a cache."""
         return side_layers(given, self.stamp, self.count, self.blocks)
 
 
 def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
-    """Return the end of an attention with the modules at which its stream can be read, and whether the attention's
-    output there is already the stream.
+    """Return the site at the end of an attention, with the modules at which the stream can be read, and True if the
+    site's output already is the stream.
 
     Raises:
         UnsupportedSite: it is unknown what the block adds to the stream.

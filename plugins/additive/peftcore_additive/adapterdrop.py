@@ -3,16 +3,17 @@
 Equation:
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
-Bottleneck adapters behind the feed-forward and its dropout, in as many layers as are worth their time. *Specialised*:
-the first m layers lack an adapter, so they are cheaper at inference, and backward ends at layer m, since all parameters
-below it are frozen. *Robust*: all layers have an adapter, and each forward in training skips the first m adapters, m
-drawn evenly from 0 to `drop_first_layers`, by default to L - 2 of L layers; afterwards one adapter serves every m:
+The method adds bottleneck adapters after the feed-forward and its dropout, and leaves them out of the lowest layers to
+save time. *Specialised*: the first m layers lack an adapter, so they are cheaper at inference, and backward ends at
+layer m, since all parameters below it are frozen. *Robust*: all layers have an adapter, and each forward in training
+skips the first m adapters, m drawn uniformly from 0 to `drop_first_layers`, by default L - 2 for L layers; after
+training, one adapter works with every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
 m is drawn once for each forward, so all layers, and recomputation in backward, use the same m; it depends only on the
 seed and on the number of forwards, so all processes of one training draw the same m. The top layer always has its
-adapter. Layers are counted in each stack: those of an encoder and those of a decoder from 0 on.
+adapter. Layers are counted separately in each stack: in an encoder and in a decoder from 0 on.
 
 Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
 layer.
@@ -20,11 +21,11 @@ layer.
 Start: Both matrices from a normal with standard deviation 1e-3, biases at zero: near the identity; ``up_init_std=0``
 makes it exact.
 
-Differs from the authors' code: The robust kind draws m up to L - 2 of L layers, as in the authors' notebook, where it
-is 10 of RoBERTa's 12; the paper has L - 1.
+Differs from the authors' code: The robust kind draws m up to L - 2 for L layers, as in the authors' notebook (10 for
+RoBERTa's 12 layers); the paper has L - 1.
 
-Use it: `peftcore.apply(model, "adapterdrop", drop_first_layers=1)`, where adapters have to be fast. Under
-torch.compile, training the robust kind breaks the graph at each adapter.
+Use it: `peftcore.apply(model, "adapterdrop", drop_first_layers=1)`, where adapters have to be fast in training and
+inference. Under torch.compile, training the robust kind breaks the graph at each adapter.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class AdapterDropConfig(MethodConfig):
 
     method: Literal["adapterdrop"] = "adapterdrop"
     drop_first_layers: NonNegativeInt | None = None
-    """The layers m, from the bottom of each stack, that get no adapter; when robust, the most that are left out. None:
-    5; when robust, all but two."""
+    """The number m of layers, from the bottom of each stack, without an adapter; when robust, the largest number of
+    skipped layers. None: 5, or when robust, all layers but two."""
     robust: bool = False
     """Adapt all layers, and skip a random number of the lowest adapters at each forward in training."""
     bottleneck: PositiveInt = 64
@@ -79,7 +80,7 @@ class AdapterDropConfig(MethodConfig):
 
 
 class Draws(nn.Module):
-    """A whole number from 0 to `most`, drawn evenly for each forward of the model in training.
+    """Draws an integer from 0 to `most`, uniformly, for each forward of the model in training.
 
     It depends only on the seed and on the number of forwards: the global generator is not advanced, all processes of
     one training draw the same number, and a resumed training continues the sequence. Recomputation in backward
@@ -101,7 +102,7 @@ class Draws(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates it without its parameters
     def forward(self, call: ForwardContext) -> int:
-        """Return the number of one forward.
+        """Return the number that is drawn for one forward.
 
         Raises:
             TrainingError: a part of the host runs by itself, so one forward cannot be distinguished from the next.

@@ -3,24 +3,26 @@
 Equation:
     P_i = lambda_i alpha_i * [P_k, P_v],   alpha_i = sigmoid(W_i h_{i-1})   rows of a prefix, in front of K and V
 
-P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] computes a gate for each row from
-the output of block i-1, and the scalar lambda_i weights all rows of the layer. h is the block's input at the text's
-first token: [CLS] in the paper's encoders.
+P_k, P_v are `length` keys and values of layer i, as in p_tuning_v2. W_i [length, d] computes a gate for each row from
+the output h_{i-1} of the previous block at the text's first token ([CLS] in the paper's encoders), and the scalar
+lambda_i weights all rows of the layer.
 
-Where attention is causal, the first token does not attend to later ones: if all texts begin with the same token, gates
-differ between layers and rows, but not between texts. Padding is skipped, and the gate scores of earlier tokens stay in
-the model's cache. Positions, dropout and the network behind `projection` are p_tuning_v2's.
+With causal attention the first token does not attend to later ones: if all texts begin with the same token, gates
+differ between layers and rows, but not between texts. Padding in front is skipped. The gates' scores are stored in the
+model's cache, so in generation the text's first token still determines the gates. Positions, dropout and the network of
+`projection` are as in p_tuning_v2.
 
 Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection (projection + 1) * 2 d_k +
 length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
 
-Start: W from N(0, 0.02), so that all gates begin near one half, lambda one, P from N(0, 1). No start is an identity.
+Start: W from N(0, 0.02), so that all gates start near one half, lambda at one, P from N(0, 1). No start is an identity.
 
-Differs from the authors' code: No code of the authors is known: the token of h and the start are our reading.
+Differs from the authors' code: The authors' code is not known: the token of h and the start are our interpretation of
+the paper.
 
-Use it: `peftcore.apply(model, "apt")`, for classification and tagging with a frozen encoder, where it is not known in
-which layers prefixes help. Not in decoders, where prefix_tuning does the same for less; p_tuning_v2 is its nearest kin,
-without gates.
+Use it: `peftcore.apply(model, "apt")`, for classification and tagging with a frozen encoder, where you do not know in
+which layers prefixes help. Not for decoders, where prefix_tuning does the same with fewer parameters; p_tuning_v2 is
+the same method without gates.
 """
 
 from __future__ import annotations
@@ -60,13 +62,13 @@ class APTConfig(MethodConfig):
 
     method: Literal["apt"] = "apt"
     length: PositiveInt = 20
-    """Keys and values in front of each attention's own."""
+    """Number of keys and values in front of each attention's own."""
     projection: PositiveInt | None = None
-    """Width of the network that generates the keys and values in training; None trains them directly."""
+    """Width of the network that generates the keys and values in training; None trains the keys and values directly."""
     dropout: Share = 0.1
     """Probability with which numbers of the keys and values are dropped in training."""
     behind: bool = True
-    """Count the positions of tokens from behind the prefix, as if it were words."""
+    """Start the positions of tokens after the prefix, as if its rows were words."""
 
 
 class Reader(Operator):
@@ -85,7 +87,7 @@ class Reader(Operator):
 
 
 class AdaptivePrefix(PrefixOperator):
-    """The prefix of one layer behind its gates."""
+    """The prefix of one layer, multiplied by its gates."""
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class AdaptivePrefix(PrefixOperator):
         """Return the gate of each row of the prefix, ``[batch, 1, length, 1]``.
 
         Raises:
-            MissingContext: the attention was called by itself, and not its block.
+            MissingContext: the attention was called directly, outside of its block.
         """
         read = self.given.get()
         if read is None:
@@ -146,8 +148,8 @@ class AdaptivePrefix(PrefixOperator):
 
 
 class APT(Method):
-    """Trained keys and values in front of every self-attention's, with a gate for each row, computed from the text, and
-    a gate for each layer."""
+    """Trained keys and values in front of every self-attention's own, with a gate for each row, which is computed from
+    the text, and a trained gate for each layer."""
 
     name = "apt"
     Config = APTConfig

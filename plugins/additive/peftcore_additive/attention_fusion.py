@@ -1,25 +1,26 @@
-"""AttentionFusion: each token takes, of all layers, what its task asks for.   Cao et al. 2022, Findings of NAACL.
+"""AttentionFusion: each token's features are a learned mixture of its states in all layers.   Cao et al. 2022, Findings
+of NAACL.
 
 Equation:
     out = sum_l a_l W_v h_l,   a = softmax_l(q . W_k h_l / sqrt(d_k)),   W_k [d_k, d]  W_v [d, d]  q [d_k]
 
-h_0 is the input of the first block and h_l the output of block l, for one token; out replaces h_L, so that the model's
-last norm and its head read it. With several heads, q, W_k h_l and W_v h_l are cut into as many parts, and each head has
-separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its activations are
-not kept, and other adapters inside the blocks get no gradient.
+h_0 is the input of the first block and h_l the output of block l, for one token; out replaces h_L, so the model's last
+norm and its head read out. With several heads, q, W_k h_l and W_v h_l are cut into one part for each head, and each
+head has separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its
+activations are not stored for backward, and other adapters inside the blocks get no gradient.
 
 Parameters: d_k + d d_k + d^2, or d without `project`.
 
 Start: q starts at zero, so that all layers have equal weights, W_k like torch's linear layers, and W_v as an identity.
-The model predicts from a mean of its layers at first, for which no head was trained: no start is an identity, and the
-head has to train along (`train=["classifier"]`, or whatever it is called).
+At first the model predicts from the mean of its layers, for which the head was not trained: no start is an identity,
+and the head has to train too (`train=["classifier"]`, with your head's name).
 
-Differs from the authors' code: No code of the authors was found, and the paper's text was not at hand: this is the
-equation of its abstract, and the open details are our choice.
+Differs from the authors' code: The authors' code was not found and the paper's text was not available: the equation
+follows the abstract, and the remaining details are our choice.
 
-Use it: `peftcore.apply(model, "attention_fusion")`, where one forward of the backbone serves many tasks (states of
-layers can be kept), on encoders that classify; not where features have to change (`lora`), nor where tokens have to
-meet others anew, as in `lst`, its kin.
+Use it: `peftcore.apply(model, "attention_fusion")`, for classification with encoders, where many tasks share one
+forward of the backbone (the states of its layers can be cached); not where features have to change (`lora`), nor where
+tokens need further attention to each other, as in the similar `lst`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class AttentionFusionConfig(MethodConfig):
     key_width: PositiveInt = 64
     """Width d_k of the query and of the keys."""
     heads: PositiveInt = 1
-    """Heads, which divide d_k and the width of the stream."""
+    """Number of heads; it must divide d_k and the width of the stream."""
     project: bool = True
     """Project the states by W_k and W_v; False compares and averages the states themselves."""
 
@@ -58,7 +59,7 @@ class AttentionFusionConfig(MethodConfig):
 
 
 class Fusion(nn.Module):
-    """The query, and the maps of keys and values."""
+    """The trained query, and the linear maps of keys and values."""
 
     def __init__(self, width: int, config: AttentionFusionConfig) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class Fusion(nn.Module):
 
 
 class FusionOperator(BesideOperator):
-    """Reads a block; at the last one, returns the fusion of all."""
+    """Stores the state of a block; at the last block, returns the fusion of all states."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], fusion: Shared | None) -> None:
         super().__init__(site, taps, answers=fusion is not None)

@@ -1,25 +1,26 @@
-"""Cartridge: a trained key-value cache in the place of a long text.   Eyuboglu et al. 2025, arXiv 2506.06266.
+"""Cartridge: a trained key-value cache instead of a long text.   Eyuboglu et al. 2025, arXiv 2506.06266.
 
 Equation:
     Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
 
-``data=`` has the text: the first row of the first batch, as the model is called with it. Keys have the positions 0 to
-length - 1 and tokens go on from there, wherever the model takes positions, so a fresh cartridge of a whole text is that
-text.
+``data=`` contains the text: the first row of the first batch, in the form of the model's inputs. If the model uses
+positions, the keys have the positions 0 to length - 1 and the tokens the positions after them, so a fresh cartridge of
+a whole text has the same effect as the text.
 
     L = -sum_i q_i log p_i,   the mean over tokens;   q_i what the teacher says, p_i what the model with Z says
 
-It is trained to answer like the model with the whole text in its context (self-study: a model asks and answers about
-pieces of it). Pass the teacher's predictions with ``with peftcore.call(model, teacher=logits): model(ids)``, where the
-logits are those of the tokens behind the text, computed under ``cartridge.disabled()``. L is then in
-``cartridge.losses()``, or is added to the model's loss where labels are given.
+It is trained to answer like the model with the whole text in its context. The training data are questions and answers
+about pieces of the text, which a model generates (self-study). Pass the teacher's predictions with ``with
+peftcore.call(model, teacher=logits): model(ids)``, where the logits are those of the tokens after the text, computed
+under ``cartridge.disabled()``. L is then available in ``cartridge.losses()``, or is added to the model's loss if labels
+are passed.
 
 As in the authors' code `teacher` may also be the logarithms of its largest probabilities and their tokens, two tensors
 ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor do positions where all values of the teacher are
 -inf.
 
 If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves the positions of
-tokens on by its length (peft composes their files). Parameters: (length - frozen) * kv_heads * (key width + value
+tokens on by its length (peft can combine their files). Parameters: (length - frozen) * kv_heads * (key width + value
 width) a layer; the frozen rows are saved too.
 
 Start: Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the
@@ -31,7 +32,7 @@ teacher nor loss, and starts at random until it is given a text. Where attention
 to Z; in peft Z leaves the window as words do.
 
 Use it: `peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])`, where many questions are asked about
-one long text: it takes some percent of the text's cache.
+one long text: the cartridge takes a few percent of the memory of the text's cache.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class CartridgeConfig(MethodConfig):
 
     method: Literal["cartridge"] = "cartridge"
     length: PositiveInt
-    """Tokens of the cache: 128 to 8192 in the paper; the more, the closer to the text."""
+    """Number of tokens of the cache, 128 to 8192 in the paper; more tokens represent the text better."""
     frozen: NonNegativeInt = 1
     """How many of the first tokens do not train."""
 
@@ -84,7 +85,7 @@ def cross_entropy(teacher: Any, output: Any, inputs: Mapping[str, Any]) -> Tenso
 
     Args:
         teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or the logarithms of its largest probabilities
-            and their tokens, two tensors ``[batch, tokens, k]``. Positions where all of it is -inf do not count.
+            and their tokens, two tensors ``[batch, tokens, k]``. Positions where all values are -inf do not count.
         output: the student's output, which is or has logits ``[batch, tokens, vocabulary]``.
         inputs: the student's inputs, whose ``attention_mask`` marks padding.
 

@@ -5,24 +5,25 @@ Equation:
     s' = s + Branch(x) + A(x),   x = LN(s)            beside self-attention and feed-forward, not cross-attention
     A(x) = W_up relu(W_down LN_A(x) + b_down) + b_up,   W_down [d / r, d],   W_up [d, d / r]
 
-Each A has a separate norm LN_A. x is the input of a branch, which is the stream itself in hosts with norms behind their
-branches. h_0 includes positions. Dropout acts behind relu.
+Each A has a separate norm LN_A. x is the input of a branch, which is the stream itself in hosts whose norms follow
+their branches. h_0 includes positions. Dropout acts on the output of relu.
 
-The paper has one set for each pair of languages, over a frozen model of all of them: an adapter each, to be switched or
-routed by row.
+The paper trains one set for each pair of languages on a frozen multilingual model; apply one adapter for each pair, and
+activate it or route rows to it.
 
 Parameters, with w = d / r: 2 d w + w + 3 d for each branch and each stack's embeddings.
 
-Start: Both matrices by Glorot's rule, as the authors draw them, biases at zero: a fresh adapter moves the outputs.
+Start: Both matrices by Glorot's rule, as the authors draw them, biases at zero: a fresh adapter changes the outputs.
 ``init="zero"`` starts W_up at zero, an exact identity.
 
 Differs from the authors' code: The paper's formulas omit the norm where a norm of the host precedes the adapter; here
 and in the code each adapter has one. h_0 is taken after the dropout of the embeddings, where the authors' code takes it
-before. While adapters train, its code turns the host's dropout of branches off; here the host is as it is.
+before. While adapters train, the authors' code turns the dropout of the host's branches off; here the host's dropout
+stays on.
 
 Use it: `peftcore.apply(model, "ciat")`, where tasks or languages share a model and interfere with each other from the
-first layer on: it is large, half as wide as the stream. Not where parameters count, or where it has to be merged;
-`parallel_adapter` is its kin without norms and embeddings, `madx_invertible` one at the embeddings alone.
+first layer on. The adapters are large, half as wide as the stream, and cannot be merged; `parallel_adapter` is a
+similar method without norms and without the adapter of embeddings, and `madx_invertible` adapts only the embeddings.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ class CIATConfig(MethodConfig):
 
     method: Literal["ciat"] = "ciat"
     reduction: PositiveInt = 2
-    """How many times narrower than the stream the adapters are inside."""
+    """How many times narrower the adapters' inner width is than the stream."""
     dropout: Share = 0.3
-    """Probability with which numbers behind relu are dropped in training."""
+    """Probability with which outputs of relu are dropped in training."""
     embeddings: bool = True
-    """Adapt the input of the first block of a stack, too, where a target is in the stack."""
+    """Also adapt the input of the first block of each stack that contains a target."""
     init: Literal["glorot", "zero"] = "glorot"
-    """The start of W_up: as the authors draw it, or zero, which makes a fresh adapter an exact identity."""
+    """The start of W_up: the authors' draw, or zero, which makes a fresh adapter an exact identity."""
 
     def inner(self, width: int) -> int:
         """Return the inner width of an adapter for a stream of this width."""
@@ -74,7 +75,7 @@ class CIATConfig(MethodConfig):
 
 
 class Bottleneck(nn.Module):
-    """A norm and two matrices: A."""
+    """The adapter A: a norm and two matrices."""
 
     def __init__(self, inputs: int, outputs: int, config: CIATConfig) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.up.weight)
 
     def added(self, operator: Operator, x: Tensor) -> Tensor:
-        """Map ``[..., d]`` to the same, in its dtype, for the operator that this is a part of."""
+        """Map ``[..., d]`` to the same shape and dtype; the operator is the one that contains this bottleneck."""
         weight, bias = operator.cast(x, self.norm.weight, self.norm.bias)
         x = nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
         return cast_linear(operator, self.up, self.dropout(cast_linear(operator, self.down, x).relu()))
@@ -127,7 +128,7 @@ class EmbeddingsOperator(InputOperator):
 
 
 class CIAT(Method):
-    """Parallel adapters with separate norms, and one behind the embeddings."""
+    """Parallel adapters with separate norms, and one adapter of the embeddings."""
 
     name = "ciat"
     Config = CIATConfig

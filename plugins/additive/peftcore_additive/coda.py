@@ -1,5 +1,5 @@
-"""CoDA, conditional adapters: some tokens go through a block, and all through an adapter beside it.   Lei et al. 2023,
-arXiv 2304.04947.
+"""CoDA, conditional adapters: only some tokens pass through a block, and all pass through an adapter in parallel.   Lei
+et al. 2023, arXiv 2304.04947.
 
 Equation:
     y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + lambda_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
@@ -7,25 +7,25 @@ Equation:
 
 F is the frozen block, which gets only the k tokens with the largest lambda: the remaining tokens skip its attention and
 its feed-forward, and their lambda counts as zero. This makes the model faster, in training as well. k is the number of
-tokens by `reduction`, rounded up; padding is never chosen, and does not count. lambda is found, up to some per cent, by
-20 steps of coordinate descent with epsilon from 4 down to `temperature`. n subtracts the mean and divides by the
-standard deviation.
+tokens divided by `reduction`, rounded up; padding is never chosen, and does not count. lambda is approximated, with an
+error of a few percent, by 20 steps of coordinate descent, in which epsilon falls from 4 to `temperature`. n subtracts
+the mean and divides by the standard deviation.
 
-It acts on encoders: in causal models later tokens would influence the choice of earlier ones. Blocks that make
-positions by themselves (T5, whose first block counts tokens) or look through windows are refused.
+The method supports encoders: in causal models later tokens would influence the choice of earlier ones. Blocks that
+compute positions themselves (T5, whose first block counts tokens) or attend within windows are refused.
 
 Parameters: 2 d r + r + 2 d a block.
 
-Start: W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that skip a block change the outputs from
+Start: W_up and b_up start at zero, W_down and w as torch's layers do. Since tokens skip blocks, the outputs change from
 the start; with ``reduction=1`` a fresh adapter is an exact identity.
 
 Differs from the authors' code: The authors' code is not public; the selection is that of lucidrains/CoLT5-attention. n
-has no gain and shift: the paper uses the block's own norm. Attention of the chosen tokens to all others (the paper's
-k-to-all) is not here. The paper trains on unlabelled text first.
+does not have a gain and a shift: the paper uses the block's own norm. Attention of the chosen tokens to all tokens (the
+paper's k-to-all) is not here. The paper first trains on unlabelled text.
 
-Use it: `peftcore.apply(model, "coda")`, where an encoder has to be faster than it was, on long inputs; not where tokens
-are few, or where each token has a label: `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips
-adapters, not tokens.
+Use it: `peftcore.apply(model, "coda")`, to make an encoder faster on long inputs; not where inputs have few tokens, or
+where each token has a label: `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips adapters,
+not tokens.
 """
 
 from __future__ import annotations
@@ -63,34 +63,37 @@ class CoDAConfig(MethodConfig):
 
     method: Literal["coda"] = "coda"
     reduction: Annotated[float, Field(ge=1.0)] = 3.0
-    """How many times fewer tokens go through a block."""
+    """How many times fewer tokens a block processes."""
     bottleneck: PositiveInt = 64
     """Width r of the adapter."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    """Steps of coordinate descent."""
+    """Number of steps of coordinate descent."""
     temperature: PositiveFloat = 0.1
-    """epsilon of the last steps: the smaller, the nearer lambda is to zero or one, and the more steps it takes."""
+    """The last epsilon of coordinate descent: with smaller values lambda is nearer to zero or one, but more steps are
+    needed."""
 
 
 PADDING = ("src_key_padding_mask", "attention_mask")
-"""Arguments that mark padding, or which tokens attend to which. In the first, of torch's layers, True is padding."""
+"""Names of arguments that mark padding, or which tokens attend to which. In the first one, of torch's layers, True
+means padding."""
 PLACES = ("position_embeddings", "position_ids")
-"""Arguments that have an entry for each token."""
+"""Names of arguments with an entry for each token."""
 START, DECAY = 4.0, 0.7
 """The temperature of the first step, and the factor by which each step multiplies it."""
 
 
 def soft_top_k(scores: Tensor, k: Tensor, real: Tensor, temperature: float, steps: int) -> Tensor:
-    """Return shares of tokens in 0 .. 1 that add up to k: those which maximize ``shares . scores`` and, times the
-    temperature, their entropy; found by `steps` of coordinate descent, of which each is colder.
+    """Return shares of tokens in 0 .. 1 that add up to k, and approximately maximize ``shares . scores`` plus the
+    temperature times their entropy. They are computed by `steps` steps of coordinate descent, each with a lower
+    temperature.
 
     Args:
         scores: ``[batch, tokens]``.
-        k: the number of tokens, ``[batch or 1, 1]``.
-        real: which tokens are not padding, ``[batch or 1, tokens]``; the share of padding is 0.
-        temperature: the lower bound, which the last steps use.
+        k: the number of tokens to choose, ``[batch or 1, 1]``.
+        real: True for tokens that are not padding, ``[batch or 1, tokens]``; the share of padding is 0.
+        temperature: the lower bound of the temperature, which the last steps use.
         steps: the number of steps.
     """
     scores = scores.masked_fill(~real, 0.0)
@@ -111,12 +114,12 @@ def arguments_of(given: Mapping[str, Any], chosen: Tensor, count: int, idle: Ten
     Args:
         given: the block's arguments by name, without the states.
         chosen: the indices of the chosen tokens, ``[batch, chosen]``.
-        count: how many tokens there are.
-        idle: which of the chosen tokens only fill the shape and are masked for all tokens, ``[batch, chosen]``; None
+        count: the number of all tokens.
+        idle: True for chosen tokens that only fill the shape and are masked for all tokens, ``[batch, chosen]``; None
             without padding information.
 
     Raises:
-        SequenceError: it is unknown how to cut an argument, or how to mask tokens.
+        SequenceError: an argument cannot be restricted to the chosen tokens, or padding cannot be masked.
     """
     if cache_in(given) is not None or given.get("is_causal") or given.get("src_mask") is not None:
         raise SequenceError(

@@ -3,24 +3,24 @@
 Equation:
     y = h + (f(h H_down + b_down) H_up + b_up),   H = sum_i R_i (x) (S_i T_i),   i = 1..n   ((x): Kronecker product)
 
-R_i [n, n] are the rules, one set for all adapters and both of their matrices; S_i [in / n, q] and T_i [q, out / n]
-belong to one matrix, with rank q = 1. h is the output of the last matrix of a sub-block, so the host's dropout acts on
-the adapter's output too, as in the authors' code. Only self-attention and feed-forward are adapted: the authors leave
-cross-attention out (name its matrix as a target to adapt it). Compacter++ leaves self-attention out too. All norms
-train along, as in their code.
+R_i [n, n] are the rules, one set that all adapters and both of their matrices share; S_i [in / n, q] and T_i [q, out /
+n] belong to one matrix, with rank q = 1. h is the output of the last matrix of a sub-block, so the host's dropout acts
+on the adapter's output too, as in the authors' code. Only self-attention and feed-forward are adapted: the authors
+leave cross-attention out (name its matrix as a target to adapt it). Compacter++ leaves self-attention out too. All
+norms train too, as in their code.
 
-A PHM adapter, in the paper the step before Compacter, is ``shared_rule=False, factorized=False, rule_std=0.01``: each
-matrix has separate rules, and full blocks [in / n, out / n] in place of S_i T_i. A low-rank adapter, the paper's
-baseline, is ``rules=False, phm_dim=1``: H = S T (`low_rank_adapter`).
+A PHM adapter, the paper's intermediate step towards Compacter, is ``shared_rule=False, factorized=False,
+rule_std=0.01``: each matrix has separate rules, and full blocks [in / n, out / n] instead of S_i T_i. A low-rank
+adapter, the paper's baseline, is ``rules=False, phm_dim=1``: H = S T (`low_rank_adapter`).
 
-Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d; without rules the n^3
-are left out. The norms are added to the count.
+Parameters: 2 q (d + r) + r + d an adapter, n^3 once; a PHM adapter has 2 d r / n + 2 n^3 + r + d; without rules the n^3
+are left out. The trained norms count in addition.
 
 Start: Rules from N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in the authors' code: nearly the
 identity. ``rule_std=0`` makes it exact.
 
 Differs from the authors' code: No difference is known (rabeehk/compacter). The adapters package adapts the output after
-dropout (here joins="stream") and draws S and T from a normal.
+dropout (here joins="stream") and draws S and T from a normal distribution.
 
 Use it: `peftcore.apply(model, "compacter")`, where adapters must be small: a tenth of a percent of T5.
 """
@@ -57,20 +57,20 @@ class CompacterConfig(MethodConfig):
 
     method: Literal["compacter"] = "compacter"
     bottleneck: PositiveInt = 24
-    """Width r of the bottleneck, a multiple of `phm_dim`; the paper's is a 32nd of the stream."""
+    """Width r of the bottleneck, a multiple of `phm_dim`; in the paper it is a 32nd of the stream's width."""
     phm_dim: PositiveInt = 4
     """Number n of Kronecker products in each matrix; it must divide the width of the stream."""
     rank: PositiveInt = 1
-    """Rank q of the second factors, where they are factorized."""
+    """Rank q of the second factors, if they are factorized."""
     placement: Literal["compacter", "compacter_pp"] = "compacter"
-    """Behind self-attention and feed-forward, or behind the feed-forward alone (Compacter++)."""
+    """The adapted branches: self-attention and feed-forward, or only the feed-forward (Compacter++)."""
     rules: bool = True
-    """Rules in front of the second factors; without them, which takes ``phm_dim=1``, a matrix is one product of low
-    rank."""
+    """Use the rules as first factors; without rules, which requires ``phm_dim=1``, each matrix is one low-rank
+    product."""
     shared_rule: bool = True
-    """One set of rules for all matrices; without it, each has its own."""
+    """Share one set of rules between all matrices; False gives each matrix separate rules."""
     factorized: bool = True
-    """Second factors of low rank; without it, whole ones."""
+    """Make the second factors of low rank; False uses full matrices."""
     rule_std: NonNegativeFloat = 1e-4
     """Standard deviation of the rules at the start; 0 makes a fresh adapter an exact identity."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
@@ -79,7 +79,7 @@ class CompacterConfig(MethodConfig):
     """The place where the adapter reads and adds: at a branch's last matrix, or after the host's operations on the
     branch's output (dropout, layer scale, stochastic depth)."""
     train_layer_norm: bool = True
-    """Train the norms of the host along, as the paper does."""
+    """Train the norms of the host too, as the paper does."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -3,34 +3,35 @@
 Equation:
     X' = [E(c) + D ; E(ids)],   c the tokens of some solved examples,   |D_i| <= epsilon_i sqrt(d / 2048)
 
-A prompt that starts as exactly the examples in front of the question, and changes little: after each step every row of
-D is projected back into its ball. `types` is the type of each token of an example, and increases by 4 from example to
-example: 1 text before the input, 2 input, 3 text before the answer, 4 answer; the next example has 5 to 8. 0 is unused.
-Rows of inputs have the radius `epsilon`, rows of the text around them `format_epsilon`, and answers do not change.
+The prompt starts as the embeddings of solved examples in front of the question, and changes little: after each step
+every row of D is projected back into a ball of radius epsilon_i. `types` contains the type of each token, and increases
+by 4 from example to example: 1 is text before the input, 2 input, 3 text before the answer, 4 answer; the next example
+has 5 to 8. 0 is unused. Rows of inputs have the radius `epsilon`, rows of the text around them `format_epsilon`, and
+rows of answers do not change.
 
 The loss covers the labels and the answers in the prompt, which the model predicts from the tokens before them:
 
     L = sum_t w_t CE_t / number of t,   t: labels (w = 1), and answers (w = decay^n, n = 1 for the last example)
 
-It replaces the model's own loss where labels are given and the model is in training. Labels of the question and of
-padding have to be -100. The first label counts too: the last row predicts it. In a batch with left padding the prompt
-is inserted behind the padding.
+L replaces the model's own loss if labels are passed and the model is in training mode. Labels of the question and of
+padding have to be -100. The first label counts too: the prompt's last row predicts it. In a batch with left padding the
+prompt is inserted after the padding.
 
-Gradients ignore the projection, as in peft. A file of peft stores the sum E(c) + D, so after loading the ball is
-centered there, in peft too.
+Gradients ignore the projection, as in peft. A file of peft stores the sum E(c) + D, so after loading, here and in peft,
+the ball is centered at this sum.
 
-Parameters: length * d, those of answers included, as in peft.
+Parameters: length * d, including the rows of answers, as in peft.
 
-Start: D is zero: the model sees the examples, so no start is an identity.
+Start: D is zero: the examples in the prompt change the outputs, so no start is an identity.
 
-Differs from the authors' code: The method is in peft, by its authors, and differs from it in three points. In peft the
-next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other optimizers the
-forward uses the projected rows, and D itself may leave the ball. In peft a batch with left padding has the padding
-between prompt and text, and its last token predicts; here the prompt is behind the padding. peft marks labels of the
-question in `input_type_mask`; here they are -100.
+Differs from the authors' code: The authors' code is the one in peft, and three points differ from it. In peft the next
+forward projects a row and overwrites the parameter; here `injection.optimizer` does that after each step. With other
+optimizers the forward uses the projected rows, and D itself may leave the ball. In peft, left padding of a batch is
+between prompt and text, so the last token of padding predicts the first label; here the prompt is after the padding.
+peft marks labels of the question in `input_type_mask`; here they are -100.
 
-Use it: `peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])`, for few examples of a task that examples
-in the prompt explain, where other methods overfit.
+Use it: `peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])`, for tasks with few training examples that
+in-context examples explain, where other methods overfit.
 """
 
 from __future__ import annotations
@@ -67,15 +68,17 @@ class CPTConfig(MethodConfig):
 
     method: Literal["cpt"] = "cpt"
     ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    """The tokens of the examples."""
+    """The token ids of the examples."""
     types: list[NonNegativeInt] = Field(default_factory=list)
-    """The type of each token, a number as in the method's page; by default all tokens are text around inputs (1)."""
+    """The type of each token, as a number that the method's page explains; by default all tokens are text before inputs
+    (1)."""
     epsilon: NonNegativeFloat = 0.1
-    """How far a row of an input may move, in a model of width 2048."""
+    """Radius of the ball of a row of an input, in a model of width 2048."""
     format_epsilon: NonNegativeFloat = 0.1
-    """How far a row of the text around inputs may move."""
+    """Radius of the ball of a row of the text around inputs, in a model of width 2048."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor by which the answer of an example counts less than that of the next one; at 1 all count the same."""
+    """Loss weight of an example's answer, divided by that of the next example's answer; with 1 all answers have equal
+    weights."""
 
     @model_validator(mode="after")
     def _one_type_each(self) -> CPTConfig:
@@ -86,7 +89,7 @@ class CPTConfig(MethodConfig):
         return self
 
     def kinds(self) -> list[int]:
-        """Return the type of each token."""
+        """Return the type of each token; without `types`, 1 for all."""
         return self.types or [1] * len(self.ids)
 
     def answers(self) -> dict[int, float]:
@@ -99,17 +102,18 @@ class CPTConfig(MethodConfig):
 
 
 IGNORED = -100
-"""Labels that do not count."""
+"""The label that the loss ignores."""
 
 
 def more_than_labels(answers: Collection[tuple[int, float]], made: Rows, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of labels and answers, in float32 or more, less that of the labels alone, which is
-    the loss of a model that predicts the next token.
+    """Return the mean cross-entropy of labels and answers, in float32 or more, minus the mean cross-entropy of the
+    labels alone, which is the model's own loss.
 
     Args:
-        answers: tokens in the prompt, each with the weight of its loss. Each counts as one label in the mean.
-        made: the logits at the rows before each of them, and at the last row, which predicts the first label.
-        logits: the model's, ``[batch, tokens, vocabulary]``.
+        answers: the answer tokens in the prompt, each with the weight of its loss; each counts as one label in the
+            mean.
+        made: the logits at the rows that predict the answers, and at the last row, which predicts the first label.
+        logits: the model's logits, ``[batch, tokens, vocabulary]``.
         labels: ``[batch, tokens]`` int64.
     """
     precise = torch.promote_types(logits.dtype, torch.float32)
@@ -147,11 +151,11 @@ class CPTOperator(SequenceOperator):
 
     @property
     def limits(self) -> Tensor:
-        """How far each row may move, ``[length, 1]``."""
+        """The radius of each row's ball, ``[length, 1]``."""
         return self.delta.new_tensor(self.bounds)[:, None]
 
     def within(self, delta: Tensor) -> Tensor:
-        """Return the nearest change ``[length, width]`` that is allowed."""
+        """Return the allowed change ``[length, width]`` that is nearest to D: D, projected into the balls."""
         limits, tiny = self.limits, torch.finfo(delta.dtype).tiny
         return delta * (limits / delta.norm(dim=-1, keepdim=True).maximum(limits).clamp(min=tiny))
 
@@ -175,7 +179,7 @@ class Within(GradientRule):
 
 
 class CPT(Method):
-    """A prompt of solved examples that moves little, and learns from their answers.
+    """A prompt of solved examples, whose rows change little and learn from the examples' answers too.
 
     Example:
         injection = peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])

@@ -3,23 +3,23 @@
 Equation:
     X' = [P ; X + alpha / sqrt(r) (A B)[:n]],   P [m, d], A [s, r], B [r, d]
 
-X are the n embedded tokens of the text: the t-th one gets row t of A B, and those behind the first s get nothing. So a
-prompt that is m instead of m' rows long takes as many parameters, and less time. The text is all tokens before the
-first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it; answers are left alone.
-Rows of A B are counted from the first token that is not padding.
+X are the n embedded tokens of the text. Row t of A B is added to token t, and nothing to tokens after the first s. So a
+prompt of m rows can replace a longer one with the same number of parameters, and takes less time. The text is all
+tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length;
+the tokens of answers do not change. Rows of A B are counted from the first token that is not padding.
 
-P has one learning rate and A, B another, which the authors find necessary: `optimizer` takes that of P, and A and B get
-`update_ratio` of it. Parameters: m d + r (s + d).
+P and A, B have separate learning rates, which the authors find necessary: pass the rate of P to `optimizer`; A and B
+get `update_ratio` times this rate. Parameters: m d + r (s + d).
 
-Start: P starts as embeddings of tokens drawn from the vocabulary, or of given ones; A as torch's linear layers do, B at
-zero. No start is an identity.
+Start: P starts as embeddings of randomly drawn or given tokens; A as torch's linear layers do, B at zero. No start is
+an identity.
 
-Differs from the authors' code: Rows of A B are counted from the first token that is not padding, and answers get none.
-The authors pad inputs to s; in their causal models, which are padded on the left, rows so count from the end, answers
-get some in training, and generated tokens do not.
+Differs from the authors' code: Here rows of A B are counted from the first token that is not padding, and are not added
+to answers. The authors pad inputs to s; their causal models are padded on the left, so rows are in effect counted from
+the end, and in training are added to answers, but not to generated tokens.
 
-Use it: `peftcore.apply(model, "dept")`, where a prompt's length costs too much; not for texts much longer than s, whose
-further tokens it does not change (prompt_tuning is better there).
+Use it: `peftcore.apply(model, "dept")`, where long prompts take too much time; not for texts much longer than s, since
+tokens after the first s do not change (use prompt_tuning).
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ class DePTConfig(MethodConfig):
 
     method: Literal["dept"] = "dept"
     length: PositiveInt = 40
-    """Rows m of the short prompt."""
+    """Number m of rows of the short prompt."""
     rank: PositiveInt = 45
     """Rank r of the update of the embeddings."""
     max_length: PositiveInt = 256
-    """Number s of tokens of a text that are updated."""
+    """Number s of tokens, from the start of a text, that are updated."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / sqrt(rank)`` of the update of the embeddings."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
     """Token ids whose embeddings the prompt starts from, repeated or cut to its length, instead of randomly drawn
     tokens."""
     update_ratio: PositiveFloat = 5e-4 / 0.3
-    """The learning rate of A and B, relative to that of the prompt."""
+    """Learning rate of A and B, divided by that of the prompt."""
 
 
 class DePTOperator(InstanceOperator):
-    """The short prompt of one stack, and the update of its embeddings."""
+    """The short prompt of one stack, and the low-rank update of its embedded tokens."""
 
     def __init__(self, site: SequenceSite, config: DePTConfig) -> None:
         super().__init__(site, config.length)

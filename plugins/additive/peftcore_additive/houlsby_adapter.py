@@ -4,10 +4,10 @@ Equation:
     y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
 
 h is the output of a sub-block (attention, then feed-forward) before it is added to the residual stream: the output of
-its last matrix, behind the host's dropout, layer scale and stochastic depth, and before residual and norm; `joins` sets
-the place. For mixtures of experts it is the output of the whole mixture, in blocks of convolutions it is the output of
-the last one, and the adapter acts on the channels of each position. All norms train too, that of the embeddings as
-well.
+its last matrix after the host's dropout, layer scale and stochastic depth, and before the residual sum and norm;
+`joins` sets the place. For mixtures of experts h is the output of the whole mixture. In blocks of convolutions h is the
+output of the last convolution, and the adapter acts on the channels of each position. All norms train too, including
+the norm of the embeddings.
 
 With ``target="block"`` h is the output of a whole block, and with `norm` the adapter reads LN(h), where LN is a trained
 layer norm: the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` h is the side of a
@@ -15,7 +15,7 @@ matrix that faces the stream: the input of the first matrices of a branch, x' = 
 output of the last one, as in LLM-Adapters (`llm_adapters_series`).
 
 Parameters: 2 d r + r + d an adapter, two adapters a block; without `bias` 2 d r; with `norm` 2 d more, with a learned
-`scale` 1 or d; with `train_layer_norm`, the norms besides.
+`scale` 1 or d; with `train_layer_norm`, the norms in addition.
 
 Start: Both matrices start from a normal with standard deviation 1e-3, cut at two deviations, biases zero: near
 identity, not exactly. ``up_init_std=0`` makes it exact.
@@ -63,7 +63,7 @@ class HoulsbyAdapterConfig(MethodConfig):
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f; "gelu_tanh" is the approximation of GELU that the authors' code has."""
     train_layer_norm: bool | Literal["blocks"] = True
-    """Train all norms along, or those of the blocks alone."""
+    """Train all norms of the host too, or only the norms of the blocks."""
     joins: Joins = "stream"
     """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
     scale, stochastic depth), or before them, at the branch's last matrix."""
@@ -73,7 +73,7 @@ class HoulsbyAdapterConfig(MethodConfig):
     norm: bool = False
     """Put a layer norm in front of W_down, which trains with the adapter."""
     bias: bool = True
-    """Biases behind both matrices."""
+    """Add biases to both matrices."""
     scale: Scale = 1.0
     """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
     factors start at 1."""
@@ -81,7 +81,7 @@ class HoulsbyAdapterConfig(MethodConfig):
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""
     init: Start = "cut"
-    """The draw of both matrices: a normal that is cut at two standard deviations, or a whole one."""
+    """The draw of both matrices: a normal distribution, truncated at two standard deviations or not."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -89,7 +89,7 @@ class HoulsbyAdapterConfig(MethodConfig):
 
 
 class SerialOperator(ScaledOperator):
-    """The adapter behind its target, or around a block."""
+    """The adapter after its target module, or around a block."""
 
     def __init__(self, site: Site, config: HoulsbyAdapterConfig) -> None:
         super().__init__(site, config, norm=config.norm, bias=config.bias)

@@ -3,18 +3,18 @@
 Equation:
     k' = l_k * (W_k x),   v' = l_v * (W_v x),   y = W_2 (l_ff * f(W_1 x))
 
-Keys and values are scaled where they leave their projection (bias included), the feed-forward's inner activations where
-they enter the second matrix.
+Keys and values are scaled at the output of their projection (bias included), the feed-forward's inner activations at
+the input of the second matrix.
 
-Parameters: the width of each scaled activation: out of a key or value projection, in of the second matrix (each expert
-has its own).
+Parameters: the width of each scaled activation: the outputs of a key or value projection, the inputs of the second
+matrix (separately for each expert).
 
 Start: All l are one: the identity.
 
-Differs from the authors' code: That code was not compared.
+Differs from the authors' code: The authors' code was not compared.
 
-Use it: `peftcore.apply(model, "ia3")`, with few examples: a few thousand numbers, a high learning rate (3e-3 in the
-paper), no weight decay (it pulls to 0, not to 1).
+Use it: `peftcore.apply(model, "ia3")`, where training examples are few: it trains only a few thousand numbers. Use a
+high learning rate (3e-3 in the paper), and no weight decay (it pulls gains to 0, not to 1).
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ class IA3Config(MethodConfig):
 
 
 def scales_input(site: Site, config: IA3Config) -> bool:
-    """True if the vector scales the inputs of the site's linear map, and not its outputs."""
+    """True if the vector scales the inputs of the site's linear map instead of its outputs."""
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
 
 
 def gain_width(site: Site, config: IA3Config) -> int:
-    """Return the number of gains of each expert: outputs, or inputs of all groups of a convolution."""
+    """Return the number of gains for each expert: the number of outputs, or of inputs over all groups of a
+    convolution."""
     return site.in_features * getattr(site.module, "groups", 1) if scales_input(site, config) else site.out_features
 
 

@@ -1,27 +1,27 @@
-"""IDPG: a prompt that is made for each text.   Wu et al. 2022, arXiv 2204.04497 (code: CSerxy/IDPG).
+"""IDPG: a prompt that a network generates for each text.   Wu et al. 2022, arXiv 2204.04497 (code: CSerxy/IDPG).
 
 Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
 
-X are the embedded tokens. A first pass without the prompt, of which no gradients are kept, gives u [d]: the state of
-the text's first token, or of its last one in causal models; W1 [h, d] and W2 [length d, h] make the rows of P from it.
-With `phm` (IDPG-PHM) both are sums of Kronecker products, W = (sum_i S_i x V_i)^T, i = 1..n, with S_i [n, n] and V_i an
-n-th of the matrix each way. In training u and the hidden layer are dropped out.
+X are the embedded tokens. A first pass without the prompt and without gradients computes u [d]: the state of the text's
+first token, or in causal models of its last one; W1 [h, d] and W2 [length d, h] compute the rows of P from u. With
+`phm` (IDPG-PHM) both matrices are sums of Kronecker products, W = (sum_i S_i x V_i)^T, i = 1..n, with S_i [n, n] and
+V_i of an n-th of the matrix's rows and columns. In training, dropout acts on u and on the hidden layer.
 
 The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-says it: the prompt is made once, and generated tokens do not change it.
+sets its length: the prompt is computed once, and generated tokens do not change it.
 
 Parameters: (d + 1) h + (h + 1) length d; with `phm` 2 n^3 + (d h + h length d) / n + h + length d.
 
-Start: W1, W2 start N(0, 0.02) and b at zero; with `phm` all factors and b1 start N(0, 0.05), b2 uniform in +-0.5. No
-start is an identity.
+Start: W1 and W2 start from N(0, 0.02) and b at zero; with `phm` all factors and b1 start from N(0, 0.05), b2 uniform in
++-0.5. No start is an identity.
 
-Differs from the authors' code: Only the single-layer IDPG of the paper is here; its multi-layer one adds another prompt
-to the same rows at each layer. The authors put the rows behind the first token, [CLS]; here they are in front of it,
-like all prompts.
+Differs from the authors' code: Only the paper's single-layer IDPG is here; the multi-layer version adds another prompt
+to the same rows at each layer. The authors insert the rows after the first token, [CLS]; here they are in front of it,
+as in all prompt methods.
 
-Use it: `peftcore.apply(model, "idpg")`, where texts of a task need different prompts; not where the time of a second
-pass counts (smop chooses a prompt by the embeddings alone).
+Use it: `peftcore.apply(model, "idpg")`, where texts of a task need different prompts; not where the second pass takes
+too much time (smop chooses a prompt only by the embeddings).
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class IDPGConfig(MethodConfig):
 
     method: Literal["idpg"] = "idpg"
     length: PositiveInt = 5
-    """Rows of the prompt."""
+    """Number of rows of the prompt."""
     hidden: PositiveInt = 16
-    """Width h of the network that makes it."""
+    """Width h of the hidden layer of the network that generates the prompt."""
     phm: PositiveInt | None = 16
-    """How many Kronecker products a matrix of the network is the sum of; it divides the width and h. None trains the
-    matrices themselves (IDPG-DNN)."""
+    """Number n of Kronecker products in each matrix of the network; it must divide the model's width and h. None trains
+    full matrices (IDPG-DNN)."""
     dropout: Share = 0.1
-    """Dropout in front of either matrix, in training."""
+    """Probability of dropout in front of both matrices, in training."""
 
 
 class KroneckerSum(nn.Module):
@@ -82,7 +82,7 @@ class KroneckerSum(nn.Module):
 
 
 class IDPGOperator(InstanceOperator):
-    """The network that makes the prompt of one stack."""
+    """The network that generates the prompt of one stack."""
 
     def __init__(self, site: SequenceSite, config: IDPGConfig) -> None:
         super().__init__(site, config.length)

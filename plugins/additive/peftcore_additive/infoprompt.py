@@ -1,37 +1,37 @@
-"""InfoPrompt: a prompt that is to tell of the head, and of what the model makes of it.   Wu et al. 2023, arXiv
-2306.04933 (code: JoshuaWu1997/infoprompt).
+"""InfoPrompt: a generated prompt that has high mutual information with the head and with the model's features.   Wu et
+al. 2023, arXiv 2306.04933 (code: JoshuaWu1997/infoprompt).
 
 Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
     L = L_model + w_h L_head + w_r L_rep + w_k KL
 
-Prompts are made as in `idpg`: u [d] is the state of the text's first token in a first pass without the prompt, or of
-its last one in causal models; u is detached. The losses act in training; evaluation uses only the prompt. Two of them
-are InfoNCE bounds on mutual information, -log(exp s_0 / (exp s_0 + sum_j exp s_j)); p is the mean of P(x):
+Prompts are generated as in `idpg`: u [d] is the state of the text's first token in a first pass without the prompt, or
+in causal models of its last token; u is detached. The losses act only in training. L_head and L_rep are InfoNCE bounds
+on mutual information, -log(exp s_0 / (exp s_0 + sum_j exp s_j)); p is the mean of P(x):
 
     L_head:  s(p) = p c / sqrt(d)  against s(e_j),   e_j embedded tokens of the text, c the mean of the head's rows
     L_rep:   s(z) = (U z) (M p + m) / sqrt(d),   z = mean(v) + std(v) noise   against z of u
 
-In L_rep, v is the state of u's token behind the prompt, drawn from once; negatives are as many draws as `draws` times
-the batch from u, of the same text. v carries gradients, p does not. KL is how far both Gaussians are from N(0, 1); mean
-and log std (within -2 and 10) are linear and h wide. These linear layers, U, M and m are the critics: they train along
-and are saved in the file to resume training, and are not used afterwards. The head is the model's own, and gets
-gradients if it trains; without a head as wide as the embedded tokens, L_head is left out. In training the head scores
-the text's tokens too.
+In L_rep, v is the state of the same token as u, in the pass with the prompt. The positive is one draw of z from v, and
+the negatives are `draws` times batch draws from u, of the same text. v carries gradients, p does not. KL is the
+divergence of both Gaussians from N(0, 1). Their mean and log std (limited to -2 .. 10), of width h, are linear maps.
+These linear layers, U, M and m are the critics: they train too, are saved in the file so that training can resume, and
+are not used afterwards. The head is the model's own, and gets gradients if it trains; if no head is as wide as the
+embedded tokens, L_head is left out. In training the head also scores the text's tokens.
 
 Parameters: (d + 1) h + (h + 1) length d, and critics of 3 d h + 2 h + d^2 + d.
 
-Start: Networks and critics as torch's linear layers; no start is an identity.
+Start: The network and the critics start as torch's linear layers; no start is an identity.
 
-Differs from the authors' code: Of the paper the sum and the two bounds are known here; all else is the code's, whose
-author, a J. Wu of UC San Diego, is plausibly the paper's first one. It predicts classes from U z, a bottleneck before
-its head, while here the head's input is unchanged; u and v are its [CLS] and [MASK]; it puts the rows around [MASK],
-where the published code needs four times the rows that it makes, and uses the rows of the batch's first text for all;
-and it clamps each loss at 2, without a gradient above, which with 7 negatives or more holds for every text as long as
-scores are at chance (`ceiling`).
+Differs from the authors' code: From the paper only the sum of losses and the two bounds were available; everything else
+follows the code, whose author, a J. Wu of UC San Diego, is probably the paper's first author. The code predicts classes
+from U z, a bottleneck before its head; here the head's input is unchanged. The code's u and v are the states of [CLS]
+and [MASK]. It inserts the rows around [MASK], but needs four times as many rows as it generates, and uses the rows of
+the batch's first text for all texts. It clamps each loss at 2, without a gradient above; with 7 or more negatives this
+clamps every text while scores are at chance (`ceiling`).
 
-Use it: `peftcore.apply(model, "infoprompt")`, where prompts learn slowly; not where the time of a second pass counts
-(`prompt_tuning` runs only one).
+Use it: `peftcore.apply(model, "infoprompt")`, where prompts learn slowly; not where the second pass takes too much time
+(`prompt_tuning` needs only one).
 """
 
 from __future__ import annotations
@@ -67,26 +67,27 @@ class InfoPromptConfig(MethodConfig):
 
     method: Literal["infoprompt"] = "infoprompt"
     length: PositiveInt = 1
-    """Rows of the prompt."""
+    """Number of rows of the prompt."""
     hidden: PositiveInt = 32
-    """Width h of the network that makes it, and of the features."""
+    """Width h of the network that generates the prompt, and of the features z."""
     head_weight: NonNegativeFloat = 0.1
-    """Weight w_h of the loss with the head."""
+    """Weight w_h of L_head."""
     representation_weight: NonNegativeFloat = 0.2
-    """Weight w_r of the loss with the features; 0 leaves the features out."""
+    """Weight w_r of L_rep; 0 leaves the features out."""
     kl_weight: NonNegativeFloat = 0.1
-    """Weight w_k of the features' divergence from N(0, 1)."""
+    """Weight w_k of KL, the features' divergence from N(0, 1)."""
     draws: PositiveInt = 4
-    """Negatives of each text in L_rep, times the texts of the batch."""
+    """Number of negatives in L_rep for each text, divided by the number of texts in the batch."""
     ceiling: PositiveFloat | None = None
-    """The largest loss of a text for either bound; above it the loss is clamped, without gradients. The authors' code
+    """The largest loss of a text for both bounds; larger losses are clamped and have no gradient. The authors' code
     uses 2."""
     outputs: list[NonNegativeInt] = Field(default_factory=list)
-    """The head's rows whose mean is c: for a language model, the tokens that name classes. All rows by default."""
+    """Indices of the head's rows whose mean is c: for a language model, the tokens that name classes. By default all
+    rows."""
 
 
 HIDDEN = -100.0
-"""The number that is added to the scores of padding."""
+"""A large negative number, which is added to the scores of padding."""
 
 
 def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tensor:
@@ -103,7 +104,7 @@ def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tens
 
 
 class FeatureCritic(nn.Module):
-    """Scores features of a text, drawn from Gaussians, against its prompt."""
+    """The critic of L_rep: it scores a text's features, drawn from Gaussians, against the text's prompt."""
 
     def __init__(self, width: int, hidden: int, draws: int) -> None:
         super().__init__()
@@ -112,11 +113,11 @@ class FeatureCritic(nn.Module):
         self.draws = draws
 
     def forward(self, without: Tensor, within: Tensor, prompt: Tensor, ceiling: float | None) -> tuple[Tensor, Tensor]:
-        """Return the bound's loss, and how far the Gaussians are from N(0, 1); both ``[]``.
+        """Return the loss of the bound, and the divergence of the Gaussians from N(0, 1); both have the shape ``[]``.
 
         Args:
             without: the state of each text without the prompt ``[batch, width]``, from which negatives are drawn.
-            within: the same behind the prompt, from which positives are drawn.
+            within: the states of the same tokens in the pass with the prompt, from which positives are drawn.
             prompt: the mean of the prompt's rows ``[batch, width]``, which is detached.
             ceiling: as in `info_nce`.
         """
@@ -156,8 +157,8 @@ class HeadLoss(Operator):
 
         Args:
             call: the head's forward.
-            told: the mean of the prompt's rows ``[batch, width]``, embedded tokens ``[batch, tokens, width]``, and
-                which tokens belong to the text ``[batch, tokens]``.
+            told: the mean of the prompt's rows ``[batch, width]``, the embedded tokens ``[batch, tokens, width]``, and
+                a mask of the tokens that belong to the text ``[batch, tokens]``.
             outputs: indices of the head's outputs whose mean is the score; all outputs if empty.
         """
         prompt, embeds, text = told
@@ -168,7 +169,7 @@ class HeadLoss(Operator):
 
 
 class InfoPromptOperator(InstanceOperator):
-    """The network that makes the prompt of one stack, and the critic of its features."""
+    """The network that generates the prompt of one stack, and the critic of the stack's features."""
 
     def __init__(self, site: SequenceSite, config: InfoPromptConfig, told: Tap) -> None:
         super().__init__(site, config.length)

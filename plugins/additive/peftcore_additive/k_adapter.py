@@ -1,30 +1,30 @@
-"""K-Adapter: a chain of adapters beside the model, which read states of some of its layers.   Wang et al. 2020,
-arXiv 2002.01808 (code: microsoft/K-Adapter).
+"""K-Adapter: a chain of adapters in parallel with the model, which read states of some of its layers.   Wang et al.
+2020, arXiv 2002.01808 (code: microsoft/K-Adapter).
 
 Equation:
     a_j = x_j + W_up T(W_down x_j + b_down) + b_up,   x_j = h_{l_j} + a_{j-1},   a_0 = 0
     y   = W [h ; a_J] + b   in the place of h,   or h + a_J   (`fusion`: "concat", "add")
 
-h_l is the input of block l, h the output of the last block. T are transformer blocks like BERT's, w wide; the adapters
-of a chain share nothing. The model inside is unchanged, so earlier knowledge is kept, and chains for several kinds of
-knowledge, each trained alone, do not interfere: two injections with "add" equal the sum of two chains in the authors'
-code.
+h_l is the input of block l, h the output of the last block. T are transformer blocks like BERT's, of width w; the
+adapters of a chain do not share parameters. The model's own states are unchanged, so it keeps its knowledge, and chains
+for several kinds of knowledge, each trained separately, do not interfere: two injections with "add" equal the sum of
+two chains in the authors' code.
 
-The join is in front of the model's last norm, where it has one. The model's cache also stores the keys and values of
-the adapters.
+The chain's output is joined in front of the model's last norm, if it has one. The model's cache also stores the keys
+and values of the adapters.
 
 Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49,349,376 in RoBERTa-large.
 
-Start: W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as
-the authors train a head behind. With `identity` W starts as [I 0].
+Start: W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all other layers as torch's: no start is an
+identity, since the authors train a head after it. With `identity` W starts as [I 0].
 
-Differs from the authors' code: Padding is not seen by adapters, as it is in the code, nor are later tokens in causal
-models. A further linear layer over two concatenations and adapters that skip others are not here. The layers are those
-of the scripts, 0, 11 and 22 of 24; the README has 23.
+Differs from the authors' code: Adapters do not attend to padding, unlike in the code, nor to later tokens in causal
+models. The code's further linear layer over two concatenations and its skip connections between adapters are not here.
+The default layers are those of the scripts, 0, 11 and 22 of 24; the README has 23.
 
 Use it: `peftcore.apply(model, "k_adapter")`, where a separate task teaches knowledge for later tasks; not where
-parameters must be few, nor where the model is to be merged (`lora`). `lst` is its kin that reads every layer and
-predicts by itself.
+parameters must be few, nor where the adapter has to be merged (`lora`). The similar `lst` reads every layer, and
+predicts without the model's last state.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ class KAdapterConfig(MethodConfig):
 
     method: Literal["k_adapter"] = "k_adapter"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
-    """Numbers of the target blocks that have an adapter, which reads what the block reads, in ascending order; None
-    takes 0, 11 and 22 of 24 blocks, and those that are as far up in others."""
+    """Numbers of the blocks, in ascending order, whose input an adapter reads; None uses 0, 11 and 22 of 24 blocks, and
+    the same fractions in stacks of other lengths."""
     width: PositiveInt | None = None
-    """Width w of the adapters; None takes three quarters of the model's."""
+    """Width w of the adapters; None uses three quarters of the model's width."""
     depth: PositiveInt = 2
-    """Transformer blocks in an adapter."""
+    """Number of transformer blocks in an adapter."""
     heads: PositiveInt = 12
-    """Heads of their attention; their greatest common divisor with the width, where they do not divide it."""
+    """Number of heads of the adapters' attention; if it does not divide the width, their greatest common divisor is
+    used."""
     dropout: Share = 0.1
     """Probability with which attention weights, and the outputs of attention and feed-forward, are dropped in
     training."""
@@ -82,7 +83,7 @@ class KAdapterConfig(MethodConfig):
     """The way in which the last states of model and chain are combined: a linear layer on their concatenation, or the
     sum."""
     identity: bool = False
-    """Start with the model's own last state, which the linear layer passes through."""
+    """Start the linear layer so that it passes the model's own last state through."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -96,7 +97,7 @@ class KAdapterConfig(MethodConfig):
 
 
 STD = 0.0002
-"""Deviation of the start of both projections."""
+"""Standard deviation of both projections at the start."""
 
 
 class Adapter(nn.Module):
@@ -112,7 +113,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, x: Tensor, visible: Tensor, caches: Sequence[Any]) -> Tensor:
-        """Map ``[batch, tokens, d]`` to the same shape; each block has a layer of a cache, where there is one."""
+        """Map ``[batch, tokens, d]`` to the same shape; with a cache, each block uses one of its layers."""
         z = self.down(x)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             z = block(z, visible, cache)
@@ -120,7 +121,7 @@ class Adapter(nn.Module):
 
 
 def joint(features: int, identity: bool) -> nn.Linear:
-    """Make the linear layer that reads the last states of the model and of the chain."""
+    """Make the linear layer that combines the last states of the model and of the chain."""
     made = nn.Linear(2 * features, features)
     if identity:
         nn.init.eye_(made.weight)
@@ -130,18 +131,20 @@ def joint(features: int, identity: bool) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Chain:
-    """The adapters of one stack, and the block whose input each one reads; they belong to the injection."""
+    """The adapters of one stack, and the numbers of the blocks whose inputs they read; the injection owns their
+    parameters."""
 
     adapters: list[Shared]
     states: list[Tap]
     joint: Shared | None
     visible: VisibleTokens
     below: int
-    """How many blocks the host's stack has."""
+    """The number of blocks of the host's stack."""
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def joined(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return the replacement of the last state ``[batch, tokens, d]``, by the last block's arguments."""
+        """Return the replacement of the last state ``[batch, tokens, d]``, which also depends on the last block's
+        arguments (masks and caches)."""
         adapters: list[Any] = [adapter.module for adapter in self.adapters]
         depth, dtype = len(adapters[0].blocks), adapters[0].down.weight.dtype
         caches = side_layers(given, self.stamp, depth * len(adapters), self.below)
@@ -155,7 +158,7 @@ class Chain:
 
 
 class KAdapterOperator(Operator):
-    """Stores a block's input for the chain, where an adapter reads it; behind the last block, joins model and chain."""
+    """Stores a block's input for the chain if an adapter reads it; after the last block, joins model and chain."""
 
     def __init__(self, site: BlockSite, state: Tap | None, chain: Chain | None) -> None:
         super().__init__(site)

@@ -3,9 +3,9 @@
 Equation:
     y = Attention(q, K, V) + tanh(g) * softmax(q (W_k P)^T / sqrt(d_h)) (W_v P)   in the top layers
 
-y is the input of the layer's output matrix. P [length, d] is a prompt of the layer; the layer's own frozen matrices
-(with the changes of other active injections) compute keys and values from P, biases included, without rotation. P has a
-separate softmax, so the gate g, one number for each head, alone scales the effect of the prompt.
+y is the input of the layer's output matrix. P [length, d] is a prompt of the layer. The layer's own frozen matrices
+(with the changes of other active injections) compute keys and values from P, including biases, but without rotation. P
+has a separate softmax, so only the gate g, one number for each head, scales the effect of the prompt.
 
 Parameters: length * d + heads in each of the top layers.
 
@@ -15,8 +15,8 @@ Differs from the authors' code: The tanh is in the authors' training code; no ot
 compared with those of peft.
 
 Use it: `peftcore.apply(model, "llama_adapter")`, to teach instructions to a pretrained language model without changing
-it at the start. Nothing merges, and the prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen
-3), those of the prompt are not.
+it at the start. Nothing merges, and the prompt's keys are not stored in the cache. In models that normalize their keys
+(Qwen 3), the prompt's keys are not normalized.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class LlamaAdapterConfig(MethodConfig):
 
     method: Literal["llama_adapter"] = "llama_adapter"
     length: PositiveInt = 10
-    """Vectors of a layer's prompt."""
+    """Number of vectors of a layer's prompt."""
     layers: PositiveInt = 30
-    """How many of the top layers of each stack are adapted (the authors' 30 of 32); all where there are fewer."""
+    """How many of the top layers of each stack are adapted (the authors' 30 of 32); all if a stack has fewer."""
     tanh: bool = True
     """Apply tanh to the gate; False uses the gate itself, as peft does."""
 

@@ -6,21 +6,21 @@ Equation:
     direft   h' = h + R^T (W h + b),         R free
 
 h is a block's output at the first f and the last l positions of the prompt, in each chosen layer; each end has separate
-R, W, b unless they are tied. R's Cholesky factor keeps its rows orthonormal. As in the authors' code, an `activation`
-acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt (a prompt of one
-token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all tokens before the
-first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length. In encoder-decoder
-models the prompt is the encoder's input; in image models it is the block's tokens.
+R, W, b unless `tied`. The rows of R are kept orthonormal by a Cholesky factorization. As in the authors' code, an
+`activation` acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt (a
+prompt of one token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all
+tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length.
+In encoder-decoder models the prompt is the encoder's input; in image models it is the block's tokens.
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 
-Start: R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where it is free);
-``identity=True`` starts at h' = h. Without it a fresh intervention changes outputs.
+Start: R starts with random orthonormal rows, W and b as torch's linear layers do (a free R too); ``identity=True``
+starts at h' = h. Without it a fresh intervention changes outputs.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "loreft")`, where few numbers should do much: ten to fifty times fewer than LoRA's. It
-cannot be merged.
+Use it: `peftcore.apply(model, "loreft")`, where trained parameters must be few: ten to fifty times fewer than LoRA's.
+It cannot be merged.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ class LoReFTConfig(MethodConfig):
 
     method: Literal["loreft"] = "loreft"
     kind: Literal["loreft", "noreft", "direft"] = "loreft"
-    """The equation: of LoReFT, of NoReFT (R is free), or of DiReFT (R is free, without R h)."""
+    """The equation: LoReFT's, NoReFT's (R is free), or DiReFT's (R is free, and R h is left out)."""
     rank: PositiveInt = 4
-    """Dimensions r of the subspace."""
+    """Number r of dimensions of the subspace."""
     prefix_positions: NonNegativeInt = 3
-    """The first positions f of the prompt."""
+    """Number f of positions at the start of the prompt."""
     suffix_positions: NonNegativeInt = 0
-    """The last positions l of the prompt."""
+    """Number l of positions at the end of the prompt."""
     short_prompts: Literal["half", "first", "last"] = "half"
     """The rule for short prompts: each end gets at most half of the prompt ("half"), or the first positions have
     priority and the last ones get the rest ("first"), or the reverse, as in the adapters package ("last")."""
     layers: list[NonNegativeInt] | None = None
-    """The layers, by number; None takes all."""
+    """Numbers of the layers to change; None changes all."""
     tied: bool = False
-    """One intervention for both ends of the prompt."""
+    """Use one intervention for both ends of the prompt."""
     dropout: Share = 0.0
     """Probability with which numbers of h' are dropped in training."""
     activation: Literal["gelu", "relu", "silu", "tanh"] | None = None
@@ -91,7 +91,7 @@ class LoReFTConfig(MethodConfig):
 
 
 class Intervention(Checked):
-    """LoReFT's intervention: ``h'`` of ``h``."""
+    """LoReFT's intervention, which maps ``h`` to ``h'``."""
 
     def __init__(self, width: int, config: LoReFTConfig) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ class Intervention(Checked):
                 yield "R has linearly dependent rows"
 
     def rotation(self) -> Tensor:
-        """Return R, with orthonormal rows where they have to be (in float32 at least: torch factors no half
-        precision)."""
+        """Return R; its rows are orthonormal in LoReFT. It is computed in float32 or more, since torch cannot factorize
+        matrices in half precision."""
         if not self.orthonormal:
             return self.R
         with full_precision(self.R):

@@ -9,25 +9,25 @@ Blocks below m are unchanged, and no gradient passes through them. G generates t
     average    P_i = W_2 relu(mean of W_1 h + b_1 over the i-th of `length` windows of tokens) + b_2,   W_2 [d, hidden]
     max        the same with the largest of each window
 
-and None trains P itself. h is the first token in encoders, and the last one of the prompt in decoders, where rows
-attend to no tokens and tokens attend to all rows. Windows are those of adaptive pooling, over the tokens of the prompt
-without padding. Where positions are added to embeddings, tokens keep theirs and P is without positions, as in the
-authors' code; rotary positions of P precede those of the first token.
+and None trains P directly. h is the state of the first token in encoders, and of the prompt's last token in decoders,
+where rows of P do not attend to tokens, but tokens attend to all rows. Windows are those of adaptive pooling, over the
+tokens of the prompt without padding. If a model adds positions to embeddings, tokens keep their positions and P has
+none, as in the authors' code; rotary positions of P precede those of the first token.
 
-In a decoder P is made of the prompt, and earlier tokens of the prompt see it too. Labels determine the end of the
-prompt (it precedes the first label), or ``peftcore.call(model, prompt_length=...)`` does; calls without either are
+In a decoder P is computed from the whole prompt, and earlier tokens of the prompt attend to it too. The prompt ends
+before the first label, or where ``peftcore.call(model, prompt_length=...)`` sets its end; calls without either are
 refused. P is computed once and stays in the cache. In encoder-decoder models it is inserted in the encoder.
 
-Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + (hidden + 1) d, of None length * d.
+Parameters: (d + 1) hidden + (hidden + 1) length d, with pooling (d + 1) hidden + (hidden + 1) d, with None length * d.
 
-Start: The generator as torch's linear layers, P itself from N(0, 1). No start is an identity.
+Start: The generator starts as torch's linear layers, a directly trained P from N(0, 1). No start is an identity.
 
-Differs from the authors' code: The authors' decoder leaves the last token of the prompt out of its windows. The dropout
-of the host's own embeddings acts on P in their code; `dropout` is its value.
+Differs from the authors' code: The authors' decoder leaves the last token of the prompt out of its windows. In their
+code the dropout of the host's embeddings acts on P; set `dropout` to its value.
 
 Use it: `peftcore.apply(model, "lpt")`, for classification where training time and memory count: backward ends at block
-m. Not where tokens of generated text need it everywhere (prefix_tuning acts in every layer), nor for adapters of rows
-in one batch.
+m. Not for long generated text, where a prompt in every layer is better (prefix_tuning), nor to route rows of one batch
+to several adapters.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from peftcore.author import (
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 
 ALL = 2**31
-"""More tokens than any prompt has."""
+"""A number larger than the length of any prompt."""
 
 
 class LPTConfig(MethodConfig):
@@ -64,14 +64,14 @@ class LPTConfig(MethodConfig):
 
     method: Literal["lpt"] = "lpt"
     length: PositiveInt = 5
-    """Rows of the prompt."""
+    """Number of rows of the prompt."""
     layer: NonNegativeInt | None = None
     """The number of the block before which the prompt is inserted; None takes the middle block."""
     generator: Literal["naive", "average", "max"] | None = "naive"
-    """The network that makes the prompt: from one token, or from the means or the maxima over windows of all tokens;
-    None trains the prompt itself, from N(0, 1)."""
+    """The network that generates the prompt: from one token, or from the means or maxima over windows of all tokens;
+    None trains the prompt directly, from N(0, 1)."""
     hidden: PositiveInt = 128
-    """Width of the generator."""
+    """Width of the generator's hidden layer."""
     dropout: Share = 0.1
     """Probability with which numbers of a generated prompt are dropped in training."""
 
@@ -94,7 +94,7 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return the prompt of each text; raises MissingContext if the end of the input's prompt is unknown, and
+        """Return the rows of each text; raises MissingContext if the end of the text's prompt is unknown, and
         SequenceError if that prompt is split over several calls."""
         if self.generator is None:
             return self.prompt
@@ -148,7 +148,7 @@ class LPTOperator(InnerRows):
 
 
 class LPT(Method):
-    """A prompt made of the input by a small network, in front of the tokens from a middle block on.
+    """A prompt that a small network generates from the input, in front of the tokens from a middle block on.
 
     Example:
         injection = peftcore.apply(model, "lpt")

@@ -1,28 +1,28 @@
 """LST, ladder side-tuning.   Sung et al. 2022, arXiv 2206.06522 (code: ylsung/Ladder-Side-Tuning).
 
-Two things of the paper are not here: a ladder in the encoder of an encoder-decoder model, which has one in the decoder
-alone, and the start of side blocks from rows of the model that pruning finds important.
+Two parts of the paper are not here: a ladder in the encoder of an encoder-decoder model (here only its decoder has
+one), and the start of side blocks from rows of the model that pruning finds important.
 
 Equation:
     z_0 = W_0 b_0,   z_l = S_l(mu_l z_{l-1} + (1 - mu_l) W_l b_l),   mu_l = sigmoid(alpha_l / T)
     y   = W_out LN(z_L)   in the place of b_L
 
 b_0 is the input of the first block, b_l the output of block l. No gradient reaches the backbone, so its activations are
-not kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward four times as wide) of width
-d / R, causal where the backbone is; W_l [d/R, d] with bias.
+not stored for backward. S_l are pre-norm transformer blocks (attention, then a feed-forward four times as wide) of
+width d / R, causal if the backbone is causal; W_l [d/R, d] has a bias.
 
 Side blocks of a decoder read its encoder through b_l only. The model's cache holds the keys and values of the side
 blocks too. Other adapters inside the blocks get no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
 
-Start: alpha_l starts at 0, all else as torch's layers do. The model predicts from the side network alone, so no start
-is an identity.
+Start: alpha_l starts at 0, all other parameters as torch's layers do. The model predicts only from the side network, so
+no start is an identity.
 
-Differs from the authors' code: The two things above; and the authors put y behind the model's last norm, which here
-acts on y.
+Differs from the authors' code: The two parts above are missing; and the authors insert y after the model's last norm,
+while here this norm acts on y.
 
-Use it: `peftcore.apply(model, "lst")`, where memory is short: backward runs only through the small network. It cannot
+Use it: `peftcore.apply(model, "lst")`, where memory is limited: backward runs only through the small network. It cannot
 be merged.
 """
 
@@ -62,11 +62,12 @@ class LSTConfig(MethodConfig):
 
     method: Literal["lst"] = "lst"
     reduction: PositiveInt = 8
-    """How many times narrower the side network is: R."""
+    """How many times narrower the side network is than the model: R."""
     heads: PositiveInt = 4
-    """Heads of its attention; their greatest common divisor with its width, where they do not divide it."""
+    """Number of heads of the side network's attention; if it does not divide the side network's width, their greatest
+    common divisor is used."""
     temperature: PositiveFloat = 0.1
-    """T: the smaller, the sooner a gate is open or shut."""
+    """Temperature T of the gates: with smaller values gates open or close faster."""
     dropout: Share = 0.0
     """Probability with which a side block's output is dropped in training."""
 
@@ -81,18 +82,18 @@ class LSTConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Ladder:
-    """The side network of one stack; its parts belong to the injection."""
+    """The side network of one stack; the injection owns its parameters."""
 
     down: Shared
     blocks: list[Shared]
     up: Shared
     below: int
-    """How many blocks the host's stack has."""
+    """The number of blocks of the host's stack."""
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def climb(self, states: Sequence[Tensor], visible: Tensor, caches: Sequence[Any]) -> Tensor:
-        """Map the states ``[batch, tokens, d]`` before the first and behind each block to the replacement of the last
-        state."""
+        """Map the states ``[batch, tokens, d]`` before the first block and after each block to the replacement of the
+        last state."""
         z = self.down.module(states[0])
         for block, state, cache in zip(self.blocks, states[1:], caches or [None] * len(self.blocks), strict=True):
             z = block.module(z, state, visible, cache)
@@ -101,7 +102,7 @@ class Ladder:
 
 
 class LadderOperator(BesideOperator):
-    """Reads a block; at the last one, returns the output of the side network."""
+    """Stores the state of a block; at the last block, returns the output of the side network."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: VisibleTokens, ladder: Ladder | None) -> None:
         super().__init__(site, taps, answers=ladder is not None)
@@ -124,7 +125,7 @@ class LadderOperator(BesideOperator):
 
 class LST(Method):
     """A small transformer in parallel with the model, which reads the outputs of its blocks; its output replaces the
-    last one."""
+    last block's output."""
 
     name = "lst"
     Config = LSTConfig

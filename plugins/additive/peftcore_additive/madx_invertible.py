@@ -6,20 +6,20 @@ Equation:
     F(x) = W_up f(W_down x + b_down) + b_up,   W_down [h / r, h],   W_up [h, h / r],   h = d / 2
 
 One coupling (NICE) adapts the embeddings to a language, and its inverse, with the same weights, adapts the input of the
-prediction head. The coupling is behind all modules that make the embeddings (in BERT their norm and dropout; in models
-that add positions outside, the token table), and the inverse is in front of the last matrix of the head; models without
-a head that predicts tokens lack the inverse. In an encoder-decoder the encoder's tokens are adapted, and the inverse
-reads the decoder's output.
+prediction head. The coupling acts after all modules that compute the embeddings (in BERT after their norm and dropout;
+in models that add positions elsewhere, after the token table), and the inverse acts in front of the last matrix of the
+head. Models without a head that predicts tokens have no inverse. In an encoder-decoder the encoder's tokens are
+adapted, and the inverse reads the decoder's output.
 
 Parameters: 2 (d^2 / 4) 2 / r + 2 (d / 2) / r + d, once.
 
 Start: All matrices start from N(0, 0.02), biases from zero. Near the identity; ``init_std=0`` makes it exact.
 
-Differs from the authors' code: No difference is known. The adapters in the layers, which the paper trains with it, are
-those of `pfeiffer_adapter`; `madx` is both.
+Differs from the authors' code: No difference is known. The paper trains it together with adapters in the layers, which
+are those of `pfeiffer_adapter`; the preset `madx` combines both.
 
-Use it: `peftcore.apply(model, "madx_invertible")`, where a model learns a language that it lacks, by predicting tokens;
-not where a task is trained (there `pfeiffer_adapter` is better, on top of it).
+Use it: `peftcore.apply(model, "madx_invertible")`, to teach a model a new language by predicting tokens; not to train a
+task, for which you can apply `pfeiffer_adapter` in addition.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import cast_linear
 
 AROUND, HEAD = "around", "head"
-"""The forms of the module around a table that makes embeddings, and of a head that predicts tokens."""
+"""The forms of two sites: the module around a token table that computes embeddings, and a head that predicts tokens."""
 
 
 class MadxInvertibleConfig(MethodConfig):
@@ -45,7 +45,7 @@ class MadxInvertibleConfig(MethodConfig):
 
     method: Literal["madx_invertible"] = "madx_invertible"
     reduction: PositiveInt = 2
-    """How many times narrower F and G are than half of the embeddings."""
+    """How many times narrower F and G are than half the width of the embeddings."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     init_std: NonNegativeFloat = 0.02
@@ -53,7 +53,8 @@ class MadxInvertibleConfig(MethodConfig):
 
 
 class Coupling(nn.Module):
-    """One of the two networks: [..., inputs] to [..., outputs]."""
+    """One of the two networks F and G, which maps one half of the features, [..., inputs], to a change of the other
+    half, [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int, config: MadxInvertibleConfig) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Coupling(nn.Module):
 
 
 class InvertibleOperator(Operator):
-    """The coupling behind the embeddings, and its inverse in front of the head."""
+    """The coupling on the embeddings, and its inverse in front of the head."""
 
     changes_inputs = True
 
@@ -102,7 +103,7 @@ class InvertibleOperator(Operator):
 
 
 class MadxInvertible(Method):
-    """A coupling behind the embeddings and its inverse in front of the head."""
+    """An invertible coupling on the embeddings, with its inverse in front of the head."""
 
     name = "madx_invertible"
     Config = MadxInvertibleConfig

@@ -1,4 +1,4 @@
-"""P-tuning: a prompt made by a small network.   Liu et al. 2021, arXiv 2103.10385.
+"""P-tuning: a prompt that a small network generates.   Liu et al. 2021, arXiv 2103.10385.
 
 Equation:
     X' = [P ; E(ids)],   P = f(Z),   Z [length, d] trained
@@ -11,18 +11,18 @@ With ``encoder="residual"`` it is residual prompt tuning (Razdaibiedina et al. 2
 arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h. Its authors train Z and f with
 one learning rate, 0.3.
 
-Parameters, besides length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and 2 (4 h
-(2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head; (d + 1) h + (h + 1) d + 2 d for the
-residual network.
+Parameters, in addition to length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and 2
+(4 h (2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head; (d + 1) h + (h + 1) d + 2 d for
+the residual network.
 
-Start: Z starts from a standard normal, the network as torch initializes it: nothing is identity. With
+Start: Z starts from a standard normal, the network as torch initializes it: no start is an identity. With
 ``encoder="residual"`` Z starts as embeddings of tokens drawn from the vocabulary.
 
 Differs from the authors' code: The authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d / 2; no other
 difference is known.
 
-Use it: `peftcore.apply(model, "p_tuning")`, where prompt_tuning trains unsteadily: the network ties the rows together.
-Where P should stay near words, as in prompt_tuning, the residual network is better.
+Use it: `peftcore.apply(model, "p_tuning")`, where prompt_tuning trains unsteadily: the network couples the rows. Where
+P should stay near word embeddings, as in prompt_tuning, the residual network is better.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ class PTuningConfig(MethodConfig):
 
     method: Literal["p_tuning"] = "p_tuning"
     length: PositiveInt = 20
-    """Rows of the prompt."""
+    """Number of rows of the prompt."""
     encoder: Literal["mlp", "lstm", "residual"] = "mlp"
-    """The network that makes the prompt: a perceptron, the paper's bidirectional LSTM, or a perceptron with a norm
+    """The network that generates the prompt: a perceptron, the paper's bidirectional LSTM, or a perceptron with a norm
     whose output is added to Z."""
     hidden: PositiveInt | None = None
-    """Width h of the network; the width of the embeddings unless given."""
+    """Width h of the network; None: the width of the embeddings."""
     lstm_dropout: Share = 0.0
-    """Dropout between the two layers of the LSTM, in training."""
+    """Probability of dropout between the two layers of the LSTM, in training."""
 
 
 class PTuningOperator(SequenceOperator):
-    """The prompt of one stack and the network that makes it."""
+    """The prompt of one stack, and the network that generates it."""
 
     def __init__(self, site: SequenceSite, config: PTuningConfig) -> None:
         super().__init__(site, config.length)
@@ -95,7 +95,7 @@ class PTuningOperator(SequenceOperator):
 
 
 class PTuning(Method):
-    """A prompt made by a small network, in front of the embedded tokens."""
+    """A prompt that a small network generates, in front of the embedded tokens."""
 
     name = "p_tuning"
     Config = PTuningConfig

@@ -3,24 +3,24 @@
 Equation:
     Attention(q, [P_k; K], [P_v; V])   in every layer;   P trained itself, or P = W_l tanh(W Z + b) + b_l
 
-The equation is prefix tuning's, carried over from generation to understanding. In the authors' code three things differ
-from it: P trains directly, unless `projection` asks for the network; numbers of the prefix are dropped in training; and
-a fresh linear head for the classes of the task trains along (labels are classes, not words). It acts on self-attention
-only.
+The equation is that of `prefix_tuning`; the paper applies it to understanding instead of generation. Three points
+differ from prefix tuning in the authors' code: P trains directly, unless `projection` asks for the network; numbers of
+the prefix are dropped in training; and a new linear head for the classes of the task trains too (labels are classes,
+not words). The method acts only on self-attention.
 
-The prompts' keys carry no position. The positions of tokens start behind the prompts, as the authors and peft have it,
-wherever the model takes positions; ``behind=False`` leaves them as they are.
+The prompts' keys have no positions. If the model uses positions, those of tokens start after the prompts, as in the
+authors' code and in peft; ``behind=False`` does not move them.
 
 Parameters: length * 2 d a layer (d: the width of its keys); with projection (projection + 1) * 2 d a layer and (length
 d + (d + 1) projection) a stack.
 
 Start: P from N(0, 1); the network of `projection` as in `prefix_tuning`. No start is an identity.
 
-Differs from the authors' code: No difference is known where the head is trained; numbers are compared with those of
-peft. Name the head in ``train=``, as in ``train=["classifier"]``.
+Differs from the authors' code: No difference is known if the head trains too: name it in ``train=``, as in
+``train=["classifier"]``. Outputs are compared with peft.
 
 Use it: `peftcore.apply(model, "p_tuning_v2")`, for classification and tagging with a frozen encoder or decoder: easy
-tasks want a length below 20, hard ones about 100. Nothing merges; rows of a batch may have different prompts.
+tasks need a length below 20, hard ones about 100. Nothing merges; rows of a batch may have different prompts.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class PTuningV2Config(MethodConfig):
 
     method: Literal["p_tuning_v2"] = "p_tuning_v2"
     length: PositiveInt = 20
-    """Deep prompts a layer; the authors search from 4 to 160 by task."""
+    """Number of prompt rows in each layer; the authors search from 4 to 160 by task."""
     projection: PositiveInt | None = None
-    """Width of the network that makes the prompts while they train (512 in the authors' code); None trains them
-    themselves."""
+    """Width of the network that generates the prompts in training (512 in the authors' code); None trains the prompts
+    directly."""
     dropout: Share = 0.1
     """Probability with which numbers of the prompts are dropped in training."""
     behind: bool = True
-    """Count the positions of tokens from behind the prompts, as if these were words, as the authors and peft do."""
+    """Start the positions of tokens after the prompts, as if their rows were words, as the authors and peft do."""
 
 
 class PTuningV2(Method):
-    """Trained keys and values in front of the keys and values of every self-attention, made for tasks of
-    understanding."""
+    """Trained keys and values in front of the keys and values of every self-attention, for classification and
+    tagging."""
 
     name = "p_tuning_v2"
     Config = PTuningV2Config

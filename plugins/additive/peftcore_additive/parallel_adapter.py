@@ -3,25 +3,25 @@
 Equation:
     out = Block(x) + s (W_up f(W_down x + b_down) + b_up),   W_down [r, d],  W_up [d, r]
 
-x is exactly the tensor that the block reads (behind the norm in front of it, where there is one). The block is the
-feed-forward by default; with ``target="attn.output"`` the attention, and any other target module counts as a block. The
-scale s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
+x is exactly the tensor that the block reads (after the norm in front of it, if there is one). The block is the
+feed-forward by default, the attention with ``target="attn.output"``, and otherwise the target module itself. The scale
+s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
 
-The adapter takes x at the block's first matrix, and adds its output where the block's output joins the stream, behind
+The adapter takes x at the block's first matrix, and adds its output where the block's output joins the stream, after
 the host's dropout and layer scale, as in the authors' code; joins="matrix" adds it to the output of the last matrix. So
 models without a separate feed-forward module (BERT, torch's encoder) are adapted like models with one.
 
 With reads="matrix" it is parallel to the target module itself: y = W x + A(x), as in LLM-Adapters
 (`llm_adapters_parallel`).
 
-Parameters: 2 d r + r + d a block, one more when s is learned; without `bias` 2 d r.
+Parameters: 2 d r + r + d a block, one more if s is learned; without `bias` 2 d r.
 
 Start: W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "parallel_adapter")`, where a serial adapter would do; in the paper's comparison it is
-the stronger of the two. It cannot be merged.
+Use it: `peftcore.apply(model, "parallel_adapter")`, instead of a serial adapter (`houlsby_adapter`); in the paper's
+comparison the parallel one is better. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class ParallelAdapterConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
     bias: bool = True
-    """Biases behind both matrices."""
+    """Add biases to both matrices."""
     init: Literal["lora", "normal"] = "lora"
-    """The start: as in LoRA, an exact identity, or both matrices from N(0, 0.02)."""
+    """The start: as in LoRA, which is an exact identity, or both matrices from N(0, 0.02)."""
 
 
 class ParallelOperator(Bypass):

@@ -1,26 +1,28 @@
-"""Pfeiffer adapter: one bottleneck a layer, at the stream.   Pfeiffer et al. 2020, arXiv 2005.00247, 2005.00052.
+"""Pfeiffer adapter: one bottleneck in each layer, on the residual stream.   Pfeiffer et al. 2020, arXiv 2005.00247,
+2005.00052.
 
 Equation:
     u = LN(x + o),   y = LN(x + o + W_up f(W_down u + b_down) + b_up)   post-norm hosts: LN is the block's last norm
     u = x + o,       y = x + o + W_up f(W_down u + b_down) + b_up       pre-norm hosts
 
-x is the stream, o the feed-forward's output that is added to it. The adapter reads the stream behind the feed-forward
-and is added to it again; in post-norm models the frozen norm runs twice, with the same weights. The attention gets no
-adapter, and no norm trains: these two points, and the adapter's input, are the differences from `houlsby_adapter`.
+x is the stream, o the feed-forward's output that is added to it. The adapter reads the stream after the feed-forward,
+and its output is added to the stream; in post-norm models the frozen norm runs twice, with the same weights. The
+attention gets no adapter, and no norm trains: these two points, and the adapter's input, are the differences from
+`houlsby_adapter`.
 
-A model counts as post-norm if no norm follows its blocks; torch's own layers state their kind. An operator's
-`placement` holds the result; if it is wrong (wav2vec2 has the same modules with `do_stable_layer_norm` and without),
-set `placement`. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", which works at any
-target. Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale g = 1 at the
-start for each channel, stochastic depth, and a narrower start. Parameters: 2 d r + r + d a layer, with a learned
-`scale` 1 or d more.
+A model counts as post-norm if no norm follows its blocks; torch's own layers have an attribute for it. An operator's
+attribute `placement` shows the result; if it is wrong (wav2vec2 has the same modules with `do_stable_layer_norm` and
+without), set the option `placement`. Many later papers call a bottleneck on o itself "Pfeiffer": use placement="branch"
+for that, which works at any target. Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is
+placement="pre" with a scale g = 1 at the start for each channel, stochastic depth, and a narrower start. Parameters: 2
+d r + r + d a layer, with a learned `scale` 1 or d more.
 
 Start: Both matrices start from N(0, 0.02), biases at zero: near the identity. ``up_init_std=0`` makes it exact.
 
 Differs from the authors' code: No difference from the adapters package is known (its `seq_bn`).
 
-Use it: `peftcore.apply(model, "pfeiffer_adapter")`, where a Houlsby adapter would do, at half its size; adapters for
-languages and tasks are stacked so.
+Use it: `peftcore.apply(model, "pfeiffer_adapter")`, instead of a Houlsby adapter, at half its size; stacks of adapters
+for languages and tasks use it.
 """
 
 from __future__ import annotations
@@ -57,12 +59,12 @@ class PfeifferAdapterConfig(MethodConfig):
 
     method: Literal["pfeiffer_adapter"] = "pfeiffer_adapter"
     bottleneck: PositiveInt = 48
-    """Width r of the bottleneck; the paper's is a sixteenth of the stream."""
+    """Width r of the bottleneck; in the paper it is a sixteenth of the stream's width."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
-    or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
+    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
+    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
     scale: Scale = 1.0
     """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
     factors start at 1."""
@@ -70,7 +72,7 @@ class PfeifferAdapterConfig(MethodConfig):
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""
     init: Start = "normal"
-    """The draw of both matrices: a normal, whole or cut at two standard deviations."""
+    """The draw of both matrices: a normal distribution, truncated at two standard deviations or not."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02
@@ -78,8 +80,8 @@ class PfeifferAdapterConfig(MethodConfig):
 
 
 class AtLayerEnd(AtBranchEnd):
-    """Adds to the residual stream of one layer, around the norm that ends the block or around the block, or to the
-    target's output."""
+    """Adds an adapter's output to the residual stream of one layer, at the norm that ends the block or at the block's
+    output, or to the target's output."""
 
     placement: Placement = "branch"
 
@@ -111,7 +113,7 @@ class PfeifferOperator(ScaledOperator, AtLayerEnd):
 
 
 class PfeifferAdapter(Method):
-    """One bottleneck adapter a layer, at the residual stream."""
+    """One bottleneck adapter in each layer, on the residual stream."""
 
     name = "pfeiffer_adapter"
     Config = PfeifferAdapterConfig
@@ -132,7 +134,8 @@ class PfeifferAdapter(Method):
 def placed(
     surgeon: Surgeon, sites: Iterable[Site], wish: Callable[[Site], str]
 ) -> Iterator[tuple[Site, Placement, tuple[Site, ...]]]:
-    """Yield the sites that get an adapter, one a block, with its placement and the holders that it needs.
+    """Yield the sites that get an adapter, one for each block, with its placement and the further sites that its
+    operator needs.
 
     Raises:
         UnsupportedSite: a site is not the feed-forward of a block with one stream of tokens, or the block does not end

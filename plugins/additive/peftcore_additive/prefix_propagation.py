@@ -3,28 +3,29 @@
 Equation:
     [R ; X]  ->  block l of [R + P_l ; X],   P_l [length, d] for every block l
 
-Rows R are put in front of the tokens and pass through the whole stack, as queries too: each block adds its P_l to the
-rows that the block below returned. (The keys and values of prefix tuning do not depend on the blocks below.) R is the
-output of the stack's embeddings for zero vectors: positions, token types and a norm where the stack has them.
+Rows R are put in front of the tokens and pass through the whole stack, also as queries: each block adds its P_l to the
+rows that the previous block returned. (The keys and values of prefix tuning do not depend on previous blocks.) R is the
+output of the stack's embedding module for zero vectors, so it contains positions, token types and a norm if the stack
+has them.
 
-P trains directly, or is made by a network, P_l = W_l tanh(W Z + b) + b_l, with Z [length, d] and W [projection, d]. In
-training its numbers are dropped out, as those of hidden states are.
+P trains directly, or a network generates it, P_l = W_l tanh(W Z + b) + b_l, with Z [length, d] and W [projection, d].
+Dropout acts on P in training, as on hidden states.
 
-Rows count as words: tokens have the positions behind them. Where attention has windows, all tokens attend to the rows
-if ``global_attention_mask`` is given, which Longformer's classifiers pass by themselves.
+Rows count as words: the positions of tokens follow those of the rows. If attention has windows, all tokens attend to
+the rows only with ``global_attention_mask``, which Longformer's classifiers pass automatically.
 
 Parameters: length * d a block; with projection (length + projection) d + projection + (projection + 1) d a block.
 
 Start: P from N(0, 0.02), or Z and W from N(0, 0.02) and b at zero. No start is an identity.
 
-Differs from the authors' code: Rows of the authors' Longformer and RoBERTa take positions from 0 on, which tokens never
-have there; here rows have the positions in front of the first token. In their BigBird rows are without positions. Heads
-read the same tokens as without rows, as in the authors' BigBird and RoBERTa; their Longformer classifies by the first
-row unless --use_offset_pool_tok is set. Their Longformer trains its token types along, here
-``train=["token_type_embeddings"]``.
+Differs from the authors' code: In the authors' Longformer and RoBERTa rows have positions from 0 on, which these models
+never use for tokens; here rows have the positions in front of the first token. In the authors' BigBird rows have no
+positions. Heads read the same tokens as without rows, as in the authors' BigBird and RoBERTa; their Longformer
+classifies by the first row unless --use_offset_pool_tok is set. Their Longformer trains its token types too; use
+``train=["token_type_embeddings"]`` for that.
 
-Use it: `peftcore.apply(model, "prefix_propagation")`, where texts are long, for half of prefix_tuning's parameters; not
-for many users' rows in one batch, which prefix_tuning can have.
+Use it: `peftcore.apply(model, "prefix_propagation")`, for long texts, with half of prefix_tuning's parameters; not to
+route rows of one batch to different adapters, which prefix_tuning supports.
 """
 
 from __future__ import annotations
@@ -56,15 +57,15 @@ class PrefixPropagationConfig(MethodConfig):
 
     method: Literal["prefix_propagation"] = "prefix_propagation"
     length: PositiveInt = 8
-    """Rows in front of the tokens; the authors take 32 for questions about several documents."""
+    """Number of rows in front of the tokens; the authors use 32 for questions about several documents."""
     projection: PositiveInt | None = None
-    """Width of the network that makes P (512 in the authors' code); None trains P itself."""
+    """Width of the network that generates P (512 in the authors' code); None trains P directly."""
     dropout: Share = 0.1
     """Probability with which numbers of P are dropped in training."""
 
 
 class PropagationOperator(InnerRows):
-    """The additions to the rows at the blocks of one stack."""
+    """The rows of one stack, and the vectors P_l that are added to them at its blocks."""
 
     def __init__(self, site: InnerSite, config: PrefixPropagationConfig) -> None:
         super().__init__(site, config.length)

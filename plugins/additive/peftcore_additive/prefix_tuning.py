@@ -3,25 +3,25 @@
 Equation:
     Attention(q, [P_k; K], [P_v; V])   in every layer;   P = W_l tanh(W Z + b) + b_l,   or P itself
 
-P_k, P_v are `length` keys and values a layer, in the same softmax as the attention's own. While they train they are
-made by a network: Z [length, d] and (W, b) are shared by the layers of a stack, (W_l, b_l) is the layer's slice of the
-last matrix; with ``projection=None`` P trains directly. Encoder, decoder and cross-attention have separate prefixes.
-Prefix keys carry no rotation and no relative bias. The positions of tokens start behind the prefix, as the authors and
-peft have it, wherever the model takes positions; ``behind=False`` leaves them as they are. Under grouped-query
-attention a prefix has the heads of the keys; d is their width.
+P_k, P_v are `length` keys and values for each layer, in the same softmax as the attention's own. In training a network
+generates them: the layers of a stack share Z [length, d] and (W, b), and (W_l, b_l) is a layer's slice of the last
+matrix; with ``projection=None`` P trains directly. Encoder, decoder and cross-attention have separate prefixes. Prefix
+keys have neither rotation nor relative bias. If the model uses positions, those of tokens start after the prefix, as in
+the authors' code and in peft; ``behind=False`` does not move them. With grouped-query attention a prefix has as many
+heads as the keys; d is the width of all keys.
 
 Parameters: length * 2 d a layer; with projection (projection + 1) * 2 d a layer and (length d + (d + 1) projection) a
 stack; with a gate one more a layer.
 
-Start: P from N(0, 1) where it trains directly, else the network as torch's layers. No start is an identity: a prefix
-takes mass in the softmax even where its values are zero. With ``gate=True`` the attention with prefix is mixed in by a
-scalar a layer that starts at zero, at twice the cost: an identity, if ``behind=False`` too.
+Start: A directly trained P starts from N(0, 1), the network as torch's layers. No start is an identity: a prefix takes
+weight in the softmax even if its values are zero. With ``gate=True`` a scalar for each layer, which starts at zero,
+mixes in the attention with the prefix, at twice the cost; with ``behind=False`` too, this start is an identity.
 
-Differs from the authors' code: `gate` is ours; no difference is known (XiangLi1999/PrefixTuning); numbers are compared
-with those of peft.
+Differs from the authors' code: `gate` is an addition of peftcore. No other difference is known; outputs are compared
+with peft.
 
-Use it: `peftcore.apply(model, "prefix_tuning")`, for generation with frozen weights, one prefix a task or a user:
-nothing merges, and rows of a batch may have different ones.
+Use it: `peftcore.apply(model, "prefix_tuning")`, for generation with frozen weights, with one prefix for each task or
+user: nothing merges, and rows of a batch may have different prefixes.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ class PrefixTuningConfig(MethodConfig):
 
     method: Literal["prefix_tuning"] = "prefix_tuning"
     length: PositiveInt = 10
-    """Keys and values in front of each attention's own: 10 for tables to text, 200 for summaries in the paper."""
+    """Number of keys and values in front of each attention's own: in the paper 10 for table-to-text, 200 for
+    summaries."""
     projection: PositiveInt | None = 512
-    """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
+    """Width of the network that generates the prefix in training; None trains the prefix directly."""
     dropout: Share = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
     behind: bool = True
-    """Count the positions of tokens from behind the prefix, as if it were words, as the authors and peft do."""
+    """Start the positions of tokens after the prefix, as if its rows were words, as the authors and peft do."""
     gate: bool = False
-    """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing; with
-    ``behind=False`` also where positions count from the first token."""
+    """Mix the prefix in by a trained scalar that starts at zero, so that a fresh injection does not change outputs; in
+    models with positions this also needs ``behind=False``."""
 
 
 class PrefixTuning(Method):

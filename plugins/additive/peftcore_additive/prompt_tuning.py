@@ -5,24 +5,25 @@ Equation:
 
 With `rank` it is DPT (Xiao et al. 2023, arXiv 2310.10094; code XYaoooo/DPT): P = A B, A [length, rank], B [rank, d].
 
-P is put in front of the embedded tokens, after any scaling of the embeddings, with the attention mask of tokens there.
-The shape of outputs is unchanged: the rows of P are removed before heads and poolers run, so labels need no change, and
-the loss covers the predictions of the tokens only. Where a sequence of a batch is padded on the left, P is put after
-the padding, so the sequence has the same outputs as alone. In encoder-decoder models P is in the encoder's input, and
-the decoder attends to it.
+P is put in front of the embedded tokens, after any scaling of the embeddings, and the attention mask is extended by its
+rows. The shape of outputs is unchanged: the rows of P are removed before heads and poolers run, so labels need no
+change, and the loss covers only the predictions of tokens. If a sequence of a batch is padded on the left, P is put
+after the padding, so the sequence has the same outputs as without padding. In encoder-decoder models P is in the
+encoder's input, and the decoder attends to it.
 
 Parameters: length * d; rank * (length + d) with a rank.
 
-Start: P starts as embeddings of tokens drawn from the vocabulary, none twice where there are enough, of given tokens,
-or uniform in +-0.5; A and B uniform in +-0.5, so that neither holds the other at zero. Never identity at the start:
-anything in front moves the outputs.
+Start: P starts as embeddings of randomly drawn tokens (all different if the vocabulary is large enough) or of given
+tokens, or uniform in +-0.5. A and B start uniform in +-0.5, so that both get gradients. No start is an identity: any
+row in front changes the outputs.
 
 Differs from the authors' code: The authors draw tokens from the first 5,000 of the vocabulary. Other implementations
-also count how the last row of P predicts the first token, and put P before the padding, further from the tokens.
+also include the last row's prediction of the first token in the loss, and put P before the padding, further from the
+tokens.
 
 Use it: `peftcore.apply(model, "prompt_tuning")`, on large models, where it almost reaches full fine-tuning with a few
-thousand numbers; the paper trains with a learning rate of 0.3. A rank makes a long prompt small; in a short one it
-saves little.
+thousand parameters; the paper trains with a learning rate of 0.3. `rank` reduces the parameters of a long prompt; for a
+short prompt it saves little.
 """
 
 from __future__ import annotations
@@ -52,17 +53,18 @@ class PromptTuningConfig(MethodConfig):
 
     method: Literal["prompt_tuning"] = "prompt_tuning"
     length: PositiveInt = 20
-    """Rows of the prompt."""
+    """Number of rows of the prompt."""
     init: Literal["vocabulary", "uniform"] = "vocabulary"
-    """Start from embeddings of tokens drawn from the vocabulary, or uniform in +-0.5."""
+    """The start of P: embeddings of randomly drawn tokens, or uniform in +-0.5."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
     """Token ids whose embeddings P starts from instead (a text, the names of the classes), repeated or cut to the
     prompt's length."""
     behind_embeddings: bool = False
-    """Insert P after the whole embedding module, so that its rows are without positions and norm, and tokens keep their
-    positions, as in the adapters package; for encoders only."""
+    """Insert P after the whole embedding module, as in the adapters package: its rows get neither positions nor the
+    norm of embeddings, and tokens keep their positions. Only for encoders."""
     rank: PositiveInt | None = None
-    """Make P of two factors of this rank; they start uniform, so it wants ``init="uniform"``. None trains P itself."""
+    """Make P the product of two factors of this rank; this requires ``init="uniform"``, since the factors start
+    uniform. None trains P directly."""
 
     @model_validator(mode="after")
     def _factors_start_uniform(self) -> Self:

@@ -1,26 +1,27 @@
-"""Res-Tuning's bypass: residual tuners beside the model.   Jiang et al. 2023, arXiv 2310.19859 (code: ms-swift).
+"""Res-Tuning's bypass: residual tuners in parallel with the model.   Jiang et al. 2023, arXiv 2310.19859 (code:
+ms-swift).
 
 Equation:
     z_l = R_l(b_l) + V_l(z_{l-1}),   z_0 = b_0,   R(x), V(x) = x + W_up gelu(W_down x + c) + e
     y   = z_L   in the place of b_L
 
-b_0 is the input of the first block, b_l the output of block l. R_l and V_l ("lateral" and "vertical") are adapters r
-wide with a residual inside. No gradient reaches the backbone, so its activations are not kept for backward, and other
-adapters inside the blocks get no gradient. The model's last norm and head read y.
+b_0 is the input of the first block, b_l the output of block l. R_l and V_l ("lateral" and "vertical") are adapters of
+inner width r with a residual connection. No gradient reaches the backbone, so its activations are not stored for
+backward, and other adapters inside the blocks get no gradient. The model's last norm and head read y.
 
 Parameters: 2 (2 d r + r + d) a block.
 
-Start: W start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e at zero. As the
-sum of two residual streams no start is an identity.
+Start: Matrices start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e start at
+zero. Since y is a sum of two residual streams, no start is an identity.
 
-Differs from the authors' code: The code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a
-learned share. Its other tuners (groups of channels, sampling between the sizes of a UNet) are not here. The paper's
-form without a bypass puts adapters, prompts or prefixes in parallel to a module, as `parallel_adapter` and
-`prefix_tuning` do.
+Differs from the authors' code: This follows the code (modelscope/ms-swift), which adds both terms, where the paper
+weighs them with a learned share. The code's other tuners (groups of channels, sampling between the sizes of a UNet) are
+not here. The paper's form without a bypass puts adapters, prompts or prefixes in parallel with a module, as
+`parallel_adapter` and `prefix_tuning` do.
 
-Use it: `peftcore.apply(model, "res_tuning")`, where memory is short, like `lst` and at a similar size: it processes
-each token by itself, so it stores nothing in caches, and is simpler; `lst` has attention in its side network. It cannot
-be merged.
+Use it: `peftcore.apply(model, "res_tuning")`, where memory is limited, as an alternative to `lst` of similar size: it
+processes each token separately, so it is simpler and does not need a cache, while `lst` has attention in its side
+network. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ResTuningConfig(MethodConfig):
 
 
 class Tuner(nn.Module):
-    """x + W_up gelu(W_down x + c) + e."""
+    """One residual tuner: it maps x to x + W_up gelu(W_down x + c) + e."""
 
     def __init__(self, width: int, bottleneck: int, zero: bool) -> None:
         super().__init__()
@@ -75,13 +76,13 @@ class Step(nn.Module):
         self.lateral, self.vertical = Tuner(width, bottleneck, zero), Tuner(width, bottleneck, zero)
 
     def forward(self, z: Tensor, state: Tensor) -> Tensor:
-        """Return the next state of the bypass, from its last state and the block's output, both ``[..., d]``."""
+        """Return the next state of the bypass, from its previous state and the block's output, both ``[..., d]``."""
         y: Tensor = self.lateral(state) + self.vertical(z)
         return y
 
 
 class BypassOperator(BesideOperator):
-    """Reads a block; at the last one, returns the end of the bypass."""
+    """Runs the bypass at one block; at the last block, returns the bypass's output."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], steps: Sequence[Shared]) -> None:
         super().__init__(site, taps, answers=bool(steps))
@@ -96,7 +97,8 @@ class BypassOperator(BesideOperator):
 
 
 class ResTuning(Method):
-    """Residual tuners in a bypass network, which reads the outputs of blocks and replaces that of the last one."""
+    """A bypass network of residual tuners, which reads the outputs of blocks; its output replaces the last block's
+    output."""
 
     name = "res_tuning"
     Config = ResTuningConfig

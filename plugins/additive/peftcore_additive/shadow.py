@@ -1,35 +1,38 @@
-"""ShadowPEFT: a small network beside the model corrects what its blocks read.   arXiv 2604.19254 (in peft).
+"""ShadowPEFT: a small network in parallel with the model corrects the inputs of the model's blocks.   arXiv 2604.19254
+(in peft).
 
 Equation:
     s_0 = P guest(tokens)
     x_l = h_{l-1} + a W_up W_down dropout(h_{l-1} - s_{l-1}),   h_l = block_l(x_l)
     s_l = (1 - g_l) s_{l-1} + g_l T_l(h_l),   g_l = sigmoid(G_l(h_l))
 
-The guest is of the model's own class and config, with `layers` layers and other `sizes`, and trains; P [d, its width]
-is there where the widths differ. It shares the model's token table where it can, else it has its own. T_l and G_l are
-two linear layers with GELU between, u wide.
+The guest network has the model's own class and config, with `layers` layers and other `sizes`, and trains. P [d,
+guest's width] is used only if the widths differ. The guest shares the model's token table if the widths are equal,
+otherwise it has a separate table. T_l and G_l are two linear layers of inner width u, with GELU between them.
 
-In training with labels the guest has a separate loss, which is added to the model's with the weight `guest_weight`:
+In training with labels the guest has a separate loss, which is added to the model's loss with the weight w,
+`guest_weight`:
 
     L = L_model + w CE(head(s_0), labels)
 
-The head of a language model is the model's; one that classifies is copied, trains, and reads the last token.
+For a language model, head is the model's own head; a classification head is copied, and the copy trains and reads the
+last token.
 
 Reentrant checkpoints are refused.
 
-Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) a block but the last one of the model, behind which
-nothing reads the shadow; peft has them there too.
+Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) for each block except the model's last one, after
+which the shadow is not read; peft has these parameters in the last block too.
 
-Start: W_up at zero: the identity. The guest starts from scratch.
+Start: W_up at zero: the identity. The guest starts from random weights.
 
-Differs from the authors' code: As in peft 0.21 every block has both steps; where blocks are left out, h_l is the input
-of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and
-has SiLU in them, no biases, and dropout at other places. peft keeps the guest's earlier tokens under the name
-`past_key_values`, which newer versions of transformers do not use; here generation has them in any version. Where peft
-names a checkpoint as the guest, give its sizes, and its values by ``injection.shared["guest"].take(network)``. In peft
-the loss of a model in evaluation has that of the guest too.
+Differs from the authors' code: As in peft 0.21, every block has both steps (correction and update); if blocks are left
+out, h_l is the input of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in
+front of T and G, uses SiLU, no biases, and dropout at other places. In generation peft stores the guest's cache under
+the name `past_key_values`, which newer versions of transformers do not use; here the guest's cache works in any
+version. If a peft file names a checkpoint as the guest, set `sizes` to those of the checkpoint, and load its weights by
+``injection.shared["guest"].take(network)``. In peft the guest's loss is added in evaluation too.
 
-Use it: `peftcore.apply(model, "shadow")`, where the small network is to be of use by itself as well, or to learn apart
+Use it: `peftcore.apply(model, "shadow")`, where the small network should also be usable by itself, or train separately
 from the model.
 """
 
@@ -83,24 +86,25 @@ class ShadowConfig(MethodConfig):
     dropout: Share = 0.2
     """Probability with which an entry of the correction's input is dropped in training."""
     update_width: PositiveInt | None = None
-    """Width u inside of T and G; the rank without."""
+    """Inner width u of T and G; None: the rank."""
     layers: PositiveInt = 1
-    """Layers of the guest."""
+    """Number of layers of the guest."""
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Other sizes of the guest, by the names of the model's config: ``{"intermediate_size": 256}``."""
+    """Sizes of the guest that differ from the model's, by the names in the model's config: ``{"intermediate_size":
+    256}``."""
     own_table: bool = False
-    """Give the guest a separate token table, which trains. The guest always has one if its width differs from the
+    """Give the guest a separate, trained token table. The guest always has one if its width differs from the
     model's."""
     guest_weight: NonNegativeFloat = 0.05
     """Weight w of the guest's own loss."""
 
 
 IGNORED = -100
-"""Labels that do not count."""
+"""The label that the loss ignores."""
 
 
 class GuestLoss(Operator):
-    """Wraps the head and adds the guest's own loss in training, where labels are given."""
+    """Wraps the head, and adds the guest's own loss in training if labels are passed."""
 
     def __init__(self, site: Site, states: Tap, weight: float, head: Shared | None) -> None:
         super().__init__(site)
@@ -123,7 +127,7 @@ class GuestLoss(Operator):
 
 
 def copied(site: Site) -> nn.Linear:
-    """Return a head like that at a site, with its values, which trains."""
+    """Return a trainable copy of the head at a site."""
     biased = site.tensor == "weight" and not site.missing("bias")
     own = nn.Linear(site.in_features, site.out_features, bias=biased)
     if not site.meta and not (weight := site.weight()).is_meta:
@@ -134,7 +138,8 @@ def copied(site: Site) -> nn.Linear:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return how badly logits ``[batch, tokens, vocabulary]`` predict the next labels ``[batch, tokens]``."""
+    """Return the cross-entropy with which logits ``[batch, tokens, vocabulary]`` predict the next labels ``[batch,
+    tokens]``."""
     precise = torch.promote_types(logits.dtype, torch.float32)
     said = labels[:, 1:].flatten().to(logits.device)
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1).to(precise), said, ignore_index=IGNORED, reduction="sum")
@@ -142,7 +147,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def last_token(states: Tensor, mask: Any) -> Tensor:
-    """Return the states ``[batch, width]`` of the last tokens that a mask ``[batch, tokens]`` does not hide."""
+    """Return the states ``[batch, width]`` of the last tokens for which a mask ``[batch, tokens]`` is not zero."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return states[:, -1]
     places = torch.arange(mask.shape[1], device=mask.device)
@@ -151,7 +156,8 @@ def last_token(states: Tensor, mask: Any) -> Tensor:
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of logits ``[..., classes]``: of a number, of one class, or of several."""
+    """Return the loss of logits ``[..., classes]``: the mean squared error for one output, cross-entropy for integer
+    labels, or binary cross-entropy for floating-point labels."""
     precise, labels = torch.promote_types(logits.dtype, torch.float32), labels.to(logits.device)
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1).to(precise), labels.to(precise).view(-1))
@@ -200,7 +206,7 @@ class ShadowOperator(InputOperator):
 
 
 def two_layers(width: int, inner: int) -> nn.Sequential:
-    """Make T or G."""
+    """Make one of the networks T and G: two linear layers with GELU between them."""
     return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
 
 

@@ -1,31 +1,31 @@
-"""Side-tuning: a small network beside the model, blended with what the model makes.   Zhang et al. 2019,
+"""Side-tuning: a small network in parallel with the model, blended with the model's features.   Zhang et al. 2019,
 arXiv 1912.13503 (code: jozhang97/side-tuning).
 
-For models of tokens alone: pictures, for which the authors' side networks are convolutions, are not here.
+Only for models of tokens: pictures, for which the authors' side networks are convolutions, are not here.
 
 Equation:
     R = g B(x) + (1 - g) S(x),   g = sigmoid(a)
 
-By `merge` it is the sum or the product of B and S, too, as in the code. B are the model's features after its last norm,
-or after its last block if it lacks one; S is a side network over the same tokens, which does not read the model's
-states. The inside of the model is unchanged and gets no gradient, so training a task does not damage earlier tasks.
-`target` names another place; of several modules the last one counts. With several injections each one blends the result
-of the injections before it.
+With `merge`, R can also be the sum or the product of B and S, as in the authors' code. B are the model's features after
+its last norm, or after its last block if it lacks one; S is a side network over the same tokens, which does not read
+the model's states. The inside of the model is unchanged and gets no gradient, so training a task does not damage
+earlier tasks. `target` chooses another module whose output is blended; if it matches several modules, the last one is
+used. With several injections each one blends the result of the previous injections.
 
-S is a guest: of the model's own class and config, with `layers` layers and other `sizes`, and a projection where its
-width is another. It shares the model's token table where it can.
+S has the model's own class and config, with `layers` layers and other `sizes`, and a projection if its width differs.
+It shares the model's token table if the widths are equal.
 
-Parameters: those of the guest, and 1.
+Parameters: those of the side network, and 1.
 
-Start: a starts at 0: half of each, no identity. The side network starts from scratch, or from a trained network:
-``injection.shared["guest"].take(network)``.
+Start: a starts at 0, so R is the mean of both: no start is an identity. The side network starts from random weights, or
+from a trained network: ``injection.shared["guest"].take(network)``.
 
-Differs from the authors' code: The authors first train the side network to reproduce the model's features. A schedule
-of g, FiLM, MLP, and links to the side networks of earlier tasks are not here.
+Differs from the authors' code: The authors first train the side network to reproduce the model's features. Their
+schedule of g, their merges by FiLM and by an MLP, and links to the side networks of earlier tasks are not here.
 
 Use it: `peftcore.apply(model, "side_tuning")`, where the model must stay unchanged and training must be cheap, or for a
-sequence of tasks; not where a task needs other features early in the model (`lora`). `lst` is its kin that reads the
-model's blocks, `shadow` the one that corrects what they read.
+sequence of tasks; not where a task needs other features in early layers (`lora`). The similar `lst` reads the states of
+the model's blocks, and `shadow` corrects the inputs of the blocks.
 """
 
 from __future__ import annotations
@@ -64,27 +64,28 @@ class SideTuningConfig(MethodConfig):
 
     method: Literal["side_tuning"] = "side_tuning"
     layers: PositiveInt = 1
-    """Layers of the side network."""
+    """Number of layers of the side network."""
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Other sizes of the side network, by the names of the model's config: ``{"intermediate_size": 256}``."""
+    """Sizes of the side network that differ from the model's, by the names in the model's config:
+    ``{"intermediate_size": 256}``."""
     own_table: bool = False
-    """Give the side network a separate token table, which trains. It always has one if its width differs from the
-    model's."""
+    """Give the side network a separate, trained token table. The side network always has one if its width differs from
+    the model's."""
     merge: Literal["alpha", "sum", "product"] = "alpha"
     """The way in which the side network's and the model's states are combined."""
     alpha: FiniteFloat = 0.0
-    """Start of a; sigmoid(a) is the model's share."""
+    """The start of a; sigmoid(a) is the share of the model's features."""
 
 
 class Blend(nn.Module):
-    """A learned share of the model's states."""
+    """Blends the model's and the side network's states with a learned share."""
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.full((1,), alpha))
 
     def forward(self, base: Tensor, side: Tensor) -> Tensor:
-        """Return the mix of both, each ``[batch, tokens, d]``."""
+        """Return the mix of the model's and the side network's states, each ``[batch, tokens, d]``."""
         share = torch.sigmoid(self.alpha)
         return share * base + (1 - share) * side
 

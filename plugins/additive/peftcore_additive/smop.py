@@ -3,21 +3,21 @@
 Equation:
     X' = [p_j P_j ; X],   p = softmax(W m),   m = mean of the text's rows of X,   j = argmax p
 
-X are the embedded tokens; there are E short prompts P_j [length, d], and a text gets that of the highest probability,
-times this probability, through which the router W [E, d] learns. In training W m is disturbed by relative noise, W m +
-noise (e * W m) with e standard normal, whose gradient is not followed; it also spreads texts over prompts, since no
-loss does. With `top_k` the prompt is the sum of several p_j P_j.
+X are the embedded tokens. There are E short prompts P_j [length, d]; a text gets the prompt with the highest
+probability, multiplied by this probability, through which the router W [E, d] gets its gradient. In training relative
+noise is added to W m, noise (e * W m) with e standard normal, without a gradient. The noise also distributes texts over
+prompts, since there is no loss for that. With `top_k` the prompt is the sum of several p_j P_j.
 
 The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-sets its length: so the route is chosen once, and generated tokens do not change it.
+sets its length: the prompt is chosen once, and generated tokens do not change it.
 
 Parameters: E (length + 1) d.
 
-Start: W starts orthogonal, P_j as standard normal. No start is an identity.
+Start: W starts orthogonal, P_j from a standard normal distribution. No start is an identity.
 
 Differs from the authors' code: The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch,
-by a broadcast, which its paper does not say, nor what it does for one text alone: here each text gets its own. It
-computes a factor of balance, and does not use it.
+by a broadcast. The paper does not describe that, and for a single text the code does not do it; here each text gets
+only its own prompt. The code computes a factor for load balancing, but does not use it.
 
 Use it: `peftcore.apply(model, "smop")`, where a task has several kinds of text, for which one prompt would have to be
 long; not where texts are alike (prompt_tuning), or where each text needs another prompt (idpg makes a prompt for each).
@@ -51,9 +51,9 @@ class SMoPConfig(MethodConfig):
     prompts: PositiveInt = 4
     """Number E of short prompts."""
     length: PositiveInt = 5
-    """Rows of each prompt."""
+    """Number of rows of each prompt."""
     top_k: PositiveInt = 1
-    """Prompts that a text gets, added up."""
+    """Number of prompts that are added up for a text."""
     noise: Annotated[float, Field(ge=0.0)] = 1.0
     """Standard deviation of the relative noise on the router's scores in training."""
 

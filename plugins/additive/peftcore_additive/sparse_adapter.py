@@ -1,4 +1,4 @@
-"""SparseAdapter: bottleneck adapters that are pruned before they train.   He et al. 2022, arXiv 2210.04284.
+"""SparseAdapter: bottleneck adapters that are pruned before training.   He et al. 2022, arXiv 2210.04284.
 
 Equation:
     y = h + (m_up * W_up) drop f((m_down * W_down) LN(h) + b_down) + b_up,   m in {0, 1}, fixed before training
@@ -6,25 +6,26 @@ Equation:
     s(w) = |w dL/dw| (snip),   w (H g) (grasp),   |w| (magnitude),   a draw (random),   g = dL/dw, H its derivative
 
 The adapter is a serial one (`houlsby_adapter`), on the outputs of attention and feed-forward before they are added to
-the stream. The (1 - `sparsity`) share of the weights with the highest s stays, in one ranking over all adapters; biases
-and norms are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches;
-scores are computed at the start. Only these weights are stored and trained, as one vector for all adapters and their
-places, so momentum and weight decay cannot revive pruned weights. The adapter has a layer norm in front of W_down and
-dropout on f's output.
+the stream. The weights with the highest s are kept, a share of 1 - `sparsity` in one ranking over all adapters; biases
+and norms are not pruned. Scores are computed once, at the start; snip and grasp need ``data=``, run the model in eval
+mode, and sum gradients over the batches. Only the kept weights are stored and trained, as one vector for all adapters
+with the weights' positions, so momentum and weight decay cannot revive pruned weights. The adapter has a layer norm in
+front of W_down and dropout on f's output.
 
-Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more; and their places.
+Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more. The file also
+stores the positions of the kept weights.
 
-Start: Both matrices from N(0, 0.02), biases at zero; the weights that stay keep these values. Near the identity;
+Start: Both matrices from N(0, 0.02), biases at zero; the kept weights start with these values. Near the identity;
 ``up_init_std=0`` with ``score="random"`` makes it exact.
 
-Differs from the authors' code: The code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the
-largest w (H g), whose removal would lower the norm of the gradient most. Its attention adapter is in front of the
-host's dropout, that of the feed-forward behind it; here `joins` sets the place for both. Its score synflow is zero
-behind the norm, and left out.
+Differs from the authors' code: Where the paper is not specific, this follows the code (Shwai-He/SparseAdapter): grasp
+keeps the weights with the largest w (H g), whose removal would lower the norm of the gradient most. The code's
+attention adapter is in front of the host's dropout, and its feed-forward adapter after it; here `joins` sets the place
+for both. The code's score synflow is zero for adapters after the norm, and is left out.
 
 Use it: `peftcore.apply(model, "sparse_adapter", data=batches)`, where a `houlsby_adapter` is too large to store, or a
-wider one is wanted at the same size: the paper's Large-Sparse doubles `bottleneck` and prunes half. It is not faster:
-matrices are made whole for each forward.
+wider one of the same size is wanted: the paper's Large-Sparse doubles `bottleneck` and prunes half. It is not faster,
+since each forward builds the full matrices.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class SparseAdapterConfig(MethodConfig):
     sparsity: Share = 0.4
     """The share of the weights of all adapters that is pruned."""
     score: Literal["snip", "grasp", "magnitude", "random"] = "snip"
-    """The score by which the weights are ranked; the first two look at data."""
+    """The score by which the weights are ranked; snip and grasp need data."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     norm: bool = True
@@ -98,7 +99,7 @@ class SparseAdapterConfig(MethodConfig):
 
 
 class Kept(Checked):
-    """The weights that stay, and their places in all adapters one after the other, ascending."""
+    """The kept weights, and their ascending positions in the concatenated weights of all adapters."""
 
     index: Tensor
 
@@ -110,7 +111,7 @@ class Kept(Checked):
 
     @torch.no_grad()
     def take(self, start: Tensor, score: Tensor | None = None) -> None:
-        """Take the starts of the weights that stay: those with the highest scores, or those that were drawn."""
+        """Store the start values of the kept weights; with scores, first select the weights with the highest scores."""
         start = start.to(self.values)
         if score is not None:
             self.index.copy_(score.topk(len(self.index)).indices.sort().values)
@@ -122,7 +123,7 @@ class Kept(Checked):
             yield f"index must hold ascending positions in {self.total} weights"
 
     def between(self, first: int, size: int, device: torch.device) -> Tensor:
-        """Return `size` of all weights, from the first on, with zeros where they were pruned."""
+        """Return `size` weights from the position `first` on, with zeros for pruned weights."""
         values, index = (each.to(device) for each in (self.values, self.index))
         # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
         order = torch.searchsorted(index, first) + torch.arange(min(len(index), size), device=device)
@@ -133,13 +134,13 @@ class Kept(Checked):
 
 
 def drawn(width: int, config: SparseAdapterConfig) -> Tensor:
-    """Draw both matrices of an adapter, flat, W_down first."""
+    """Draw both matrices of an adapter, and return them flattened, W_down first."""
     stds = (config.init_std, config.up_init_std)
     return torch.cat([torch.randn(width * config.bottleneck) * std for std in stds])
 
 
 def gradients(loss: Tensor, weights: list[Tensor], again: bool = False) -> list[Tensor]:
-    """Return the gradients of a loss; with `again` they have gradients themselves."""
+    """Return the gradients of a loss; with `again` these can be differentiated again."""
     return list(torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True))
 
 
@@ -153,12 +154,12 @@ def slopes(weights: list[Tensor], data: Batches) -> list[Tensor]:
 
 
 def snip(weights: list[Tensor], data: Batches) -> list[Tensor]:
-    """Return |w dL/dw| by weight."""
+    """Return |w dL/dw| for each weight."""
     return [(w.detach() * g).abs() for w, g in zip(weights, slopes(weights, data), strict=True)]
 
 
 def grasp(weights: list[Tensor], data: Batches) -> list[Tensor]:
-    """Return w (H g) by weight, where g and H are the gradient and the Hessian of the sum of the losses.
+    """Return w (H g) for each weight, where g and H are the gradient and the Hessian of the sum of the losses.
 
     Raises:
         CalibrationError: an operation of the model lacks a second derivative.
@@ -179,7 +180,7 @@ SCORES = {"snip": snip, "grasp": grasp}
 
 
 class SparseOperator(AtBranchEnd):
-    """The weights of one adapter that were not pruned, and its biases and norm."""
+    """One adapter: its kept weights, its biases and its norm."""
 
     def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared, starts: list[Tensor]) -> None:
         super().__init__(site)
@@ -207,7 +208,7 @@ class SparseOperator(AtBranchEnd):
 
 
 class SparseAdapter(Method):
-    """Serial adapters, pruned by one ranking before they train."""
+    """Serial adapters that are pruned by one ranking before training."""
 
     name = "sparse_adapter"
     Config = SparseAdapterConfig

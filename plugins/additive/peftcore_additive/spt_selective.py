@@ -1,13 +1,13 @@
-"""SPT, selective prompt tuning: which blocks take prompts of their own is learned.   Zhu and Tan 2023, arXiv
-2310.20127.
+"""SPT, selective prompt tuning: it learns which blocks get separate prompts.   Zhu and Tan 2023, arXiv 2310.20127.
 
 Equation:
     [R_l ; x_l] -> block l,   R_l = (1 - a_l) P_l + a_l p_l,   a_l = sigmoid(alpha_l),   p_l [length, d]
 
-x_l are the tokens before block l, and P_l the rows in front of them as the blocks below return them; block 0 does not
-receive rows, so R_0 = a_0 p_0. This is the search, in which all blocks take part and alpha_l, one number a block,
-trains along. Then ``chosen(injection, 4)`` names the blocks with the largest a_l, and a new adapter with `layers` has
-prompts there alone, whole ones: R_l = p_l at these, R_l = P_l between them, and no rows below the first.
+x_l are the tokens before block l, and P_l the rows in front of them, as the previous block returns them; block 0 does
+not receive rows, so R_0 = a_0 p_0. This is the search: all blocks have prompts, and alpha_l, one number for each block,
+trains too. Afterwards ``chosen(injection, 4)`` returns the blocks with the largest a_l. Then apply a new adapter with
+`layers` set to these blocks: they get full prompts, R_l = p_l; between them R_l = P_l, and there are no rows before the
+first of them.
 
 Rows are without positions, as in `lpt`; in encoder-decoder models they are inserted in the encoder.
 
@@ -15,12 +15,13 @@ Parameters: blocks * (length d + 1) in the search, then layers * length d.
 
 Start: p_l starts from N(0, 0.02), alpha_l at zero. Never identity.
 
-Differs from the authors' code: No code of the authors was found, and their text was not at hand: this is the equation
-of the catalogue. They search in two levels, alpha on held-out data and p on the rest, with a smoothed choice; here both
-train on the same batches. To search in two levels, step the parameters called `alpha` with a separate optimizer.
+Differs from the authors' code: The authors' code was not found, and the paper's text was not available: the equation
+follows a catalogue of methods. The authors search in two levels, alpha on held-out data and p on the rest, with a
+smoothed choice; here both train on the same batches. To search in two levels, step the parameters called `alpha` with a
+separate optimizer.
 
 Use it: `peftcore.apply(model, "spt_selective", layers=[0, 1])`, where `prompt_tuning` is too weak and a prompt in each
-block (`prefix_tuning`) too much, and there is time for two trainings; `lpt` has one late prompt and no search.
+block (`prefix_tuning`) too much, and there is time for two trainings; `lpt` has one late prompt, without a search.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class SPTSelectiveConfig(MethodConfig):
 
     method: Literal["spt_selective"] = "spt_selective"
     length: PositiveInt = 10
-    """Rows of a prompt."""
+    """Number of rows of a prompt."""
     layers: Annotated[list[NonNegativeInt], Field(min_length=1, max_length=1000)] | None = None
     """The numbers of the blocks with a prompt; None searches among all blocks."""
 
@@ -71,7 +72,7 @@ class SelectiveOperator(InnerRows):
 
 
 def chosen(injection: Injection, count: int) -> list[int]:
-    """Return the numbers of the `count` blocks whose prompts have the largest shares, in their order.
+    """Return the numbers of the `count` blocks whose prompts have the largest shares a_l, in ascending order.
 
     Raises:
         ConfigError: the injection was applied with `layers` and is not a search, has several stacks, or has fewer

@@ -4,18 +4,18 @@ Equation:
     y = gamma * f(x) + beta   after every operation f: linear layers, norms, convolutions; one number a channel
 
 gamma and beta merge into W' = gamma * W and b' = gamma * b + beta: a layer without a bias gets one. Modules that cannot
-have a bias (RMSNorm, a stack of experts) are only scaled. The authors' models lack token tables and routers: both are
-skipped unless a target names them.
+have a bias (RMSNorm, a stack of experts) are only scaled. The authors' models do not have token tables and routers:
+both are skipped unless they are named in `target`.
 
-Parameters: 2 out for each operation (out where nothing is shifted), times the number of experts.
+Parameters: 2 out for each operation (out if it is only scaled), times the number of experts.
 
 Start: gamma from N(1, 0.02) and beta from N(0, 0.02), as in the authors' code: a fresh injection changes the outputs a
 little; ``init_std=0`` starts from the identity.
 
 Differs from the authors' code: The head is skipped; the authors train it whole (``train=["classifier"]``).
 
-Use it: `peftcore.apply(model, "ssf")`, to adapt a vision model to a task with few examples, for nothing at inference.
-Without weight decay: it pulls gamma to 0, not to 1.
+Use it: `peftcore.apply(model, "ssf")`, to adapt a vision model to a task with few examples, without cost at inference.
+Train without weight decay, which pulls gamma to 0 instead of 1.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class SSFConfig(MethodConfig):
 
     method: Literal["ssf"] = "ssf"
     init_std: NonNegativeFloat = 0.02
-    """Standard deviation of both at the start; 0 leaves the outputs as they are."""
+    """Standard deviation of gamma and beta at the start; 0 makes a fresh adapter an exact identity."""
 
 
 def shifts(site: Site) -> bool:
-    """True if the site can have beta: its module has a bias, which may be None, or it is a table."""
+    """True if the site can have beta: its module has an attribute for a bias, which may be None, or is a table."""
     return site.layer.one_hot or bias_name(site.tensor) in site.tensors()
 
 

@@ -5,24 +5,24 @@ Equation:
     y_t = silu(z_t) (C_t (h_t + h') + D x_t),   h' [d, N]        offset="state"
     y_t = silu(z_t) (C_t h_t + y' + D x_t),     y' [d]           offset="output"
 
-h_t is the state of a Mamba mixer, d channels with N states each, and h' or y' is all that trains. A prefix or a trained
-first state fades with the decay of the states; the offset is there anew at each step and is not carried on, so caches
-hold what they held before. With `rank` h' is B A, B [d, rank] and A [rank, N].
+h_t is the state of a Mamba mixer, d channels with N states each. Only h' or y' trains. The effect of a prefix or of a
+trained first state fades with the decay of the states; the offset is added again at each step and does not enter the
+next state, so caches do not change. With `rank`, h' is B A, B [d, rank] and A [rank, N].
 
-It acts in Mamba, FalconMamba and Jamba, where h' reads C as the model does, behind its norm in the latter two. Mamba-2
-and its kin (Bamba, Zamba2, NemotronH) make C within the mixer, so only y' is there, in front of the gated norm. On GPUs
-the scan may be a kernel. The one that takes the place of the whole mixer in training passes over its last matrix, and
-is refused when it has run.
+Both offsets support Mamba, FalconMamba and Jamba; h' uses the model's C, after its norm in the latter two. Mamba-2 and
+similar models (Bamba, Zamba2, NemotronH) compute C inside the mixer, so they support only y', which is added in front
+of the gated norm. On GPUs the scan may run as a kernel. A fused kernel that computes the whole mixer in training skips
+its last matrix, where the offset is added, so a forward with it raises an error.
 
 Parameters: d N a mixer, d with ``offset="output"``, rank (d + N) with `rank`: 589,824 and 36,864 in Mamba 130M.
 
 Start: h' or y' at zero, or B at zero: the identity.
 
-Differs from the authors' code: The authors' code has nothing for Mamba-2 and its kin.
+Differs from the authors' code: The authors' code does not support Mamba-2 and similar models.
 
-Use it: `peftcore.apply(model, "state_offset_tuning")`, in state-space models, where prompts and prefixes do little; not
-in hybrids in which attention has most of the layers. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and merges; `ssf`
-scales and shifts what matrices return.
+Use it: `peftcore.apply(model, "state_offset_tuning")`, in state-space models, where prompts and prefixes have little
+effect; not in hybrid models whose layers are mostly attention. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and
+merges; `ssf` scales and shifts the outputs of matrices.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class StateOffsetTuningConfig(MethodConfig):
 
     method: Literal["state_offset_tuning"] = "state_offset_tuning"
     offset: Literal["state", "output"] = "state"
-    """The quantity that is offset: the states, or their readout."""
+    """The quantity that is offset: the states, or the output that is read from them."""
     rank: PositiveInt | None = None
-    """Rank of the offset of the states; None trains it whole."""
+    """Rank of the offset of the states; None trains the full matrix h'."""
 
     @model_validator(mode="after")
     def _of_states(self) -> Self:
@@ -59,8 +59,8 @@ class StateOffsetTuningConfig(MethodConfig):
 
 
 GATE, READOUT, OUT = "gate", "readout", "out"
-"""Forms of sites: the matrix whose last outputs are the gate z, the module whose last outputs are C, which reads the
-states, and the module whose input is the readout."""
+"""The forms of three sites in a mixer: the matrix whose last outputs are the gate z, the module whose last outputs are
+C, and the module whose input is the scan's output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,28 +68,29 @@ class MixerSite(Site):
     """A whole state-space mixer as a site."""
 
     channels: int = 0
-    """Channels d of its scan."""
+    """The number d of channels of the mixer's scan."""
     states: int = 0
-    """States N of each channel; 0 where C is made inside the mixer, and nothing outside gets to see it."""
+    """The number N of states of each channel; 0 if C is computed inside the mixer, where it cannot be read."""
     places: tuple[Site, ...] = ()
-    """The places inside it."""
+    """The sites inside the mixer that the operator reads or changes."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The numbers of channels and of states, which plans and files store as the shape."""
+        """The numbers of channels and of states; plans and saved files record them as the shape of this target."""
         return torch.Size([self.channels, self.states])
 
     @property
     def gates_first(self) -> bool:
-        """True if the output of the scan is gated already."""
+        """True if the output of the scan is already multiplied by the gate."""
         return any(place.form == GATE for place in self.places)
 
 
 def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
-    """Return a mixer with its places: of Mamba (S6) or of Mamba-2, in which a norm is given the scan and the gate.
+    """Return a mixer as a site, with the sites inside it: a Mamba mixer (S6), or a Mamba-2 mixer, whose norm reads both
+    the scan's output and the gate.
 
     Raises:
-        UnsupportedSite: it is neither.
+        UnsupportedSite: the module is neither of them.
     """
     path = site.module_path
     children = [each for each in surgeon.resolver.host.entries if path and each.path.rpartition(".")[0] == path]
@@ -175,7 +176,7 @@ class OffsetOperator(Operator):
         """Run the mixer.
 
         Raises:
-            TrainingError: it ran as a kernel that takes weights, and no module that the offset could act at.
+            TrainingError: the mixer ran as a fused kernel, which does not call the module where the offset is added.
         """
         output = call(*args, **kwargs)
         if self.added.take() is None:
@@ -203,7 +204,7 @@ class OffsetOperator(Operator):
         return call(y + change.to(y.dtype), *args, **kwargs)
 
     def change(self, like: Tensor) -> Tensor:
-        """Return what is added in front of the gate, ``[batch, tokens, d]`` or ``[d]``."""
+        """Return the term that is added before the gate, ``[batch, tokens, d]`` or ``[d]``."""
         weights = self.cast(like, *self.parameters())
         if weights[0].dim() == 1:
             return weights[0]
@@ -214,7 +215,7 @@ class OffsetOperator(Operator):
 
 
 class StateOffsetTuning(Method):
-    """Constant offsets of the states of a state-space model, or of the readout of the states."""
+    """Constant offsets that are added to the states of a state-space model, or to the output of its states."""
 
     name = "state_offset_tuning"
     Config = StateOffsetTuningConfig

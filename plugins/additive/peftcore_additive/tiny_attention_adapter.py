@@ -1,24 +1,25 @@
-"""Tiny-attention adapter: an adapter that sees the other tokens.   Zhao et al. 2022, arXiv 2211.01979.
+"""Tiny-attention adapter: an adapter that attends to the other tokens.   Zhao et al. 2022, arXiv 2211.01979.
 
 Equation:
     y = h + W_2 MHA(q, k, v) + b_2,   [q, k, v] = W_1 LN(h) + b_1,   q, k, v [tokens, a],   a = 1
 
-h is the stream behind self-attention: behind the norm there in post-norm hosts, the sum in front of the next norm in
-pre-norm ones (cindermond/tiny-attn, structure m0, and its GPT-2); by default not behind cross-attention. MHA is torch's
-multi-head attention of width a, with its projections and dropout of attention weights. Its mask is the model's: tokens
-do not attend to padding, nor to later tokens in causal stacks. The model's cache stores its keys and values of earlier
-tokens in layers behind the model's own.
+h is the stream after self-attention: in post-norm hosts after the norm that follows, in pre-norm hosts the sum in front
+of the next norm (cindermond/tiny-attn, structure m0, and its GPT-2). By default the method does not act after
+cross-attention. MHA is torch's multi-head attention of width a, with its projections and dropout of attention weights.
+Its mask is the model's: tokens do not attend to padding, nor to later tokens in causal stacks. The model's cache stores
+the keys and values of earlier tokens in additional layers after the model's own.
 
-With `modules` n adapters follow one another, each times 1/n. Parameters: n (4 a d + 4 a^2 + 7 a + 3 d) a layer: 5,387
-with a = n = 1 in RoBERTa-base.
+With `modules`, n adapters run in sequence, and the output of each is multiplied by 1/n. Parameters: n (4 a d + 4 a^2 +
+7 a + 3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
 
-Start: W_2 and b_2 start as torch's layers do, times 0.01. Near the identity; ``out_scale=0`` makes it exact.
+Start: W_2 and b_2 start as torch's layers do, multiplied by 0.01. Near the identity; ``out_scale=0`` makes it exact.
 
-Differs from the authors' code: The code trains n heads to average their tensors afterwards; here the n adapters stay.
+Differs from the authors' code: The code trains n heads and averages their tensors afterwards; here the n adapters stay
+separate.
 
-Use it: `peftcore.apply(model, "tiny_attention_adapter")`, where context has to be weighed anew and parameters are few;
-not where latency counts: it cannot be merged (`lora` can), and attends once more in every layer. `houlsby_adapter` is
-its kin that sees one token.
+Use it: `peftcore.apply(model, "tiny_attention_adapter")`, where the task needs additional attention to the context and
+few parameters; not where latency counts: it cannot be merged (`lora` can), and runs one more attention in every layer.
+The similar `houlsby_adapter` reads only one token.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import JOINED, Room, TinyAttention, placed
 
 AROUND = "around"
-"""The form of the site of the block."""
+"""The form of a site at the block around an attention."""
 
 
 class TinyAttentionAdapterConfig(MethodConfig):
@@ -62,15 +63,15 @@ class TinyAttentionAdapterConfig(MethodConfig):
 
     method: Literal["tiny_attention_adapter"] = "tiny_attention_adapter"
     width: PositiveInt = 1
-    """Width a of queries, keys and values, of all heads together."""
+    """Width a of queries, keys and values, over all heads together."""
     heads: PositiveInt = 1
-    """Heads, which divide the width."""
+    """Number of heads; it must divide `width`."""
     modules: PositiveInt = 1
     """The number n of adapters in sequence; the output of each is multiplied by 1/n."""
     dropout: Share = 0.1
     """Probability with which attention weights are dropped in training."""
     out_scale: NonNegativeFloat = 0.01
-    """Factor on the start of the last map; 0 makes a fresh adapter an exact identity."""
+    """Factor on the start of W_2 and b_2; 0 makes a fresh adapter an exact identity."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -80,7 +81,8 @@ class TinyAttentionAdapterConfig(MethodConfig):
 
 
 class TinyAttentionOperator(Bypass):
-    """The attentions behind that of one block: behind a norm in post-norm hosts, elsewhere where the branch ends."""
+    """The tiny attentions after the attention of one block: after the norm that follows in post-norm hosts, at the end
+    of the branch in others."""
 
     observes = Bypass.observes | {AROUND}
 
@@ -135,10 +137,10 @@ class TinyAttentionOperator(Bypass):
         return h + self.added(h if self.sums else read.to(h.dtype) + h)
 
     def added(self, h: Tensor) -> Tensor:
-        """Return what the attentions add to the stream ``[batch, tokens, d]``.
+        """Return the term that the tiny attentions add to the stream ``[batch, tokens, d]``.
 
         Raises:
-            MissingContext: the attention was called by itself, and not its block.
+            MissingContext: the attention was called directly, outside of its block.
         """
         around = self.around.get()
         if around is None:
@@ -153,7 +155,7 @@ class TinyAttentionOperator(Bypass):
 
 
 class TinyAttentionAdapter(Method):
-    """A very narrow attention behind each self-attention."""
+    """A very narrow attention after each self-attention."""
 
     name = "tiny_attention_adapter"
     Config = TinyAttentionAdapterConfig

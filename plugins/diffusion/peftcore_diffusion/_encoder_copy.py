@@ -89,7 +89,7 @@ class InputsOperator(Operator):
 
 
 class ControlsOperator(Operator):
-    """Adds the controls of one block; the first block that runs computes all of them."""
+    """Adds the controls of one block; the first block that runs computes the controls of all blocks."""
 
     def __init__(self, site: Site, config: Options, skips: slice | None, copy: Copy) -> None:
         super().__init__(site)
@@ -132,7 +132,7 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
         borrows: True if the encoder reuses the UNet's layers.
 
     Raises:
-        UnsupportedSite: a target module is not a UNet block behind the encoder.
+        UnsupportedSite: a target module is not a block after the encoder of a UNet.
     """
     copies: dict[str, Copy] = {}
     places = [(_unet(surgeon, site), _skips(surgeon, site), site) for site in surgeon.sites()]

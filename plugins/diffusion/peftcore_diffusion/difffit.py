@@ -19,7 +19,7 @@ Start: The model's tensors at their pretrained values, gamma at one: the identit
 
 Differs from the authors' code: The authors' code selects the trained tensors by words in their names (bias, norm,
 gamma, y_embed); here the selection is by the kind of tensor. So the matrices that compute a DiT's modulation, which
-diffusers stores in modules called norm1, stay frozen, as in the paper's DiT. That code was not compared.
+diffusers stores in modules called norm1, stay frozen, as in the paper's DiT. The authors' code was not compared.
 
 Use it: `peftcore.apply(model, "difffit")`, to adapt a diffusion transformer to another domain with a thousandth of its
 parameters. For a single subject or style use `lora`, which has more parameters; to keep norms and classes frozen, use

@@ -54,9 +54,9 @@ class LiDBConfig(MethodConfig):
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank``; None leaves the update unscaled."""
     a: PositiveInt = 100
-    """Directions of the inputs that an update can read; at most all of them."""
+    """Number a of input directions that an update can read, limited by the number of inputs."""
     b: PositiveInt = 50
-    """Directions of the outputs that it can change; at most all of them."""
+    """Number b of output directions that an update can change, limited by the number of outputs."""
     basis_seed: NonNegativeInt = 0
     """Seed of the bases of the first site; each following site adds one."""
     store_basis: bool = False

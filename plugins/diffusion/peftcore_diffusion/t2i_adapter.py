@@ -64,7 +64,7 @@ class T2IAdapterConfig(MethodConfig):
     downscale: PositiveInt = 8
     """How many times larger the image is than the host's input; use the downscaling factor of the autoencoder."""
     blocks: PositiveInt = 2
-    """Residual blocks in each stage."""
+    """Number of residual blocks in each stage."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 

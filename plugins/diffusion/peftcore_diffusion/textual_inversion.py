@@ -6,8 +6,8 @@ Equation:
 Only v trains, with the loss of the frozen diffusion model. First add the placeholders to the tokenizer with
 `add_tokens`, and call ``text_encoder.resize_token_embeddings(len(tokenizer))``; then apply the method to the text
 encoder (for SDXL to both). The prompt has to contain all placeholders of a word. v is a separate parameter, so weight
-decay, the optimizer's moments and the file cover only its n rows. Train in float32 (the default here, whatever the
-encoder's dtype), since half precision is too coarse for the small steps.
+decay, the optimizer's moments and the file cover only its n rows. Train in float32 (the default here for any dtype of
+the encoder), since half precision is too coarse for the small steps.
 
 It merges. If the table is also the head of the model, both use v.
 

@@ -79,7 +79,7 @@ class TLoRAOperator(Operator):
     """The update of one site."""
 
     values: nn.Parameter | None
-    """l; None with start="zero", as are A0, B0 and l0."""
+    """The trained vector l; with start="zero" it is None, like A0, B0 and l0."""
     A0: Tensor | None
     B0: Tensor | None
     values0: Tensor | None

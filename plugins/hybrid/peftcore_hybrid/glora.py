@@ -19,7 +19,7 @@ Start: X_d at zero, X_u from Glorot's uniform draw, all other terms at zero, so 
 
 Differs from the authors' code: The authors train all choices at once, with a randomly drawn path for each forward, and
 then search for the best path under a budget. Here, as in peft, the choice is fixed; set the result of such a search for
-each site in `overrides`. peft starts X_u from Kaiming's draw, and gives no bias to a layer without one.
+each site in `overrides`. peft starts X_u from Kaiming's draw, and does not add a bias to a layer without one.
 
 Use it: `peftcore.apply(model, "glora")`, where LoRA's update is not expressive enough: GLoRA also scales the weight and
 shifts the output, and merges too.

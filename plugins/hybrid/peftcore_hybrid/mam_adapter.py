@@ -43,7 +43,7 @@ class MAMAdapterConfig(MethodConfig):
 
     method: Literal["mam_adapter"] = "mam_adapter"
     prefix_length: PositiveInt = 30
-    """Keys and values in front of each attention's own."""
+    """Number of keys and values in front of each attention's own."""
     prefix_mid_dim: PositiveInt | None = 800
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     prefix_dropout: Share = 0.0

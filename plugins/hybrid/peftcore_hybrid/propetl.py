@@ -5,10 +5,11 @@ Equation:
     y_l = h + (m'_l * U) relu((m_l * D) n + b) + c,     m_l = 1 where |s_l| is among the largest, else 0
 
 D [r, d], U [d, r] and the biases (never masked) form the prototype, which all layers of one width share. Each layer has
-scores s_l [r, d] and s'_l [d, r], and each mask keeps the share `kept` of a matrix's entries. n and h are those of
-`pfeiffer_adapter`, as `placement` says. In the backward pass a mask acts as |s_l| (a straight-through estimate): the
-gradient of a mask entry passes to its score as if no entry were masked. The learning rate of the scores is `mask_ratio`
-times that of the prototype. Scores have the weight decay of the maps, and biases have none.
+scores s_l [r, d] and s'_l [d, r], and each mask keeps the share `kept` of a matrix's entries. n is the adapter's input
+and h the tensor to which its output is added, as in `pfeiffer_adapter` with the same `placement`. In the backward pass
+a mask acts as |s_l| (a straight-through estimate): the gradient of a mask entry passes to its score as if no entry were
+masked. The learning rate of the scores is `mask_ratio` times that of the prototype. Scores have the weight decay of the
+maps, and biases have none.
 
 With learned masks a file stores the scores, which are larger than one adapter for each layer. For small files use
 `masks="fixed"`, which stores one bit instead of each score, and copies the masks and the prototype from a trained
@@ -62,8 +63,8 @@ class ProPETLConfig(MethodConfig):
     mask_ratio: PositiveFloat = 30.0
     """Learning rate of the scores, divided by that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
-    or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
+    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
+    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02

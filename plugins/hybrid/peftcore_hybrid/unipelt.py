@@ -13,8 +13,8 @@ token's gate scales the change that the prefix makes to its output, which takes 
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
-The adapter is a `pfeiffer_adapter` behind a gate: x is the stream, o the feed-forward's output after the host's
-dropout, and LN the norm that ends the block; in blocks without such a norm LN is left out. With
+The adapter is a `pfeiffer_adapter` whose output is multiplied by a gate: x is the stream, o the feed-forward's output
+after the host's dropout, and LN the norm that ends the block; in blocks without such a norm LN is left out. With
 adapter_placement="branch" it reads o.
 
 Gates depend on the input, so nothing merges.
@@ -70,14 +70,14 @@ class UniPELTConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the updates of queries and values."""
     prefix_length: PositiveInt = 10
-    """Keys and values in front of each attention's own."""
+    """Number of keys and values in front of each attention's own."""
     prefix_mid_dim: PositiveInt | None = 512
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     adapter_reduction: PositiveInt = 16
     """How many times narrower than the stream the adapter's bottleneck is."""
     adapter_placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
-    or the output of the feed-forward's last matrix ("branch"); "auto" takes "post" or "pre", as the model requires."""
+    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
+    the output of the feed-forward's last matrix ("branch"); "auto" chooses "post" or "pre" by the model."""
 
     def prefix(self) -> prefix_tuning.PrefixTuningConfig:
         """Return the options of the prefix."""
@@ -166,8 +166,8 @@ class GatedLoRA(Operator):
 
 
 class GatedAdapter(PfeifferOperator):
-    """A bottleneck behind a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the stream, where u is the
-    adapter's input; with the placement "branch" it is added to the site's output."""
+    """A bottleneck whose output is multiplied by a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the
+    stream, where u is the adapter's input; with the placement "branch" it is added to the site's output."""
 
     def __init__(self, site: Site, config: UniPELTConfig, placement: Placement) -> None:
         plain = pfeiffer_adapter.PfeifferAdapterConfig(bottleneck=config.bottleneck(site))

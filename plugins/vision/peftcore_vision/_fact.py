@@ -27,7 +27,7 @@ class FactConfig(MethodConfig):
     """The factor s in front of the update; the authors search it between 0.01 and 100."""
     dropout: Share | None = None
     """Probability with which the inputs of V are dropped in training. None is 0.1, as in the authors' code, but 0 for
-    weights that are read instead of called, since dropout cannot act on their updates."""
+    weights that the model reads without calling their module, since dropout cannot act on their updates."""
 
 
 @dataclass(frozen=True, eq=False)

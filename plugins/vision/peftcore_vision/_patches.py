@@ -1,4 +1,5 @@
-"""The convolutions of a model that embed patches of pictures, and the layout of patches in a sequence of tokens."""
+"""Functions that find the convolutions which embed patches of pictures, and the layout of patches in a sequence of
+tokens."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
 
 
 def side_of(surgeon: Surgeon, site: Site) -> int | None:
-    """Return the side of the square pictures for which a convolution's tower has a table of positions; None where the
-    tower lacks one. Positions beyond the largest square belong to a class token and the like."""
+    """Return the side of the square pictures for which a convolution's tower has a table of positions; None if the
+    tower lacks such a table. Positions beyond the largest square belong to a class token and the like."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     tables = [e for e in host.entries if e.role == "embed.pos" and e.tower == tower and e.block is None]

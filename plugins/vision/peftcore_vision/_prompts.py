@@ -30,10 +30,10 @@ ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 
 
 class RowsConfig(MethodConfig):
-    """Options of prompt rows among the tokens of an image."""
+    """Options of prompt rows that are added to the tokens of an image."""
 
     length: PositiveInt = 5
-    """Rows of a prompt; the authors search from 1 to 200 by task."""
+    """Number of rows of a prompt; the authors search from 1 to 200 by task."""
     dropout: Share = 0.0
     """Probability with which numbers of the prompts are dropped in training."""
 
@@ -190,7 +190,7 @@ class PromptOperator(Operator):
         arguments.
 
         Raises:
-            SequenceError: these say something of each token, or the tokens are arranged on a grid.
+            SequenceError: another argument has an entry for each token, or the tokens are arranged on a grid.
         """
         check_tokens(x, others)
         rows = self.prompt if self.projection is None else self.projection.module(self.prompt)
@@ -204,7 +204,7 @@ def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
     the token.
 
     Raises:
-        SequenceError: these say something of each token, or the tokens are arranged on a grid.
+        SequenceError: another argument has an entry for each token, or the tokens are arranged on a grid.
     """
     if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
         raise SequenceError(
@@ -219,7 +219,7 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 class DeepOperator(PromptOperator):
-    """The prompt of one block alone: the block's outputs for its rows are removed."""
+    """The prompt of a single block: the block's outputs for the prompt's rows are removed."""
 
     def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self.rows(x, (*args, *kwargs.values()))

@@ -22,9 +22,9 @@ Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "aim", frames=1)`, for videos on a frozen ViT or CLIP where all frames see each other;
-not in models with windows or relative positions (`st_adapter`, its kin with a convolution over frames), nor where
-attention must not run twice.
+Use it: `peftcore.apply(model, "aim", frames=1)`, for videos on a frozen ViT or CLIP, where all frames attend to each
+other; not in models with windows or relative positions (use the similar `st_adapter`, with a convolution over frames),
+nor where a second run of attention is too slow.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ class AIMConfig(MethodConfig):
 
     method: Literal["aim"] = "aim"
     frames: PositiveInt = 8
-    """Frames T of a clip, which are that many rows of the batch."""
+    """Number T of frames of a clip; each clip is T consecutive rows of the batch."""
     ratio: Annotated[float, Field(gt=0.0, le=4.0)] = 0.25
     """Width h of the bottlenecks as a share of d."""
     scale: PositiveFloat = 0.5
-    """The factor s of the adapter in parallel with the feed-forward; the code has 1 for Something-Something v2."""
+    """The factor s of the adapter in parallel with the feed-forward; the authors' code uses 1 for Something-Something
+    v2."""
     temporal_adapters: Annotated[int, Field(ge=1, le=2)] = 1
     """Number of adapters of the temporal attention: 2 adds one in front of it, as in the code for Something-Something
     v2."""
@@ -210,7 +211,7 @@ def attention_of(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[
     """Return the attention of a block as a site, and the further sites of its operator.
 
     Raises:
-        UnsupportedSite: the block lacks an attention or has several, or has norms behind its branches.
+        UnsupportedSite: the block lacks an attention or has several, or its norms follow its branches.
     """
     resolver, path = surgeon.resolver, block.module_path
     inside = [entry for entry in resolver.host.entries if entry.block == path]
@@ -304,7 +305,7 @@ class JointOperator(Bypass):
 
 
 class AIM(Method):
-    """Adapters behind attention, within frames and across them, and in parallel with the feed-forward.
+    """Adapters after attention within frames and across frames, and in parallel with the feed-forward.
 
     Example:
         injection = peftcore.apply(model, "aim", frames=1)  # rows are frames, clip by clip; 8, 16 or 32 in the paper

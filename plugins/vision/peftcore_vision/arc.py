@@ -7,8 +7,8 @@ Equation:
 in front of the first matrices of attention and feed-forward, after their norms: queries, keys and values share one
 adapter. All attentions share one D, and all feed-forwards another. Models with several widths (Swin) have one pair for
 each width, as in the authors' code, where the adapter of feed-forwards is in front of the norm in these models. As in
-`repadapter`, a convolution with padding is refused, and so is a weight that is read instead of called and has no bias.
-With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
+`repadapter`, a convolution with padding is refused, and so is a weight without a bias that the model reads without
+calling its module. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
 
 Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
@@ -50,7 +50,7 @@ class ARCConfig(MethodConfig):
     """The start of r in front of feed-forwards: a Xavier-uniform draw, or zero."""
     dropout: Share | None = None
     """Probability with which the bottleneck's activations are dropped in training; None: 0.1, but 0 for weights that
-    are read instead of called."""
+    the model reads without calling their module."""
 
 
 class Projection(nn.Module):
@@ -84,7 +84,8 @@ class ARCOperator(InFrontOperator):
 
 
 class ARC(Method):
-    """Linear adapters in front of attention and feed-forward that share their projections and merge."""
+    """Linear adapters in front of attention and feed-forward, which share their projections between layers and can be
+    merged."""
 
     name = "arc"
     Config = ARCConfig

@@ -147,7 +147,7 @@ class ConsolidatorOperator(Operator):
 
 
 class Consolidator(Method):
-    """Grouped branches in parallel with matrices, which merge."""
+    """Block-diagonal branches in parallel with matrices, which can be merged."""
 
     name = "consolidator"
     Config = ConsolidatorConfig

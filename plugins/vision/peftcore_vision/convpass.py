@@ -3,7 +3,7 @@
 Equation:
     out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down))) + b_up),   q(u) = u sigmoid(1.702 u)
 
-in parallel with attention and feed-forward. x is the branch's input (behind the norm), W_down [h, d], W_up [d, h]; the
+in parallel with attention and feed-forward. x is the branch's input (after the norm), W_down [h, d], W_up [d, h]; the
 convolution has h channels and a bias, and acts on the patches arranged as in the picture, with zero padding. It treats
 each token in front of the patches (class, distillation, registers) as a picture of one pixel, so only the centre of the
 kernel acts on it.

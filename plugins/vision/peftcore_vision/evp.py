@@ -170,7 +170,7 @@ def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
 
 
 def channels(site: StageSite, config: EVPConfig) -> int:
-    """Return the number of input channels of a stage's convolution."""
+    """Return the number of channels that the convolution K of a stage reads."""
     return site.before // config.reduction or site.in_features
 
 

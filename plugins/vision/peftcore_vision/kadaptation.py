@@ -6,8 +6,8 @@ Equation:
 The first factors l_i r_i [n, n] of the Kronecker products have rank one, and all layers share them: one set for
 queries, one for values, and one for each other role. The second factors u_i [in/n, r] and v_i [r, out/n] belong to one
 site. H is an update of rank n r. The matrices of one attention share b; s = 160 (128 / 4 · 5 in the code). In training
-entries of H are dropped with a probability of 0.5, except for weights that are read instead of called, where dropout
-cannot act.
+entries of H are dropped with a probability of 0.5, except for weights that the model reads without calling their
+module, where dropout cannot act.
 
 Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
 
@@ -55,8 +55,8 @@ class KAdaptationConfig(MethodConfig):
     rule_range: PositiveFloat = 0.01
     """Bound of the uniform draw of l and r."""
     dropout: Share | None = None
-    """Probability with which entries of H are dropped in training; None: 0.5, but 0 for weights that are read instead
-    of called."""
+    """Probability with which entries of H are dropped in training; None: 0.5, but 0 for weights that the model reads
+    without calling their module."""
 
 
 class Rule(nn.Module):

@@ -86,7 +86,7 @@ class CoupledSite(Site):
     width: int = 0
     """Width of the text tower's stream."""
     image_width: int = 0
-    """Width of the image tower's stream, of which the maps compute prompts."""
+    """Width of the image tower's stream; the maps compute prompts of this width."""
 
     @property
     def weight_shape(self) -> torch.Size:

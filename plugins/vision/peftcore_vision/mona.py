@@ -8,10 +8,10 @@ on the stream x after attention and after the feed-forward. W_down [h, d], W_up 
 of k by k, V [h, h] one of 1 by 1, all with biases and zero padding; LN is a norm that belongs to the adapter. Dropout
 acts in front of W_up.
 
-Patches are convolved as they are arranged in the picture. Activations of four dimensions (Swin in timm) are grids
-already; in a sequence, the last tokens are the largest grid with the proportions of the patches that the model embeds,
-and each token in front of them counts as a picture of one pixel. The next branch reads the stream with the adapter's
-output; the host's dropout, layer scale and stochastic depth do not act on this output.
+The convolutions act on the patches in their arrangement in the picture. Activations of four dimensions (Swin in timm)
+are grids already; in a sequence, the last tokens are the largest grid with the proportions of the patches that the
+model embeds, and each token in front of them counts as a picture of one pixel. The next branch reads the stream with
+the adapter's output; the host's dropout, layer scale and stochastic depth do not act on this output.
 
 Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
 

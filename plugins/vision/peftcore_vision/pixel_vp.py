@@ -117,7 +117,7 @@ class PixelOperator(InputOperator):
 
 
 class PixelVP(Method):
-    """Trained pixels around or in a picture."""
+    """Trained pixels that are added to a picture, in a frame around it or in a square."""
 
     name = "pixel_vp"
     Config = PixelVPConfig

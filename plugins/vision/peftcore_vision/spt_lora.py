@@ -235,7 +235,7 @@ class UpdateOperator(Operator):
 
 
 class SPTLoRA(Method):
-    """Entries and low-rank updates where gradients are large.
+    """Trains single entries or low-rank updates of those weights whose gradients are large.
 
     Example:
         injection = peftcore.apply(model, "spt_lora", data=[batch], share=0.05)  # for large models 0.005, the default

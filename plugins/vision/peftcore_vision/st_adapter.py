@@ -47,7 +47,7 @@ class STAdapterConfig(StreamConfig):
 
     method: Literal["st_adapter"] = "st_adapter"
     frames: PositiveInt = 8
-    """Frames T of a clip, which are that many rows of the batch."""
+    """Number T of frames of a clip; each clip is T consecutive rows of the batch."""
     bottleneck: PositiveInt = 384
     """Channels h of the convolution."""
     kernel: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 1, 1)

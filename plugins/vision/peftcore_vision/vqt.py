@@ -116,13 +116,13 @@ class QueryOperator(PromptOperator):
 
 
 def unit(v: Tensor, wanted: bool) -> Tensor:
-    """Return vectors with length 1, where that is wanted."""
+    """Return the vectors, normalized to length 1 if `wanted`."""
     return nn.functional.normalize(v, dim=-1) if wanted else v
 
 
 class UnaskedOperator(AttentionOperator):
-    """Hides the keys of its block's queries from all rows of the attention. Keys that inner operators have inserted in
-    front precede them."""
+    """Hides the keys of its block's queries from all rows of the attention. Other operators' keys may be in front of
+    these keys."""
 
     def __init__(self, site: AttentionSite, asking: Tap) -> None:
         super().__init__(site)
@@ -159,7 +159,7 @@ class ReadingOperator(Operator):
 
 
 class VQT(Method):
-    """Trained queries in each block of a vision transformer, which the head alone reads."""
+    """Trained queries in each block of a vision transformer, whose outputs only the head reads."""
 
     name = "vqt"
     Config = VQTConfig

@@ -1,16 +1,16 @@
 """Prefixes and prompts in AdapterHub's files (checked against adapters 1.3.0).
 
-A prompt is inserted behind the embeddings. In an encoder that gives it no positions the result is the same in front of
-the first token or behind it ("prefix_after_bos"), except for pooling heads: that library keeps the prompt's rows in its
-outputs, so a head that pools the first position gets the prompt's first row in the first case, and the first token in
-the second, as in ours.
+A prompt is inserted after the embeddings, without positions. So in an encoder it can be in front of the first token or
+after it ("prefix_after_bos") with the same result, except for pooling heads. The adapters package keeps the prompt's
+rows in the model's outputs, so a head that pools the first position reads the prompt's first row in the first case, and
+the first token in the second case, as in peftcore.
 
-Keys and values of all layers of an encoder, a decoder or its cross-attentions are stored in one tensor: one row for
-each position, with [key | value] of each layer side by side. Where a network generates the prefix, the generated values
-are read, as by that library's `eject_prefix_tuning`, since its inputs are constant; training continues with these
-values. Positions of tokens are not moved. The file holds the same tensors again under a separate name for each layer.
-In causal models these are the numbers of ``attn_implementation="eager"``: with "sdpa" that version masks the prefix
-out.
+The keys and values of all layers of an encoder, a decoder or its cross-attentions are stored in one tensor: one row for
+each position, with [key | value] of all layers concatenated. If a network generates the prefix, its output is read, as
+with the package's `eject_prefix_tuning`, since its inputs are constant; training continues with these values. The
+prefix does not move the positions of tokens. The file contains the same tensors again under a separate name for each
+layer. In causal models outputs equal those of the package with ``attn_implementation="eager"``: with "sdpa" that
+version masks the prefix out.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from peftcore.errors import CheckpointError, HostMismatch
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}
-"""Our roles by their names for the place of a prefix; "encoder" is that of an encoder whose output a decoder reads."""
+"""Our roles by the package's names for the place of a prefix; "encoder" is an encoder whose output a decoder reads."""
 OF_TOKENS = (
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "MODEL_MAPPING",
 )
-"""Where transformers lists models that return something for each token, and pool nothing unless they have a pooler."""
+"""The names of transformers' lists of models that return one output for each token, and pool only if they have a
+pooler."""
 COPY = "copy "
-"""The prefix that we give to names of tensors that the file holds a second time."""
+"""The prefix for the names of tensors that the file contains a second time."""
 
 
 class HubPrefix(HubArchitecture):
@@ -112,7 +113,7 @@ class HubPrefix(HubArchitecture):
 
 
 class HubPrompt(HubArchitecture):
-    """Translates rows behind the embeddings of an encoder."""
+    """Translates prompt rows after the embeddings of an encoder."""
 
     holder = "prompt_tunings"
 
@@ -120,7 +121,7 @@ class HubPrompt(HubArchitecture):
         """Returns our options.
 
         Raises:
-            HostMismatch: that library would pool a row of the prompt, or the host has several stacks of tokens.
+            HostMismatch: the adapters package would pool a row of the prompt, or the host has several stacks of tokens.
         """
         keys.pass_over("prompt_init", "prompt_init_text", "random_uniform_scale", "init_weights_seed")
         keys.only("combine", "prefix", "prefix_after_bos")

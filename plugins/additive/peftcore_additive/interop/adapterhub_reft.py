@@ -1,12 +1,13 @@
 """ReFT in AdapterHub's files (checked against adapters 1.3.0).
 
-A layer has two interventions, of which one is idle if the method acts at one end only. R is stored in the form of
-torch's `orthogonal`, a product of reflections times a base; here it is read as its rows. The options do not record
-whether the projection is subtracted, a step that DiReFT leaves out: that library reads its own files of DiReFT as
-NoReFT, and so do we, with a warning, unless the options contain "subtract_projection".
+A layer has two interventions, one of them unused if the method acts only at one end of the prompt. The package stores R
+as torch's `orthogonal` does, as a product of reflections times a base; here the product is computed when a file is
+read. The options usually do not record if the projection is subtracted, a step that DiReFT leaves out. The package
+reads its own DiReFT files as NoReFT, and so does peftcore, with a warning, unless the options contain
+"subtract_projection".
 
-That library changes the first and the last positions of each input of a layer, so that with a cache each generated
-token counts as the first one; ours does not change generated tokens, as in the paper.
+The package changes the first and the last positions of each input of a layer, so in generation with a cache each new
+token counts as a first one; peftcore does not change generated tokens, as in the paper.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ STEP = ".reft_layer"
 ENDS = {"prefix": "units.0", "both": "units.0", "suffix": "units.1"}
 BASE, ORIGINAL = "projection.parametrizations.weight.0.base", "projection.parametrizations.weight.original"
 CLOSE = 1e-2
-"""Tolerance for the orthonormality of the rows of R: the error in half precision."""
+"""Tolerance for the orthonormality of R's rows, as large as the error of half precision."""
 
 
 class HubReft(HubArchitecture):
-    """Translates low-rank interventions behind layers."""
+    """Translates low-rank interventions on the outputs of layers."""
 
     holder = "refts"
 

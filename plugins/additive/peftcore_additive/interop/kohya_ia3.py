@@ -1,8 +1,8 @@
 """(IA)^3 in files of LyCORIS (checked against LyCORIS 4.1).
 
-``weight`` is our gain minus one, and ``on_input`` is True for gains of inputs. Gains of outputs scale only the weight
-there, and here the bias too, so the results are equal only for modules without a bias; with a bias they equal GLoRA's
-vector A.
+``weight`` is our gain minus one, and ``on_input`` is True for gains of inputs. In LyCORIS gains of outputs scale only
+the weight; in peftcore they scale the bias too. So both are equal only for modules without a bias; for modules with a
+bias LyCORIS's gains equal a vector A of GLoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GAIN, ON_INPUT = "weight", "on_input"
 
 
 class KohyaIA3(KohyaMethod):
-    """Translates gains of outputs, or of inputs."""
+    """Translates gains of a module's outputs, or of its inputs."""
 
     methods = ("ia3",)
     below = (GAIN, ON_INPUT)

@@ -1,8 +1,8 @@
-"""LLaMA-Adapter in peft's files, there ADAPTION_PROMPT (checked against peft 0.21).
+"""LLaMA-Adapter in peft's files, where it is named ADAPTION_PROMPT (checked against peft 0.21).
 
-``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, taken without a
-tanh. Peft adds the attention to the prompt after the output matrix. This is the same if that matrix is a separate
-module without a bias, and is refused otherwise (peft leaves the matrix out in GPT-2, and adds a bias twice).
+``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, used without tanh.
+Peft adds the attention to the prompt after the output matrix. The result is the same if that matrix is a separate
+module without a bias; other models are refused, since peft leaves the matrix out in GPT-2, and adds a bias twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, e
 from peftcore.errors import CheckpointError, ExportError
 
 OUT = "o_proj"
-"""The name of the module that peft uses as output matrix."""
+"""The name of the module that peft uses as the output matrix."""
 
 
 class PeftAdaptionPrompt(PeftMethod):

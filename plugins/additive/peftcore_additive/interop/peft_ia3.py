@@ -1,7 +1,7 @@
 """(IA)^3 in peft's files (checked against peft 0.21).
 
-``ia3_l`` is our gain: a column [out, 1] where outputs are scaled, a row [1, in] where inputs are
-(`feedforward_modules`), and [1, channels, 1, 1] in convolutions for both.
+``ia3_l`` is our gain: a column [out, 1] for scaled outputs, a row [1, in] for scaled inputs (`feedforward_modules`),
+and [1, channels, 1, 1] in convolutions for both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore.errors import CheckpointError
 
 
 class PeftIA3(PeftMethod):
-    """Translates gains of outputs, or of inputs."""
+    """Translates gains of a module's outputs, or of its inputs."""
 
     methods = ("ia3",)
     below = ("ia3_l",)
@@ -29,7 +29,7 @@ class PeftIA3(PeftMethod):
     }
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Return the option by module that says whether its inputs are scaled."""
+        """Return for each module the option that determines if its inputs are scaled."""
         meant = keys.take("feedforward_modules", (list, str), None)
         if meant is None:
             raise CheckpointError(

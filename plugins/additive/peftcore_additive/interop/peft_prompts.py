@@ -1,9 +1,9 @@
 """Prompts and prefixes in peft's files (checked against peft 0.21).
 
-``prompt_embeddings`` are the rows themselves, [length, width], also for P-tuning: peft saves the output of the network
-and not the network. So a file of P-tuning is read as a plain prompt. In a prefix each row has all layers side by side,
-[key | value] of each. Where peft has a prompt for both halves of an encoder-decoder, its forward uses only the
-encoder's rows, which are first.
+``prompt_embeddings`` are the rows of the prompt, [length, width]. For P-tuning, peft saves the output of the network
+instead of the network, so such a file is read as a plain prompt. In a prefix each row contains [key | value] of all
+layers, concatenated. If a file has rows for both halves of an encoder-decoder, peft's forward uses only the first half
+of the rows, those of the encoder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftcore_additive.cpt import CPTOperator
 
 
 class PeftPrompt(SoftPrompt):
-    """Translates rows in front of the tokens."""
+    """Translates prompt rows in front of the tokens."""
 
     methods = ("prompt_tuning",)
     advice: ClassVar[Mapping[str, str]] = {
@@ -56,7 +56,7 @@ class PeftPrompt(SoftPrompt):
 
 
 class PeftPTuning(PeftPrompt):
-    """Translates rows that a network made."""
+    """Translates prompt rows that a network generated."""
 
     methods = ("p_tuning",)
     advice: ClassVar[Mapping[str, str]] = {

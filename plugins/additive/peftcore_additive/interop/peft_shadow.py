@@ -1,8 +1,9 @@
-"""ShadowPEFT in peft's files, there SHADOW (checked against peft 0.21).
+"""ShadowPEFT in peft's files, where it is named SHADOW (checked against peft 0.21).
 
-``shadow_backbone`` is our guest's network, ``shadow_projection`` its projection, ``shadow_head`` the head that
-classifies by it. In models like GPT-2 peft keeps an unused token table in a guest that shares the model's table: it is
-ignored, and not written. The shadow update of peft's last block is unused too: it is ignored, and written as zeros.
+``shadow_backbone`` is our guest network, ``shadow_projection`` its projection, and ``shadow_head`` the head that
+classifies from its output. In models like GPT-2 peft stores an unused token table in a guest that shares the model's
+table: peftcore ignores it, and does not write it. The shadow update of peft's last block is unused too: it is ignored,
+and written as zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NAMES = {f"{ours}.weight": f"shadow_{ours}.default.weight" for ours in ("down", 
     for layer in (0, 2)
     for kind in ("weight", "bias")
 }
-"""peft's names of the tensors of one block, by ours."""
+"""peft's names of one block's tensors, by our names."""
 SIZES = {
     "shadow_hidden_size": "hidden_size",
     "shadow_num_attention_heads": "num_attention_heads",
@@ -32,7 +33,7 @@ SIZES = {
 
 
 class PeftShadow(PeftMethod):
-    """Translates the guest and the two steps of each block."""
+    """Translates the guest network, and for each block the correction and the update of the shadow."""
 
     methods = ("shadow",)
     below = tuple(NAMES.values())

@@ -32,8 +32,8 @@ class Exchange:
 
 
 class Controller(nn.Module):
-    """The thin encoder of ControlNet-XS. Its tensors are named as in diffusers' ControlNetXSAdapter, which supports the
-    sizes of Stable Diffusion alone.
+    """The thin encoder of ControlNet-XS. Its tensors are named as in diffusers' ControlNetXSAdapter, which supports
+    only the sizes of Stable Diffusion.
 
     Args:
         unet: a UNet2DConditionModel.

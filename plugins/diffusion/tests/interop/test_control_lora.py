@@ -137,7 +137,7 @@ def test_what_other_programs_read(vectors: bool, verdict: str, tmp_path: Path) -
             export(injection, tmp_path / "diffusers", reader_named("diffusers"))
     else:
         assert export(injection, tmp_path / "diffusers", reader_named("diffusers")).how == "as it is"
-    with pytest.raises(ExportError, match="controlnet_lora makes no change of weights"):
+    with pytest.raises(ExportError, match="controlnet_lora does not change weights"):
         export(injection, tmp_path / "vllm", reader_named("vllm"))
 
 

@@ -7,7 +7,6 @@ A *job* is the work of one process at a time: a configuration with a seed, or se
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from peftcore.errors import TrainingError
 from peftcore.files.safe_io import write_text
 from peftcore_lab.comparisons.comparison import Candidate, Comparison
 from peftcore_lab.reports.trials import Trial
+from peftcore_lab.runs import folder
 from peftcore_lab.runs.folder import holds
 from peftcore_lab.runs.run import Run
 from peftcore_lab.training.fleet_runs import Saved, key, train_together
@@ -100,7 +100,7 @@ def forget(comparison: Comparison, jobs: Iterable[Job]) -> None:
     """Remove the files that earlier comparisons wrote for the given jobs."""
     for job in jobs:
         for candidate in job.candidates:
-            shutil.rmtree(comparison.run(candidate, job.seed).out, ignore_errors=True)
+            folder.forget(comparison.run(candidate, job.seed).out)
 
 
 def carry_out(comparison: Comparison, job: Job, board: Board, saved: list[Saved], resume: bool = False) -> list[Result]:
@@ -149,7 +149,7 @@ def run_together(
     """
     runs = [comparison.run(candidate, seed) for candidate in candidates]
     for run in runs:
-        shutil.rmtree(run.out, ignore_errors=True)  # of an earlier comparison
+        folder.forget(run.out)  # of an earlier comparison
     board.begin(f"{len(runs)} configurations together")
     try:
         with PeakMemory() as memory:
@@ -177,7 +177,7 @@ def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: Ru
     run = comparison.run(candidate, seed)
     goes_on = resume and holds(run)
     if not goes_on:
-        shutil.rmtree(run.out, ignore_errors=True)  # of an earlier comparison
+        folder.forget(run.out)  # of an earlier comparison
     with PeakMemory() as memory:
         outcome = train(run, board, goes_on)
     return _ran(comparison, candidate, run, outcome, memory.peak, 1)
@@ -215,7 +215,7 @@ def _trial(comparison: Comparison, candidate: Candidate, run: Run, outcome: Outc
         losses=outcome.losses,
         seconds_per_step=outcome.seconds_per_step,
         peak_memory=peak,
-        file_size=sum(file.stat().st_size for file in Path(outcome.saved).iterdir()),
+        file_size=sum(file.stat().st_size for file in Path(outcome.saved).iterdir() if file.is_file()),
         folder=Path(outcome.saved).relative_to(comparison.out).as_posix(),
         together=count,
         picture=Path(outcome.picture).relative_to(comparison.out).as_posix() if outcome.picture else "",

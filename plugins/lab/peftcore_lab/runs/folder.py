@@ -18,7 +18,7 @@ import transformers
 import peftcore
 from peftcore.errors import BadInput
 from peftcore.files.continuing import differences, listed
-from peftcore.files.safe_io import write_text
+from peftcore.files.safe_io import make_folder, sync_file, sync_folder, write_text
 from peftcore.models.model_names import find
 from peftcore_lab.data.example_sources import digest
 from peftcore_lab.digests import of_content, of_sample
@@ -39,7 +39,7 @@ def made(folder: Path) -> Path:
         BadInput: the folder cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written to ({error.strerror})") from None
     return folder
@@ -48,6 +48,12 @@ def made(folder: Path) -> Path:
 def first_process() -> bool:
     """Whether this is the only process, or the first process that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def forget(folder: Path) -> None:
+    """Remove the folder of a run, its settings first: a kill on the way leaves files, and no run to resume."""
+    (folder / RUN).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes() -> int:
@@ -137,6 +143,8 @@ class RunFolder:
     def _newest(self) -> Path | None:
         """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
         if not (self.path / RUN).exists():
+            if _is_bare(self.path):
+                return None
             raise BadInput(f"{self.path} holds no run to resume: remove --resume, or set --out to the folder of a run")
         held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         changed = changed_inputs(held, self._inputs)
@@ -190,6 +198,11 @@ class RunFolder:
             write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
 
 
+def _is_bare(folder: Path) -> bool:
+    """Return whether a run may have been killed in this folder before its settings were written."""
+    return folder.is_dir() and all(each.suffix == ".partial" for each in folder.iterdir())
+
+
 def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -> bool:
     """Return whether what changed of a training is that it has more steps, or more epochs, alone."""
     if len(changed) != 1 or changed[0] not in ("steps", "epochs"):
@@ -213,7 +226,11 @@ class Keeper(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            for each in folder.rglob("*"):
+                sync_folder(each) if each.is_dir() else sync_file(each)
+            write_text(folder / COMPLETE, "")
+            sync_folder(folder.parent)
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:

@@ -37,7 +37,7 @@ from peftcore_lab.runs.run import Options, Training
 from peftcore_lab.searching.budget import Budget, CandidateCosts, Planner, memory, values
 from peftcore_lab.searching.search_outcome import SearchOutcome, write_best
 from peftcore_lab.searching.space import METHODS, SearchPoint, Space, by_default
-from peftcore_lab.searching.studies import REASON, RECORD, Study
+from peftcore_lab.searching.studies import KEY, REASON, RECORD, Study
 from peftcore_lab.tasks import task_catalogue
 from peftcore_lab.training.fleet_runs import Saved
 
@@ -45,8 +45,6 @@ POLL = 1.0
 """Seconds between two looks at the trials of other workers."""
 PATIENCE = 200
 """Number of consecutive untrained points after which the search ends, since the space has nothing new."""
-KEY = "key"
-"""The attribute by which a trial is recognized: all settings that decide its score."""
 TOLD = {"model", "task", "data", "tuning", "tuning_size", "methods", "learning_rate", "budget", "memory", "start"}
 TRAINED = {"training", "dtype", "quantize", "seed"}
 

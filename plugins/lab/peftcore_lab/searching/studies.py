@@ -1,7 +1,11 @@
 """An optuna study that several workers may share, and go on with after one of them was killed.
 
 A worker says every few seconds that it is alive. The trial of one that no longer does is given up, by whoever sees it
-first, and its point of the space is tried again.
+first, and its point of the space is tried again. Workers of a journal file also hold a shared lock of it: a worker that
+begins while no other holds one knows that all trials on their way are lost, and does not wait.
+
+Points are drawn by a trial's number without the lost trials before it, so a search that was killed draws the points of
+one that was not.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
@@ -26,12 +31,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from peftcore.errors import BadInput
 from peftcore.files.continuing import differences, listed
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 BEAT, GRACE = 10.0, 90.0
 """Seconds between two signs of life, and after which a worker without any is lost."""
 STARTUP = 8
 """Points that are drawn at random before the sampler has something to go by."""
-ALIVE, LOST, REASON, RECORD = "alive", "lost", "reason", "record"
-"""Names of the attributes of a trial."""
+ALIVE, LOST, REASON, RECORD, KEY, INSTEAD = "alive", "lost", "reason", "record", "key", "instead"
+"""Names of the attributes of a trial. By its key a trial is recognized: all settings that decide its score. One that
+takes the place of a lost trial has its number as `INSTEAD`."""
 BUDGET = "budget"
 """The constraint from which the sampler learns what is too large."""
 
@@ -77,20 +88,38 @@ class Study:
     def __init__(self, where: str, name: str, greater: bool, seed: int, settings: Mapping[str, Any]) -> None:
         self._seed = seed
         directions = [StudyDirection.MAXIMIZE if greater else StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
-        with _opening(where), _hushed():
-            self._storage = storage_of(where)
-            self._study = optuna.create_study(
-                storage=self._storage, study_name=name, directions=directions, load_if_exists=True
-            )
+        self._lock = _Lock()
+        """Held as long as this study is used."""
+        with contextlib.ExitStack() as begun:
+            with _opening(where), _hushed():
+                alone = begun.enter_context(self._lock.begun(where))
+                self._storage = storage_of(where)
+                self._study = optuna.create_study(
+                    storage=self._storage, study_name=name, directions=directions, load_if_exists=True
+                )
+            self._check(where, settings)
+            if alone:
+                self._recover()
+
+    def _check(self, where: str, settings: Mapping[str, Any]) -> None:
         held = self._study.user_attrs.get("search")
         if held is None:
             self._study.set_user_attr("search", dict(settings))
         elif held != settings:
             other = listed(differences(held, settings))
             raise BadInput(
-                f"storage={where} holds the study {name} of another search: {other}. Name another storage, or another "
-                "study"
+                f"storage={where} holds the study {self._study.study_name} of another search: {other}. Name another "
+                "storage, or another study"
             )
+
+    def _recover(self) -> None:
+        """Give up all trials on their way, and try all lost points again: no worker is left that would."""
+        for each in self.running():
+            self._give_up(each.number)
+        tried = {each.user_attrs.get(INSTEAD) for each in self.trials()}
+        for each in self.trials():
+            if LOST in each.user_attrs and each.number not in tried:
+                self._try_again(each.number)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, those of other workers too."""
@@ -116,8 +145,9 @@ class Study:
         with _hushed():
             trial = self._study.ask()
             # By the number of the trial: one worker, and one that goes on, get the same points.
+            number = trial.number - sum(LOST in each.user_attrs for each in self.trials()[: trial.number])
             self._study.sampler = optuna.samplers.TPESampler(
-                seed=(self._seed * 1_000_003 + trial.number) % 2**32,
+                seed=(self._seed * 1_000_003 + number) % 2**32,
                 n_startup_trials=STARTUP,
             )
             try:
@@ -154,14 +184,61 @@ class Study:
                 self._give_up(each.number)
 
     def _give_up(self, number: int) -> None:
-        storage = self._storage
-        study = storage.get_study_id_from_name(self._study.study_name)
-        key = storage.get_trial_id_from_study_id_trial_number(study, number)
+        key = self._id(number)
         with contextlib.suppress(UpdateFinishedTrialError):  # another worker was faster
-            storage.set_trial_user_attr(key, LOST, True)
-            storage.set_trial_user_attr(key, REASON, "its worker was lost")
-            if storage.set_trial_state_values(key, TrialState.FAIL):
-                self._study.enqueue_trial(storage.get_trial(key).params)
+            self._storage.set_trial_user_attr(key, LOST, True)
+            self._storage.set_trial_user_attr(key, REASON, "its worker was lost")
+            if self._storage.set_trial_state_values(key, TrialState.FAIL):
+                self._try_again(number)
+
+    def _try_again(self, number: int) -> None:
+        """Let the next trial have the point of a lost one. One that was lost while its point was drawn has what was
+        fixed beforehand, and the rest is drawn as it was."""
+        lost = self._storage.get_trial(self._id(number))
+        point = lost.params if KEY in lost.user_attrs else lost.system_attrs.get("fixed_params", {})
+        self._study.enqueue_trial(point, user_attrs={INSTEAD: number})
+
+    def _id(self, number: int) -> int:
+        study = self._storage.get_study_id_from_name(self._study.study_name)
+        return int(self._storage.get_trial_id_from_study_id_trial_number(study, number))
+
+
+class _Lock:
+    """The lock of a journal file, which all its workers share."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+
+    @contextlib.contextmanager
+    def begun(self, where: str) -> Iterator[bool]:
+        """Context manager that gives whether no other worker uses the journal; others that begin wait for its end. Of a
+        database, and where there are no locks, nobody is known to be alone."""
+        if fcntl is None or "://" in where:
+            yield False
+            return
+        self._file = open(where, "ab+")  # noqa: SIM115  # held until the study is thrown away
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            alone = False
+        else:
+            alone = True
+            _mend(self._file, Path(f"{where}.lock"))
+        try:
+            yield alone
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_SH)
+
+
+def _mend(journal: IO[bytes], lock: Path) -> None:
+    """Remove what a worker left that was killed as it wrote: the lock of optuna, and half of a line."""
+    if lock.is_symlink():
+        lock.unlink()
+    journal.seek(0)
+    held = journal.read()
+    if held.startswith(b'{"op_code"'):
+        journal.truncate(held.rfind(b"\n") + 1)
 
 
 def last_sign(trial: FrozenTrial) -> float:

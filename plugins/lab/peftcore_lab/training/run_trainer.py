@@ -157,6 +157,15 @@ class LastStep(transformers.TrainerCallback):
             control.should_evaluate = control.should_log = True
 
 
+class Patience(transformers.EarlyStoppingCallback):
+    """Stops a training early, and counts on from its checkpoint where the training is resumed."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        held = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = held["attributes"]["early_stopping_patience_counter"]
+
+
 class Clock(transformers.TrainerCallback):
     """Times the optimizer's steps, without the time between them."""
 
@@ -195,7 +204,7 @@ def trainer_for(
     wanted = run.training.report_to
     logs = [_tensorboard(run)] if TENSORBOARD in wanted else []
     patience = run.training.patience
-    early = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
+    early = [] if patience is None else [Patience(patience)]
     kind = AdapterTrainer if own is None else _before(own.kind)
     trainer = kind(
         injection,

@@ -140,7 +140,7 @@ def _train(run: Run, display: RunDisplay, resume: bool, seen: _Seen) -> Outcome:
     clock = Clock()
     sampling = [Sampling(prepared)] if prepared.during else []
     trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), DisplayCallback(display), clock, *sampling])
-    if folder.before is None:
+    if folder.before is None or checkpoint is None:  # a run that begins anew draws what the first one drew
         # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
         trainer.args.eval_on_start = True
         folder.said = told(prepared)
@@ -244,9 +244,11 @@ def _of_the_whole(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[C
 
 
 def _taken_back(trainer: AdapterTrainer, checkpoint: Path) -> bool:
-    """Take the model as the run left it, if the checkpoint is that of its last step: the Trainer would do another."""
+    """Take the model as the run left it, if the checkpoint is that of its last step, or of the step after which it
+    stopped early: the Trainer would do another."""
     state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps:
+    control = transformers.TrainerControl(**state.stateful_callbacks.get("TrainerControl", {}).get("args", {}))
+    if state.global_step < state.max_steps and not control.should_training_stop:
         return False
     trainer.state = state
     trainer.take(checkpoint)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from peftcore.errors import BadInput
-from peftcore_lab.runs.folder import RunFolder, holds
+from peftcore_lab.runs.folder import RUN, RunFolder, forget, holds
 from peftcore_lab.runs.run import Run
 
 
@@ -87,3 +87,27 @@ def test_a_run_whose_dataset_on_the_hub_changed_is_another_one(
     assert not holds(run)
     with pytest.raises(BadInput, match=r"the content of data\.train changed"):
         RunFolder(run).checkpoint(True)
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written_begins(whole: dict[str, Any]) -> None:
+    """And no other folder does: it may be the wrong one."""
+    run = Run.model_validate(whole)
+    with pytest.raises(BadInput, match="holds no run to resume"):
+        RunFolder(run).checkpoint(True)
+    (run.out / f".{RUN}.1.partial").mkdir(parents=True)
+    assert RunFolder(run).checkpoint(True) is None
+    (run.out / "something").touch()
+    with pytest.raises(BadInput, match="holds no run to resume"):
+        RunFolder(run).checkpoint(True)
+
+
+def test_a_run_that_is_removed_is_first_not_recognized(whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.model_validate(whole)
+    begun(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # here it is killed
+        forget(run.out)
+    assert run.out.exists() and not holds(run)
+    forget(run.out)
+    forget(run.out)
+    assert not run.out.exists()

@@ -1,5 +1,7 @@
 """A search: workers share one study, lost trials are tried again, and what is too large is not trained."""
 
+import os
+import signal
 import threading
 
 import optuna
@@ -48,7 +50,8 @@ def test_one_worker_finds_the_same_again_and_goes_on_where_it_stopped(file, inst
 def test_the_trial_of_a_lost_worker_is_given_up_and_its_point_tried_again(file, instant, monkeypatch):
     first = searched(file)
     lost = optuna.load_study(study_name="search", storage=JournalStorage(JournalFileBackend("study.log"))).ask()
-    first.space.suggest(lost)  # and here it is killed
+    first.space.suggest(lost)
+    lost.set_user_attr(studies.KEY, "its point is drawn")  # and here it is killed
     first.work()
     assert len(instant) == 5, "the sixth is still thought to be running"
     monkeypatch.setattr(studies, "GRACE", 0.0)
@@ -57,6 +60,31 @@ def test_the_trial_of_a_lost_worker_is_given_up_and_its_point_tried_again(file, 
     tried = first.study.trials()
     assert studies.LOST in tried[0].user_attrs and len(instant) == 6
     assert sum(each.params == lost.params for each in tried) == 2
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_search_that_begins_alone_does_not_wait_for_lost_trials(file, instant, drawn):
+    """Its points are those of a search without any; a point that was half drawn is drawn anew."""
+    whole, cut = searched(file, storage="whole.log"), searched(file, storage="cut.log", trials=3)
+    whole.work()
+    cut.work()
+    cut = searched(file, storage="cut.log")
+    if not (worker := os.fork()):
+        with cut.study.trial() as trial:
+            if drawn:
+                cut._chosen(trial)
+            else:
+                trial.suggest_categorical("method", cut.space.methods)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(worker, 0)
+    del cut
+    with open("cut.log", "ab") as journal:
+        journal.write(b'{"op_code":')
+    os.symlink("cut.log", "cut.log.lock")
+    again = searched(file, storage="cut.log")
+    again.work()
+    tried = [each.params for each in again.study.trials() if studies.LOST not in each.user_attrs]
+    assert tried == points(whole) and len(tried) == len(again.study.trials()) - 1
 
 
 def test_an_interrupted_trial_is_tried_again(file, instant, monkeypatch):

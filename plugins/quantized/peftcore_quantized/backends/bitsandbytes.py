@@ -69,16 +69,10 @@ def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     rows, columns = weight.shape
-    module = Linear4bit(columns, rows, bias=False, quant_type=kind, compress_statistics=double, quant_storage=storage)
-    codes: Any = Params4bit(
-        weight.detach().contiguous(),
-        requires_grad=False,
-        blocksize=block_size,
-        compress_statistics=double,
-        quant_type=kind,
-        quant_storage=storage,
-        module=module,
-    )
+    how: dict[str, Any] = {"quant_type": kind, "compress_statistics": double, "quant_storage": storage}
+    module = Linear4bit(columns, rows, bias=False, device="meta", **how)  # no weight is allocated and drawn in vain
+    dense = weight.detach().contiguous()
+    codes: Any = Params4bit(dense, requires_grad=False, blocksize=block_size, module=module, **how)
     module.weight = codes.to(weight.device)
     module.support_avx512bf16_for_cpu = False
     return module
@@ -119,7 +113,8 @@ def _eight_bit(weight: Tensor, threshold: float) -> Any:
             "bitsandbytes computes wrong outputs for 8-bit weights with one input: exclude these layers"
         )
     rows, columns = weight.shape
-    module: Any = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
+    how: dict[str, Any] = {"has_fp16_weights": False, "threshold": threshold, "device": "meta"}
+    module: Any = Linear8bitLt(columns, rows, bias=False, **how)
     module.weight = Int8Params(weight.detach().float().contiguous().cpu(), requires_grad=False, has_fp16_weights=False)
     module.weight = module.weight.to(weight.device)
     return module

@@ -1,0 +1,94 @@
+"""Locks of models: while one thread changes a model, other threads that change the same modules wait.
+
+    with changing(model):
+        ...
+
+Each module has one lock for its whole life, and a change holds the locks of all modules of its model. So changes of a
+model and of a part of it, or of two models that share modules, run one after the other, and changes of other models do
+not wait. Forwards hold no lock. The locks are kept outside of the modules, so a copy or a pickle of a model has none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Protocol
+
+from torch import nn
+
+from peftcore.layers.adapter_modules import AdapterModules
+
+
+class Lock(Protocol):
+    """A lock that one thread can take several times, for operations that call each other."""
+
+    def __enter__(self) -> object:
+        """Take the lock; wait while another thread holds it."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        """Release the lock."""
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, tuple[int, Lock]] = weakref.WeakKeyDictionary()
+"""The locks of all modules that were ever changed, each with the number in whose order several are taken."""
+_NUMBERS = itertools.count()
+_GUARD = threading.RLock()
+"""Held while `_LOCKS` is read and written; a garbage collection may do so in between."""
+
+
+def changing(*models: nn.Module) -> Lock:
+    """Returns the context manager in which this thread changes models, and no other thread does. It can be entered
+    again inside of itself. Usually it is a lock of Python itself, which is released after every error and interrupt;
+    where parts of the models were changed separately before, it takes several locks.
+    """
+    modules = _base_modules(models)
+    with _GUARD:
+        found = dict(held for module in modules if (held := _LOCKS.get(module)) is not None)
+        first = min(found.items()) if found else (next(_NUMBERS), threading.RLock())
+        for module in modules:
+            _LOCKS.setdefault(module, first)
+    if len(found) > 1:
+        return _Several([lock for _, lock in sorted(found.items())])
+    return first[1]
+
+
+def _base_modules(models: Iterable[nn.Module]) -> set[nn.Module]:
+    """Returns the modules of models without those of adapters, of which there may be many; other threads may add some
+    meanwhile."""
+    found: set[nn.Module] = set()
+    left: list[nn.Module | None] = [*models]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found and not isinstance(module, AdapterModules):
+            found.add(module)
+            left += module._modules.values()
+    return found
+
+
+class _Several:
+    """Several locks, taken in one order by all threads."""
+
+    def __init__(self, locks: list[Lock]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        taken: list[Lock] = []
+        try:
+            for lock in self._locks:
+                lock.__enter__()
+                taken.append(lock)
+        except BaseException:
+            for lock in reversed(taken):
+                lock.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        for lock in reversed(self._locks):
+            lock.__exit__(kind, error, trace)
