@@ -1,5 +1,5 @@
-"""The tokens that go through a block: where the prompt begins and ends, and which token sees which; with and without
-caches, padding, labels."""
+"""The tokens that pass through a block: the start and the end of the prompt, and the tokens that each token sees; with
+and without caches, padding, labels."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ REMEDY = "pass the length of the prompt: with peftcore.call(model, prompt_length
 
 
 class TokenStacks:
-    """The stacks of a model: modules that take tokens and run blocks."""
+    """The stacks of a model: modules that get tokens and run blocks."""
 
     def __init__(self, surgeon: Surgeon) -> None:
         self.stacks, self._modules = surgeon.resolver.token_stacks(), surgeon.resolver.modules
 
     def of(self, site: Site) -> TokenStack | None:
-        """Returns the stack that a block belongs to; None where it takes no tokens (images).
+        """Returns the stack that a block belongs to; None if the block does not process tokens (images).
 
         Raises:
-            UnsupportedSite: the site is given tokens in front of rows, so the stack's tokens are others.
+            UnsupportedSite: the site gets inputs with tokens first instead of rows first.
         """
         site.check_rows_first()
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
@@ -60,11 +60,11 @@ class TokenStacks:
         return self._around(found, sites[0])
 
     def reading(self, sites: Sequence[Site]) -> tuple[TokenStack, Site] | None:
-        """Returns the stack that is given the prompt of all these sites, and a place for an operator around it: their
-        own stack, or the encoder that it reads. None where they are in no stack of tokens (images).
+        """Returns the stack that gets the prompt for all these sites, and a site for an operator around that stack: the
+        sites' own stack, or the encoder that it reads. None if the sites are not in a stack of tokens (images).
 
         Raises:
-            UnsupportedSite: they are in stacks that are given different tokens.
+            UnsupportedSite: the sites are in stacks that get different tokens.
         """
         every = [self.of(site) for site in sites]
         read = [stack if stack is None or not stack.reads else self._read_by(stack) for stack in every]
@@ -85,7 +85,8 @@ class TokenStacks:
                     form="activation", layer_of=known.layer_of, meta=known.meta)  # fmt: skip
 
     def generates(self, site: Site) -> bool:
-        """Whether generation may go on from a block's tokens: its stack is causal, and nothing else reads it."""
+        """Whether generation may continue after a block's tokens: its stack is causal, and no other stack reads its
+        output."""
         stack = self.of(site)
         return stack is not None and stack.causal and not stack.readers
 
@@ -103,12 +104,13 @@ class TokenStacks:
         return [site for site in sites if site not in reading]
 
     def answering(self, sites: list[BlockSite], strict: bool) -> list[BlockSite]:
-        """Returns the blocks that the model answers from, from the first to the last: not those of an encoder that
-        others read.
+        """Returns the blocks from which the model computes its answer, in order: without those of an encoder that
+        another stack reads.
 
         Raises:
-            UnsupportedSite: they do not have one stream in common; or `strict`, and there are some of an encoder too;
-                or they are given tokens in front of rows.
+            UnsupportedSite: the blocks are not in one common stack; or `strict` is set and some belong to an encoder;
+                or
+                they get inputs with tokens first.
         """
         last = [site for site in sites if (stack := self.of(site)) is None or not stack.readers]
         chosen = sorted(sites if strict or not last else last, key=lambda site: site.depth)
@@ -146,12 +148,12 @@ class PromptPositions:
         self.last_wins, self.whole = last_wins, whole
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
-        """Returns masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the
-        input of a block and its other arguments by name; None where no token is of the prompt.
+        """Returns masks ``[batch or 1, tokens]`` of the first and of the last positions of the prompt (none is in
+        both), for the input of a block and its other arguments by name; None if no token belongs to the prompt.
 
         Raises:
             MissingContext: the input may be longer than the prompt, and the prompt's length is unknown.
-            SequenceError: the padding is unknown; or the prompt is to be `whole`, and this is a piece.
+            SequenceError: the padding is unknown; or the method needs the `whole` prompt, and the input is only a part.
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
         running = forward_context()
@@ -193,7 +195,7 @@ class PromptPositions:
 
     @property
     def settled(self) -> int:
-        """The length from which on more tokens leave the first positions where they are."""
+        """The number of tokens from which on further tokens do not change the first positions."""
         return self.first * (1 + self.halves)
 
     def _check_pieces(self, seen: Tensor, moves: bool) -> None:
@@ -225,8 +227,8 @@ class VisibleTokens:
         self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
 
     def mask(self, held: int, new: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Returns the mask for `new` tokens behind the `held` ones in a cache (`given`: the block's arguments by name):
-        True where a token is seen, ``[batch or 1, 1, new, held + new]``.
+        """Returns the mask for `new` tokens after the `held` tokens of a cache (`given`: the block's arguments by
+        name): True where a token is seen, ``[batch or 1, 1, new, held + new]``.
 
         Raises:
             SequenceError: the padding is unknown.
@@ -246,8 +248,8 @@ class VisibleTokens:
 
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
-    """Returns how many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by
-    name), when `new` tokens go through it.
+    """Returns the number of tokens of earlier forwards in the cache that a block of this depth gets, while `new` tokens
+    pass through the block. `given` are the block's arguments by name.
 
     Raises:
         SequenceError: the cache does not count tokens.
