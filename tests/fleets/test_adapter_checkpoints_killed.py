@@ -71,4 +71,4 @@ def test_a_killed_fleet_resumes_to_the_same_values(fleet: str, tmp_path: Path) -
         2 if fleet == "lora" else 3 * MANY,
         same=lambda one, other: equal(one, other, 0.0 if len(methods) == 1 else 1e-9),
     )
-    assert points.count("step") == 4 * len(methods) and any("step-00000003" in point for point in points)
+    assert points.count("step") >= 4 * len(methods) and any("step-00000003" in point for point in points)
