@@ -4,7 +4,7 @@ weights.
 A borrowed layer calls the model's layer of the same path in its current state, and adds a low-rank update. So the
 model's tensors exist once: they are moved, cast, quantized, offloaded, written to and replaced with the model, and are
 neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer.
-They are not merged into its weight either: the operator that runs the network names the tensors in `reads`.
+They are not merged into its weight either: the operator that runs the network names the tensors in `reads_from_base`.
 """
 
 from __future__ import annotations

@@ -112,7 +112,15 @@ class AppliedMethod(ABC):
 
 class Installed(AppliedMethod):
     """An applied method that is not a part of a hybrid: the interface of `Injection` for methods and for forwards of
-    the model."""
+    the model.
+
+    Attributes:
+        reads_from_base: paths of the model's tensors, other than those at its sites, with which its operators compute.
+    """
+
+    def __init__(self, name: str, surgeon: Surgeon) -> None:
+        super().__init__(name, surgeon)
+        self.reads_from_base = frozenset(path for graft in self.grafts for path in graft.operator.reads_from_base)
 
     @property
     @abstractmethod

@@ -80,7 +80,7 @@ class _Base(Checked):
     """True if the operator acts only in training; merging skips it."""
     overrides = False
     """True if the operator ignores its input tensor, so earlier adapters on that tensor have no effect."""
-    reads: frozenset[str] = frozenset()
+    reads_from_base: frozenset[str] = frozenset()
     """Paths of tensors of the model, other than those of its site, that the operator computes with as they are stored.
     No other adapter may be merged into them as long as the operator is installed."""
 

@@ -176,7 +176,8 @@ def _check(injection: Injection) -> None:
         )
     check_choices(injection)
     for other in state.injections.values():
-        check_unread(other, name, places(injection))
+        if other.reads_from_base:
+            check_unread(other, name, places(injection))
     try:
         (state.watched or WatchedSites()).check(injection.model, state, [name])
     except InactiveSite as error:

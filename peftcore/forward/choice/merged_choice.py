@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.installed_methods import AppliedMethod, Installed
 from peftcore.contract.operators import changes_bias
 from peftcore.errors import MergeError
 from peftcore.forward.choice.active_adapters import Active, Choice
@@ -83,7 +83,7 @@ def places(injection: AppliedMethod) -> set[str]:
     return found
 
 
-def check_unread(reader: AppliedMethod, merged: str, changed: Collection[str]) -> None:
+def check_unread(reader: Installed, merged: str, changed: Collection[str]) -> None:
     """Verify that no operator of an injection computes with tensors into which another injection is merged.
 
     Args:
@@ -94,8 +94,7 @@ def check_unread(reader: AppliedMethod, merged: str, changed: Collection[str]) -
     Raises:
         MergeError: an operator reads one of these tensors.
     """
-    read = {path for graft in reader.grafts for path in graft.operator.reads}
-    if both := sorted(read & set(changed)):
+    if both := sorted(reader.reads_from_base.intersection(changed)):
         raise MergeError(
             f"{reader.method.name} computes with the base's {both[0]}, and {merged!r} merged into it would change the "
             f"outputs of {reader.method.name}: keep {merged!r} active and unmerged, or bake() it before "

@@ -73,7 +73,7 @@ class InputsOperator(Operator):
         self.names, self.copy = tuple(inspect.signature(site.module.forward).parameters), copy
         if copy.lender is not None:
             lent = [each.path for each in copy.network.module.modules() if isinstance(each, BorrowedLayer)]
-            self.reads = frozenset(
+            self.reads_from_base = frozenset(
                 f"{site.module_path}.{path}.{name}".lstrip(".") for path in lent for name in ("weight", "bias")
             )
 
