@@ -26,6 +26,8 @@ NAMES = ("a", "b", "c")
 METHODS = ("lora", "dora", "ia3", "oft", "bitfit")
 TRIES = 200
 CLOSE = 1e-9
+_SAVED = tempfile.TemporaryDirectory(prefix="peftcore-threads-")
+"""The folder of saved adapters, which goes with the process."""
 
 
 class Layers(nn.Module):
@@ -61,7 +63,7 @@ def saved(method: str, seed: int) -> Path:
     model = base()
     injection = apply(model, "saved", method, seed)
     stir(injection, seed=seed)
-    folder = Path(tempfile.mkdtemp(prefix="threads-"))
+    folder = Path(_SAVED.name, f"{method}-{seed}")
     injection.save(folder)
     return folder
 
