@@ -38,10 +38,11 @@ def trained(methods: list[str], resume: bool) -> None:
 
 
 def outcome() -> dict[str, Any]:
-    """Each member's losses, one for each step, and the tensors of its last checkpoint, which is the only one."""
+    """Each member's losses, one for each step, and the tensors of its last checkpoint."""
     found: dict[str, Any] = {}
     for folder in Path("fleet").iterdir():
-        (place,) = folder.glob("step-*")
+        place = adapter_checkpoints.newest(folder)
+        assert place is not None
         state = adapter_checkpoints.read(place)
         found[f"{folder.name} {place.name}"] = {
             "losses": torch.tensor(state["losses"], dtype=torch.float64),
