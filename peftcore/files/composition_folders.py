@@ -29,7 +29,7 @@ MOST = 1000
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
     """Save the adapters of a composition into subfolders of `path` with their names, and the composition itself.
 
-    If the process is killed on the way, the folder lacks ``composition.json``, and `load_composition` says so.
+    If the process is killed before the end, the folder lacks ``composition.json``, and `load_composition` says so.
 
     Raises:
         UnknownInjection: the host has no injection of this name.

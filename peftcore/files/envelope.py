@@ -1,4 +1,4 @@
-"""The envelope of a saved adapter, which describes everything but its tensors: method, options, sites, base."""
+"""The envelope of a saved adapter: a description of its method, options, sites and base, without its tensors."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ class SavedSite(BaseModel):
     tensor: str = "weight"
     """Name of the tensor in the module."""
     role: str | None = None
-    """Role of the part of the tensor that the site is, such as ``"attn.q"``; None for the whole tensor."""
+    """If the site is only a part of the tensor: the role of this part, such as ``"attn.q"``. None for the whole
+    tensor."""
     rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
-    """First and last + 1 row of each piece of the part; None for the whole tensor."""
+    """If the site is only a part of the tensor: the ranges of its rows as (first, last + 1). None for the whole
+    tensor."""
     shape: tuple[NonNegativeInt, ...] | None = None
     """Logical shape; empty for a module without its own weight, None if the file does not contain it."""
 
@@ -59,7 +61,7 @@ class SavedSite(BaseModel):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The arguments by which the resolver finds the site."""
+        """The arguments that find the site in a model again."""
         return {**self.model_dump(include={"module_path", "tensor", "role"}), "slices": self.rows}
 
 
@@ -94,11 +96,11 @@ class Envelope(BaseModel):
     """Paths of trained modules whose parameters have separate values in the file, even if other modules of the host
     hold the same tensors (`Wishes.untied`)."""
     ties: dict[str, tuple[str, ...]] | None = None
-    """By each operator's name in files: the paths of other parameters that were tied to the tensor of its site, so that
-    the operator acts on them too. None in files that do not record ties."""
+    """The paths of other parameters that were tied to the tensor of an operator's site, by the operator's name in
+    files. The operator acts on them too. None in files that do not record ties."""
     rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
-    """By path of a token table: the range (first, last + 1) of rows that the original base lacks, and that the file
-    contains although they were not trained."""
+    """Ranges of rows (first, last + 1), by path of the token table. The original base lacks these rows, so the file
+    contains them although they were not trained."""
     dtype: str = "float32"
     """Dtype of the operators' parameters."""
     host: str = ""
@@ -114,8 +116,8 @@ class Envelope(BaseModel):
 
     @property
     def wishes(self) -> Wishes:
-        """The arguments with which the method is applied again; the sites are those of the file, and are not resolved
-        again.
+        """The arguments for applying the method to a model again. They contain the sites in the file, so that no
+        targets are searched for.
 
         Raises:
             CheckpointError: operators cannot have the dtype.
@@ -146,11 +148,11 @@ class Envelope(BaseModel):
         return request
 
     def check(self, surgeon: RecordingSurgeon) -> None:
-        """Check that a model matches the one on which the adapter was made, by the operators that were recorded for the
-        model. A different class name is only logged.
+        """Check that a model matches the one on which the adapter was made. `surgeon` has the operators that a dry run
+        recorded for the model. Different class names of a classification head are only logged.
 
         Raises:
-            HostMismatch: shapes or ties differ, or weights, if the file has a digest of them.
+            HostMismatch: shapes or ties differ, or the weights differ from a digest in the file.
         """
         made = f"the adapter belongs to another base (it was made on {self.host})"
         if wrong := mismatched(self, surgeon.selections):
@@ -322,8 +324,8 @@ def _migrated(
     plugin: str = "its plugin",
     prefix: str = "",
 ) -> dict[str, Any]:
-    """Returns options of a version as the installed one has them, and so those of parts that a hybrid lists under
-    "parts"; parts without a version are as old as files can be."""
+    """Returns options of an old `version`, migrated to the version of the installed method. The options under "parts"
+    of a hybrid are migrated too. A part without a version has version 1."""
     if version > cls.config_version:
         raise NewerFormat(
             f"the adapter has version {version} of {cls.name}'s options, the installed plugin reads up "

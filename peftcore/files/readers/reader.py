@@ -126,11 +126,11 @@ class Reader:
     files: tuple[str, ...]
     """The source files in that repository; ``path@commit`` for files that were read at another commit."""
     formats: tuple[str, ...]
-    """The formats of adapters that it reads, by our names."""
+    """The formats of adapters that the program reads, by peftcore's names."""
     writes: tuple[str, ...]
     """The formats to export an adapter in; the first one that can hold the adapter is used."""
     types: tuple[str, ...]
-    """The types of peft that it reads."""
+    """The values of peft's option `peft_type` that the program reads."""
     other_types: Rule
     """The rule for files of types that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
@@ -173,19 +173,19 @@ class Reader:
         return [path for path in held if path not in adapted]
 
     def _wanted(self, held: Iterable[str]) -> Iterator[str]:
-        """Yields the modules beside which the program reads those that are adapted."""
+        """Yields the modules that must be adapted too so that the program reads the modules in `held`."""
         for path in held:
             yield from (other for rule in self.beside if rule.filled and (other := rule.other(path)))
 
 
 def _kind(path: str) -> tuple[str, str] | None:
-    """Returns what is in front of the number of a block in a path and what is behind it; None where it has none."""
+    """Returns the parts of a path before and after the index of a block; None if the path has no index."""
     found = BLOCK.search(path)
     return None if found is None else (path[: found.start()], found["rest"])
 
 
 def readers() -> dict[str, Reader]:
-    """Returns all programs by name."""
+    """Returns the rules of all programs, by the program's name."""
     return dict(_readers())
 
 
