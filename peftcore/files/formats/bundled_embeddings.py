@@ -26,7 +26,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "t5": ("lora_te3", "text_encoders.t5xxl.transformer"),
     ANY: ("lora_te",),
 }
-"""By the last part of a tensor's name: the names of the models that its vectors are for."""
+"""The prefixes of the models for which a tensor has vectors, by the last part of the tensor's name."""
 OUTPUTS = "_out"
 """The suffix of vectors that OneTrainer inserts into the output of an encoder instead of its input."""
 PICTURES = frozenset({"lora_unet", "lora_transformer", "oft_unet", "diffusion_model"})
@@ -45,7 +45,7 @@ def taken_apart(name: str) -> tuple[str, str]:
 
 
 def is_known(name: str) -> bool:
-    """True if the tensor's name has the name of a known encoder."""
+    """True if the tensor's name ends with the name of a known encoder."""
     kind = taken_apart(name)[1]
     return kind in ENCODERS or kind.removesuffix(OUTPUTS) in ENCODERS
 

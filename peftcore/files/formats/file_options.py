@@ -18,7 +18,7 @@ REQUIRED: Any = ...
 
 
 class Keys:
-    """The options of one file. Each is read by a method such as `take`; `check_known` finds options that nothing
+    """The options of one file. Methods such as `take` read them, and `check_known` finds options that were never
     read."""
 
     def __init__(self, data: Mapping[str, Any], where: Path) -> None:
@@ -105,7 +105,7 @@ class Keys:
         return found
 
     def check_known(self) -> None:
-        """Raise an error if the file has options that nothing read and that are not switched off.
+        """Raise an error if the file has options that were never read and are not switched off.
 
         Raises:
             CheckpointError: there are such options; the message names them.

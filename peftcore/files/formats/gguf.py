@@ -1,8 +1,8 @@
 """Writes and describes LoRA files of llama.cpp, ``adapter.gguf``. They cannot be loaded.
 
-A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
-file has one alpha for all: the scale of each matrix is alpha / rank. So lower ranks are padded to the largest one, and
-scales are multiplied into ``lora_b``.
+For a matrix of the base, such as ``blk.0.attn_q.weight``, the file has the factors ``….lora_a`` ``[rank, in]`` and
+``….lora_b`` ``[out, rank]``. The file has one alpha for all matrices: the scale of each is alpha / rank. Therefore
+lower ranks are padded to the largest rank, and scales are multiplied into ``lora_b``.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Returns how llama.cpp has a model, and the model's configuration.
+    """Returns the entry of a model in the table of llama.cpp's architectures, and the model's configuration.
 
     Raises:
-        ExportError: it is not in the table.
+        ExportError: the table has no entry for the model.
     """
     known = tomllib.loads(ARCHITECTURES.read_text(encoding="utf-8"))
     config = getattr(model, "config", None)
@@ -109,10 +109,10 @@ def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _names(architecture: str, blocks: int, paths: Mapping[str, LowRankPair]) -> dict[str, str]:
-    """Returns the names in GGUF of modules.
+    """Returns the modules' names in GGUF files, by path.
 
     Raises:
-        ExportError: one has none, or the package gguf is missing.
+        ExportError: a module has no such name, or the package gguf is missing.
     """
     gguf = _package()
     [arch] = [each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]

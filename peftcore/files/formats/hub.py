@@ -158,7 +158,7 @@ def upload(
 
 
 def _text_of(api: Any, repository: str, name: str, revision: str | None) -> str | None:
-    """Returns a text file of a repository, or None where it has none."""
+    """Returns the text of a file in a repository; None if the repository lacks the file."""
     from huggingface_hub.errors import EntryNotFoundError
 
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +178,7 @@ def _patience() -> float:
 
 
 def _status(error: BaseException) -> int | None:
-    """Returns the status with which the hub answered, or None where it did not."""
+    """Returns the HTTP status of the hub's answer; None if the hub did not answer."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
@@ -190,15 +190,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """Whether the hub was not reached: by errors of the libraries below the package, another one in each of its
-    generations."""
+    """Whether an error means that the hub was not reached. This is recognized by the library that raised it; versions
+    of ``huggingface_hub`` use different ones."""
     own = (ConnectionError, TimeoutError)
     return any(isinstance(each, own) or type(each).__module__.partition(".")[0] in BELOW for each in _chain(error))
 
 
 @contextmanager
 def _explained(failed: str, repository: str, revision: str | None, writing: bool = False) -> Iterator[None]:
-    """Context manager in which what the package raises becomes one error that says what to do."""
+    """Context manager that turns errors of ``huggingface_hub`` into a `HubError` that says what to do."""
     try:
         yield
     except (CheckpointError, MemoryError):
@@ -208,7 +208,7 @@ def _explained(failed: str, repository: str, revision: str | None, writing: bool
 
 
 def _reason(error: Exception, repository: str, revision: str | None, writing: bool) -> str:
-    """Returns why the hub gave or took nothing, and what to do about it."""
+    """Returns the reason why a download or an upload failed, and what to do about it, for an error message."""
     from huggingface_hub import constants, errors
 
     address = f"{constants.ENDPOINT}/{repository}"
