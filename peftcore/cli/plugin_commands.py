@@ -17,7 +17,7 @@ def commands(taken: tuple[str, ...]) -> dict[str, Any]:
     not affected.
 
     Args:
-        taken: names that are taken, those of the core's commands.
+        taken: the names of the core's commands, which plugins cannot use.
     """
     found: dict[str, Any] = {}
     owners = dict.fromkeys(taken, "peftcore itself")

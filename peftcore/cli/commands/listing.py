@@ -1,4 +1,5 @@
-"""The commands ``peftcore methods``, ``show``, ``schema`` and ``doctor``: methods and plugins that are installed."""
+"""The commands ``peftcore methods``, ``show``, ``schema`` and ``doctor``: information about the installed methods and
+plugins."""
 
 from __future__ import annotations
 

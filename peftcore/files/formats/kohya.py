@@ -57,8 +57,8 @@ from peftcore.registry.plugins import layer_of
 TENSORS = "kohya.safetensors"
 """The name of the file that `save` writes into a folder. When reading, any name is accepted if it is the only file."""
 UNET, OURS = "lora_unet", "lycoris"
-"""Two prefixes of names. After the first, modules of a diffusion model have their names in the original code, if these
-are known. After the second, modules of any model have the host's own names."""
+"""Two prefixes of tensor names. The first is for diffusion models: their modules have the names of the original code,
+if these are known. The second is for any model: modules have the host's own names."""
 
 
 class Kohya(Format):

@@ -73,5 +73,5 @@ def are_known(names: Collection[str]) -> bool:
 
 
 def stem_of(part: str, path: str) -> str:
-    """Returns the name of the module `path` in a file, with which the names of its tensors start."""
+    """Returns the prefix of the names of a module's tensors in a file."""
     return f"{part}.{path}" if part in DOTTED else f"{part}_{path}".replace(".", "_")

@@ -84,7 +84,7 @@ class KohyaContent(Content):
         self.file = file
         self.methods = kohya_methods()
         self.cuts: dict[str, Tensor] = {}
-        """Parts of the file's tensors, by new names. They belong to single modules of the host."""
+        """Tensors for single modules of the host that were split from tensors of the file, by names made for them."""
         modules = dict(model.named_modules())
         originals = original_names(modules)
         stems = split([full for full in file.shapes if not is_word(full)], part_of)

@@ -70,7 +70,7 @@ class MLX(Format):
 
 
 def _blocks(model: nn.Module, indices: list[int]) -> int:
-    """Returns the number of last blocks that include all adapted blocks.
+    """Returns the smallest number n such that the last n blocks include all adapted blocks.
 
     Raises:
         ExportError: the model's blocks are not found.

@@ -197,8 +197,8 @@ class PeftContent(Content):
     """The content of a peft adapter for one host.
 
     Args:
-        names: the adapter's tensor names in the file, by the names that peft itself would use. values of options that
-            differ at some modules, by the modules' paths in `names`.
+        names: the adapter's tensor names in the file, by the names that peft itself would use.
+        exact: values of options that differ at some modules, by the modules' paths in `names`.
     """
 
     def __init__(

@@ -69,7 +69,8 @@ class PeftMethod(ABC):
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         """Returns the options of peftcore's method at one place, including its name under "method". They are translated
-        from peft's options (`keys`) and from the shapes of the tensors at the place, by the names in `below` or `root`.
+        from peft's options (`keys`), and from the shapes of the tensors at the place, whose names are in `below` or
+        `root`.
 
         Raises:
             CheckpointError: peftcore's method cannot compute the same with these options, or they do not fit the
@@ -152,7 +153,7 @@ class PeftMethod(ABC):
 
     def differs(self, place: Place) -> str:
         """Returns the reason why peft and peftcore compute different outputs at a place; empty if the outputs are the
-        same. Only layers in `kinds` are passed. An adapter with such a place is neither read nor written."""
+        same. It is called only for layers in `kinds`. An adapter with such a place is neither read nor written."""
         return not_added(place.site) if self.adds else ""
 
     def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:

@@ -83,8 +83,7 @@ def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
 
 
 def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
-    """Returns a dictionary of pairs: the names of tensors in a file, by their translated names, which have to be
-    unique.
+    """Returns `pairs` of (translated name, name in the file) as a dictionary. Translated names have to be unique.
 
     Raises:
         CheckpointError: two tensors have one name.
