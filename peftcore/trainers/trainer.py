@@ -3,6 +3,8 @@
     trainer = PeftcoreTrainer(model, args, ..., label_smoothing_factor=0.1)
 
     class Mine(PeftcoreTrainer, trl.SFTTrainer): ...
+
+The second line combines it with another Trainer.
 """
 
 from __future__ import annotations
