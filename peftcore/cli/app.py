@@ -17,7 +17,7 @@ ORDER = (
     *("train", "compare", "search", "chat", "plan", "tree", "methods", "show", "schema"),
     *("inspect", "merge", "convert", "export-lora", "check", "export", "doctor", "new"),
 )
-"""The order in which commands are listed, by when users need them."""
+"""The order in which commands are listed, which is the order in which users need them."""
 OF_LAB = ("train", "compare", "search", "chat")
 """Commands of the distribution peftcore-lab; if it is not installed, they print how to install it."""
 EXTRAS = {"transformers": "peftcore[cli]", "huggingface_hub": "peftcore[cli]", "jinja2": "peftcore[cli]"}

@@ -186,7 +186,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Returns the output of the adapted model.
 
         Args:
-            adapter_names: the adapter of each row; ``"__base__"`` for none.
+            adapter_names: the name of the adapter for each row of the batch; ``"__base__"`` for no adapter.
 
         Raises:
             TrainingError: in training, an adapter's dropout is on although dropout was switched off in the model; or

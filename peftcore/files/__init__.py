@@ -1,6 +1,6 @@
 """Reading and writing adapters: files are untrusted, and none is left half-written.
 
-It may import `injection`, and what is below. In the order of reading:
+It may import `injection` and the layers below. In the order of reading:
 
 - `safe_io`: reads and writes JSON and safetensors files safely.
 - `envelope`: the description of a saved adapter besides its tensors.

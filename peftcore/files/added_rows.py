@@ -118,7 +118,7 @@ def _origin(name: str | None, commit: str | None) -> Path | None:
 
 
 def spans(rows: Mapping[str, AddedRows]) -> dict[str, tuple[int, int]]:
-    """Returns the range of the added rows of each table as (first, last + 1), sorted by path."""
+    """Returns the range (first, last + 1) of the added rows of each table, by the table's path, in sorted order."""
     return {path: (rows[path].start, rows[path].stop) for path in sorted(rows)}
 
 

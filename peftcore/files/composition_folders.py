@@ -23,7 +23,8 @@ from peftcore.layers.model_locks import changing
 
 FILE = "composition.json"
 MOST = 1000
-"""The largest number of names, and of branches, that a composition in a file may have; nested branches multiply."""
+"""The largest number of names, and of branches, that a composition in a file may have. Nested branches could otherwise
+multiply without limit."""
 
 
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:

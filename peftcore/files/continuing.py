@@ -23,7 +23,8 @@ from peftcore.layers.pieces import is_cut
 from peftcore.targets.sites import Site
 
 COMPARED = ("method", "train", "rows", "dtype")
-"""Fields of the envelope that must be equal, in addition to the options and the target modules."""
+"""Fields of an adapter's envelope (its description) that must be equal, in addition to the options and the target
+modules."""
 SAMPLE = 64
 """The number of values of each base tensor that the digest includes."""
 NAMED = 8

@@ -32,7 +32,7 @@ logger = logging.getLogger("peftcore")
 
 FORMAT = 1
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-"""The endings of files of weights in a repository."""
+"""The suffixes of files with weights in a repository."""
 
 
 class SavedSite(BaseModel):
@@ -108,7 +108,7 @@ class Envelope(BaseModel):
     base: str | None = None
     """The name of the weights in the host's own config: a folder, or a repository on a hub."""
     base_revision: str | None = None
-    """The commit of that repository from which the host was loaded."""
+    """The commit of the base's repository from which the host was loaded."""
     weights: str | None = None
     """Digest of the host's tensors at the sites; None unless the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
@@ -201,7 +201,7 @@ def spelled(target: Any) -> Any:
 
 def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, tuple[int, int]] = {}) -> Envelope:
     """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites. `rows` are
-    the rows that its base lacks, by path of the token table."""
+    the rows that the original base lacks, by path of the token table."""
     name = injection.method.name
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
@@ -279,7 +279,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
 
     Raises:
         NewerFormat: it was written by a newer peftcore.
-        CheckpointError: it is not an envelope.
+        CheckpointError: the object is not a valid envelope.
     """
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:

@@ -329,7 +329,7 @@ def _read_at(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Se
 
 
 def describe(path: str | os.PathLike[str], revision: str | None = None) -> Description:
-    """Returns the description in a saved adapter, in any format that `load` recognizes; no host is needed.
+    """Returns the description of a saved adapter, in any format that `load` recognizes. No host is needed.
 
     Args:
         path: as in `load`.

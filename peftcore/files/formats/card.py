@@ -27,7 +27,7 @@ SOME, OTHER = "unknown", "other"
 
 
 def is_ours(path: Path) -> bool:
-    """True if peftcore may write the card: the folder has none, or one that still contains our mark."""
+    """True if peftcore may write the card: the folder has no card, or its card still contains `MARK`."""
     return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 

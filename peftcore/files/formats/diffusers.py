@@ -2,9 +2,9 @@
 pipeline.
 
 Tensors have peft's names, with the name of a model in front (``unet.``, ``text_encoder.``) or without it. Since 2025
-the header also has peft's options, which are read as in a folder of peft. Files without these options have tensors
-named alpha, or else alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down`` and, in
-text encoders, ``q_proj.lora_linear_layer.down``.
+the header also has peft's options, which are read as in a folder of peft. In files without these options, alpha is a
+tensor; if that is missing, alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down``
+and, in text encoders, ``q_proj.lora_linear_layer.down``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DiffusersTensorName:
 
 
 def understood(name: str) -> DiffusersTensorName | None:
-    """Returns the parsed name; None if it is not the name of a tensor of a LoRA."""
+    """Returns the parsed name of a tensor of a LoRA; None for any other name."""
     name = name.replace(".processor.", ".")
     for leaf, ours in LEAVES.items():
         if name.endswith(f".{leaf}") and not name.removesuffix(f".{leaf}").endswith("_lora"):

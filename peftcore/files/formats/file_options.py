@@ -99,7 +99,8 @@ class Keys:
             )
 
     def patched(self, changes: Mapping[str, Any]) -> Keys:
-        """Returns a copy of the options with the values in `changes`; both count the same options as read."""
+        """Returns a copy of the options with the values in `changes`; options that are read from one of them count as
+        read in both."""
         found = Keys({**self.data, **changes}, self.where)
         found.known, found.told = self.known, self.told
         return found

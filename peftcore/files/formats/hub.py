@@ -22,7 +22,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 IDENTIFIER = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 PATIENCE = 10.0
 """The timeout of the first request to the hub, in seconds, unless ``HF_HUB_ETAG_TIMEOUT`` sets another. Most other
-requests of the package have no timeout."""
+requests of ``huggingface_hub`` have no timeout."""
 BELOW = ("httpx", "httpx2", "requests", "urllib3")
 """The libraries that make the requests of ``huggingface_hub``."""
 LOGIN = "log in (hf auth login), or set HF_TOKEN"
@@ -38,8 +38,8 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         revision: a branch, a tag or a commit of the repository, instead of ``@revision``.
 
     Raises:
-        CheckpointError: the package is missing, two different revisions are passed, or a revision is passed with a
-            local path.
+        CheckpointError: the package ``huggingface_hub`` is missing, two different revisions are passed, or a revision
+            is passed with a local path.
         HubError: the hub has no such repository, refuses access, or does not answer.
     """
     place, name = Path(path), os.fspath(path)
@@ -73,7 +73,7 @@ def fetched(repository: str, revision: str | None, files: Sequence[str], failed:
         failed: the first part of error messages.
 
     Raises:
-        CheckpointError: the package is missing.
+        CheckpointError: the package ``huggingface_hub`` is missing.
         HubError: the hub has no such repository, refuses access, or does not answer, and the cache lacks the files.
     """
     try:
@@ -111,7 +111,7 @@ def upload(
     token: str | bool | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """Upload the files of a folder to a repository, which is created if it does not exist; returns the commit. If the
+    """Upload the files of a folder to a repository, which is created if it does not exist. Returns the commit. If the
     repository has a model card that peftcore did not write, that card is kept.
 
     Args:
@@ -124,8 +124,7 @@ def upload(
         create_pr: create a pull request with the commit.
 
     Raises:
-        CheckpointError: the package is missing.
-        HubError: the hub refuses access, or does not answer.
+        HubError: the package ``huggingface_hub`` or a token is missing, or the hub refuses access, or does not answer.
     """
     failed = f"cannot push to {repository}"
     try:

@@ -134,8 +134,8 @@ class KohyaMethod(ABC):
         return ()
 
     def writes(self, place: Place) -> bool:
-        """True if the translation can write the operator at a place. If no translation of a method can, the error of
-        the last one's `write` gives the reason."""
+        """True if the translation can write the operator at a place. If no translation of a method can write it, the
+        error that `write` of the last translation raises gives the reason."""
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:

@@ -1,7 +1,8 @@
 """Names of modules in the original code of Flux, Wan and Stable Diffusion, which files of LoRA use.
 
 Several modules of diffusers can be one module of the original code, whose outputs are concatenated: ``to_q``, ``to_k``
-and ``to_v`` of Flux are ``img_attn.qkv``, and in single blocks, with ``proj_mlp``, ``linear1``.
+and ``to_v`` of Flux are ``img_attn.qkv`` in double blocks. In single blocks, these three and ``proj_mlp`` are
+``linear1``.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class PeftMethod(ABC):
         return ""
 
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
-        """Returns the names of the module's parameters that the adapter replaces in addition, such as ``"bias"``."""
+        """Returns the names of parameters of an adapted module that the adapter also replaces, such as ``"bias"``."""
         return ()
 
     def differs(self, place: Place) -> str:

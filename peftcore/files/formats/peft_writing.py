@@ -181,8 +181,8 @@ def whole(injection: AppliedMethod, kind: str, options: Mapping[str, Any]) -> di
 
 
 def with_class(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Returns the options with the class of the base, which peft's ``AutoPeftModel`` needs if they have no task type,
-    and the commit from which the base was loaded."""
+    """Returns the options, with the class of the base and the commit from which the base was loaded. peft's
+    ``AutoPeftModel`` needs the class if the options have no task type."""
     cls = plain_class(model)
     named = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     commit = base_revision(model)

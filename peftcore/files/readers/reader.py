@@ -79,7 +79,7 @@ class CompanionRule:
     filled: bool = False
     """True if an export also adapts the other module, with an update of zero."""
     within: re.Pattern[str] = re.compile("")
-    """A regular expression to search for in the path of their parent."""
+    """A regular expression to search for in the path of the two modules' parent."""
 
     def other(self, path: str) -> str | None:
         """Returns the path of the other module for an adapted one; None for modules that need no other."""
@@ -102,11 +102,11 @@ class Ranks:
 
     most: int
     default: int
-    """The largest rank that it accepts without the flag; 0: any rank up to `most`."""
+    """The largest rank that the program accepts without the flag. 0 means any rank up to `most`."""
     flag: str = ""
     """The flag for larger ranks."""
     sizes: tuple[int, ...] = ()
-    """The values that the flag accepts; empty: any."""
+    """The values that the flag accepts; empty if it accepts any value."""
 
     def needed(self, rank: int) -> str:
         """Returns the flag with which a server has to be started for this rank; empty if it needs none."""
