@@ -18,7 +18,7 @@ SO_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_device": ((None,), "values go to where the model's are"),
     "offload_folder": ((None,), "what the model offloads stays offloaded"),
 }
-"""The arguments by name. Each has its accepted values, and the text for the error about any other value."""
+"""Maps the name of each argument to its accepted values, and to the text for the error about any other value."""
 
 
 def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:

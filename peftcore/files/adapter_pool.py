@@ -218,8 +218,8 @@ class FolderStore(Store):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="peftcore-idle-", dir=folder))
         self._written: dict[int, tuple[dict[str, bytes], tuple[int, int], Shapes]] = {}
-        """The written adapters, by number: the digests of the tensors, the size and time of the file, and the dtypes
-        and shapes of tensors that are stored in it as raw bytes."""
+        """Three facts about each written adapter, keyed by its number: the digests of the tensors, the size and time of
+        the file, and the dtypes and shapes of tensors that are stored in it as raw bytes."""
         weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def keep(self, key: int, values: Values) -> None:

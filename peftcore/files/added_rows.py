@@ -38,9 +38,9 @@ class AddedRows:
 
 @torch.no_grad()
 def added_rows(injection: Injection) -> dict[str, AddedRows]:
-    """Returns the rows of token tables that the original base of an injection lacks, by the table's path. They were
-    loaded with the injection, or added later. Tables that are trained as a whole are omitted, since all of their rows
-    are saved anyway.
+    """Returns the rows of token tables that the original base of an injection lacks, keyed by the table's path. They
+    were loaded with the injection, or added later. Tables that are trained as a whole are omitted, since all of their
+    rows are saved anyway.
 
     Raises:
         MergeError: the injection is merged into a table, and the table's original values were not kept.
@@ -118,7 +118,7 @@ def _origin(name: str | None, commit: str | None) -> Path | None:
 
 
 def spans(rows: Mapping[str, AddedRows]) -> dict[str, tuple[int, int]]:
-    """Returns the range (first, last + 1) of the added rows of each table, by the table's path, in sorted order."""
+    """Returns the range (first, last + 1) of the added rows of each table, keyed by the table's path and sorted."""
     return {path: (rows[path].start, rows[path].stop) for path in sorted(rows)}
 
 
@@ -126,7 +126,7 @@ def check_no_rows(injection: Injection, format: str, held: Mapping[str, Collecti
     """Raise an error if a file in this format would lack rows that were added to the base.
 
     Args:
-        held: the rows that the file has, by path of the table.
+        held: the rows that the file has, keyed by the table's path.
 
     Raises:
         ExportError: rows were added to tables of the base, and the format cannot hold them.

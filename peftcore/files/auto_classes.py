@@ -44,8 +44,8 @@ AUTO_CLASSES: dict[str, tuple[str, str]] = {
     "AutoModelForTextEncoding": ("MODEL_FOR_TEXT_ENCODING_MAPPING", ""),
     "AutoModelForPreTraining": ("MODEL_FOR_PRETRAINING_MAPPING", ""),
 }
-"""The Auto classes of transformers by name, in the order in which they are tried. Each has two values: the name of the
-mapping that lists its models, and the hub's name for their task. The task is empty for classes of several tasks."""
+"""Maps the name of each Auto class of transformers to two names: that of the mapping that lists its models, and the
+hub's name for their task. The latter is empty for classes of several tasks. The classes are tried in this order."""
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

@@ -80,7 +80,7 @@ class Envelope(BaseModel):
     config_version: NonNegativeInt
     """Version of the method's options."""
     part_versions: dict[str, NonNegativeInt] = {}
-    """Versions of the options of a hybrid's parts, by the names of parts: ``"0"``, ``"0/1"``."""
+    """The version of the options of each part of a hybrid, keyed by the part's name: ``"0"``, ``"0/1"``."""
     config: dict[str, Any]
     """Options of the method."""
     target: Any = None
@@ -96,11 +96,11 @@ class Envelope(BaseModel):
     """Paths of trained modules whose parameters have separate values in the file, even if other modules of the host
     hold the same tensors (`Wishes.untied`)."""
     ties: dict[str, tuple[str, ...]] | None = None
-    """The paths of other parameters that were tied to the tensor of an operator's site, by the operator's name in
-    files. The operator acts on them too. None in files that do not record ties."""
+    """Maps the name of an operator in files to the paths of other parameters that were tied to the tensor of its site.
+    The operator acts on them too. None in files that do not record ties."""
     rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
-    """Ranges of rows (first, last + 1), by path of the token table. The original base lacks these rows, so the file
-    contains them although they were not trained."""
+    """Maps the path of a token table to a range of its rows (first, last + 1). The original base lacks these rows, so
+    the file contains them although they were not trained."""
     dtype: str = "float32"
     """Dtype of the operators' parameters."""
     host: str = ""
@@ -112,7 +112,7 @@ class Envelope(BaseModel):
     weights: str | None = None
     """Digest of the host's tensors at the sites; None unless the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
-    """The sites of each selection of the method, by the selection's name."""
+    """The sites of each selection of the method, keyed by the selection's name."""
 
     @property
     def wishes(self) -> Wishes:
@@ -201,7 +201,7 @@ def spelled(target: Any) -> Any:
 
 def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, tuple[int, int]] = {}) -> Envelope:
     """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites. `rows` are
-    the rows that the original base lacks, by path of the token table."""
+    the rows that the original base lacks, keyed by the path of the token table."""
     name = injection.method.name
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
@@ -310,7 +310,7 @@ def method_of(envelope: Envelope) -> type[Method]:
 
 
 def _part_versions(injection: AppliedMethod, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yields the version of each part's options, by name."""
+    """Yields the name of each part of a hybrid, and the version of its options."""
     for name, part in injection.parts.items():
         yield prefix + name, part.method.config_version
         yield from _part_versions(part, f"{prefix}{name}/")

@@ -54,7 +54,7 @@ Some libraries set a higher limit, with which the C stack would overflow and the
 checked before parsing."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-"""The dtypes of tensors that adapters have, by their names in safetensors."""
+"""The dtypes that tensors of adapters may have, keyed by their names in safetensors."""
 
 
 def _regular(path: Path) -> int:
@@ -194,7 +194,7 @@ class TensorFile:
         return {key: DTYPES[name] for key, name in named.items()}
 
     def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Returns the values of tensors by name, copied into memory.
+        """Returns the values of tensors, keyed by name and copied into memory.
 
         Raises:
             CheckpointError: they cannot be read, or some are not finite; all such tensors are named.

@@ -84,8 +84,8 @@ def state_between_steps(model: nn.Module) -> list[TransientBuffer]:
 
 
 def records(model: nn.Module) -> dict[str, Any]:
-    """Returns a record of each trainable adapter, by the adapter's path and name. When training resumes, the adapters
-    are compared with these records."""
+    """Returns a record of each trainable adapter, keyed by the adapter's path and name. When training resumes, the
+    adapters are compared with these records."""
     found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
     wanted = {id(injection) for injection in training(model)}
     return {_place(path, each): record_of(each) for path, each in found if id(each) in wanted}

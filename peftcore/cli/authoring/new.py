@@ -100,7 +100,7 @@ class NewPlugin:
             raise BadInput(f"a package called {self.package} is installed already; choose another name")
 
     def files(self) -> Mapping[str, str]:
-        """Return the texts of all files of the package, by path."""
+        """Return the texts of all files of the package, keyed by path."""
         trees = [TREES / "common", TREES / self.template]
         environment = Environment(loader=FileSystemLoader(trees), undefined=StrictUndefined, keep_trailing_newline=True)
         environment.trim_blocks = environment.lstrip_blocks = True

@@ -8,8 +8,8 @@ Numbers = tuple[frozenset[int], ...]
 
 
 def fold(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the paths by the pattern that combines them. Only path components that are numbers are combined, and a
-    pattern never matches a path that is not in `paths`."""
+    """Return a mapping from patterns to the paths that each combines. Only path components that are numbers are
+    combined, and a pattern never matches a path that is not in `paths`."""
     alike: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for path in paths:
         steps = path.split(".")

@@ -102,8 +102,8 @@ class MethodDescription:
 
     @property
     def sections(self) -> dict[str, str]:
-        """Return the text below each heading of the docstring, by heading; the part before the first heading has the
-        key ``""``."""
+        """Return the text below each heading of the docstring, keyed by heading. The part before the first heading has
+        the key ``""``."""
         return sections(self.text)
 
     @property

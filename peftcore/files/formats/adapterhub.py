@@ -44,7 +44,7 @@ class HubPlace:
     site: Site
     """The target module."""
     names: Mapping[str, str]
-    """Full names of the tensors, by the part of each name that follows the adapter's name."""
+    """Full names of the tensors, keyed by the part of the name that follows the adapter's name."""
     index: int = 0
     """The index of the site among the sites that share these tensors of the file."""
     count: int = 1
@@ -105,7 +105,7 @@ class HubArchitecture(ABC):
 
     @abstractmethod
     def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of one operator, read from the file, by peftcore's names."""
+        """Returns the tensors of one operator, read from the file, keyed by their names in peftcore."""
 
 
 class AdapterHub(Format):
@@ -234,8 +234,8 @@ class HubContent(Content):
         super().__init__(envelope, file.path)
 
     def _groups(self, holders: Sequence[str], name: str, where: Path) -> dict[str, dict[str, dict[str, str]]]:
-        """Returns the full names of the file's tensors, by holder, by place, and by the part that follows the adapter's
-        name.
+        """Returns the full names of the file's tensors, keyed by holder, then by place, then by the part of the name
+        that follows the adapter's name.
 
         Raises:
             CheckpointError: there are no tensors with a holder's name, or two architectures have the same holder.

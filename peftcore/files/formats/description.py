@@ -48,9 +48,9 @@ class Description:
     sites: tuple[str, ...] = ()
     """The paths of the adapter's operators, as the file spells them; empty if the method chooses its sites itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that the adapter replaces, with their shapes."""
+    """The shapes of the host's parameters that the adapter replaces, keyed by path."""
     words: Mapping[str, int] = field(default_factory=dict)
-    """New words in the file, whose token ids have to be passed to `load`, with the number of vectors of each."""
+    """The number of vectors of each new word in the file. The token ids of these words have to be passed to `load`."""
     problem: str = ""
     """The reason why the adapter cannot be loaded, if that is known without a host; otherwise empty."""
 

@@ -46,9 +46,9 @@ LEAVES = {
     "lora_linear_layer.down.weight": A,
     "lora_linear_layer.up.weight": B,
 }
-"""Names of tensors below a module, with peft's names for them."""
+"""Maps the names of tensors below a module to peft's names."""
 OF_PROCESSORS = {"down.weight": A, "up.weight": B, ALPHA: ALPHA}
-"""Older names of tensors below ``processor.to_q_lora``, with peft's names for them."""
+"""Maps older names of tensors below ``processor.to_q_lora`` to peft's names."""
 LAYERS: tuple[dict[str, str], ...] = (
     {"to_out": "to_out.0"},
     {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
@@ -169,8 +169,8 @@ def _model_of(name: str) -> str | None:
 
 
 def _said(file: TensorFile, part: PipelinePart) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
-    """Returns peft's options for one model of the pipeline, the names of its tensors by peft's names, and options of
-    single modules by path."""
+    """Returns three mappings for one model of the pipeline: peft's options; the names of its tensors in the file, keyed
+    by peft's names; and options of single modules, keyed by path."""
     said = parse_json(file.metadata[METADATA], file.path) if METADATA in file.metadata else {}
     prefix = f"{part.name}." if part.name else ""
     options = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}

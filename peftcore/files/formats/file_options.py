@@ -63,7 +63,7 @@ class Keys:
         return found
 
     def table(self, key: str) -> dict[str, Any]:
-        """Returns the values by name of an option that is a JSON object; an empty dictionary if it is missing.
+        """Returns an option that is a JSON object, as a dictionary; an empty dictionary if the option is missing.
 
         Raises:
             CheckpointError: it holds something else.

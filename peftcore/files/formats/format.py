@@ -70,7 +70,7 @@ class Content(ABC):
 
     @abstractmethod
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
-        """Returns the adapter's tensors by peftcore's names.
+        """Returns the adapter's tensors, keyed by their names in peftcore.
 
         Args:
             surgeon: the record of a dry run, with the operators for the host on the meta device.
@@ -142,8 +142,8 @@ class Format(ABC):
         return {}
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        """Returns the contents of the files to write for an injection, by file name, in the order of writing. A name
-        may contain a folder, ``"0/adapter.json"``.
+        """Returns the contents of the files to write for an injection, keyed by file name, in the order of writing. A
+        name may contain a folder, ``"0/adapter.json"``.
 
         Args:
             weights: record a digest of the base's values at the sites, if the format can hold it.
@@ -156,7 +156,8 @@ class Format(ABC):
 
 
 def formats() -> dict[str, type[Format]]:
-    """Returns the formats of the core and of all plugins, by name, in the order in which `recognize` tries them."""
+    """Returns the formats of the core and of all plugins, keyed by name, in the order in which `recognize` tries
+    them."""
     return {name: imported(place) for name, place in named_places("peftcore_formats", "format").items()}
 
 

@@ -109,7 +109,7 @@ def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _names(architecture: str, blocks: int, paths: Mapping[str, LowRankPair]) -> dict[str, str]:
-    """Returns the modules' names in GGUF files, by path.
+    """Returns the names of modules in GGUF files, keyed by the modules' paths.
 
     Raises:
         ExportError: a module has no such name, or the package gguf is missing.

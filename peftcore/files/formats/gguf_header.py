@@ -17,13 +17,13 @@ from peftcore.files.safe_io import TensorFile
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""The types of options that are numbers, with their format characters of `struct`."""
+"""Maps the types of options that are numbers to format characters of `struct`."""
 TEXT, LIST = 8, 9
 DEPTH = 4
 """The maximum depth of nested lists."""
 DIMS = 4
 DTYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
-"""Dtypes of tensors, with their names in safetensors; all other dtypes are packed."""
+"""Maps dtypes of tensors to their names in safetensors. All other dtypes are packed."""
 
 
 @dataclass(frozen=True)

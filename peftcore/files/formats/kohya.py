@@ -195,8 +195,8 @@ def _named(
     modules: Mapping[str, nn.Module],
     originals: Mapping[str, OriginalModule],
 ) -> dict[str, Piece]:
-    """Returns the tensors to write, by the modules' names in the original code. Several modules of the host that are
-    one module there are combined.
+    """Returns the tensors to write, keyed by the modules' names in the original code. If several modules of the host
+    are one module of the original code, their tensors are combined.
 
     Raises:
         ExportError: the modules cannot be combined.

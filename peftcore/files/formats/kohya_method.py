@@ -33,7 +33,7 @@ class Held:
     """The tensors that a file has for one module."""
 
     shapes: Mapping[str, Size]
-    """Shapes of the tensors by their names below the module, without alpha."""
+    """Shapes of the tensors except alpha, keyed by the part of the name below the module."""
     given: float | None
     """The value of alpha; None if the file has none for the module."""
     weight: Size
@@ -41,7 +41,7 @@ class Held:
     where: str
     """The file and the module's name in it, for error messages."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """The values of tensors that are single numbers, by their names below the module."""
+    """The values of tensors that are single numbers, keyed by the part of the name below the module."""
     bias: bool = False
     """Whether the host's module has a bias."""
     tokens: Sequence[tuple[str, int]] = ()
@@ -71,7 +71,7 @@ class Piece:
     alpha: float | None
     """The module's alpha; None if the file does not contain it."""
     tensors: Mapping[str, Tensor]
-    """The module's other tensors, by their names below it."""
+    """The module's tensors except alpha, keyed by the part of the name below the module."""
 
 
 class KohyaMethod(ABC):
@@ -87,8 +87,8 @@ class KohyaMethod(ABC):
     tensors: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of the tensors of a host's module that the method can change."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """Additional tensors in the file that are added to tensors of the host's module: the name in the file, with the
-    name of the host's tensor. The latter then trains with the adapter."""
+    """Maps the names of additional tensors in the file to names of tensors of the host's module. An additional tensor
+    is added to the host's tensor, which then trains with the adapter."""
     rows: ClassVar[tuple[str, ...]] = ()
     """Names of tensors whose first dimension is the module's outputs, so that they can be split by outputs: each output
     depends only on its row of these tensors, and on the other tensors. If empty, the method cannot be used for a module
@@ -114,11 +114,12 @@ class KohyaMethod(ABC):
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of one operator, read from the file, by peftcore's names."""
+        """Returns the tensors of one operator, read from the file, keyed by their names in peftcore."""
 
     @abstractmethod
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
-        """Returns the alpha to write (None for no alpha), and the tensors of one operator by the file's names.
+        """Returns the alpha to write (None for no alpha), and the tensors of one operator, keyed by their names in the
+        file.
 
         Raises:
             ExportError: the file cannot store the operator.
@@ -139,8 +140,8 @@ class KohyaMethod(ABC):
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
-        """True if a module's tensors belong to this method; `shapes` has their shapes by their names below the
-        module."""
+        """True if a module's tensors belong to this method. `shapes` has the shapes of the tensors, keyed by the part
+        of the name below the module."""
         names = set(shapes) - {ALPHA}
         return names <= set(self.below) and not names.isdisjoint(self.telling)
 
@@ -261,8 +262,8 @@ def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def added(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> Mapping[str, str]:
-    """Returns the names of a module's additional tensors (`KohyaMethod.beside`), with the names of the host tensors to
-    which they are added, if the remaining tensors belong to a method that allows them."""
+    """Returns a mapping from the names of a module's additional tensors (`KohyaMethod.beside`) to the host tensors to
+    which they are added. It is empty unless the remaining tensors belong to a method that allows them."""
     if any(method.reads(shapes) for method in methods):
         return {}
     for method in methods:

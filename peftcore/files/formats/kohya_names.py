@@ -31,7 +31,7 @@ LEAVES = {
     "down.weight": "lora_down.weight",
     "up.weight": "lora_up.weight",
 }
-"""kohya's names for tensors, by the names that other programs (peft, XLabs) use."""
+"""Maps names of tensors in other programs (peft, XLabs) to kohya's names."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class ModuleTensors:
 
     path: str
     names: Mapping[str, str]
-    """Full names of the tensors, by their names below the module."""
+    """Full names of the tensors, keyed by the part of the name below the module."""
     held: Held
 
 
@@ -84,7 +84,7 @@ class KohyaContent(Content):
         self.file = file
         self.methods = kohya_methods()
         self.cuts: dict[str, Tensor] = {}
-        """Tensors for single modules of the host that were split from tensors of the file, by names made for them."""
+        """Tensors that were split from tensors of the file, each for one module of the host. The keys are new names."""
         modules = dict(model.named_modules())
         originals = original_names(modules)
         stems = split([full for full in file.shapes if not is_word(full)], part_of)
@@ -111,7 +111,7 @@ class KohyaContent(Content):
             meant[name.stem] = spelling.only(move(name.path))
         numbers = self._numbers(names)
         self.added: dict[str, str] = {}
-        """Names of tensors in the file that are added to tensors of the host, by the path of the host's tensor."""
+        """Maps the path of a tensor of the host to the name of the tensor in the file that is added to it."""
         groups = []
         for stem, below in names.items():
             for path in meant[stem].paths:
@@ -246,8 +246,8 @@ class KohyaContent(Content):
         return PipelinePart(name, {full: full for full in held}, outputs, spelling.places)
 
     def _dropouts(self, method: KohyaMethod) -> dict[str, Any]:
-        """Returns the dropout options with which the file says that it was trained, by peftcore's names. A warning is
-        shown for dropouts that peftcore's method does not support."""
+        """Returns the dropout options that were used in training according to the file. A warning is shown for dropouts
+        that peftcore's method does not support."""
         told = _trained_with(self.file)
         lacking = [f"{name} = {told[name]}" for name in told if name in DROPOUTS and name not in method.dropouts]
         if lacking:
@@ -260,8 +260,8 @@ class KohyaContent(Content):
         return {name: value for name, value in told.items() if name in method.dropouts}
 
     def _numbers(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, float]]:
-        """Returns the values of all tensors with a single number, such as alpha, by module and by the name below the
-        module."""
+        """Returns the values of all tensors with a single number, such as alpha. They are keyed by module, then by the
+        part of the name below the module."""
         shapes = self.file.shapes
         for full in (below[ALPHA] for below in names.values() if ALPHA in below):
             if shapes[full].numel() != 1:

@@ -24,8 +24,8 @@ class Spelling:
 
     @property
     def places(self) -> dict[str, str]:
-        """The path of the first module with each spelling. `only` also checks that no second module has the same
-        spelling."""
+        """Maps each spelling of a path to the first module with this spelling. `only` also checks that no second module
+        has the same spelling."""
         return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
 
     def only(self, path: str) -> OriginalModule:

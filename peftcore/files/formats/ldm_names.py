@@ -32,7 +32,7 @@ AROUND = {
 
 
 def ldm_names(paths: Collection[str]) -> dict[str, str]:
-    """Returns the paths of a UNet's modules, by their names in the original code; empty for hosts that are not
+    """Returns the paths of a UNet's modules, keyed by their names in the original code; empty for hosts that are not
     UNets."""
     if "up_blocks.0.resnets.0" not in paths:
         return {}

@@ -55,8 +55,8 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
 
 
 def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[str, Tensor]:
-    """Returns the tensors of one part of a hybrid, by their names in a file of the whole hybrid. In `tensors`, they
-    have the names of a file of the part alone. The part's operators may be submodules of the hybrid's operators.
+    """Returns the tensors of one part of a hybrid, keyed by their names in a file of the whole hybrid. In `tensors`,
+    they have the names of a file of the part alone. The part's operators may be submodules of the hybrid's operators.
 
     Args:
         part: the name of the part.

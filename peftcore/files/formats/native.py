@@ -85,7 +85,7 @@ class Native(Format):
 
 
 def _tensors_of_rows(rows: Mapping[str, AddedRows], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the rows that were added to token tables as tensors, by their names in files."""
+    """Returns the rows that were added to token tables as tensors, keyed by their names in files."""
     held = {f"{path}:rows.value": each.weight[each.start :] for path, each in rows.items()}
     held |= {f"{path}:rows.bias": each.bias[each.start :] for path, each in rows.items() if each.bias is not None}
     return {name: value.to(dtype) for name, value in held.items()}

@@ -30,7 +30,7 @@ class OriginalModule:
 
 
 Names = Mapping[str, str]
-"""The host's names by the original names. If one original module is several modules of the host, their names are
+"""Maps original names to the host's names. If one original module is several modules of the host, their names are
 separated by spaces. A ``~`` in front means that the two halves of the outputs are swapped."""
 IMAGE, TEXT = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 FLUX_DOUBLE: Names = {
@@ -113,8 +113,8 @@ QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q
 
 
 def original_names(paths: Collection[str]) -> dict[str, OriginalModule]:
-    """Returns the modules of the original code by name, for a host whose modules have these paths. Names that are used
-    for writing are first. Empty if the original code is unknown, or has the same names as the host."""
+    """Returns the modules of the original code, keyed by name, for a host whose modules have these paths. Names that
+    are used for writing are first. Empty if the original code is unknown, or has the same names as the host."""
     if _is_flux(paths):
         double, single = ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")
         found = [

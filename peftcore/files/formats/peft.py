@@ -121,7 +121,7 @@ class Peft(Format):
 
 
 def _named(method: PeftMethod, keys: Keys) -> dict[str, Path]:
-    """Returns the folders of the adapters that a file names, by name.
+    """Returns the folders of other adapters that an adapter's file lists, keyed by the name in the list.
 
     Raises:
         CheckpointError: a folder is missing, or contains no adapter of peft, or one of a type that `method` does not
@@ -197,8 +197,8 @@ class PeftContent(Content):
     """The content of a peft adapter for one host.
 
     Args:
-        names: the adapter's tensor names in the file, by the names that peft itself would use.
-        exact: values of options that differ at some modules, by the modules' paths in `names`.
+        names: maps the name that peft itself would use for a tensor to its name in the file.
+        exact: values of options that differ at some modules, keyed by the module's path in `names`.
     """
 
     def __init__(
@@ -348,8 +348,8 @@ class PeftContent(Content):
         return weight is not None and weight.dim() == 2 and (named or layer_of(module, "weight").one_hot)
 
     def _rows_of_tables(self) -> dict[str, AddedRows]:
-        """Returns the rows in which token tables in the file differ from the host's, by path of the table. If tables of
-        the host are tied, all of them are returned."""
+        """Returns the rows in which token tables in the file differ from the host's, keyed by the table's path. If
+        tables of the host are tied, all of them are returned."""
         found: dict[str, AddedRows] = {}
         for path, names in self._tables.items():
             held = {leaf: self.file.read([full])[full] for leaf, full in names.items()}

@@ -36,8 +36,8 @@ class PeftMethod(ABC):
     """Names of the type's tensors that belong to the whole adapter, not to a module; a name that ends with a dot is a
     prefix."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """For files that contain two types: the names of this type's tensors if the other type is the main one, by their
-    names in files of this type alone."""
+    """For files that contain two types, of which the other one is the main type. Maps the names of this type's tensors
+    in files of this type alone to their names in such a file."""
     stem: ClassVar[str] = PREFIXES[0]
     """The prefix of the host's paths in the file."""
     kinds: ClassVar[tuple[type, ...]] = ()
@@ -63,8 +63,8 @@ class PeftMethod(ABC):
     """Options that map patterns of module paths to values, such as `rank_pattern`. Each is listed with the option whose
     value it changes."""
     advice: ClassVar[Mapping[str, str]] = {}
-    """Hints for users who pass an option of peft by its name to peftcore, ``{"init_r": "use rank="}``. The core has the
-    hints for options that many types share."""
+    """Hints for users who pass an option of peft to peftcore, keyed by the option's name: ``{"init_r": "use rank="}``.
+    The core has the hints for options that many types share."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
@@ -78,8 +78,8 @@ class PeftMethod(ABC):
         """
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Returns peft's options that patterns change for single modules, by the module's path in the file. `options`
-        is called with these values for these modules.
+        """Returns peft's options that patterns change for single modules, keyed by the module's path in the file.
+        `options` is called with these values for these modules.
 
         Raises:
             CheckpointError: a pattern is not a regular expression, or takes too long; or a value is not valid for this
@@ -123,7 +123,8 @@ class PeftMethod(ABC):
         return None
 
     def named(self, keys: Keys) -> dict[str, str]:
-        """Returns the paths of the other adapters that the file lists in the option `folders`, by name.
+        """Returns the paths of the other adapters that the file lists in the option `folders`, keyed by the adapter's
+        name.
 
         Raises:
             CheckpointError: the option does not contain paths, or peft would not use the adapters for these parts.
@@ -170,16 +171,16 @@ class PeftMethod(ABC):
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of one operator, by peftcore's names. They are read from the tensors of its module, or
-        from those of the whole adapter if the method has no tensors at modules.
+        """Returns the tensors of one operator, keyed by their names in peftcore. They are read from the tensors of its
+        module, or from those of the whole adapter if the method has no tensors at modules.
 
         Raises:
             CheckpointError: peftcore's method does not allow these values.
         """
 
     def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of the shared state `name`, by peftcore's names, read from the tensors of the whole
-        adapter."""
+        """Returns the tensors of the shared state `name`, keyed by their names in peftcore. They are read from the
+        tensors of the whole adapter."""
         return {}
 
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
@@ -225,7 +226,7 @@ class PeftMethod(ABC):
         return {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
-        """Returns the tensors of one operator by peft's names.
+        """Returns the tensors of one operator, keyed by peft's names.
 
         Raises:
             ExportError: peft has no names for its tensors.
@@ -233,7 +234,7 @@ class PeftMethod(ABC):
         return {}
 
     def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        """Returns tensors that several operators share in the file, by peft's names.
+        """Returns tensors that several operators share in the file, keyed by peft's names.
 
         Raises:
             ExportError: the operators have different values for a tensor that the file contains only once.
@@ -241,7 +242,7 @@ class PeftMethod(ABC):
         return {}
 
     def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Returns the tensors of the shared state `name`, by peft's names."""
+        """Returns the tensors of the shared state `name`, keyed by peft's names."""
         return {}
 
 

@@ -34,7 +34,7 @@ class Group:
     written: str
     """The module's path in the file."""
     names: Mapping[str, str]
-    """Full names of the tensors in the file, by their names below the module."""
+    """Full names of the tensors in the file, keyed by the part of the name below the module."""
     parameter: bool = False
     """True if peft's option `target_parameters` targets the parameter."""
 
@@ -61,13 +61,13 @@ class Sorted:
 
     groups: list[Group]
     root: dict[str, str]
-    """Full names of tensors that belong to the whole adapter, by their names without prefix."""
+    """Full names of tensors that belong to the whole adapter, keyed by their names without prefix."""
     replaced: dict[str, str]
-    """Full names of tensors that replace a parameter of the host, by the parameter's path."""
+    """Full names of tensors that replace a parameter of the host, keyed by the parameter's path."""
     wrong: list[str]
     move: Move
     buffers: dict[str, str]
-    """Full names of tensors that are buffers of the host, such as a norm's statistics, by the buffer's path."""
+    """Full names of tensors that are buffers of the host, such as a norm's statistics, keyed by the buffer's path."""
 
 
 def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
@@ -107,9 +107,9 @@ Grouped = tuple[dict[tuple[str, int], dict[str, str]], dict[str, str], dict[str,
 
 
 def grouped_names(names: Mapping[str, str], below: Iterable[str], root: Iterable[str]) -> Grouped:
-    """Returns the full names of tensors in three groups. The first has the tensors of modules, by the module's path and
-    the number of wrappers in it, and by the name below the module. The second has the tensors of the whole adapter, and
-    the third all others, by name.
+    """Returns three mappings to the full names of tensors. The first is for tensors of modules: its keys are a module's
+    path with the number of wrappers in it, then the part of the name below the module. The second is for tensors of the
+    whole adapter, and the third for all others; both are keyed by name.
 
     The arguments are those of `sort_names`.
     """
@@ -142,7 +142,7 @@ def sort_names(
     """Sort a file's tensors by the modules of the host.
 
     Args:
-        names: the tensor names in the file, by the names that peft itself would use.
+        names: maps the name that peft itself would use for a tensor to its name in the file.
         below: the names that tensors of modules can have below their module.
         root: the names of tensors that belong to the whole adapter.
 
@@ -216,8 +216,8 @@ def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sort
 
 
 def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
-    """Returns the parameters of the host that `target_parameters` matches, by the paths that they would have in the
-    file."""
+    """Returns the parameters of the host that peft's option `target_parameters` matches, as the paths that they would
+    have in the file."""
     paths = [
         f"{written_path(path, found.move)}.{name}"
         for path, module in model.named_modules()

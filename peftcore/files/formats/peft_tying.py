@@ -21,7 +21,7 @@ UNTIED = (
 
 
 def holders_of(model: nn.Module) -> dict[int, list[str]]:
-    """Returns all paths of each parameter of a host, by the parameter's `id`."""
+    """Returns all paths of each parameter of a host, keyed by the parameter's `id`."""
     found: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), []).append(path)
@@ -81,7 +81,7 @@ def tying(
 
     Args:
         grafts: the records of the trained parameters of modules.
-        ties: the paths of other parameters tied to them, by the graft's key.
+        ties: the paths of other parameters that are tied to a trained one, keyed by the key of its record.
         option: the option of peft's type that keeps ties; empty if it has none.
 
     Raises:

@@ -74,8 +74,8 @@ def common(
     patterns: Mapping[str, str],
     name_of: Callable[[str, Collection[str]], str],
 ) -> dict[str, Any]:
-    """Returns peft's options for the whole file. `options` has the options of each place, by path. Values that differ
-    between places are written as patterns.
+    """Returns peft's options for the whole file. `options` has the options of each place, keyed by path. Values that
+    differ between places are written as patterns.
 
     Args:
         name_of: returns a pattern that matches only one of the paths.
@@ -121,7 +121,7 @@ def _adapted(injection: Injection) -> set[str]:
 
 def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns peft's options `modules_to_save` and `bias` for the modules and biases that train with the adapter, and
-    their tensors by peft's names.
+    the tensors of these modules and biases, keyed by peft's names.
 
     Raises:
         ExportError: only a part of a module or only some biases are trained, or peft would untie modules.
@@ -156,7 +156,7 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
 
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
-    """Returns the whole token tables to which rows were added, by peft's names. peft saves such tables with any
+    """Returns the whole token tables to which rows were added, keyed by peft's names. peft saves such tables with any
     adapter."""
     adapted = _adapted(injection)
     found = {}
@@ -211,8 +211,8 @@ class WrittenPeftType:
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Returns the tensors by peft's names. With `beside`, the names are those for a file whose main type is another
-        one."""
+        """Returns the tensors, keyed by peft's names. With `beside`, the names are those for a file whose main type is
+        another one."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
             stem = f"{method.stem}{stem_of(place.site, sites)}." if method.below else ""
@@ -277,7 +277,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]]:
     """Returns the name of the option that lists the folders of other adapters, and the contents of the two files in
-    each folder, by the adapter's name. Both are empty for methods whose files list no folders.
+    each folder, keyed by the adapter's name. Both are empty for methods whose files list no folders.
 
     Raises:
         ExportError: peft cannot store a part.

@@ -22,11 +22,12 @@ class PipelinePart:
     name: str
     """The model's name in the pipeline; empty if names have no prefix."""
     names: Mapping[str, str]
-    """The names of the tensors in the file, by the names after parsing."""
+    """Maps the parsed names of tensors to their names in the file."""
     outputs: Mapping[str, int]
-    """The number of outputs of each module, by path; -1 if the tensors do not determine it."""
+    """The number of outputs of each module, keyed by path; -1 if the tensors do not determine it."""
     places: Mapping[str, str] = field(default_factory=dict)
-    """Paths on the host, by their spelling in the file; empty if the file has the host's own spelling."""
+    """Maps the spelling of a module's path in the file to the path on the host; empty if the file uses the host's
+    spelling."""
 
 
 def fitting(parts: Sequence[PipelinePart], model: nn.Module, file: Path) -> tuple[PipelinePart, Move]:

@@ -39,7 +39,7 @@ class LowRankPair:
 
 @torch.no_grad()
 def plain_lora(injection: Injection, program: str) -> dict[str, LowRankPair]:
-    """Returns the updates of an adapter by the paths of their modules.
+    """Returns the update of each module that an adapter changes, keyed by the module's path.
 
     Args:
         program: the program that reads only LoRA, for messages.

@@ -144,7 +144,8 @@ def _tensors(file: _File, reader: Reader) -> Iterator[ReaderReportRow]:
 
 
 def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[ReaderReportRow]:
-    """Yields a row for each module that the program reads only if another module is adapted too, and this is not."""
+    """Yields a row for each module that the program reads only together with another module, if the other module is not
+    adapted."""
     for rule in reader.beside:
         for path, names in modules.items():
             other = rule.other(path)

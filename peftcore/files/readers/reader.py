@@ -134,13 +134,13 @@ class Reader:
     other_types: Rule
     """The rule for files of types that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
-    """The rules for peft's options, by name."""
+    """The rules for peft's options, keyed by name."""
     other_options: Rule
     """The rule for options that are not in `options` and are switched on."""
     tensors: tuple[TensorRule, ...]
     """The rules for tensors: the first one that fits is used; the last one fits all tensors."""
     more_types: Mapping[str, Rule] = field(default_factory=dict)
-    """The rules, by type, for files of types that the program does not know but reads anyway."""
+    """The rules for files of types that the program does not support but reads anyway, keyed by type."""
     beside: tuple[CompanionRule, ...] = ()
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
@@ -185,7 +185,7 @@ def _kind(path: str) -> tuple[str, str] | None:
 
 
 def readers() -> dict[str, Reader]:
-    """Returns the rules of all programs, by the program's name."""
+    """Returns the rules of all programs, keyed by the program's name."""
     return dict(_readers())
 
 
