@@ -36,7 +36,7 @@ OWN = (
     "adapter_kwargs", "code_revision", "config", "gguf_file", "ignore_mismatched_sizes", "local_files_only",
     "output_loading_info", "state_dict", "subfolder", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
-"""Arguments of ``from_pretrained`` that `load_base` sets itself and does not accept."""
+"""Arguments of ``from_pretrained`` that callers cannot pass to `load_base`, since it sets them itself."""
 
 
 def load_base(

@@ -1,8 +1,8 @@
 """Checks that a training continues with the same adapter as in its checkpoint.
 
 Code that writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into each checkpoint, and
-compares that record with the installed adapter when training continues. Runs, comparisons and studies also compare
-their settings by `differences`.
+compares that record with the installed adapter when training continues. `differences` is also used to compare the
+settings of runs, comparisons and studies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The work of the commands on adapter files (inspect, merge, convert, export-lora); errors name the commands' options.
+"""The work of the commands on adapter files (inspect, merge, convert, export-lora); their error messages name the
+options of the commands.
 
 It may import the core, `peftcore.models` and `peftcore.cli.app`. In the order of reading:
 

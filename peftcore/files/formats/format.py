@@ -93,7 +93,7 @@ class Format(ABC):
 
     def __init__(self, part: str = "") -> None:
         self.part = part
-        """The one of `parts` that a saved adapter is for; empty: guessed from the host."""
+        """The one of `parts` for which an adapter is saved; if it is empty, the host determines it."""
 
     @classmethod
     @abstractmethod

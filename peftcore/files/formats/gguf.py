@@ -84,8 +84,8 @@ class GGUF(Format):
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Returns the rows ``[heads * width, ...]`` of a projection reordered for llama.cpp: two rows that rotary
-    embeddings rotate together are half a head apart in the input, and next to each other in the result."""
+    """Returns the rows ``[heads * width, ...]`` of a projection in llama.cpp's order. Rotary embeddings rotate pairs of
+    rows. In the input, the two rows of a pair are half a head apart; in the result, they are adjacent."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, width / 2, ...]
     return halves.transpose(1, 2).reshape(rows.shape)
 

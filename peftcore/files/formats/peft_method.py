@@ -110,10 +110,10 @@ class PeftMethod(ABC):
         return {"": tuple(sites)} if self.below else {}
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-        """Returns the other types of peft that the same file contains, with their options.
+        """Returns the name and the options of each other type of peft that the same file contains.
 
         Raises:
-            CheckpointError: the options for them cannot be understood.
+            CheckpointError: peftcore does not support the options for these types.
         """
         return []
 

@@ -55,11 +55,11 @@ class TensorRule:
     the match if there is no such group."""
     rule: Rule
     dims: int | None = None
-    """The number of dimensions that the tensor must have; None: any."""
+    """The number of dimensions that the tensor must have; None accepts any number."""
     first: int | None = None
-    """The size that the tensor's first dimension must have; None: any."""
+    """The size that the tensor's first dimension must have; None accepts any size."""
     format: str | None = None
-    """The format that the file must have; None: any."""
+    """The format that the file must have; None accepts any format."""
 
     def fits(self, shape: Sequence[int], format: str) -> bool:
         """True if the rule applies to a tensor of this shape in a file of this format."""
@@ -148,7 +148,8 @@ class Reader:
     """Remarks on behaviour that depends on the base or on how the program is started, and not on the file."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
-        """Returns the module's path from a tensor's name in a file of this format, and the rule for the tensor."""
+        """Returns the path of the module to which a tensor belongs, and the rule for the tensor. `format` is the format
+        of the file."""
         for each in self.tensors:
             found = each.name.search(name)
             if found is not None and each.fits(shape, format):
