@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     """``[batch, rows, width]``."""
     behind: Tensor | None
     """``[batch]``: the number of padding columns before the rows. In the output without the rows, it is the column of
-    the first token. None if there is no padding."""
+    the first token. None if the rows are first."""
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Nest:
     """The numbers of the blocks whose key positions are needed."""
     edits: dict[str, Order] = field(default_factory=dict)
     """For each edit, the positions of its rows in the input of the next inner edit. The key is the stamp of the
-    operator, a unique text."""
+    operator, a unique string."""
     asking: Tensor = field(default_factory=lambda: torch.empty(0))
     """``[queries]``: the positions of this forward's queries in the full sequence of the blocks, which includes all
     rows."""
@@ -130,8 +130,7 @@ class SequenceOperator(Operator):
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the function that runs instead of the forward of one of the operator's modules. `form` says which
-        module."""
+        """Returns the function that wraps the forward of `module`. `form` names the module's part in the stack."""
         acts = {FORM: self._around, ENTRY: self._embed, BODY: self._leave, READER: self._read}
         return functools.partial(acts[form], module)
 
