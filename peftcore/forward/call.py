@@ -137,8 +137,7 @@ class ModuleCall:
         return HERE.calls[-1].one_module(self.module, self.args, self.kwargs)
 
     def around(self, call: Forward, acting: ActivePlan | None = None) -> Forward:
-        """Returns a forward wrapped in the operators that wrap the module: the operators of this call, or of
-        `acting`."""
+        """Returns `call`, wrapped in the operators that wrap the module: those of this call, or those of `acting`."""
         for mount in (self.acting if acting is None else acting).onion:
             call = mount.around(call, self.module)
         return call
@@ -146,18 +145,19 @@ class ModuleCall:
     # The base forward, with what acts on the module's tensors, attributes and attention
 
     def inner(self) -> Forward:
-        """Returns the base forward with the operators that act inside it; without such operators, the plain forward of
-        the module."""
+        """Returns the base forward with the operators that act inside it. Without such operators, this is the module's
+        plain forward."""
         acting = self.acting
         if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
             return self.base
         return functools.partial(self.plain, self.module)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output of the base forward with effective tensors, or of an activation form.
+        """Returns the output of the base forward with effective tensors, or of an operator's activation form.
 
-        In training an effective weight does not outlive its use: backward computes it again. Where the module can read
-        a lazy weight, the effective weight is computed only when it is read."""
+        In training, an effective weight is freed after its use, and backward computes it again. If the module can use a
+        lazy weight, the effective weight is computed only when it is read.
+        """
         acting, module = self.acting, self.module
         if acting.activation_form is not None and self._is_cheaper(acting.activation_form, args):
             form = acting.activation_form
@@ -189,7 +189,8 @@ class ModuleCall:
         return self.on_view(self.acting.effective(self.module), args, kwargs)
 
     def on_view(self, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the base forward on a view of the module with other tensors."""
+        """Returns the output of the base forward on a view: an object with the module's attributes and other
+        tensors."""
         acting, module, edits = self.acting, self.module, self.edits
         if acting.product is not None and len(args) == 1 and not kwargs:  # a token: a view takes longer
             bias: Any = tensors.get("bias", module.bias)
