@@ -192,8 +192,8 @@ def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
 
     Args:
         rows: the rows; None for all rows, with the model's own random numbers.
-        site: the path of the module and the kind of operation, which the seed is combined with; None if operators do
-            not draw random numbers.
+        site: the path of the module and the kind of operation, on which random numbers depend in addition to the seed.
+            None if operators do not draw random numbers.
     """
     context = forward_context()
     outer = context.rows
