@@ -196,7 +196,8 @@ class Choice:
     """The active injections, with a route, context and composition.
 
     If there is a route or a composition, it determines which injections act. With a route, `active` contains the
-    injections that act when the route ends. With a composition, a name that is not in `active` has no effect in it.
+    injections of the enclosing choice, which do not act. With a composition, a name that is not in `active` has no
+    effect in it.
     """
 
     active: Active = ()

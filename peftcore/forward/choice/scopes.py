@@ -203,7 +203,7 @@ class Choices:
 
     def _of_a_thread(self) -> Choice:
         """Returns the choice for a thread that made none. If a task of the owner's thread started this thread in its
-        block, and no other block may employ it, this is the choice of that task; otherwise the shared choice."""
+        block, and it cannot work for any other task, this is the choice of that task; otherwise the shared choice."""
         thread = threading.current_thread()
         blocks = [block for each in list(self.own.values()) if (block := each()) is not None]
         employers = [block for block in blocks if block.may_employ(thread)]
