@@ -1,10 +1,10 @@
-"""Finds the forward that an activation checkpoint repeats. Torch keeps an object for each checkpoint from its forward
-to its backward; this object also stores the forward context in which the modules of the checkpoint ran.
+"""Finds the forward that an activation checkpoint repeats. Torch has an object for each checkpoint from its forward to
+its backward. The forward context of the modules in the checkpoint is stored in this object.
 
-Torch has no public way to identify a checkpoint, so this module searches the call stack for torch's objects: for a
-non-reentrant checkpoint the frame that its saved-tensor hooks hold, for a reentrant one the context of its autograd
-function. A checkpoint of another library has neither object; its forward is found through the autograd nodes of the
-outputs (`peftcore.forward.context.context`).
+Torch has no public way to identify a checkpoint. So this module searches the call stack for torch's object: the frame
+of the saved-tensor hooks for a non-reentrant checkpoint, the context of the autograd function for a reentrant one.
+Checkpoints of other libraries have no such object. Their forward is found through the autograd nodes of the outputs
+(`peftcore.forward.context.context`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from peftcore.errors import AmbiguousBackward
 
 RECORD = "_peftcore_contexts"
 HOOK = "unpack_hook"
-"""The function that repeats a non-reentrant checkpoint, with its frame as a variable."""
+"""The name of torch's function that repeats a non-reentrant checkpoint. It has the checkpoint's object as a local
+variable."""
 _CHECKPOINT: CodeType = inspect.unwrap(checkpoint.checkpoint).__code__
-"""The function that runs one, with the generator that made its frame as a variable."""
+"""The code of torch's function that runs a checkpoint. It has a generator as a local variable, in which the
+checkpoint's object is found."""
 _FORWARD: CodeType = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: CodeType = checkpoint.CheckpointFunction.backward.__code__
 _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda ignored: None)
@@ -39,8 +41,11 @@ def remember(kept: Any, state: object, choice: object, context: Any) -> None:
 
 
 def remembered(state: object | None) -> tuple[Any, Any] | None:
-    """Returns the choice and the context of the forward that is repeated now, inside backward: for the given host, or
-    for the host whose modules ran last. None if no checkpoint has stored them.
+    """Returns the choice and the context of the forward that backward now repeats. None if no checkpoint has stored
+    them.
+
+    Args:
+        state: the state of the host; None for the host whose modules ran last in the checkpoint.
 
     Raises:
         AmbiguousBackward: the choice changed inside the checkpoint.
@@ -60,7 +65,7 @@ def remembered(state: object | None) -> tuple[Any, Any] | None:
 
 
 def running() -> list[Any]:
-    """Returns torch's object for each checkpoint whose forward is running now."""
+    """Returns torch's object for each checkpoint whose forward runs now."""
     if torch.is_grad_enabled() and _top(False) is None:  # no hooks on saved tensors, as nearly always
         return []
     found = []
@@ -73,13 +78,13 @@ def running() -> list[Any]:
 
 
 def reentrant() -> int | None:
-    """Returns the `id` of the innermost reentrant checkpoint whose forward is running now; None outside of such
-    checkpoints. A reentrant checkpoint gives gradients only to the arguments of its function."""
+    """Returns the `id` of the innermost reentrant checkpoint whose forward runs now; None if there is none. A reentrant
+    checkpoint gives gradients only to the arguments of its function."""
     return next((id(frame.f_locals["ctx"]) for frame in _stack() if frame.f_code is _FORWARD), None)
 
 
 def _repeated() -> Iterator[Any]:
-    """Yields torch's objects for the checkpoints that backward runs again now, the innermost first."""
+    """Yields torch's objects for the checkpoints that backward repeats now, the innermost first."""
     for frame in _stack():
         if frame.f_code is _BACKWARD:
             yield frame.f_locals["ctx"]
