@@ -1,4 +1,5 @@
-"""Rows of a token table that were added to the base model: saved with an adapter although they did not train."""
+"""Rows of a token table that the user added to the base model. They are saved with an adapter although they did not
+train."""
 
 from __future__ import annotations
 
@@ -14,21 +15,21 @@ from peftcore.targets.sites import Site
 
 
 class RowsSite(Site):
-    """A table as a site for its rows, separate from other sites on it. The tensor is seen as it is stored, ``[tokens,
-    width]``.
-    """
+    """The rows of a token table as a site, separate from other sites at the table. The tensor has the layout in which
+    it is stored, ``[tokens, width]``."""
 
     def _make_path(self) -> str:
         return f"{super()._make_path()}:rows"
 
     @classmethod
     def of(cls, site: Site) -> RowsSite:
-        """Returns the site for the rows of a table, given the table's site."""
+        """Returns the site for the rows of a table, given the site of the table."""
         return cls(**{**vars(site), "layer": site.layer.as_stored})
 
 
 class TableRows(Operator):
-    """The last rows of a table, frozen: they replace the table's own rows in lookups and products."""
+    """The last rows of a token table, frozen. They replace the same rows of the host's table in lookups and
+    products."""
 
     value: Tensor
     bias: Tensor | None

@@ -37,8 +37,8 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         seed: the seed.
         rows: for each row of the batch, its number among the rows of the adapter.
-        own: the number of rows of the adapter, for tensors with only these rows. If the length of a tensor is a
-            multiple of a number of rows, it is divided into one part per row.
+        own: the number of rows of the adapter, since operators may receive only these rows. If the length of a tensor
+            is a multiple of the number of all rows, or else of this number, each row has an equal part of the tensor.
     """
 
     def __init__(self, seed: int, rows: Sequence[int], own: int) -> None:

@@ -67,8 +67,8 @@ class Tokens:
 
     Args:
         inputs: the host's arguments by name, before its modules run.
-        names: the names of all parameters of the host's forward. If they include a decoder's, the host has two token
-            sequences, and `held` and `new` are unknown.
+        names: the names of all parameters of the host's forward. If they include an argument of `OF_DECODER`, the host
+            has two token sequences, and `held` and `new` are unknown.
         prompt: the prompt of the running ``generate``, if there is one.
 
     Attributes:
@@ -109,7 +109,7 @@ class Tokens:
 
         Raises:
             MissingContext: the ids of this forward, or of the tokens in the cache, are not known.
-            SequenceError: a forward of tokens in the cache found another column for the sequence.
+            SequenceError: tokens in the cache were computed with another first column.
         """
         key = tuple(sequence)
         if told is not None:
