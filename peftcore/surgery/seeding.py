@@ -25,7 +25,7 @@ OF_NUMBERS = frozenset({torch.full, torch.tensor, torch.as_tensor, torch.scalar_
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Context manager that restores the global random generator."""
+    """Context manager that restores the state of the global random generator at its end."""
     before = torch.default_generator.get_state()
     try:
         yield

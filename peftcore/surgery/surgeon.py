@@ -401,8 +401,8 @@ class RecordingSurgeon(Surgeon):
                     yield self._as_stored(holder)
 
     def _untied(self, site: Site) -> str:
-        """Returns the path of the module around a site that has separate values for tied tensors; "" if there is
-        none."""
+        """Returns the path of the module in `wishes.untied` that contains a site; "" if there is none. Tied tensors in
+        such a module get separate values."""
         path = f"{site.module_path}.{site.tensor}"
         return next((unit for unit in self.wishes.untied if path.startswith(f"{unit}.")), "")
 

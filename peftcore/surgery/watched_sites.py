@@ -87,7 +87,7 @@ class WatchedSites:
         """The token tables of each injection, with their shapes when it was applied. Resizing changes a table in
         place."""
         self.new: dict[str, Surgeon] = {}
-        """Injections whose sites are not listed yet. This is done after the first forward, so that applying many
+        """Injections whose sites are not listed yet. They are listed after the first forward, so that applying many
         adapters is fast."""
         self.sites: dict[str, list[Expected]] = {}
         self.waiting: dict[bool, dict[str, dict[str, list[Expected]]]] = {False: {}, True: {}}

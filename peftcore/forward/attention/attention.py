@@ -229,7 +229,8 @@ def _later(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Returns the rows and columns of some tokens of ``[..., queries or 1, keys]``."""
+    """Returns the part of a mask ``[..., queries or 1, keys]`` for the tokens from `start` to `stop`; None if there is
+    no mask."""
     if each is None:
         return None
     return (each if each.shape[-2] == 1 else each[..., start:stop, :])[..., start:stop]

@@ -43,7 +43,7 @@ class AttentionCalls(Protocol):
         """Raise UnsupportedSite if the module's configuration makes it bypass edits."""
 
     def prepare(self) -> None:
-        """Prepare this process for a forward; never called while a compiler traces."""
+        """Prepare this process for a forward. It is never called while torch.compile traces."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns the attributes that the module's view has in place of the module's own."""
@@ -66,7 +66,7 @@ def calls_of(module: nn.Module) -> AttentionCalls | None:
 _OWN_CHOICE = frozenset(("_attn_implementation", "config"))
 """Names in the code of modules of transformers that choose their attention implementation."""
 _TORCHS = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn"))
-"""The function of torch, and the function of diffusers that calls it."""
+"""The names of torch's attention function, and of the function of diffusers that calls it."""
 
 
 def _codes(module: nn.Module) -> Iterator[CodeType]:
@@ -80,8 +80,9 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 @dataclass
 class TorchCalls:
-    """For modules that call `F.scaled_dot_product_attention`, directly (timm) or through a processor (diffusers). The
-    forward runs under a torch function mode that intercepts this call."""
+    """Makes edits (operators inside attention) act in modules that call `F.scaled_dot_product_attention`, directly
+    (timm) or through a processor (diffusers). The forward runs under a torch function mode that intercepts this
+    call."""
 
     plain: type[nn.Module]
     """The module's own class."""

@@ -21,7 +21,7 @@ from peftcore.forward.state.slot import Edits
 
 @dataclass(frozen=True)
 class MultiheadCalls:
-    """For modules that use the forward of `nn.MultiheadAttention`."""
+    """Makes edits (operators inside attention) act in modules that use the forward of `nn.MultiheadAttention`."""
 
     view_class: ClassVar[None] = None
 

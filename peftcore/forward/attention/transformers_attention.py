@@ -22,7 +22,7 @@ from peftcore.forward.state.slot import Edits
 from peftcore.layers.layer import plain_class
 
 SUPPORTED = ("eager", "sdpa")
-"""The implementations around which edits run: both take any mask."""
+"""The attention implementations that edits support. Both accept any mask."""
 _PER_KEY_INDICES = {"indices", "block_indices"}
 """Arguments by which an attention selects keys by position. Added keys would shift these positions."""
 _DETOURS = ("reorder_and_upcast_attn",)
@@ -31,7 +31,7 @@ _DETOURS = ("reorder_and_upcast_attn",)
 
 @dataclass(frozen=True)
 class TransformersCalls:
-    """For modules that get their attention function from transformers' attention interface."""
+    """Makes edits (operators inside attention) act in modules that use transformers' attention interface."""
 
     view_class: ClassVar[None] = None
     eager: Callable[..., Any]

@@ -2,7 +2,7 @@
 
 In the order of reading:
 
-- `active_adapters`: choices: active adapters, and the adapter of each row of a batch.
+- `active_adapters`: the object that describes a choice: active adapters, and the adapter of each row of a batch.
 - `merged_choice`: checks whether a choice is correct while adapters are merged.
 - `unused_parameters`: an error for inactive adapters with trainable parameters under DistributedDataParallel.
 - `residency`: offloads adapters, so that those on the model stay within a limit of bytes.

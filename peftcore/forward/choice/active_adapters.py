@@ -83,12 +83,13 @@ class Route:
         return Route(left, index, self.copies, positions, self.since, seeds=seeds, drew=self.drew)
 
     def only(self, positions: Positions) -> Route:
-        """Returns the route in which only the rows at the given positions use their injection. All other rows run the
-        base model. The result is cached."""
+        """Returns the route in which only some injections act. The rows of all others run the base model. `positions`
+        are the positions of these injections in `names`. The result is cached."""
         return self._with(("only", positions), tuple(each if each in positions else -1 for each in self.positions))
 
     def part(self, positions: Positions) -> Route:
-        """Returns the route for only the rows at the given positions, in their order. The result is cached."""
+        """Returns the route for the rows of some injections, without all other rows. `positions` are the positions of
+        these injections in `names`. The result is cached."""
         return self._with(("part", positions), tuple(each for each in self.positions if each in positions))
 
     def _with(self, key: tuple[str, Positions], positions: Positions) -> Route:
@@ -144,23 +145,28 @@ class Route:
 
     @cached_property
     def present(self) -> Positions:
-        """The positions that have rows, in order; -1 is the bare base model."""
+        """The positions in `names` of the injections that have rows, in order; -1 for the base model."""
         return tuple(sorted(set(self.positions)))
 
     @cached_property
     def sizes(self) -> Mapping[int, int]:
-        """The number of rows of the batch for each position."""
+        """The number of rows of each injection, by its position in `names`."""
         return Counter(self.positions)
 
     def own(self, positions: Positions, count: int, device: torch.device) -> Tensor | None:
-        """Returns the indices ``[rows]`` int64 of the rows at the given positions, among `count` rows; first the rows
-        of the first position, then those of the next. None if the result would be all rows in order.
+        """Returns the indices ``[rows]`` int64 of the rows of some injections, among `count` rows. The rows of the
+        first injection are first, then those of the next. None if the result would be all rows in order.
 
         In a route of single tokens, `count` may also be the number of rows of the batch. Then each token has the index
         of its row.
 
+        Args:
+            positions: the positions of the injections in `names`.
+            count: the number of rows.
+            device: the device of the result.
+
         Raises:
-            RouteError: `count` is not a multiple of the number of rows.
+            RouteError: `count` is not a multiple of the number of rows of the route.
         """
         if (positions, count, device) not in self._known:
             tokens = self.tokens if self.tokens and count * self.tokens == len(self.index) else 1
@@ -170,8 +176,9 @@ class Route:
         return self._known[positions, count, device]
 
     def order(self, parts: tuple[Positions, ...], count: int, device: torch.device) -> Tensor | None:
-        """Returns, for each of `count` rows, its index in the concatenation of the rows of all parts: ``[count]``
-        int64. None if the concatenation is already in order."""
+        """Returns, for each of `count` rows, its index in the concatenation of some parts of the batch: ``[count]``
+        int64. None if the concatenation is already in order. Each part contains the rows of one or more injections,
+        given by their positions in `names`."""
         if (parts, count, device) not in self._known:
             joined = [*chain.from_iterable(self._lines(count)[each] for part in parts for each in part)]
             order = sorted(range(count), key=joined.__getitem__)
@@ -240,5 +247,5 @@ class Choice:
         return replace(self, active=active, route=None if self.route is None else self.route.without(name))
 
     def same(self, other: Choice) -> bool:
-        """Whether two forwards under these choices compute the same result."""
+        """Whether a forward computes the same result with either choice."""
         return self.key == other.key and self.route is other.route and self.context is other.context

@@ -15,7 +15,7 @@ Injections = Mapping[str, AppliedMethod]
 
 
 def check_choice(injections: Injections, merged: Active, choice: Choice) -> None:
-    """Check that forwards with a choice compute the right result while injections are merged.
+    """Check that forwards with a choice of active adapters compute the right result while injections are merged.
 
     Args:
         injections: the injections of the host, in the order in which they were applied.
@@ -34,8 +34,8 @@ def check_choice(injections: Injections, merged: Active, choice: Choice) -> None
 
 
 def check_merge(injections: Injections, merged: Active, name: str, choice: Choice, where: str = "") -> None:
-    """Check that an injection may be merged while a choice is in force. `where` describes the owner of the choice in
-    the error message.
+    """Check that an injection may be merged while a choice of active adapters is in force. `where` describes the owner
+    of the choice in the error message.
 
     Raises:
         MergeError: forwards with the choice would no longer compute the right result.
@@ -48,7 +48,7 @@ def check_merge(injections: Injections, merged: Active, name: str, choice: Choic
 
 
 def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, reason, remedy) for each merged injection that conflicts with a choice."""
+    """Yields (name, reason, remedy) for each merged injection that conflicts with a choice of active adapters."""
     for name in merged:
         if choice.route is not None:
             yield name, "rows of the batch go to different injections", "leave the route first"

@@ -134,7 +134,7 @@ class Residency:
             self._held.pop(key, None)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that was removed from the model."""
+        """Delete the record of an adapter that was removed from the model."""
         with self.lock:
             if (record := self._records.pop(name, None)) is not None:
                 record.adapter.forget()

@@ -29,7 +29,7 @@ _LOCK = threading.RLock()
 """Held while the shared choices change, because garbage collection in another thread may end a block at any time."""
 
 Place = tuple[object, Any]
-"""A thread, and a weak reference to the task that it runs, or None."""
+"""A thread, and a weak reference to the asyncio task that it runs (or None)."""
 
 
 def running_task() -> Any:
@@ -47,16 +47,17 @@ def _place() -> Place:
 
 
 class ChoiceBlock:
-    """The time in which a choice is in force: a ``with`` block, a call, or the rest of a thread that made a choice.
+    """The time in which a choice of active adapters is in force: a ``with`` block, a call, or the rest of a thread that
+    made a choice.
 
     Attributes:
         choice: the current choice in the block.
         place: the thread and task in which the block began; None if other threads and tasks cannot see the block.
         open: True until the block ends.
-        before: the threads that already ran when the block began. Only threads that started later may work for the
-            block. None if the block has no such threads.
+        before: the threads that already ran when the block began. Only threads that started later may run code for the
+            block. None if such threads do not work for the block either.
         of_owner: whether the block is in a task of the thread that adapted the model. Then threads that already ran may
-            work for it too.
+            run code for it too.
         calls: whether the block is a call (`using`), which is in use as long as it is open.
     """
 
@@ -73,13 +74,13 @@ class ChoiceBlock:
         self.open, self.calls = True, False
 
     def may_employ(self, thread: threading.Thread) -> bool:
-        """Whether a thread without a choice may work for this block."""
+        """Whether a thread that made no choice may run code for this block, so that it may need the block's choice."""
         return self.open and (self.of_owner or (self.before is not None and thread not in self.before))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scope:
-    """A choice, with the block in which it was made. Threads and tasks have stacks of scopes."""
+    """A choice of active adapters, with the block in which it was made. Threads and tasks have stacks of scopes."""
 
     choice: Choice
     block: ChoiceBlock
@@ -94,8 +95,8 @@ Scopes = tuple[Scope, ...]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Statement:
-    """A choice made by `activate`, `route` or `call` without a ``with`` block, and the choices that it replaced: the
-    choice before it, and the choices of blocks that ended in other threads or tasks."""
+    """A choice of active adapters made by `activate`, `route` or `call` without a ``with`` block, and the choices that
+    it replaced: the choice before it, and the choices of blocks that ended in other threads or tasks."""
 
     made: Scope
     before: Scope | None
@@ -182,11 +183,11 @@ class Choices:
         return scopes
 
     def here(self) -> Choice:
-        """Returns the choice of this thread or task.
+        """Returns the choice of active adapters for this thread or task.
 
         Raises:
             BlockOrderError: the choice belongs to a block that has ended in another thread or task.
-            AmbiguousChoice: this thread made no choice, and may work for a block that is open in another thread or
+            AmbiguousChoice: this thread made no choice, and may run code for a block that is open in another thread or
                 task.
         """
         if self.own:
@@ -203,7 +204,8 @@ class Choices:
 
     def _of_a_thread(self) -> Choice:
         """Returns the choice for a thread that made none. If a task of the owner's thread started this thread in its
-        block, and it cannot work for any other task, this is the choice of that task; otherwise the shared choice."""
+        block, and it cannot run code for any other task, this is the choice of that task; otherwise the shared
+        choice."""
         thread = threading.current_thread()
         blocks = [block for each in list(self.own.values()) if (block := each()) is not None]
         employers = [block for block in blocks if block.may_employ(thread)]
@@ -232,8 +234,8 @@ class Choices:
                 yield "in another thread or task ", block.choice
 
     def pinning(self, leaving: ChoiceBlock | None = None) -> Iterator[Choice]:
-        """Yields every choice that is in force in any thread or task, and every choice that will be again when a
-        ``with`` block ends.
+        """Yields every choice of active adapters that is in force in any thread or task, and every choice that will be
+        again when a ``with`` block ends.
 
         Args:
             leaving: the block whose choice is about to be replaced. This choice is not included.
@@ -254,7 +256,7 @@ class Choices:
                 yield block.choice
 
     def traced(self) -> Choice:
-        """Returns the choice of this thread or task, for code that torch.compile traces.
+        """Returns the choice of active adapters for this thread or task, in code that torch.compile traces.
 
         The compiler guards on the attributes that are read here, and makes one graph for each active set. Reading a
         context variable would break the graph.
@@ -265,15 +267,17 @@ class Choices:
         return self.choice if not self.own else self.here()
 
     def around(self) -> Choice:
-        """Returns the choice on which a new choice of this thread or task is based. It raises no error."""
+        """Returns the choice of active adapters on which a new choice of this thread or task is based. It raises no
+        error."""
         scopes = self._open_scopes()
         return scopes[-1].choice if scopes else self.choice
 
     # ------------------------------------------------------------------------------------------ statements and blocks
 
     def set(self, choice: Choice) -> Statement:
-        """Set a choice until the end of the enclosing block or call. In the owner's thread it becomes the shared
-        choice, unless this thread or task already made a choice. In any other thread it applies to that thread."""
+        """Set a choice of active adapters until the end of the enclosing block or call. In the owner's thread it
+        becomes the shared choice, unless this thread or task already made a choice. In any other thread it applies to
+        that thread."""
         self.host.check_merged(choice)
         residency = self.host.residency
         with self._whole():
@@ -348,9 +352,9 @@ class Choices:
         self._publish()
 
     def open(self, choice: Choice) -> ChoiceBlock:
-        """Set a choice until `leave` is called with the returned block. In the owner's thread it becomes the shared
-        choice, unless this thread already made a choice or runs a task. Otherwise it applies only to this thread or
-        task."""
+        """Set a choice of active adapters until `leave` is called with the returned block. In the owner's thread it
+        becomes the shared choice, unless this thread already made a choice or runs a task. Otherwise it applies only to
+        this thread or task."""
         self.host.check_merged(choice)
         residency = self.host.residency
         with self._whole():
@@ -384,8 +388,8 @@ class Choices:
 
     @contextmanager
     def block(self, choice: Choice) -> Iterator[None]:
-        """Context manager that sets a choice until the end of the block. It applies to the same threads and tasks as in
-        a ``with`` block of `activate`."""
+        """Context manager that sets a choice of active adapters until the end of the block. It applies to the same
+        threads and tasks as in a ``with`` block of `activate`."""
         block = None
         try:
             block = self.open(choice)
@@ -406,7 +410,8 @@ class Choices:
 
     @contextmanager
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
-        """Context manager that sets a choice only for the code that this thread calls in the block."""
+        """Context manager that sets a choice of active adapters only for the code that this thread calls in the
+        block."""
         with _LOCK:  # as in `_set`
             self.host.check_merged(choice)
             block = self._enlisted(ChoiceBlock(choice, _place(), before))
@@ -604,7 +609,7 @@ def _is_stack(choice: Choice) -> bool:
 
 
 def _later(scopes: Scopes, block: ChoiceBlock) -> Scopes | None:
-    """Returns the scopes after the scope of a block; None if the block is not among them."""
+    """Returns the scopes that were added after the scope of a block; None if the block has no scope among them."""
     return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
 
 
@@ -623,8 +628,8 @@ def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active 
 
 
 class Chosen(AbstractContextManager["Chosen"]):
-    """The result of `activate`, `route` and `call`, whose choice is already in force. Used as a context manager, the
-    choice ends with the block, and the previous choice is in force again."""
+    """The result of `activate`, `route` and `call`, whose choice of active adapters is already in force. If it is used
+    as a context manager, the choice ends with the block. Then the previous choice is in force again."""
 
     def __init__(self, state: ChoosingHost, choice: Choice) -> None:
         self._state, self._choice = state, choice

@@ -33,7 +33,7 @@ _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda i
 
 
 def remember(kept: Any, state: object, choice: object, context: Any) -> None:
-    """Store the current choice and forward context of a host in a checkpoint."""
+    """Store a host's current choice of active adapters and its forward context in a checkpoint."""
     record: dict[int, Any] = vars(kept).setdefault(RECORD, {})
     before = record.setdefault(id(state), (choice, context))
     if before is not None and before[0] is not choice:
@@ -41,8 +41,8 @@ def remember(kept: Any, state: object, choice: object, context: Any) -> None:
 
 
 def remembered(state: object | None) -> tuple[Any, Any] | None:
-    """Returns the choice and the context of the forward that backward now repeats. None if no checkpoint has stored
-    them.
+    """Returns the choice of active adapters and the context of the forward that backward now repeats. None if no
+    checkpoint has stored them.
 
     Args:
         state: the state of the host; None for the host whose modules ran last in the checkpoint.
@@ -93,7 +93,7 @@ def _repeated() -> Iterator[Any]:
 
 
 def _stack() -> Iterator[FrameType]:
-    """Yields the running calls, the innermost first."""
+    """Yields the frames of the running calls, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame

@@ -47,11 +47,11 @@ class _Threads(threading.local):
         self.token = this_thread()
         self.calls: list[ForwardContext] = []
         self.calm: ForwardContext | None = None
-        """The running forward of a host whose choice has not changed since it began, so that modules need not determine
-        it again. None if they must."""
+        """The running forward of a host whose choice of active adapters has not changed since it began, so that modules
+        need not determine it again. None if they must."""
         self.traced: tuple[object, Choice] | None = None
-        """The choice of the running call (`using`), with the `Choices` of its host. Read by code that torch.compile
-        traces."""
+        """The choice of active adapters of the running call (`using`), with the `Choices` of its host. Read by code
+        that torch.compile traces."""
         self.outside: weakref.ref[ForwardContext] | None = None
         """The context for a part of the host that the user calls directly. The host's state keeps it alive."""
         self.generating: list[tuple[Sequence[object], int, Prompt | None]] = []
@@ -62,14 +62,14 @@ class _Threads(threading.local):
         keeps it alive."""
 
     def disturb(self) -> None:
-        """Make the modules of all running forwards of this thread determine the choice again, because it may have
-        changed."""
+        """Make the modules of all running forwards of this thread determine the choice of active adapters again,
+        because it may have changed."""
         for call in self.calls:
             call.calm = False
         self.calm = None
 
     def settle(self) -> None:
-        """Let modules reuse the choice of the innermost running forward, if it has not changed."""
+        """Let modules reuse the choice of active adapters of the innermost running forward, if it has not changed."""
         self.calm = self.calls[-1] if self.calls and self.calls[-1].calm else None
 
 
@@ -103,7 +103,8 @@ class AdaptedHost(Protocol):
         """
 
     def held(self, choice: Choice) -> AbstractContextManager[None]:
-        """Returns a context manager that sets a choice only for the code that this thread calls in the block."""
+        """Returns a context manager that sets a choice of active adapters only for the code that this thread calls in
+        the block."""
 
     def note_backward(self) -> None:
         """Record that backward runs through the recorded forwards."""
@@ -135,7 +136,8 @@ class ForwardContext:
         self.losses: list[tuple[nn.Module, Tensor]] = []
         self.visits = 0
         self.passes, self.number = 0, 0
-        """The number of passes that `again` made, and the number of this pass; 0 is the forward itself."""
+        """`passes` is the number of extra runs that `again` made. `number` is the number of this run; 0 for the forward
+        itself."""
         self.open, self.calm, self.extra = True, False, False
         self.frame: FrameType | None = None
         """The Python frame that runs the host."""
@@ -197,8 +199,9 @@ class ForwardContext:
         return self._tokens
 
     def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
-        """Returns a mask of a module's input tokens. In each row it is True from the last occurrence of a sequence of
-        ids on, or from the column on that the user passed in ``peftcore.call(model, since=...)``.
+        """Returns a mask of a module's input tokens. In each row, the tokens from a first column on are True. This
+        column is the last occurrence of a sequence of ids, or the one that the user passed in ``peftcore.call(model,
+        since=...)``.
 
         Args:
             sequence: the ids; empty to use only the columns of `since`.
@@ -554,7 +557,8 @@ def forward_context() -> ForwardContext:
 
 
 def remember_in_checkpoint(state: AdaptedHost, choice: Choice) -> None:
-    """Store the choice and the context of this forward in the checkpoints that now run in this thread."""
+    """Store the choice of active adapters and the context of this forward in the checkpoints that now run in this
+    thread."""
     here = next((call for call in reversed(HERE.calls) if call.state is state), None)
     if here is None or here.recorded:
         for kept in running():

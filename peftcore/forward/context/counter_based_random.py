@@ -44,7 +44,7 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, seed: int, rows: Sequence[int], own: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed, self.rows, self.own, self.count, self.rests = seed, rows, own, 0, False
-        """`rests`: whether torch's generators make the draws for now."""
+        """`rests`: whether torch's generators are used at the moment."""
         self._within = running()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

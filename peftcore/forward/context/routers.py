@@ -20,7 +20,7 @@ from peftcore.contract.operators import Operator
 from peftcore.forward.context.context import forward_context
 
 Routes = Literal["token", "sequence", "task"]
-"""What has separate gates: each token, each sequence or each task."""
+"""What has separate gates (shares of experts): each token, each sequence or each task."""
 OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Arguments for the decoder of an encoder-decoder model."""
 
@@ -42,7 +42,7 @@ class Router(Operator):
     """An operator that computes shares of experts. Its forward calls `noted` with its gates."""
 
     routes: ClassVar[Routes] = "token"
-    """What has separate gates: "token" by default, or "sequence" or "task"."""
+    """What has separate gates (shares of experts): "token" by default, or "sequence" or "task"."""
     ledger: Ledger | None = None
     """The sums of the gates, inside `Injection.reporting`; otherwise None."""
 
@@ -52,7 +52,7 @@ class Router(Operator):
 
         Args:
             gates: for tokens, in the shapes that `by_row` accepts; for sequences and tasks, ``[rows, ..., experts]``.
-            dim: the dimension of the experts. In convolutions these are the channels.
+            dim: the dimension of the experts. For a convolution, it is the dimension of the channels.
             inner: as in `by_row`.
         """
         if self.ledger is not None and not forward_context().repeating:

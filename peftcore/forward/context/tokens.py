@@ -18,7 +18,7 @@ _TOKENS = ("input_ids", "inputs_embeds")
 OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 """Arguments of models with an encoder and a decoder."""
 NEVER = torch.iinfo(torch.int64).max
-"""The first column of a sequence that does not occur."""
+"""The value for the column of a sequence that does not occur."""
 _KEPT = "_peftcore_kept"
 """The attribute of a cache that stores the columns of sequences among its tokens."""
 _FILLED = "_peftcore_filled"
@@ -30,14 +30,14 @@ REMEDY = (
 
 
 class _Kept(NamedTuple):
-    """What is stored with a cache about one sequence of ids."""
+    """The record about one sequence of ids that is stored with a cache."""
 
     since: Tensor
     """``[batch]``: the first column of the sequence's last occurrence."""
     ids: Tensor
     """``[batch, seen]``: the ids of the last columns before `end`."""
     end: int
-    """The number of columns in the cache at that time."""
+    """The number of columns in the cache when the ids were recorded."""
 
     def before(self, held: int, most: int) -> Tensor:
         """Returns the last ids of a cache with `held` columns, at most `most`. Returns no ids if some of these columns

@@ -103,7 +103,7 @@ class ActivePlan:
 
     @property
     def mounts(self) -> tuple[Mount, ...]:
-        """The mounts that act on tensors."""
+        """The mounts (operators at their sites) that act on tensors."""
         return tuple([effect.mount for _, effects in self.effects for effect in effects])
 
     def is_cast(self, module: nn.Module) -> bool:
@@ -275,4 +275,4 @@ class ModulePlan:
     branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
     """With a composition: the plan of each branch. Branches with the same operators share one object."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
-    """With a composition: the combiners at this module, by injection."""
+    """With a composition: the combiners (operators that combine branches) at this module, by injection."""

@@ -102,7 +102,7 @@ class OwnRows:
         self._counts = {count, *self._batch}
 
     def of(self, value: Any) -> Any:
-        """Returns the selected rows of a tensor, or of each tensor in nested containers. Other values are returned
+        """Returns the injection's rows of a tensor, or of each tensor in nested containers. Other values are returned
         unchanged."""
         return of_tensors(self._of, value)
 
@@ -113,23 +113,24 @@ class OwnRows:
         return tensor if index is None else tensor.index_select(0, index)
 
     def of_tokens(self, value: Tensor) -> Tensor:
-        """Returns the selected rows of a tensor ``[batch, tokens]``. With a route of single tokens, returns the
-        selected tokens ``[selected]``."""
+        """Returns the injection's rows of a tensor ``[batch, tokens]``. With a route of single tokens, returns the
+        injection's tokens ``[own]``."""
         if self.route.tokens > 1:
             value = value.flatten()
         index = self.route.own(self.positions, len(value), value.device)
         return value if index is None else value.index_select(0, index)
 
     def told(self, value: Any) -> Any:
-        """Returns the selected entries of a value that the user passed to `peftcore.call`: a tensor, or a list with one
-        entry per row."""
+        """Returns the entries for the injection's rows, from a value that the user passed to `peftcore.call`. The value
+        is a tensor or a list with one entry per row."""
         if isinstance(value, list | tuple) and len(value) in self._batch:
             index = self.route.own(self.positions, len(value), torch.device("cpu"))
             return [*value] if index is None else [value[n] for n in index.tolist()]
         return self.of(value)
 
     def spread(self, value: Any) -> Any:
-        """Returns a value for all rows, given a value for the selected rows. The other rows are zero."""
+        """Returns a value for all rows of the batch, given a value for the injection's rows. The other rows are
+        zero."""
         return of_tensors(self._spread, value)
 
     def _spread(self, tensor: Tensor) -> Tensor:

@@ -36,8 +36,9 @@ Prepare = Callable[[ActivationForm], Any]
 def positions_alike(
     acting: Mapping[int, ActivePlan | None], route: Route, module: nn.Module, form: Form
 ) -> list[Positions]:
-    """Returns the positions of a route in groups whose operators can run as one. The positions of a group have equal
-    operators and equal numbers of rows. All positions without operators form one group."""
+    """Returns the positions of a route (the numbers of its adapters) in groups whose operators can run as one.
+    The positions of a group have equal operators and equal numbers of rows. All positions without operators form one
+    group."""
     groups: dict[Hashable, list[int]] = {}
     for position, each in acting.items():
         seeded = position >= 0 and bool(route.seeds) and route.seeds[position] is not None

@@ -43,7 +43,7 @@ EMPTY = SequenceCacheView(None, None, held=False)
 
 
 class Rows(NamedTuple):
-    """The output at the rows of a soft prompt, and the number of padding columns before them."""
+    """The hidden states at the rows of a soft prompt, and the number of padding columns before these rows."""
 
     states: Tensor
     """``[batch, rows, width]``."""
@@ -54,14 +54,14 @@ class Rows(NamedTuple):
 
 @dataclass(eq=False)
 class Nest:
-    """The sequence edits (operators that insert rows) of one run of a stack, outermost first. Used if an edit acts
-    inside the stack."""
+    """The sequence edits (operators that insert rows) of one run of a stack (the module that embeds token ids and runs
+    the blocks), outermost first. Used only if an edit acts at inner blocks."""
 
     path: str
     given: Mapping[str, Any]
     """The user's mask and cache, as the stack received them."""
     depths: set[int]
-    """The numbers of the blocks whose key positions are needed."""
+    """The numbers of the blocks for which `keys` is computed."""
     edits: dict[str, Order] = field(default_factory=dict)
     """For each edit, the positions of its rows in the input of the next inner edit. The key is the stamp of the
     operator, a unique string."""
@@ -69,7 +69,7 @@ class Nest:
     """``[queries]``: the positions of this forward's queries in the full sequence of the blocks, which includes all
     rows."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """The positions of the keys of each block ``[keys]``, by number of the block."""
+    """For each block number, the positions of the attention keys ``[keys]``."""
     made: set[tuple[str, int]] = field(default_factory=set)
     """The rows that this run has already computed, as (stamp, number of the block)."""
 
@@ -97,20 +97,21 @@ class Nest:
         raise KeyError(stamp)
 
     def split(self, stamp: str) -> tuple[list[Order], Order, list[Order]]:
-        """Returns three items for one edit: the orders of the edits outside it, the nearest first; its own order; and
-        the orders of the edits inside it, the nearest to the blocks first."""
+        """Returns three items for one edit (an operator that inserts rows): the `Order` of each edit outside it,
+        nearest first; its own `Order`; and the `Order` of each edit inside it, nearest to the blocks first."""
         stamps, orders = list(self.edits), list(self.edits.values())
         at = stamps.index(stamp)
         return orders[:at][::-1], orders[at], orders[at + 1 :][::-1]
 
 
 NEST = Tap()
-"""The current run of a stack in which an edit acts at inner blocks."""
+"""The tap (a value stored for one forward) with the `Nest` of the running stack, if rows are computed at inner
+blocks."""
 
 
 class SequenceOperator(Operator):
-    """Base class of operators that insert rows before the tokens of a stack, the module that embeds token ids.
-    Subclasses define `rows`."""
+    """Base class of operators that insert rows before the tokens of a stack (the module that embeds token ids and runs
+    the blocks). Subclasses define `rows`."""
 
     known_by = frozenset({"stamp"})
     states: Tap | None = None
@@ -135,7 +136,7 @@ class SequenceOperator(Operator):
         return functools.partial(acts[form], module)
 
     def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the stack itself."""
+        """Run the stack with changed arguments, and remove the rows from its output."""
         given = self._bind(FORM, args, kwargs)
         run = self._run if self.stack.entry == self.stack.path else self._wrap
         try:
@@ -211,7 +212,7 @@ class SequenceOperator(Operator):
             given[MASK] = front.extend(given[MASK], tokens)
 
     def _put_rows_in(self, module: nn.Module, given: dict[str, Any], order: Order, tokens: int) -> None:
-        """Embed the ids and put the rows in front."""
+        """Embed the ids, and insert the rows before the tokens."""
         _refuse_unknown(given, tokens)
         ids, embeds = given.get(IDS), given.get(EMBEDS)
         if embeds is None:
@@ -233,7 +234,7 @@ class SequenceOperator(Operator):
             self.stack.check_positions(self.length, past - self.length + tokens, places)
 
     def _with_rows(self, embeds: Tensor) -> Tensor:
-        """Returns embeddings with the rows in front."""
+        """Returns embeddings with the rows before them."""
         rows = self.rows(embeds)
         self.check_here(rows, embeds)
         if rows.shape[-2:] != (self.length, embeds.shape[-1]):
@@ -266,7 +267,7 @@ class SequenceOperator(Operator):
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module after the last block, in stacks that pool after it."""
+        """Run the module after the last block, and remove the rows from its output. For stacks that pool afterwards."""
         given = self._bind(BODY, args, kwargs)
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
         order, output = self.entering.get(), call(*args, **kwargs)
@@ -362,7 +363,7 @@ def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, bat
 
 
 def _with_caches(output: Any, outward: Callable[[Any], Any]) -> Any:
-    """Returns the output with its caches replaced."""
+    """Returns the output with each cache replaced by `outward(cache)`."""
     return _mapped(output, lambda value: outward(value) if is_cache(value) else value)
 
 

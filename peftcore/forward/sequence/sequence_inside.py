@@ -5,10 +5,10 @@ all layers of a cache have the same columns. Before the first block that compute
 attention there hides their columns from the tokens. So the tokens have the same values as without the rows. A block
 that computes rows receives the new rows in place of the zeros. Positions that are added to embeddings count only the
 tokens. Relative positions (rotary angles, biases by distance) continue after the rows. If the first block computes the
-rows, an option counts them like tokens: then all positions continue after them.
+rows, they may be counted like tokens. Then all positions continue after them.
 
-The blocks before may mix tokens only by attention that can hide columns, and the core must know how the stack makes
-positions. For other hosts, applying the method raises an error.
+The blocks before the first one that computes rows may mix tokens only by attention that can hide columns, and the core
+must know how the stack makes positions. For other hosts, applying the method raises an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
-"""Roles of the matrices whose outputs are added to a block's residual stream; their number of outputs is its width."""
+"""Roles of the matrices whose outputs are added to a block's residual stream. Their number of outputs is the width of
+the block."""
 BLOCK = f"{FORM}.block."
 """The prefix of the `form` of a site at a block that computes rows. The number of the block follows it."""
 
@@ -266,7 +267,7 @@ class InnerRows(SequenceOperator):
             depth: the number of the block.
             states: the user's tokens before the block, ``[batch, tokens, width]``.
             rows: the rows before the block, ``[batch, length, width]``. At the first block that computes rows, they are
-                what the earlier blocks made of zeros.
+                the output of the earlier blocks for rows of zeros.
             given: the user's mask and cache by name.
         """
         raise NotImplementedError

@@ -2,9 +2,9 @@
 
 A mask shows how much padding a sequence has on the left, and therefore the position of the rows. A two-dimensional mask
 marks padding. The stack computes its attention mask from it, so columns of ones are enough for the rows. A
-four-dimensional mask is used unchanged by the layers: `generate` makes it for static caches, multimodal models for
-their images. It gets a key column for each row. If this forward inserts the rows, it also gets a query for each row.
-Both follow the causality and the window of the layers.
+four-dimensional mask is passed to the layers directly: `generate` makes it for static caches, multimodal models for
+their images. So it is extended here. It gets a key column for each row. If this forward inserts the rows, it also gets
+a query for each row. Both follow the causality and the window of the layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("full_attention", SLIDING)
 """The kinds of attention for which transformers makes separate masks. Kinds whose masks depend on absolute positions
 are excluded."""
 RECURRENT = ("linear_attention", "conv")
-"""The kinds whose masks, [batch, queries], only cover the tokens of this forward."""
+"""The kinds of layers whose masks ``[batch, queries]`` cover only the tokens of this forward."""
 
 
 def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
@@ -181,7 +181,8 @@ def _seen(at: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def _like(seen: Tensor, mask: Tensor) -> Tensor:
-    """Returns the visibility in the format of the mask: boolean, or 0 for visible and the lowest value for hidden."""
+    """Returns the boolean mask `seen` in the format of `mask`: boolean, or 0 for visible and the lowest value for
+    hidden."""
     if mask.dtype == torch.bool:
         return seen
     return torch.where(seen, mask.new_zeros(()), mask.new_full((), torch.finfo(mask.dtype).min))

@@ -31,11 +31,11 @@ class Order:
     """The number of tokens in the forward that inserts the rows, padding included."""
 
     def origin(self, at: Tensor) -> Tensor:
-        """Converts positions in ordered sequences (rows after the padding) to positions of the same entries in joined
-        sequences (rows first).
+        """Returns the positions in joined sequences (rows first) of entries in ordered sequences (rows after the
+        padding).
 
         Args:
-            at: positions in ordered sequences, ``[places]`` or ``[batch, places]``.
+            at: the positions in the ordered sequences, ``[places]`` or ``[batch, places]``.
 
         Returns:
             ``[batch, places]``, or ``[1, places]`` if padding is not known.
@@ -94,7 +94,7 @@ class Order:
 
 
 def _taken(values: Tensor, index: Tensor, dim: int, batch: int = 0) -> Tensor:
-    """Returns the values at an index of [batch, places] along `dim`."""
+    """Returns the values of a tensor along `dim` at the positions `index` ``[batch, places]``."""
     shape = [1] * values.dim()
     shape[batch], shape[dim] = index.shape
     return torch.take_along_dim(values, index.to(values.device).view(shape), dim)

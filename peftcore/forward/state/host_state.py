@@ -130,12 +130,12 @@ class HostState:
 
     @property
     def choice(self) -> Choice:
-        """The shared choice, for threads and tasks that made no choice."""
+        """The shared choice of active adapters, for threads and tasks that made no choice."""
         return self.choices.choice
 
     def now(self) -> Choice:
-        """Returns the choice of this thread or task. If backward repeats a forward, returns the choice of the first
-        run."""
+        """Returns the choice of active adapters for this thread or task. If backward repeats a forward, returns the
+        choice of the first run."""
         if torch.compiler.is_compiling():
             return self.choices.traced()
         if graph_task() != -1:  # repeating(), at every site and token
@@ -161,8 +161,8 @@ class HostState:
     @contextmanager
     def exchanging(self, name: str, everyone: bool = False) -> Iterator[list[Choice]]:
         """Context manager in which this thread may change what an injection computes. New forwards that name the
-        injection wait until its end; with `everyone`, all new forwards of the host wait. Yields the choices of the
-        forwards that already run, in all threads."""
+        injection wait until its end; with `everyone`, all new forwards of the host wait. Yields the choices of active
+        adapters of the forwards that already run, in all threads."""
         drop_interrupted()
         with self.swap_lock:
             before = self.swapping
@@ -178,7 +178,8 @@ class HostState:
         return self.recorder.leave(self, model, kwargs, output)
 
     def entered(self, training: bool) -> Choice:
-        """Returns this thread's choice for an adapted module that starts to run. `training` is the module's mode."""
+        """Returns this thread's choice of active adapters for an adapted module that starts to run. `training` is the
+        module's mode."""
         choice = self.now()
         if not torch.compiler.is_compiling():
             self.recorder.visit(self, choice, training)
@@ -190,7 +191,7 @@ class HostState:
 
     @property
     def made_dense(self) -> list[str]:
-        """The paths of quantized modules that were made dense to merge injections."""
+        """The paths of quantized modules that are dense as long as injections are merged."""
         return [path for name in self.merged for path in self.injections[name].made_dense]
 
     @property
@@ -211,8 +212,8 @@ class HostState:
         return tuple([name for name in active if name not in self.merged]) if self.merged else active
 
     def check_ready(self, choice: Choice) -> None:
-        """Wait, before a forward starts, until no other thread exchanges values that it needs. Then restore offloaded
-        adapters of its choice: they may have been offloaded for another choice that has ended.
+        """Wait, before a forward starts, until no other thread exchanges values that it needs. Then restore its
+        offloaded adapters: they may have been offloaded for other adapters that are no longer active.
 
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
@@ -235,7 +236,8 @@ class HostState:
         return pinned
 
     def held(self, choice: Choice) -> AbstractContextManager[None]:
-        """Returns a context manager that sets a choice only for the code that this thread calls in the block."""
+        """Returns a context manager that sets a choice of active adapters only for the code that this thread calls in
+        the block."""
         return self.choices.held(choice)
 
     def note_backward(self) -> None:
@@ -252,7 +254,7 @@ class HostState:
         return nullcontext() if self.residency is None else self.residency.kept(names)
 
     def check_merged(self, choice: Choice) -> None:
-        """Check that forwards with a choice compute the right result while injections are merged.
+        """Check that forwards with a choice of active adapters compute the right result while injections are merged.
 
         Raises:
             MergeError: a merged injection would act although the choice excludes it.
@@ -260,7 +262,7 @@ class HostState:
         check_choice(self.injections, self.merged, choice)
 
     def check(self, choice: Choice) -> None:
-        """Check that all active injections of a choice are installed.
+        """Check that all injections that a choice activates are installed.
 
         Raises:
             UnknownInjection: one of them was removed.

@@ -36,12 +36,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.recent: list[Choice] = []
-        """The choices of the forwards since the last backward: only the last two different ones."""
+        """The choices of active adapters in the forwards since the last backward: only the last two different ones."""
         self.drained = False
         self.losses = OwnLosses()
 
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice | None:
-        """Open a context before the host runs. Returns the forward's choice; None while torch.compile traces."""
+        """Open a context before the host runs. Returns the forward's choice of active adapters; None while
+        torch.compile traces."""
         call = ForwardContext(state, None, model, args, kwargs)
         if not torch.compiler.is_compiling():
             drop_interrupted()
@@ -99,7 +100,7 @@ class Recorder:
         return output
 
     def note(self, choice: Choice) -> None:
-        """Record the choice of a forward that backward may repeat."""
+        """Record the choice of active adapters of a forward that backward may repeat."""
         if self.drained:
             self.recent, self.drained = [], False
         if self.recent and self.recent[-1] is choice:
@@ -159,7 +160,7 @@ def _check_rows(call: ForwardContext, route: Route) -> None:
 
 
 def replayed(state: HostState) -> Choice:
-    """Returns the choice of the forward whose modules now run again inside backward.
+    """Returns the choice of active adapters of the forward whose modules now run again inside backward.
 
     Raises:
         AmbiguousBackward: forwards with different choices ran before this backward, and it is unclear which one is

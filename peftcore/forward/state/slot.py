@@ -106,9 +106,9 @@ class Slot:
         return cache.get((self, activation_form.mount), sources, under, lambda: activation_form.prepare(module))
 
     def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
-        """Returns all tensors of the module and of its active operators. The tables of parameters of the operators are
-        looked up once, since decoding needs them at every token. Those of the module are looked up each time, since
-        submodules may be replaced."""
+        """Returns all tensors of the module and of its active operators. The dicts of the operators' parameters and
+        buffers are looked up once, since decoding needs them at every token. Those of the module are looked up each
+        time, since submodules may be replaced."""
         mounts = acts.mounts
         asked = self.asked.get(mounts)
         if asked is None:
@@ -129,14 +129,14 @@ class Slot:
         return Unwritten((*inputs, *module.parameters(), *operators), lambda: self.rewritten)
 
     def plan_for(self, choice: Choice) -> ModulePlan:
-        """Returns the plan of this module for a choice. It does not contain merged injections."""
+        """Returns the plan of this module for a choice of active adapters. It does not contain merged injections."""
         planned = self.planned  # read once: another thread may plan anew
         if planned is not None and planned.key == choice.key:
             return planned
         return self._plan(choice)  # a thread that chose for itself
 
     def plan(self, choice: Choice) -> None:
-        """Compute the plan for the shared choice in advance."""
+        """Compute the plan for the shared choice of active adapters in advance."""
         plans = self.plans
         self.planned = self._plan(choice)
         if self.plans is not plans:  # another thread called `changed` meanwhile: the plan may be one of before
@@ -189,7 +189,7 @@ class Slot:
         return {mount.name: mount.operator for mount in mounts if isinstance(mount.operator, Combiner)}
 
     def check_mixed(self, composition: Composition, active: Active) -> None:
-        """Check the parts of a combiner that mixes inputs of this module: they may change only the inputs here.
+        """Check that the parts of a combiner change only the inputs of this module, if the combiner mixes these inputs.
 
         Raises:
             CompositionError: a part changes more than the input.
@@ -252,5 +252,5 @@ class Slot:
 
 
 def slot_of(module: nn.Module) -> Slot | None:
-    """Returns the module's slot; None when it is not grafted."""
+    """Returns the module's slot; None if the module is not adapted."""
     return module.__dict__.get(SLOT)

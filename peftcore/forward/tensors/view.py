@@ -1,8 +1,8 @@
 """A view of a module: an object of the module's plain class that shares its `__dict__`, except for some tensors and
 attributes.
 
-The base forward runs on a view with effective tensors. So no flag is set on the module, which an exception could leave
-set, or which another thread could read.
+The base forward runs on a view with effective tensors. So no flag has to be set on the module. An exception could leave
+a flag set, and another thread could read it.
 """
 
 from __future__ import annotations
