@@ -206,7 +206,7 @@ class ModuleCall:
 
     def _without_gradients(self) -> Mapping[str, Tensor | None]:
         """Returns the tensors for a forward without gradients: effective tensors, or lazy weights. In evaluation they
-        come from the open cache, if there is one."""
+        are read from the open cache, if one is open."""
         acting, module, slot = self.acting, self.module, self.slot
         managed = MANAGED in vars(module)
         keeps = slot.cache is not None and not (

@@ -96,7 +96,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def attach(journal: Journal, module: nn.Module, state: HostState) -> Slot:
-    """Returns the module's slot. If the module has none yet, creates it and replaces the module's class."""
+    """Returns the module's slot. If it is missing, creates it and replaces the module's class."""
     slot = slot_of(module)
     if slot is None:
         slot = Slot(state)

@@ -21,16 +21,16 @@ class Defaults(NamedTuple):
     sites: list[Site]
     target: Target
     unknown: TargetError | None = None
-    """The error of an earlier alternative that is present in the host but cannot be used; None if there is none."""
+    """The error of an earlier alternative that is present in the host but cannot be used; otherwise None."""
 
 
 def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target | None = None) -> Defaults:
     """Returns the sites of the first target that is present in the host, at least in part, without the sites of
-    `exclude`. The sites are in the host's main tower, unless the main tower has none of the targets.
+    `exclude`. The sites are in the host's main tower, unless the main tower lacks all targets.
 
     Raises:
-        TargetError: the host has none of the targets; a target is a slice of fused weights whose slices are known only
-            after a forward; or all sites were excluded.
+        TargetError: the host lacks all targets; a target is a slice of fused weights whose slices are known only after
+            a forward; or all sites were excluded.
     """
     unknown: TargetError | None = None
     host = resolver.host
@@ -49,7 +49,7 @@ def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target
 
 def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str]:
     """Yields notices about the default target of a method with alternatives: which one was chosen, and which parts of
-    the host have no site."""
+    the host lack sites."""
     host, name = resolver.host, type(resolver.model).__name__
     paths, listed = [site.module_path for site in taken.sites], _listed(taken.target)
     if taken.target != method.target:

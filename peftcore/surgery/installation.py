@@ -1,8 +1,8 @@
 """Installs the operators that a surgeon recorded, all or none, and removes them again. Afterwards the host is bitwise
 the same as before.
 
-Operators are registered in adapter modules beside the modules that they change, in the parent module:
-``self_attn.peft.q_proj.<injection>``. So the changed module still has no submodules. Code that relies on this keeps
+Operators are registered in adapter modules, which are children of the changed module's parent:
+``self_attn.peft.q_proj.<injection>``. So the changed module is still without submodules. Code that relies on this keeps
 working: containers that iterate over children, layerwise casting, parallel plans.
 """
 
@@ -88,8 +88,8 @@ def _remove(journal: Journal, holder: nn.Module, key: str, name: str) -> None:
 
 
 def shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yields, for each recorded operator: the module in which it will be registered, the name under which it will be,
-    and the operator."""
+    """Yields three items for each recorded operator: the module in which it will be registered, its name there, and the
+    operator."""
     places: dict[str, tuple[nn.Module, str]] = {}
     for graft in surgeon.grafts:
         site = graft.site

@@ -52,7 +52,7 @@ class RecordingSurgeon(Surgeon):
 
     Attributes:
         ties: by key of an operator, the other parameters that share the tensor of its site. Only for tensors that
-            several modules hold.
+            several modules contain.
     """
 
     model: nn.Module
@@ -80,8 +80,8 @@ class RecordingSurgeon(Surgeon):
 
         Raises:
             TargetError: no site matches.
-            UnsupportedHost: layers have no shapes yet; a module already has operators of another adapted model; or an
-                operator would receive only pieces of tensors in a tensor-parallel model.
+            UnsupportedHost: the shapes of some layers are not known; a module already has operators of another adapted
+                model; or an operator would receive only pieces of tensors in a tensor-parallel model.
         """
         method, config = self.method, self.config
         parameters = self.resolver.parameters()
@@ -381,8 +381,8 @@ class RecordingSurgeon(Surgeon):
         return f"part {part} ({self.parts[part].method.name})" if part in self.parts else self.method.name
 
     def _defaults(self, target: Target | None) -> list[Site]:
-        """Returns the sites of `target`, a role that the method asks for; or those of the method's default targets if
-        it is None."""
+        """Returns the sites of `target`, a role that the method passes; or those of the method's default targets if it
+        is None."""
         # The targets in a file are for people to read: their patterns are matched nowhere.
         exclude = self.wishes.exclude if self.wishes.saved is None else None
         targets = (self.method.target, *self.method.alternatives) if target is None else (target,)

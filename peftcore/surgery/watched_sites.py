@@ -70,9 +70,9 @@ class Expected:
 
 class WatchedSites:
     """Checks the sites of a host: before each forward that they are in the model, and after the forward that they ran.
-    The second check ends when all sites have run. It is separate for training and evaluation. If a module is added
-    beside a site, the site is expected to run again, since the new module may replace it (a fused projection that reads
-    the weights of several).
+    The second check ends when all sites have run. It is separate for training and evaluation. If a module is added to
+    the parent of a site, the site is expected to run again, since the new module may replace it (a fused projection
+    that reads the weights of several).
 
     Sites are checked in groups whose paths differ only in numbers (layers, experts). If one site of a group ran, all of
     them count as run, since layers may be dropped and experts may get no tokens. Two kinds of sites are checked later:
@@ -175,7 +175,7 @@ class WatchedSites:
                     )
 
     def _look_again(self, site: Expected) -> None:
-        """Expect a site to run again if a module was added next to it."""
+        """Expect a site to run again if its parent got a new child."""
         before, site.siblings = site.siblings, frozenset(site.holder._modules)
         if not site.siblings <= before | {ADAPTER_MODULES}:
             for slot, _ in site.modules:

@@ -170,7 +170,7 @@ class HostAttention:
 
     def among(self, start: int, stop: int, run: Callable[[], Tensor]) -> Tensor:
         """Returns the output of `run`, which calls this attention, restricted to the tokens from `start` to `stop`.
-        Sets `weights` to None, since there are no weights for all tokens."""
+        Sets `weights` to None, since weights for all tokens are not computed."""
         outer = self.keys, self._mask, self._options
         cut = {name: _cut(self._options.get(name), start, stop) for name in _PER_KEY if name in self._options}
         self.keys, self._mask = stop - start, _cut(self._mask, start, stop)
@@ -192,7 +192,7 @@ class HostAttention:
             self._mask = outer
 
     def _without(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the mask with the `hidden` keys masked too. If there is no mask, returns an additive one, which every
+        """Returns the mask with the `hidden` keys masked too. Without a mask, returns an additive one, which every
         attention function accepts."""
         mask, queries = self._mask, hidden.shape[2]
         if mask is not None and mask.dtype == torch.bool:
@@ -204,8 +204,8 @@ class HostAttention:
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:
-        """Returns the mask with a visible column for each of the `front` added keys. If there is no mask, but the
-        attention is causal, makes a causal mask first."""
+        """Returns the mask with a visible column for each of the `front` added keys. Without a mask, makes a causal one
+        if the attention is causal."""
         mask, queries = self._mask, query.shape[2]
         if front == 0:
             return mask
@@ -229,8 +229,8 @@ def _later(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Returns the part of a mask ``[..., queries or 1, keys]`` for the tokens from `start` to `stop`; None if there is
-    no mask."""
+    """Returns the part of a mask ``[..., queries or 1, keys]`` for the tokens from `start` to `stop`; None if the mask
+    is None."""
     if each is None:
         return None
     return (each if each.shape[-2] == 1 else each[..., start:stop, :])[..., start:stop]

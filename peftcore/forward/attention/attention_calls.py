@@ -49,7 +49,7 @@ class AttentionCalls(Protocol):
         """Returns the attributes that the module's view has in place of the module's own."""
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the forward of `stand_in`, the module's view, in which edits run."""
+        """Returns the output of the forward of `stand_in`, the module's view. Edits run in it."""
 
 
 def calls_of(module: nn.Module) -> AttentionCalls | None:
@@ -70,7 +70,7 @@ _TORCHS = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn"))
 
 
 def _codes(module: nn.Module) -> Iterator[CodeType]:
-    """Yields the code of the module's forward, and the code of the processor to which diffusers' modules delegate."""
+    """Yields the code of the module's forward, and the code of the processor that runs inside diffusers' modules."""
     processor = vars(module).get("processor")
     for function in (plain_class(module).forward, *([type(processor).__call__] if callable(processor) else [])):
         unwrapped = inspect.unwrap(function)
@@ -101,7 +101,7 @@ class TorchCalls:
         self.view_class = _traced(plain)
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Returns the attribute that makes timm's modules call torch's function instead of their own code."""
+        """Returns the attribute that makes timm's modules call torch's function instead of timm's code."""
         return {"fused_attn": True}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -84,12 +84,12 @@ class Route:
 
     def only(self, positions: Positions) -> Route:
         """Returns the route in which only some injections act. The rows of all others run the base model. `positions`
-        are the positions of these injections in `names`. The result is cached."""
+        contains their positions in `names`. The result is cached."""
         return self._with(("only", positions), tuple(each if each in positions else -1 for each in self.positions))
 
     def part(self, positions: Positions) -> Route:
-        """Returns the route for the rows of some injections, without all other rows. `positions` are the positions of
-        these injections in `names`. The result is cached."""
+        """Returns the route for the rows of some injections, without all other rows. `positions` contains their
+        positions in `names`. The result is cached."""
         return self._with(("part", positions), tuple(each for each in self.positions if each in positions))
 
     def _with(self, key: tuple[str, Positions], positions: Positions) -> Route:
@@ -203,8 +203,7 @@ class Choice:
     """The active injections, with a route, context and composition.
 
     If there is a route or a composition, it determines which injections act. With a route, `active` contains the
-    injections of the enclosing choice, which do not act. With a composition, a name that is not in `active` has no
-    effect in it.
+    injections of the enclosing choice, which do not act. With a composition, a name that is not in `active` is ignored.
     """
 
     active: Active = ()

@@ -70,7 +70,7 @@ class Residency:
     """Keeps the values of a model's adapters within a limit of bytes.
 
     An adapter is pinned (never offloaded) in five cases: a choice in force names it in any thread or task; a running
-    forward uses it; it is merged; it trains; or `kept` or `joining` holds it. Threads that use adapters on the model
+    forward uses it; it is merged; it trains; or `kept` or `joining` protects it. Threads that use adapters on the model
     need no lock. Such a thread first pins the adapter and then checks that it is on the model, while an offload first
     marks the adapter and then checks for pins.
 
@@ -206,8 +206,8 @@ class Residency:
                 record.here = True
 
     def rest(self, names: Iterable[str]) -> list[str]:
-        """Offload the given adapters, except for those that are pinned or train. Returns the names of these
-        exceptions."""
+        """Offload the given adapters, except for those that are pinned or train. Returns the names of the adapters that
+        were not offloaded."""
         with self._moving():
             chosen = {name: self._records[name] for name in names if self._records[name].here}
             for record in chosen.values():

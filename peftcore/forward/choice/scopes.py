@@ -485,14 +485,14 @@ class Choices:
 
     @staticmethod
     def unchanged() -> AbstractContextManager[object]:
-        """Returns a context manager: while it is entered, no other thread can set a choice."""
+        """Returns a context manager that keeps other threads from setting choices."""
         return _LOCK
 
     # ----------------------------------------------------------------------------------- injections that come and go
 
     def add(self, name: str, instead: Collection[str] = ()) -> Active:
         """Activate a new injection in the innermost choice without a route or composition. Routes and compositions do
-        not change. If there is no such choice, the injection is inactive until a choice names it.
+        not change. If such a choice is missing, the injection is inactive until a choice names it.
 
         Args:
             name: the new injection.
@@ -609,13 +609,13 @@ def _is_stack(choice: Choice) -> bool:
 
 
 def _later(scopes: Scopes, block: ChoiceBlock) -> Scopes | None:
-    """Returns the scopes that were added after the scope of a block; None if the block has no scope among them."""
+    """Returns the scopes that were added after the scope of a block; None if the block lacks a scope among them."""
     return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
 
 
 def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active | None:
     """Add a name to the innermost choice without a route or composition, in place. Returns the names that are then
-    active there; None if there is no such choice."""
+    active there; None if such a choice is missing."""
     for index in reversed(range(len(scopes))):
         choice, block = scopes[index].choice, scopes[index].block
         if choice.composition is not None:

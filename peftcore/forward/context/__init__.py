@@ -9,5 +9,5 @@ In the order of reading:
 - `tokens`: the tokens of one forward, and the columns at which adapters begin to act.
 - `context`: the context of one forward of the model, which backward may repeat.
 - `taps`: values that one operator stores for another in the same forward.
-- `routers`: operators that assign tokens to experts, and statistics of these operators.
+- `routers`: operators that assign tokens to experts, and statistics of the assignments.
 """

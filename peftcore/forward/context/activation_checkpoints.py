@@ -3,7 +3,7 @@ its backward. The forward context of the modules in the checkpoint is stored in 
 
 Torch has no public way to identify a checkpoint. So this module searches the call stack for torch's object: the frame
 of the saved-tensor hooks for a non-reentrant checkpoint, the context of the autograd function for a reentrant one.
-Checkpoints of other libraries have no such object. Their forward is found through the autograd nodes of the outputs
+Checkpoints of other libraries lack this object. Their forward is found through the autograd nodes of the outputs
 (`peftcore.forward.context.context`).
 """
 
@@ -25,8 +25,8 @@ HOOK = "unpack_hook"
 """The name of torch's function that repeats a non-reentrant checkpoint. It has the checkpoint's object as a local
 variable."""
 _CHECKPOINT: CodeType = inspect.unwrap(checkpoint.checkpoint).__code__
-"""The code of torch's function that runs a checkpoint. It has a generator as a local variable, in which the
-checkpoint's object is found."""
+"""The code of torch's function that runs a checkpoint. The checkpoint's object is found in a generator, a local
+variable of this function."""
 _FORWARD: CodeType = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: CodeType = checkpoint.CheckpointFunction.backward.__code__
 _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda ignored: None)
@@ -78,8 +78,8 @@ def running() -> list[Any]:
 
 
 def reentrant() -> int | None:
-    """Returns the `id` of the innermost reentrant checkpoint whose forward runs now; None if there is none. A reentrant
-    checkpoint gives gradients only to the arguments of its function."""
+    """Returns the `id` of the innermost reentrant checkpoint whose forward runs now; None outside of such checkpoints.
+    A reentrant checkpoint gives gradients only to the arguments of its function."""
     return next((id(frame.f_locals["ctx"]) for frame in _stack() if frame.f_code is _FORWARD), None)
 
 

@@ -77,7 +77,7 @@ HERE = _Threads()
 
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
-"""Returns the number of the backward pass that this thread runs; -1 if there is none.
+"""Returns the number of the backward pass that this thread runs; -1 outside of backward passes.
 
 A private function of torch: no public function distinguishes a repeated forward from a first one.
 """
@@ -168,8 +168,8 @@ class ForwardContext:
         self._tokens = Tokens(self.inputs, taken, prompt)
 
     def _generating(self) -> tuple[int, Prompt | None]:
-        """Returns the number of rows of the ``generate`` of this host that runs now, and its prompt; 0 and None if
-        there is none."""
+        """Returns the number of rows of the ``generate`` of this host that runs now, and its prompt; 0 and None outside
+        of ``generate``."""
         for hosts, rows, prompt in reversed(HERE.generating):
             if any(host is self.state for host in hosts):
                 return rows, prompt
@@ -375,7 +375,7 @@ class ForwardContext:
         """Add a scalar to the loss of the host's output, in training. If backward repeats the forward, the scalar is
         not added again.
 
-        If the output has no loss, the scalar is stored. `Injection.losses` of the operator's injection returns it.
+        If the output lacks a loss, the scalar is stored. `Injection.losses` of the operator's injection returns it.
 
         Args:
             loss: a scalar of shape ``[]``. In a route it is computed from the operator's rows.
@@ -576,7 +576,7 @@ def drop_interrupted() -> None:
 
 
 def _runs(wanted: FrameType | None) -> bool:
-    """Whether the call with the given frame still runs in this thread. Always True for a traced call, which has no
+    """Whether the call with the given frame still runs in this thread. Always True for a traced call, which lacks a
     frame."""
     if wanted is None:
         return True
@@ -587,7 +587,7 @@ def _runs(wanted: FrameType | None) -> bool:
 
 
 def outside() -> ForwardContext | None:
-    """Returns the context of a part of the host that was called directly in this thread; None if there is none."""
+    """Returns the context of a part of the host that was called directly in this thread; None otherwise."""
     return None if HERE.outside is None else HERE.outside()
 
 

@@ -30,9 +30,9 @@ def mixed(seed: int, *parts: object) -> int:
 
 
 class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager in which torch's functions draw numbers that are hashes of their coordinates. It covers dropout,
-    and uniform, normal, exponential, Bernoulli and integer numbers. All other draws (permutations, multinomial and
-    gamma numbers) use torch's generators, and so do draws within a checkpoint that begins inside the block.
+    """Context manager in which torch's functions draw numbers that are hashes of their coordinates. It covers dropout
+    and these distributions: uniform, normal, exponential, Bernoulli and integers. All other draws (permutations,
+    multinomial and gamma numbers) use torch's generators. So do draws within a checkpoint that begins inside the block.
 
     Args:
         seed: the seed.

@@ -20,7 +20,7 @@ from peftcore.contract.operators import Operator
 from peftcore.forward.context.context import forward_context
 
 Routes = Literal["token", "sequence", "task"]
-"""What has separate gates (shares of experts): each token, each sequence or each task."""
+"""The unit that has separate gates (shares of experts): a token, a sequence or a task."""
 OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Arguments for the decoder of an encoder-decoder model."""
 
@@ -31,8 +31,7 @@ class Gates(NamedTuple):
     shares: Tensor
     """``[rows, choices, experts]``: one choice per token, or several if a token chooses for each head or group."""
     counts: Tensor | None
-    """``[rows, choices]`` of bool, False for choices of padding tokens. None if there is no padding, or if it is not
-    known."""
+    """``[rows, choices]`` of bool, False for choices of padding tokens. None if padding is absent or not known."""
     known: bool
     """Whether padding is known. It is not known if the user calls a part of the model directly, or if tokens cannot be
     assigned to rows."""
@@ -42,7 +41,7 @@ class Router(Operator):
     """An operator that computes shares of experts. Its forward calls `noted` with its gates."""
 
     routes: ClassVar[Routes] = "token"
-    """What has separate gates (shares of experts): "token" by default, or "sequence" or "task"."""
+    """The unit that has separate gates (shares of experts): "token" by default, or "sequence" or "task"."""
     ledger: Ledger | None = None
     """The sums of the gates, inside `Injection.reporting`; otherwise None."""
 
@@ -61,7 +60,7 @@ class Router(Operator):
 
 
 def of_rows(gates: Tensor) -> Gates:
-    """Returns the `Gates` for gates ``[rows, ..., experts]`` of sequences or tasks, which have no padding."""
+    """Returns the `Gates` for gates ``[rows, ..., experts]`` of sequences or tasks, which lack padding."""
     return Gates(gates.reshape(len(gates), -1, gates.shape[-1]), None, True)
 
 

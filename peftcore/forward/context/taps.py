@@ -30,7 +30,7 @@ class Tap:
         until_backward: whether to keep the value until backward is done with this forward. Needed for operators in
             different blocks, because gradient checkpointing repeats one block without the other.
         learns: whether values need gradients from the code that reads them. A value that was stored in a reentrant
-            checkpoint has no graph outside of it, so reading it there raises a TrainingError.
+            checkpoint loses its graph outside of it, so reading it there raises a TrainingError.
     """
 
     _numbers = itertools.count()
@@ -46,7 +46,7 @@ class Tap:
         context.taps.append((self.key, value, self.until_backward, context.rows, inside))
 
     def get(self) -> Any:
-        """Returns the value that was stored in this forward; None if there is none.
+        """Returns the value that was stored in this forward; otherwise None.
 
         Raises:
             TrainingError: the gradient of the value would be lost, because a reentrant checkpoint begins or ends

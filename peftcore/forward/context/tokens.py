@@ -40,7 +40,7 @@ class _Kept(NamedTuple):
     """The number of columns in the cache when the ids were recorded."""
 
     def before(self, held: int, most: int) -> Tensor:
-        """Returns the last ids of a cache with `held` columns, at most `most`. Returns no ids if some of these columns
+        """Returns the last ids of a cache with `held` columns, at most `most`. Returns an empty tensor if some columns
         were not recorded."""
         stop = self.ids.shape[1] - (self.end - held)
         return self.ids[:, max(stop - most, 0) : max(stop, 0)] if self.end >= held else self.ids[:, :0]

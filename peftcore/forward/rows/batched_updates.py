@@ -28,7 +28,7 @@ def add_updates(
         route: the injection of each row.
         y: the module's output without the updates ``[rows, ..., out]``.
         x: the module's input ``[rows, ..., in]``.
-        new: whether only the caller holds `y`, so that it may be changed in place.
+        new: whether `y` was made for this call and may be changed in place.
     """
     tokens = x.reshape(len(x), -1, x.shape[-1])
     for slices in dict.fromkeys(mount.slices for _, mount, _ in updates):

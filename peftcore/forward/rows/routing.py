@@ -228,8 +228,8 @@ def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
     This matters for arguments whose first dimension has the length of the batch. It is certain for tensors of four
     dimensions or more, such as a mask ``[rows, heads, tokens, tokens]``. It is certain for tensors of three dimensions
     with the same last dimension as a three-dimensional first argument. Other tensors could be a mask ``[tokens,
-    tokens]``, angles ``[tokens, width]`` or a number for each head. For them it is certain only if no other dimension
-    of any argument has the length of the batch.
+    tokens]``, angles ``[tokens, width]`` or a number for each head. For them it is certain only if all other dimensions
+    of all arguments differ from the length of the batch.
     """
     every = [each for each in tensors_in(others) if each.dim() and each is not first]
     lengths = {count, len(route.index), len(route.index) * route.copies}

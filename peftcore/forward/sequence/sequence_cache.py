@@ -169,8 +169,8 @@ class SequenceCacheView:
     """A cache in one forward, as one sequence edit (a soft prompt) uses it."""
 
     given: Any
-    """The cache that the edit receives: from the user, or from another edit around this one. None if there is no cache
-    yet."""
+    """The cache that the edit receives: from the user, or from another edit around this one. None if the cache is still
+    to be created."""
     inner: Any
     """The cache that the stack receives. It counts the rows of this edit too."""
     held: bool

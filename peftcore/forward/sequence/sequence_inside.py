@@ -62,7 +62,7 @@ class InnerSite(SequenceSite):
     hiding: tuple[tuple[AttentionSite, int], ...] = ()
     """The attention sites before the first block that computes rows, with the numbers of their blocks."""
     absolute: bool = False
-    """Whether positions come from a table that is added to the embeddings, so that they count only the tokens."""
+    """Whether positions are added to the embeddings from a table. Then they count only the tokens."""
 
 
 def count_blocks(site: SequenceSite, resolver: Resolver) -> int:

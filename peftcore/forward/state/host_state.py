@@ -212,8 +212,8 @@ class HostState:
         return tuple([name for name in active if name not in self.merged]) if self.merged else active
 
     def check_ready(self, choice: Choice) -> None:
-        """Wait, before a forward starts, until no other thread exchanges values that it needs. Then restore its
-        offloaded adapters: they may have been offloaded for other adapters that are no longer active.
+        """Wait, before a forward starts, until other threads have finished exchanging values that it needs. Then
+        restore its offloaded adapters: they may have been offloaded while other adapters were active.
 
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
@@ -370,7 +370,7 @@ def _adapt(model: nn.Module, state: HostState | None) -> None:
 
 
 def drop_unused(journal: Journal, model: nn.Module) -> bool:
-    """Remove the state of a host if it is no longer needed. Returns whether it was removed."""
+    """Remove the state of a host if it is not needed any more. Returns whether it was removed."""
     state = state_of(model)
     if state is None or state.injections or not state.can_go() or state.choices.around().acting:
         return False

@@ -1,4 +1,4 @@
-"""The losses that methods add to the loss of the model's output. If the output has no loss, they are stored until
+"""The losses that methods add to the loss of the model's output. If the output lacks a loss, they are stored until
 `Injection.losses` returns them.
 
 Methods compute them in `aux_loss`, or from the model's output in `output_loss`. Operators add them with
@@ -88,7 +88,7 @@ class OwnLosses:
         inputs: Mapping[str, Any],
         fate: Fate,
     ) -> Any:
-        """Returns the output of a training forward, with the methods' losses added to its loss. If the output has no
+        """Returns the output of a training forward, with the methods' losses added to its loss. If the output lacks a
         loss, the losses are stored for `take`.
 
         Args:
@@ -97,7 +97,7 @@ class OwnLosses:
             seen: the losses that `output_losses` returned.
             output: the host's output.
             inputs: the host's arguments by keyword.
-            fate: what happens to losses if the output has no loss. "wait": store them. "waited": ignore them, because
+            fate: the handling of losses if the output lacks a loss. "wait": store them. "waited": ignore them, because
                 backward repeats this forward, and the first run stored them. "lost": log a warning.
         """
         acting = () if call.choice is None else call.choice.acting
@@ -214,7 +214,7 @@ def output_losses(state: ModelWithLosses, call: ForwardContext, output: Any) -> 
 
 
 def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Returns the loss in the output of a host; None if the output has no loss.
+    """Returns the loss in the output of a host; None if the output lacks a loss.
 
     It is the entry "loss". In a plain tuple, as in transformers, it is a scalar in the first place, if the host was
     called with `return_dict=False` or with labels.

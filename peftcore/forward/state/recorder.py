@@ -76,7 +76,7 @@ class Recorder:
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """Close the context after the host ran, also if it raised an exception. Returns the output with the methods'
-        losses, or None if the output stays as it is."""
+        losses, or None if the output does not change."""
         if not HERE.calls:
             return None  # tracing failed half-way: nothing was opened here
         call, seen = HERE.calls[-1], []
@@ -140,7 +140,7 @@ class Recorder:
 
 
 def _fate(state: HostState) -> Fate:
-    """Returns what happens to losses if the output has no loss; see `OwnLosses.end`. Inside backward, the first run of
+    """Returns how losses are handled if the output lacks a loss; see `OwnLosses.end`. Inside backward, the first run of
     the forward has stored them ("waited"). If it ran without gradients, in a reentrant checkpoint around the host, they
     are "lost"."""
     if torch.compiler.is_compiling() or not repeating():

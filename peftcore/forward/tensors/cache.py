@@ -74,7 +74,7 @@ _OPEN: ContextVar[tuple[tuple[object, WeightCache], ...]] = ContextVar("open_cac
 
 
 def open_cache(state: object) -> WeightCache | None:
-    """Returns the open cache of a host in this thread or task; None if there is none."""
+    """Returns the open cache of a host in this thread or task; otherwise None."""
     for owner, cache in _OPEN.get():
         if owner is state and cache.open:
             return cache

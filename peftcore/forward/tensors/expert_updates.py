@@ -152,7 +152,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Pair | None:
-    """Returns the low-rank update of a tensor, in the tensor's dtype; None if a mount (operator at a site) has no
+    """Returns the low-rank update of a tensor, in the tensor's dtype; None if a mount (operator at a site) lacks
     factors for matrices.
 
     Args:

@@ -126,7 +126,7 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What autograd saves instead of a tensor or a view of it."""
+    """The reference that autograd saves instead of a tensor or a view of it."""
 
     source: _Source
     size: torch.Size
