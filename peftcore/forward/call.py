@@ -153,10 +153,11 @@ class ModuleCall:
         return functools.partial(self.plain, self.module)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output of the base forward with effective tensors, or of an operator's activation form.
+        """Returns the output of the base forward with effective tensors (changed by the operators), or of an operator's
+        activation form (a forward that leaves the weight unchanged).
 
         In training, an effective weight is freed after its use, and backward computes it again. If the module can use a
-        lazy weight, the effective weight is computed only when it is read.
+        lazy weight (a stand-in for W + BA), the effective weight is computed only when its values are read.
         """
         acting, module = self.acting, self.module
         if acting.activation_form is not None and self._is_cheaper(acting.activation_form, args):
@@ -205,8 +206,8 @@ class ModuleCall:
         return first.calls.run(stand_in, edits, args, kwargs)
 
     def _without_gradients(self) -> Mapping[str, Tensor | None]:
-        """Returns the tensors for a forward without gradients: effective tensors, or lazy weights. In evaluation they
-        are read from the open cache, if one is open."""
+        """Returns the tensors for a forward without gradients: effective tensors (changed by the operators), or lazy
+        weights, which represent W + BA. In evaluation they are read from the open cache, if one is open."""
         acting, module, slot = self.acting, self.module, self.slot
         managed = MANAGED in vars(module)
         keeps = slot.cache is not None and not (
@@ -224,8 +225,8 @@ class ModuleCall:
             cache.clear()
 
     def _is_cheaper(self, form: ActivationForm, args: tuple[Any, ...]) -> bool:
-        """Whether to run an operator's activation form instead of its effective weight. In evaluation with an open
-        cache the effective weight is used, which is computed only once, unless it must not be kept."""
+        """Whether to run an operator on activations (its activation form) instead of on the weight. In evaluation with
+        an open cache the effective weight is used, which is computed only once, unless it must not be kept."""
         acting = self.acting
         if self._trains():
             wanted = not acting.low_memory
@@ -239,8 +240,8 @@ class ModuleCall:
         return torch.is_grad_enabled() or self.module.training
 
     def prepared(self, form: ActivationForm) -> Any:
-        """Returns the result of an operator's `prepare` for its activation form. It does not depend on the input, so in
-        evaluation it is read from the open cache."""
+        """Returns the result of an operator's `prepare` for its activation form (on activations instead of the weight).
+        It does not depend on the input, so in evaluation it is read from the open cache."""
         if torch.compiler.is_compiling() or transformed() or MANAGED in vars(self.module):
             return form.prepare(self.module)
         if self._trains():
@@ -309,8 +310,8 @@ class ModuleCall:
         return self.part(acting).inner()
 
     def _of_its_rows(self, bare: Forward) -> Forward:
-        """Returns the forward for the rows of one adapter. It uses the activation form if the operator has one, also in
-        evaluation, because then one base forward is enough for all rows."""
+        """Returns the forward for the rows of one adapter. If the operator can act on activations instead of the
+        weight, it does so, also in evaluation, because then one base forward is enough for all rows."""
         form = self.form_taken(self.acting)
         if form is not None:
             return self.around(form.around(bare, self.prepared(form)))
@@ -366,8 +367,9 @@ class ModuleCall:
         return whole and len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 
     def form_taken(self, acting: ActivePlan) -> ActivationForm | None:
-        """Returns the activation form for the rows of one adapter of a route; None if its operators act on the weight.
-        The activation form is used in evaluation too, because then one base forward is enough for all adapters."""
+        """Returns the activation form for the rows of one adapter of a route: its operator then acts on activations
+        instead of the weight. None if its operators act on the weight. The activation form is used in evaluation too,
+        because then one base forward is enough for all adapters."""
         form = acting.activation_form
         alone = len(self.args) == 1 and not self.kwargs and not (acting.low_memory and self._trains())
         return form if form is not None and alone and form.operator.prefers_activation_form(*self.args) else None

@@ -72,8 +72,8 @@ class Attend:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the output of the wrapped attention, with causality and padding: ``[batch, heads, queries,
-        value_dim]``. If the edit adds keys before the given keys, every query sees them. Shapes are those of
-        `AttentionOperator`."""
+        value_dim]``. If the edit (an operator inside attention) adds keys before the given keys, every query sees them.
+        Shapes are those of `AttentionOperator`."""
         return self._inner(query, key, value)
 
     def hiding(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ class Attend:
 
     @property
     def keys(self) -> int:
-        """The number of the host's keys, cached keys included. They are the last keys that the edit receives."""
+        """The number of the host's keys, cached keys included. They are the last keys that the edit (an operator inside
+        attention) receives."""
         return self._host.keys
 
     def among(self, start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:
 
 
 def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
-    """Returns the host's attention wrapped by the edits, the first edit innermost."""
+    """Returns the host's attention wrapped by the edits (operators inside attention), the first edit innermost."""
     compute: Compute = host
     for mount in mounts:
         operator = mount.operator
@@ -249,8 +250,8 @@ def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
 def run_edits(
     edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the output ``[batch, heads, queries, value_dim]`` of the host's attention with edits, and the attention
-    weights or None. With a route, each row gets only the edits of its injection.
+    """Returns the output ``[batch, heads, queries, value_dim]`` of the host's attention with edits (operators inside
+    attention), and the attention weights or None. With a route, each row gets only the edits of its injection.
 
     Raises:
         UnsupportedSite: the sizes of the tensors differ from those of the site.

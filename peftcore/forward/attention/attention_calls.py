@@ -53,8 +53,8 @@ class AttentionCalls(Protocol):
 
 
 def calls_of(module: nn.Module) -> AttentionCalls | None:
-    """Returns how a module calls its attention function, determined from the module's code; None if edits cannot be
-    called."""
+    """Returns how a module calls its attention function, determined from the module's code; None if edits (operators
+    inside attention) cannot be called."""
     if plain_class(module).forward is nn.MultiheadAttention.forward:
         return MultiheadCalls()
     names = {name for code in _codes(module) for name in code.co_names}
@@ -96,7 +96,7 @@ class TorchCalls:
 
     def prepare(self) -> None:
         """Create the class of the module's views. A new class is needed because torch.compile treats modules of
-        diffusers' classes as single operations, in which edits cannot act."""
+        diffusers' classes as single operations, in which edits (operators inside attention) cannot act."""
         plain: Any = self.plain
         self.view_class = _traced(plain)
 
@@ -105,7 +105,8 @@ class TorchCalls:
         return {"fused_attn": True}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the forward, in which edits replace `F.scaled_dot_product_attention`.
+        """Returns the output of the forward, in which edits (operators inside attention) replace
+        `F.scaled_dot_product_attention`.
 
         Raises:
             UnsupportedSite: the forward did not call `F.scaled_dot_product_attention` exactly once.
@@ -131,7 +132,7 @@ _SDPA = F.scaled_dot_product_attention
 
 
 class _SeesAttention(TorchFunctionMode):
-    """Torch function mode that runs edits in place of `F.scaled_dot_product_attention`."""
+    """Torch function mode that runs edits (operators inside attention) in place of `F.scaled_dot_product_attention`."""
 
     def __init__(self, module: nn.Module, edits: Edits) -> None:
         super().__init__()

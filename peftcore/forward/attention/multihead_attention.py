@@ -34,7 +34,7 @@ class MultiheadCalls:
             )
 
     def prepare(self) -> None:
-        """Does nothing: these edits need no preparation."""
+        """Does nothing: these edits (operators inside attention) need no preparation."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns an empty mapping: the view keeps all attributes."""

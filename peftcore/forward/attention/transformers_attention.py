@@ -22,7 +22,7 @@ from peftcore.forward.state.slot import Edits
 from peftcore.layers.layer import plain_class
 
 SUPPORTED = ("eager", "sdpa")
-"""The attention implementations that edits support. Both accept any mask."""
+"""The attention implementations that edits (operators inside attention) support. Both accept any mask."""
 _PER_KEY_INDICES = {"indices", "block_indices"}
 """Arguments by which an attention selects keys by position. Added keys would shift these positions."""
 _DETOURS = ("reorder_and_upcast_attn",)
@@ -46,7 +46,8 @@ class TransformersCalls:
         return cls(forward.__globals__[name])
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite for implementations and options that edits do not support."""
+        """Raise UnsupportedSite for implementations and options that edits (operators inside attention) do not
+        support."""
         implementation_of(module.config)
         constants = inspect.unwrap(plain_class(module).forward).__code__.co_consts
         named = {name for each in constants for name in (each if isinstance(each, tuple) else (each,))}
@@ -81,7 +82,8 @@ class TransformersCalls:
 
 
 def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
-    """Returns peftcore's attention function, which runs edits around one of transformers' implementations."""
+    """Returns peftcore's attention function, which runs edits (operators inside attention) around one of transformers'
+    implementations."""
 
     def attention(
         module: nn.Module,
@@ -126,7 +128,7 @@ def implementation_of(config: Any) -> str:
     """Returns the name of the attention implementation in a config.
 
     Raises:
-        UnsupportedSite: edits do not support this implementation.
+        UnsupportedSite: edits (operators inside attention) do not support this implementation.
     """
     name: str = config._attn_implementation or "eager"
     if name not in SUPPORTED:

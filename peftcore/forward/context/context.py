@@ -48,7 +48,7 @@ class _Threads(threading.local):
         self.calls: list[ForwardContext] = []
         self.calm: ForwardContext | None = None
         """The running forward of a host whose choice of active adapters has not changed since it began, so that modules
-        need not determine it again. None if they must."""
+        need not determine it again. None if they have to."""
         self.traced: tuple[object, Choice] | None = None
         """The choice of active adapters of the running call (`using`), with the `Choices` of its host. Read by code
         that torch.compile traces."""
@@ -398,8 +398,8 @@ class ForwardContext:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context manager for running a module on other inputs than the model's, such as a prompt. Taps and losses that
-        this run changes are restored afterwards."""
+        """Context manager for running a module on other inputs than the model's, such as a prompt. Losses and values of
+        taps that this run changes are restored afterwards."""
         taps, losses = [*self.taps], [*self.losses]
         try:
             yield

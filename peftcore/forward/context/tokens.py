@@ -143,8 +143,8 @@ class Tokens:
         return since
 
     def _are_of(self, prompt: Prompt) -> bool:
-        """Whether the ids of this forward match the prompt up to its end, and the tokens in the cache belong to the
-        prompt too."""
+        """Whether the ids of this forward and the tokens in the cache belong to the prompt. Ids after the end of the
+        prompt are not compared."""
         start = self.held - prompt.begin
         if self.ids is None or not self.counted or start < 0 or self.batch % len(prompt.ids):
             return False

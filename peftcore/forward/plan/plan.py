@@ -34,8 +34,8 @@ class ActivationForm:
 
     @classmethod
     def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
-        """Returns the activation form of a mount. None if the operator does not define one, or if its tensor is not the
-        weight of a linear layer that is called."""
+        """Returns the activation form of a mount, which wraps the forward instead of changing the weight. None if the
+        operator does not define one, or if its tensor is not the weight of a linear layer that is called."""
         operator = mount.operator
         called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
         if not called or not isinstance(operator, WeightOperator):
@@ -57,7 +57,7 @@ class ActivationForm:
             return self.operator.prepare(HeldSlices(self.mount, module))
 
     def around(self, call: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
-        """Returns the forward `call`, wrapped in the operator's activation form."""
+        """Returns the forward `call`, wrapped in the operator, so that the operator does not change the weight."""
 
         def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
             return self.operator.activation_form(inner, x, prepared)
@@ -89,9 +89,10 @@ class ActivePlan:
     packed: bool = False
     """Whether a tensor that the operators act on is quantized, so that each effective tensor is a dense copy."""
     view_class: type[nn.Module] | None = None
-    """The class whose forward runs with the effective tensors; None for the module's own class."""
+    """The class whose forward runs with the tensors that operators have changed; None for the module's own class."""
     activation_form: ActivationForm | None = None
-    """The activation form of the only mount that acts on tensors, if it has one."""
+    """The activation form of the only mount that acts on tensors, if it has one. It wraps the forward instead of
+    changing a tensor."""
     linear_only: bool = True
     """Whether the module only multiplies by the tensors that the operators change, once by each."""
     product: Layer | None = None
@@ -107,7 +108,8 @@ class ActivePlan:
         return tuple([effect.mount for _, effects in self.effects for effect in effects])
 
     def is_cast(self, module: nn.Module) -> bool:
-        """Whether autocast casts the effective tensors, so that the module saves the cast copies for backward."""
+        """Whether autocast casts the tensors that operators have changed, so that the module saves the cast copies for
+        backward."""
         likes = (each[0].mount.layer.like(module, path) for path, each in self.effects)
         return any(
             autocasts(like.device.type) and torch.get_autocast_dtype(like.device.type) is not like.dtype
@@ -115,7 +117,8 @@ class ActivePlan:
         )
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """Returns the effective tensors by path below the module, computed in the precision of the operators."""
+        """Returns the effective tensors (changed by the operators) by path below the module, computed in the precision
+        of the operators."""
         return {path: make() for path, make in self.makes(module).items()}
 
     def factors(self, module: nn.Module) -> Mapping[str, Pair] | None:
@@ -129,7 +132,8 @@ class ActivePlan:
         return found or None
 
     def lazy_weights(self, module: nn.Module, factors: Mapping[str, Pair], made: Made) -> dict[str, Tensor | None]:
-        """Returns lazy weights in place of effective tensors. If one is read, `made` returns the effective tensor."""
+        """Returns lazy weights, which represent W + BA without computing it, by path. If the values of one are read,
+        `made` computes them."""
         found: dict[str, Tensor | None] = {}
         for path, effects in self.effects:
             layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
@@ -139,7 +143,7 @@ class ActivePlan:
         return found
 
     def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
-        """Returns, for each changed tensor by path, a function that computes the effective tensor."""
+        """Returns, for each changed tensor by path, a function that computes its value with all operators applied."""
         return {path: functools.partial(_make, module, path, each) for path, each in self.effects}
 
 

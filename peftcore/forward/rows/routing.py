@@ -58,7 +58,7 @@ class OneForward:
         return output
 
     def changed(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output for other inputs than those of the first call.
+        """Returns the output for inputs that differ from those of the first call.
 
         Raises:
             RouteError: the module has submodules.

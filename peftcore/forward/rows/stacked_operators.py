@@ -28,7 +28,8 @@ Inner = Callable[[ActivePlan], Callable[..., Any]]
 
 
 Form = Callable[[ActivePlan], ActivationForm | None]
-"""A function that returns the activation form of a plan for the current rows; None if the plan acts on the weight."""
+"""A function that returns the activation form of a plan for the current rows (an operator on activations instead of the
+weight). None if the plan acts on the weight."""
 Prepare = Callable[[ActivationForm], Any]
 """A function that returns the prepared values of an activation form: a tensor, a tuple of tensors, or None."""
 
@@ -71,8 +72,8 @@ def as_one(
         module: the module, which is called with one tensor.
         x: the input ``[rows, ...]``: the rows of the first adapter, then those of the next, and so on.
         bare: the forward of the base model for these rows.
-        inner: returns the forward with effective tensors.
-        form: returns the activation form of a plan.
+        inner: returns the forward with the tensors that the operators of a plan have changed.
+        form: returns the activation form of a plan: an operator on activations instead of the weight.
         prepare: returns the prepared values of an activation form. It is called for each adapter separately, since it
             reads a weight.
     """

@@ -48,8 +48,8 @@ class Rows(NamedTuple):
     states: Tensor
     """``[batch, rows, width]``."""
     behind: Tensor | None
-    """``[batch]``: the number of padding columns before the rows. In the output without the rows, it is the column of
-    the first token. None if the rows are first."""
+    """``[batch]``: the number of padding columns before the soft-prompt rows. In the output without the rows, it is the
+    column of the first token. None if the rows are first."""
 
 
 @dataclass(eq=False)
@@ -59,23 +59,23 @@ class Nest:
 
     path: str
     given: Mapping[str, Any]
-    """The user's mask and cache, as the stack received them."""
+    """The user's mask and cache, as the stack of blocks received them."""
     depths: set[int]
     """The numbers of the blocks for which `keys` is computed."""
     edits: dict[str, Order] = field(default_factory=dict)
-    """For each edit, the positions of its rows in the input of the next inner edit. The key is the stamp of the
-    operator, a unique string."""
+    """For each edit (an operator that inserts rows), the positions of its rows in the input of the next inner edit. The
+    key is the stamp of the operator, a unique string."""
     asking: Tensor = field(default_factory=lambda: torch.empty(0))
     """``[queries]``: the positions of this forward's queries in the full sequence of the blocks, which includes all
     rows."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """For each block number, the positions of the attention keys ``[keys]``."""
     made: set[tuple[str, int]] = field(default_factory=set)
-    """The rows that this run has already computed, as (stamp, number of the block)."""
+    """The soft-prompt rows that this run has already computed, as (stamp of the operator, number of the block)."""
 
     def enter(self, stamp: str, order: Order, queries: Tensor, cache: SequenceCacheView) -> None:
-        """Record an edit, and compute the positions of queries and keys with its rows included. `queries` contains the
-        positions of this forward."""
+        """Record an edit (an operator that inserts rows), and compute the positions of queries and keys with its rows
+        included. `queries` contains the positions of this forward."""
         self.edits[stamp] = order
         self.asking = queries + cache.past
         for depth in self.depths:
@@ -126,17 +126,18 @@ class SequenceOperator(Operator):
         self.entering = Tap()  # where the rows stand that enter with this forward; None where a cache has them
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns the rows to insert before embedded tokens ``[batch, tokens, width]``. The shape is ``[length,
-        width]``, or ``[batch, length, width]`` if each sequence has different rows."""
+        """Returns the soft-prompt rows to insert before embedded tokens ``[batch, tokens, width]``. The shape is
+        ``[length, width]``, or ``[batch, length, width]`` if each sequence has different rows."""
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the function that wraps the forward of `module`. `form` names the module's part in the stack."""
+        """Returns the function that wraps the forward of `module`. `form` names the module's part in the stack of
+        blocks."""
         acts = {FORM: self._around, ENTRY: self._embed, BODY: self._leave, READER: self._read}
         return functools.partial(acts[form], module)
 
     def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the stack with changed arguments, and remove the rows from its output."""
+        """Run the stack of blocks with changed arguments, and remove the soft-prompt rows from its output."""
         given = self._bind(FORM, args, kwargs)
         run = self._run if self.stack.entry == self.stack.path else self._wrap
         try:
@@ -145,7 +146,7 @@ class SequenceOperator(Operator):
             self.entering.take()
 
     def _run(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run a stack that accepts embeddings instead of ids."""
+        """Run a stack of blocks that accepts embeddings instead of ids."""
         key = next((name for name in CACHES if given.get(name) is not None), None)
         cache = opened(given.get(key) if key else None, self.stamp, self.length)
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
@@ -174,8 +175,8 @@ class SequenceOperator(Operator):
         return _along(output, order.dropped, whole, batch)
 
     def _wrap(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run a stack in which an inner module accepts the embeddings. Extends the mask, and removes the rows from the
-        output."""
+        """Run a stack of blocks in which an inner module accepts the embeddings. Extends the mask, and removes the
+        soft-prompt rows from the output."""
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
         order = self._order(given.get(MASK), batch, tokens)
         self.entering.put(order)
@@ -183,7 +184,7 @@ class SequenceOperator(Operator):
         return _along(call(**given), order.dropped, tokens + self.length, batch)
 
     def _embed(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the inner module of a stack that accepts the embeddings."""
+        """Run the inner module of a stack of blocks that accepts the embeddings."""
         given, order = self._bind(ENTRY, args, kwargs), self.entering.get() or Order(self.length)
         if self.behind:
             return order.put(self._with_rows(call(**given)))
@@ -191,7 +192,7 @@ class SequenceOperator(Operator):
         return call(**given)
 
     def _begin(self, given: dict[str, Any], order: Order, cache: SequenceCacheView) -> None:
-        """Record the arguments of a stack before they are changed."""
+        """Record the arguments of a stack of blocks before they are changed."""
         nest = NEST.get()
         if nest is not None and nest.path == self.stack.path:
             like = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]
@@ -212,7 +213,7 @@ class SequenceOperator(Operator):
             given[MASK] = front.extend(given[MASK], tokens)
 
     def _put_rows_in(self, module: nn.Module, given: dict[str, Any], order: Order, tokens: int) -> None:
-        """Embed the ids, and insert the rows before the tokens."""
+        """Embed the ids, and insert the soft-prompt rows before the tokens."""
         _refuse_unknown(given, tokens)
         ids, embeds = given.get(IDS), given.get(EMBEDS)
         if embeds is None:
@@ -234,7 +235,7 @@ class SequenceOperator(Operator):
             self.stack.check_positions(self.length, past - self.length + tokens, places)
 
     def _with_rows(self, embeds: Tensor) -> Tensor:
-        """Returns embeddings with the rows before them."""
+        """Returns embeddings with the soft-prompt rows before them."""
         rows = self.rows(embeds)
         self.check_here(rows, embeds)
         if rows.shape[-2:] != (self.length, embeds.shape[-1]):
@@ -246,8 +247,8 @@ class SequenceOperator(Operator):
         return torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
 
     def _shifted(self, given: Mapping[str, Any], order: Order, enter: bool) -> dict[str, Any]:
-        """Returns the changed arguments that count or describe tokens, extended for the rows. The positions of the rows
-        start at the position of the first token, and the positions of the tokens continue after them."""
+        """Returns the changed arguments that count or describe tokens, extended for the soft-prompt rows. The positions
+        of the rows start at the position of the first token, and the positions of the tokens continue after them."""
         count = self.length
         changed = {name: given[name] + count for name in (POSITIONS, STEPS) if given.get(name) is not None}
         if not enter:
@@ -267,14 +268,16 @@ class SequenceOperator(Operator):
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module after the last block, and remove the rows from its output. For stacks that pool afterwards."""
+        """Run the module after the last block, and remove the soft-prompt rows from its output. For stacks that pool
+        afterwards."""
         given = self._bind(BODY, args, kwargs)
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
         order, output = self.entering.get(), call(*args, **kwargs)
         return output if order is None else _along(output, order.dropped, _rows_of(output), len(hidden))
 
     def _read(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a decoder that attends to this stack's output: its mask of that output gets columns for the rows."""
+        """Run a decoder that attends to this stack's output: its mask of that output gets columns for the soft-prompt
+        rows."""
         given = self._bind(READER, args, kwargs)
         mask, memory = given.get(MEMORY_MASK), given.get(MEMORY)
         if mask is not None and memory is not None:
@@ -291,19 +294,19 @@ class SequenceOperator(Operator):
         return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
 
     def _order(self, mask: Any, batch: int, tokens: int) -> Order:
-        """Returns the positions of the rows that are inserted in this forward."""
+        """Returns the positions of the soft-prompt rows that are inserted in this forward."""
         return Order(self.length, padding_before(mask, batch, tokens), tokens)
 
     def _table(self, module: nn.Module) -> nn.Module:
         """Returns the current token table, which may have been resized (replaced) after the adapter was applied.
-        `module` is the stack or its embeddings."""
+        `module` is the stack of blocks or its embeddings."""
         below = self.stack.entry[len(self.stack.path) :].lstrip(".")
         return module.get_submodule(self.stack.table.removeprefix(f"{below}."))
 
 
 def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
-    """Raise SequenceError if an unknown argument has one entry per token, because the entries for the rows are not
-    known."""
+    """Raise SequenceError if an unknown argument has one entry per token, because the entries for the soft-prompt rows
+    are not known."""
     for name, value in given.items():
         along = isinstance(value, Tensor) and name not in KNOWN and value.dim() > 1 and value.shape[1] == tokens
         if along or (name in PACKING and value is not None):
@@ -324,8 +327,8 @@ def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def _check(output: Any, whole: int | None, tokens: int) -> None:
-    """Check the length of the output. It must equal `whole`, the length with the rows. If `whole` is None, an inner
-    module has already removed the rows, so the output has at most `tokens` positions."""
+    """Check the length of the output. It must equal `whole`, the length with the soft-prompt rows. If `whole` is None,
+    an inner module has already removed the rows, so the output has at most `tokens` positions."""
     rows = _rows_of(output)
     if rows > tokens if whole is None else rows != whole:
         raise SequenceError(

@@ -21,7 +21,8 @@ from peftcore.errors import SequenceError
 from peftcore.forward.sequence.sequence_order import Order
 
 Rows = tuple[tuple[str, Order], ...]
-"""The edits whose rows a cache contains, the outermost last: (stamp of the operator, positions of the rows)."""
+"""The edits whose rows a cache contains, the outermost last: (stamp of the operator, positions of the soft-prompt
+rows)."""
 
 
 class Marked:
@@ -64,7 +65,8 @@ class Marked:
         self._follow(lambda before: before.repeat_interleave(repeats))
 
     def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Update the positions of the rows after the sequences of the cache were reordered, selected or repeated."""
+        """Update the positions of the soft-prompt rows after the sequences of the cache were reordered, selected or
+        repeated."""
         self.rows = tuple((stamp, order.changed(change)) for stamp, order in self.rows)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,28 +171,29 @@ class SequenceCacheView:
     """A cache in one forward, as one sequence edit (a soft prompt) uses it."""
 
     given: Any
-    """The cache that the edit receives: from the user, or from another edit around this one. None if the cache is still
-    to be created."""
+    """The cache that the edit (an operator that inserts rows) receives: from the user, or from another edit around this
+    one. None if the cache is still to be created."""
     inner: Any
-    """The cache that the stack receives. It counts the rows of this edit too."""
+    """The cache that the stack of blocks receives. It counts the soft-prompt rows of this edit (an operator that
+    inserts rows) too."""
     held: bool
-    """Whether the rows are in the cache already; otherwise this forward adds them."""
+    """Whether the soft-prompt rows are in the cache already; otherwise this forward adds them."""
 
     @property
     def order(self) -> Order:
-        """The positions of the rows in the cache."""
+        """The positions of the soft-prompt rows in the cache."""
         return _rows(self_attention_cache(self.given))[-1][1]
 
     def counts_places(self, positions: Tensor | None) -> bool:
-        """Whether masked positions between two tokens change the result. They do if the stack has windows or recurrent
-        layers, or if `positions` is None."""
+        """Whether masked positions between two tokens change the result. They do if the stack of blocks has windows or
+        recurrent layers, or if `positions` is None."""
         own = self_attention_cache(self.inner)
         return positions is None or any(own.is_sliding) or any(own.is_linear)
 
     @property
     def past(self) -> Any:
-        """The number of tokens in the cache, including the rows of this edit. It is an int, or a tensor for static
-        caches."""
+        """The number of tokens in the cache, including the soft-prompt rows of this edit (an operator that inserts
+        rows). It is an int, or a tensor for static caches."""
         return 0 if self.inner is None else self_attention_cache(self.inner).get_seq_length()
 
     def sizes(self, queries: int, sliding: bool) -> tuple[int, int]:
@@ -202,7 +205,7 @@ class SequenceCacheView:
         return length, offset
 
     def mark(self, mark: tuple[str, Order]) -> None:
-        """Mark the user's cache, after the forward has filled it with the rows."""
+        """Mark the user's cache, after the forward has filled it with the soft-prompt rows."""
         if self.given is None or self.held or not is_filled(self.inner):
             return
         own, inner = self_attention_cache(self.given), self_attention_cache(self.inner)
@@ -210,7 +213,8 @@ class SequenceCacheView:
         own.__class__ = _marked_class(type(own))
 
     def abandon(self, count: int) -> None:
-        """Remove the capacity that was added for the rows, if a forward failed before it filled the cache."""
+        """Remove the capacity that was added for the soft-prompt rows, if a forward failed before it filled the
+        cache."""
         grew = self.given is not None and not self.held and "grown" in self_attention_cache(self.inner).__dict__
         if grew and not is_filled(self.given):
             _grow(self_attention_cache(self.given), -count)
@@ -227,11 +231,11 @@ class SequenceCacheView:
 
 
 def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
-    """Returns the view of a cache for one forward, given the stamp (the operator's identity) and the number of rows of
-    an edit.
+    """Returns the view of a cache for one forward, given the stamp (identity) of an edit, which is an operator that
+    inserts rows, and the number of its rows.
 
     Raises:
-        SequenceError: the cache was filled without the rows of the active edit, or with other rows.
+        SequenceError: the cache was filled without the soft-prompt rows of the active edit, or with other rows.
     """
     if cache is None:
         return SequenceCacheView(None, None, held=False)

@@ -1,4 +1,4 @@
-"""Rows of a soft prompt that are computed inside a stack: at one block, or again at several blocks.
+"""Rows of a soft prompt that are computed inside a stack of blocks: at one block, or again at several blocks.
 
 The rows are in the sequence from the first block on (see `peftcore.forward.sequence.sequence`), so masks, positions and
 all layers of a cache have the same columns. Before the first block that computes rows, they are zeros, and the
@@ -66,13 +66,13 @@ class InnerSite(SequenceSite):
 
 
 def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
-    """Returns how many blocks a stack has."""
+    """Returns the number of blocks in a stack (a module that embeds token ids and runs the blocks)."""
     return len(_blocks(site, resolver))
 
 
 def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counted: bool = False) -> InnerSite:
-    """Returns the site for a stack in which the blocks with the given numbers compute rows. With `counted`, the
-    positions of the tokens continue after the rows.
+    """Returns the site for a stack of blocks in which the blocks with the given numbers compute rows. With `counted`,
+    the positions of the tokens continue after the soft-prompt rows.
 
     Raises:
         UnsupportedSite: a block does not exist, receives tokens as the first dimension, or runs several times in a
@@ -174,8 +174,8 @@ def _check_kinds(site: SequenceSite, first: int) -> None:
 
 
 def _adds_positions(site: SequenceSite, resolver: Resolver, blocks: Sequence[str]) -> bool:
-    """Whether the stack adds positions to embeddings. Raises UnsupportedSite if it does so without a `position_ids`
-    argument, or in an unknown way."""
+    """Whether the stack of blocks adds positions to embeddings. Raises UnsupportedSite if it does so without a
+    `position_ids` argument, or in an unknown way."""
     name = site.module_path or "the host"
     tops = tuple(f"{block}." for block in blocks)
     tables = [entry for entry in resolver.host.entries if entry.role == "embed.pos" and _within(entry.path, site)]
@@ -206,16 +206,16 @@ def _is_table(resolver: Resolver, entry: HostEntry) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """The positions of one edit's rows (the rows of one soft prompt) in one forward of a stack."""
+    """The positions of one edit's rows (the rows of one soft prompt) in one forward of a stack of blocks."""
 
     nest: Nest
     stamp: str
     enter: bool
-    """Whether this forward inserts the rows; otherwise the cache contains them."""
+    """Whether this forward inserts the soft-prompt rows; otherwise the cache contains them."""
 
     def hidden(self, depth: int) -> Tensor:
         """Returns the mask ``[batch or 1, 1, queries, keys]`` for the attention of a block, True where a key is hidden.
-        Tokens do not see the rows, but the rows see each other."""
+        Tokens do not see the soft-prompt rows, but the rows see each other."""
         keys = self.nest.rows_among(self.stamp, self.nest.keys[depth])
         others = ~self.nest.rows_among(self.stamp, self.nest.asking)
         return keys[:, None, None, :] & others[:, None, :, None]
@@ -246,7 +246,8 @@ class Standing:
 
 
 class InnerRows(SequenceOperator):
-    """Base class of operators whose rows are computed at blocks of a stack. Subclasses define `rows_at`."""
+    """Base class of operators whose soft-prompt rows are computed at inner blocks of a model. Subclasses define
+    `rows_at`."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         if not isinstance(site, InnerSite):
@@ -260,8 +261,8 @@ class InnerRows(SequenceOperator):
         self.standing = Tap(until_backward=True)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Returns the rows that the block with number `depth` receives: ``[length, width]``, or ``[batch, length,
-        width]``.
+        """Returns the soft-prompt rows that the block with number `depth` receives: ``[length, width]``, or ``[batch,
+        length, width]``.
 
         Args:
             depth: the number of the block.
@@ -273,11 +274,11 @@ class InnerRows(SequenceOperator):
         raise NotImplementedError
 
     def going_on(self, depth: int, states: Tensor, given: Mapping[str, Any]) -> None:
-        """Called instead of `rows_at` if a cache already contains the rows. `states` are the new tokens before the
-        block. Override it if the rows would depend on these tokens."""
+        """Called instead of `rows_at` if a cache already contains the soft-prompt rows. `states` are the new tokens
+        before the block. Override it if the rows would depend on these tokens."""
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns zeros, which are the rows until the first block that computes rows."""
+        """Returns zeros, the values of the soft-prompt rows before the first block that computes rows."""
         return embeds.new_zeros(self.length, embeds.shape[-1])
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -308,7 +309,8 @@ class InnerRows(SequenceOperator):
             self._say_positions(given, like, cache)
 
     def _say_positions(self, given: dict[str, Any], like: Tensor, cache: SequenceCacheView) -> None:
-        """Set the positions of the tokens if the user passes none, because the stack would count the rows too."""
+        """Set the positions of the tokens if the user passes none, because the stack of blocks would count the
+        soft-prompt rows too."""
         if (told := given.get(POSITIONS)) is not None and not cache.held:
             refuse_packing(told if told.dim() > 1 else told[None], given)
         if given.get(MASK) is None and not cache.held:
@@ -366,7 +368,7 @@ class InnerRows(SequenceOperator):
 
 
 class Unseen(AttentionOperator):
-    """Hides the rows from the tokens, in one attention before the first block that computes rows."""
+    """Hides the soft-prompt rows from the tokens, in one attention before the first block that computes rows."""
 
     def __init__(self, site: AttentionSite, depth: int, standing: Tap) -> None:
         super().__init__(site)

@@ -36,7 +36,7 @@ def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
 
     Args:
         mask: the host's mask ``[batch, keys]`` or ``[batch, heads, queries, keys]``, or a mapping of masks.
-        batch: the number of sequences in the forward that inserts the rows.
+        batch: the number of sequences in the forward that inserts the soft-prompt rows.
         tokens: the number of tokens in that forward.
     """
     if isinstance(mask, Mapping):
@@ -61,14 +61,14 @@ class Front:
 
     module: nn.Module
     order: Order
-    """The positions of the rows."""
+    """The positions of the soft-prompt rows."""
     enter: bool
-    """Whether this forward inserts the rows; otherwise the cache contains them."""
+    """Whether this forward inserts the soft-prompt rows; otherwise the cache contains them."""
     causal: bool
     cache: SequenceCacheView
 
     def extend(self, mask: Any, queries: int) -> Any:
-        """Returns the mask with columns for the rows; `queries` is the number of tokens in this forward.
+        """Returns the mask with columns for the soft-prompt rows; `queries` is the number of tokens in this forward.
 
         Raises:
             SequenceError: the mask is of a kind that cannot be extended.
@@ -84,8 +84,8 @@ class Front:
         return self.order.count
 
     def refuse_late_padding(self, mask: Any, queries: int) -> None:
-        """Raise an error if padding follows the rows. This can happen if a prompt is prefilled in chunks: the first
-        chunk of a short sequence is only padding, and the next chunk begins with more padding.
+        """Raise an error if padding follows the soft-prompt rows. This can happen if a prompt is prefilled in chunks:
+        the first chunk of a short sequence is only padding, and the next chunk begins with more padding.
 
         Raises:
             SequenceError: a sequence has padding after the rows.

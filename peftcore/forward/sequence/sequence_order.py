@@ -20,15 +20,15 @@ from torch import Tensor
 class Order:
     """The positions of `count` rows in the sequences of a batch.
 
-    In *joined* tensors the rows are before the padding, in *ordered* tensors between padding and tokens.
+    In *joined* tensors the soft-prompt rows are before the padding, in *ordered* tensors between padding and tokens.
     """
 
     count: int
     before: Tensor | None = None
-    """The number of padding positions before the rows, ``[batch]``; None if padding is not known. Then the rows are
-    first."""
+    """The number of padding positions before the soft-prompt rows, ``[batch]``; None if padding is not known. Then the
+    rows are first."""
     tokens: int = 0
-    """The number of tokens in the forward that inserts the rows, padding included."""
+    """The number of tokens in the forward that inserts the soft-prompt rows, padding included."""
 
     def origin(self, at: Tensor) -> Tensor:
         """Returns the positions in joined sequences (rows first) of entries in ordered sequences (rows after the
@@ -48,7 +48,7 @@ class Order:
         return torch.where((at >= before) & (at < before + self.count), at - before, shifted)
 
     def put(self, joined: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
-        """Returns a tensor with the rows moved from the front to their positions after the padding.
+        """Returns a tensor with the soft-prompt rows moved from the front to their positions after the padding.
 
         Args:
             joined: a tensor in which the rows are first.
@@ -60,20 +60,21 @@ class Order:
         return _taken(joined, self.origin(torch.arange(joined.shape[dim], device=joined.device)), dim, batch)
 
     def joined(self, ordered: Tensor, dim: int = 1) -> Tensor:
-        """Returns a tensor with the rows moved to the front, given a tensor with the rows after the padding."""
+        """Returns a tensor with the soft-prompt rows moved to the front, given a tensor with the rows after the
+        padding."""
         if self.before is None:
             return ordered
         return torch.cat([self.rows(ordered, dim), self.dropped(ordered, dim)], dim)
 
     def rows(self, ordered: Tensor, dim: int = 1) -> Tensor:
-        """Returns only the rows, from a tensor in which they follow the padding."""
+        """Returns only the soft-prompt rows, from a tensor in which they follow the padding."""
         if self.before is None:
             return ordered.narrow(dim, 0, self.count)
         rows = torch.arange(self.count, device=ordered.device) + self.before.to(ordered.device)[:, None]
         return _taken(ordered, rows, dim)
 
     def dropped(self, ordered: Tensor, dim: int = 1) -> Tensor:
-        """Returns a tensor without the rows, given a tensor in which they follow the padding."""
+        """Returns a tensor without the soft-prompt rows, given a tensor in which they follow the padding."""
         rest = ordered.shape[dim] - self.count
         if self.before is None:
             return ordered.narrow(dim, self.count, rest).contiguous()  # heads may want to view it

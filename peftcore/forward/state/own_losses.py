@@ -35,7 +35,7 @@ target modules have run this often on average, the losses of their operators cou
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
-"""Names of the methods about whose lost losses this process has already logged a warning."""
+"""Names of the methods for which this process has already logged that losses were left out of training."""
 
 Fate = Literal["wait", "waited", "lost"]
 Entry = tuple[str, Tensor]

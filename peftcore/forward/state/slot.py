@@ -73,8 +73,8 @@ class Slot:
         return open_cache(self.state)
 
     def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-        """Returns the effective tensors. If a cache is open, they are stored in it, so that decoding does not compute
-        every weight again."""
+        """Returns the effective tensors (changed by the operators). If a cache is open, they are stored in it, so that
+        decoding does not compute every weight again."""
         made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
@@ -85,7 +85,8 @@ class Slot:
         return made
 
     def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
-        """Returns a function that returns one effective tensor, and stores it in the open cache, if there is one."""
+        """Returns a function that returns one effective tensor (changed by the operators). If a cache is open, it is
+        stored there."""
         return lambda path, make: self._cached(("effective", path), module, acting, make)
 
     def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
@@ -96,8 +97,8 @@ class Slot:
         return cache.get((self, what), self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
-        """Returns the result of an operator's `prepare` for its activation form. If a cache is open, it is stored
-        there."""
+        """Returns the result of an operator's `prepare` for its activation form (on activations instead of the weight).
+        If a cache is open, it is stored there."""
         cache = self.cache
         if cache is None:
             return activation_form.prepare(module)

@@ -30,8 +30,8 @@ ALIGNED = 16
 
 
 class _Whole:
-    """Computes the effective tensor when it is first read. Later reads return the same tensor, because a module may
-    have changed it in place."""
+    """Computes the effective tensor W + BA when it is first read. Later reads return the same tensor, because a module
+    may have changed it in place."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
@@ -84,14 +84,14 @@ class _Parts:
 
 
 class LowRankUpdatedWeight(Tensor):
-    """A lazy weight. It has the shape, dtype and device of the effective tensor, but no storage. Code that reads its
-    values gets those of the effective tensor, or an error."""
+    """A lazy weight: it represents W + BA without computing the sum. It has the shape, dtype and device of the sum, but
+    lacks storage. Code that reads its values gets those of the sum, or an error."""
 
     parts: _Parts
 
     @staticmethod
     def of(parts: _Parts) -> LowRankUpdatedWeight:
-        """Returns a lazy weight. Gradients of the effective tensor flow through it too."""
+        """Returns a lazy weight for the given parts. Gradients of the sum W + BA flow through it too."""
         tensors = parts.weight, parts.left, parts.right
         made: Any = apply(_Gradient, *tensors) if torch.is_grad_enabled() else _stand_in_for(parts.weight)
         made.parts = parts
@@ -99,7 +99,7 @@ class LowRankUpdatedWeight(Tensor):
         return lazy_weight
 
     def effective(self) -> Tensor:
-        """Returns the effective tensor."""
+        """Returns the effective tensor W + BA."""
         return self.parts.view(self.parts.whole())
 
     @classmethod
@@ -126,8 +126,8 @@ class LowRankUpdatedWeight(Tensor):
 
 
 class _Gradient(torch.autograd.Function):
-    """Autograd function that makes a lazy weight. Functions with a custom backward may use the lazy weight and return
-    the gradient of the effective tensor."""
+    """Autograd function that makes a lazy weight (a stand-in for W + BA). Functions with a custom backward may use the
+    lazy weight and return the gradient of the effective tensor."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ def lazy_weight(stored: Tensor | None, layer: Layer, factors: Pair, make: Callab
 
 
 def _open(lazy_weight: Any, *others: Any) -> _Parts | None:
-    """Returns the parts of a lazy weight, so that products can use them. None if the effective tensor was already
-    computed, or if another argument is a lazy weight too."""
+    """Returns the parts of a lazy weight (a stand-in for W + BA), so that products can use them. None if the effective
+    tensor was already computed, or if another argument is a lazy weight too."""
     if type(lazy_weight) is not LowRankUpdatedWeight or any(type(other) is LowRankUpdatedWeight for other in others):
         return None
     return None if lazy_weight.parts.whole.tensor is not None else lazy_weight.parts

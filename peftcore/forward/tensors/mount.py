@@ -28,7 +28,7 @@ class Mount:
     slices: Slices | None = None
 
     def effective(self, stored: Tensor | None, like: Tensor, runs: bool = False) -> Tensor:
-        """Returns the effective tensor, in storage layout.
+        """Returns the tensor with this operator's change, in storage layout.
 
         Args:
             stored: the tensor as stored; None if the host lacks it.
@@ -52,8 +52,8 @@ class Mount:
         return self.layer.stored(put(logical, part, self.slices, self.layer.batch_dims))
 
     def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """Returns the effective bias for the weight that `effective` returns. `weight` is a function that returns the
-        stored weight."""
+        """Returns the bias with this operator's change. It belongs to the weight that `effective` returns. `weight` is
+        a function that returns the stored weight."""
         dim = self.layer.batch_dims
 
         def logical() -> Tensor:

@@ -48,8 +48,8 @@ class Unwritten:
 
 
 class RecomputedTensors:
-    """Computes effective tensors for a forward. Inside `hooks`, autograd does not save them, and backward computes them
-    again."""
+    """Computes effective tensors (changed by operators) for a forward. Inside `hooks`, autograd does not save them, and
+    backward computes them again."""
 
     def __init__(self, others: Iterable[Tensor], before: Unwritten) -> None:
         """`others` are tensors that are in memory in any case: those of the base and of the operators."""

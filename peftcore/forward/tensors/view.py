@@ -35,8 +35,9 @@ def view(
     attributes: Mapping[str, Any] | None = None,
     cls: type[nn.Module] | None = None,
 ) -> nn.Module:
-    """Returns an object that shares the module's `__dict__`, except for the `effective` tensors and the `attributes`.
-    Its class is `cls`, or the module's plain class. Paths of tensors may contain names of submodules."""
+    """Returns an object that shares the module's `__dict__`, except for the tensors in `effective` and the attributes
+    in `attributes`. Its class is `cls`, or the module's plain class. Paths of tensors may contain names of
+    submodules."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
     parametrized = module._modules.get("parametrizations")
     for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
