@@ -40,7 +40,7 @@ class AttentionCalls(Protocol):
         """The class of the object on which the forward runs (the module's view); None for the module's own class."""
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite if the module's configuration makes it bypass edits."""
+        """Raise UnsupportedSite if the module's configuration makes it bypass edits (operators inside attention)."""
 
     def prepare(self) -> None:
         """Prepare this process for a forward. It is never called while torch.compile traces."""

@@ -30,7 +30,7 @@ class Route:
     index: Tensor
     """``[rows]`` int64: for each row, the position of its injection in `names`; -1 for the base model."""
     copies: int = 1
-    """The maximum number of adjacent rows of the batch for one entry of `index`, such as beams."""
+    """How many adjacent rows of the batch may share one entry of `index`, such as the beams of a prompt."""
     positions: tuple[int, ...] = ()
     """The values of `index` as Python integers, which can be read without synchronizing with the device."""
     since: tuple[int, ...] | None = None
@@ -49,7 +49,7 @@ class Route:
     _last: dict[str, tuple[Any, Route]] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
-        """Whether a batch with this many rows matches the route."""
+        """Whether a batch with this many rows matches the route, with or without copies of each row."""
         return batch in (len(self.index), len(self.index) * self.copies)
 
     def rows(self, count: int, device: torch.device) -> Tensor:

@@ -95,7 +95,7 @@ class Residency:
         return [name for _, name in sorted(found)]
 
     def bytes(self) -> int:
-        """Returns the bytes of the adapter values on the model."""
+        """Returns the total number of bytes of adapter values that are on the model now."""
         with self.lock:
             return sum(record.adapter.bytes() for record in self._records.values() if record.here)
 

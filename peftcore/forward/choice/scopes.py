@@ -29,7 +29,7 @@ _LOCK = threading.RLock()
 """Held while the shared choices change, because garbage collection in another thread may end a block at any time."""
 
 Place = tuple[object, Any]
-"""A thread, and a weak reference to the asyncio task that it runs (or None)."""
+"""A pair of a thread and the asyncio task that it runs: a weak reference, or None outside of tasks."""
 
 
 def running_task() -> Any:
@@ -55,7 +55,7 @@ class ChoiceBlock:
         place: the thread and task in which the block began; None if other threads and tasks cannot see the block.
         open: True until the block ends.
         before: the threads that already ran when the block began. Only threads that started later may run code for the
-            block. None if such threads do not work for the block either.
+            block. None if threads that started later do not run code for it either.
         of_owner: whether the block is in a task of the thread that adapted the model. Then threads that already ran may
             run code for it too.
         calls: whether the block is a call (`using`), which is in use as long as it is open.
@@ -203,9 +203,9 @@ class Choices:
         return self.choice
 
     def _of_a_thread(self) -> Choice:
-        """Returns the choice for a thread that made none. If a task of the owner's thread started this thread in its
-        block, and it cannot run code for any other task, this is the choice of that task; otherwise the shared
-        choice."""
+        """Returns the choice for a thread that made none. If a task of the thread that adapted the model started this
+        thread in its block, and it cannot run code for any other task, this is the choice of that task; otherwise the
+        shared choice."""
         thread = threading.current_thread()
         blocks = [block for each in list(self.own.values()) if (block := each()) is not None]
         employers = [block for block in blocks if block.may_employ(thread)]
@@ -275,9 +275,9 @@ class Choices:
     # ------------------------------------------------------------------------------------------ statements and blocks
 
     def set(self, choice: Choice) -> Statement:
-        """Set a choice of active adapters until the end of the enclosing block or call. In the owner's thread it
-        becomes the shared choice, unless this thread or task already made a choice. In any other thread it applies to
-        that thread."""
+        """Set a choice of active adapters until the end of the enclosing block or call. In the thread that adapted the
+        model, it becomes the shared choice, unless this thread or task already made a choice. In any other thread it
+        applies to that thread."""
         self.host.check_merged(choice)
         residency = self.host.residency
         with self._whole():
@@ -352,9 +352,9 @@ class Choices:
         self._publish()
 
     def open(self, choice: Choice) -> ChoiceBlock:
-        """Set a choice of active adapters until `leave` is called with the returned block. In the owner's thread it
-        becomes the shared choice, unless this thread already made a choice or runs a task. Otherwise it applies only to
-        this thread or task."""
+        """Set a choice of active adapters until `leave` is called with the returned block. In the thread that adapted
+        the model, it becomes the shared choice, unless this thread already made a choice or runs a task. Otherwise it
+        applies only to this thread or task."""
         self.host.check_merged(choice)
         residency = self.host.residency
         with self._whole():
@@ -559,8 +559,8 @@ class Choices:
         self.host.replan()
 
     def saved(self, shared: int = 0) -> tuple[Scopes, Scopes]:
-        """Returns the choices that this thread or task can change, as the argument of `restore`. Outside of the owner's
-        thread, it includes only the first `shared` shared choices, which `forget` may change."""
+        """Returns the choices that this thread or task can change, as the argument of `restore`. In a thread that did
+        not adapt the model, it includes only the first `shared` shared choices, which `forget` may change."""
         return self.own_scopes(), tuple(self.everybody if HERE.token is self.owner else self.everybody[:shared])
 
     def restore(self, saved: tuple[Scopes, Scopes]) -> None:

@@ -20,7 +20,7 @@ from peftcore.forward.context.activation_checkpoints import running
 
 aten: Any = torch.ops.aten
 WIDE = 53
-"""The number of significant bits of a float64, which takes two hashes."""
+"""The number of significant bits of a float64. Two 32-bit hashes are needed for them."""
 
 
 def mixed(seed: int, *parts: object) -> int:

@@ -85,9 +85,9 @@ def _running() -> ForwardContext | None:
 
 
 class OwnRows:
-    """The rows of one injection of a route, while an operator of this injection runs; or the rows of several equal
-    injections that run as one. If a value has one row per row of the batch or of the module's input, the operator
-    receives only these rows of it.
+    """The rows of one injection of a route, while an operator of this injection runs. If several equal injections run
+    as one, their rows. If a value has one row per row of the batch or of the module's input, the operator receives only
+    these rows of it.
 
     Args:
         route: the route.

@@ -35,7 +35,7 @@ MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
 MARKS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
 """Arguments with one entry per token, and the entry that rows of the soft prompt get. In windowed attention with global
-tokens, the rows are global too. Otherwise only the tokens at the beginning of a text would attend to them."""
+tokens, the rows are global too. If they were not, only the tokens at the beginning of a text would attend to them."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})

@@ -26,7 +26,8 @@ rows)."""
 
 
 class Marked:
-    """Mixin of marked caches, placed before the cache class: all counts exclude the rows of soft prompts."""
+    """Mixin for caches that contain soft-prompt rows: all counts exclude these rows. It is placed before the cache
+    class."""
 
     unmarked: type[Any]
     """The class of the cache without the mark."""

@@ -1,7 +1,7 @@
 """Attention masks over a sequence with the rows of a soft prompt.
 
 A mask shows how much padding a sequence has on the left, and therefore the position of the rows. A two-dimensional mask
-marks padding. The stack computes its attention mask from it, so columns of ones are enough for the rows. A
+marks padding. The model computes its attention mask from it, so columns of ones are enough for the rows. A
 four-dimensional mask is passed to the layers directly: `generate` makes it for static caches, multimodal models for
 their images. So it is extended here. It gets a key column for each row. If this forward inserts the rows, it also gets
 a query for each row. Both follow the causality and the window of the layers.

@@ -154,8 +154,8 @@ class HostState:
             check_all_act(model, self.injections, self.unmerged(choice.acting))
 
     def can_go(self) -> bool:
-        """Whether the state of a host without injections can be removed. It cannot if a limit of bytes is set, if
-        another thread or task has an open block, or if a forward runs, whose context the state has to close."""
+        """Whether the state of a host without injections can be removed. Three things prevent this: a limit of bytes,
+        an open block of another thread or task, and a running forward, because the state has to close its context."""
         return self.residency is None and not self.choices.elsewhere() and not self.running
 
     @contextmanager

@@ -293,7 +293,7 @@ def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | f
 
 
 def names_of(state: ModelWithLosses, entries: Iterable[Entry]) -> list[str]:
-    """Returns the names of the methods of the losses, each once."""
+    """Returns the names of the methods to which the losses belong, each once."""
     injections = [state.injections.get(name) for name, _ in entries]
     return list(dict.fromkeys(each.method.name for each in injections if each is not None))
 

@@ -97,8 +97,8 @@ class Slot:
         return cache.get((self, what), self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
-        """Returns the result of an operator's `prepare` for its activation form (on activations instead of the weight).
-        If a cache is open, it is stored there."""
+        """Returns the result of an operator's `prepare`, for an operator that acts on activations instead of the
+        weight. If a cache is open, the result is stored there."""
         cache = self.cache
         if cache is None:
             return activation_form.prepare(module)
@@ -212,7 +212,8 @@ class Slot:
         return around and not (acting.effects or acting.attention)
 
     def check_stack(self, active: Active) -> None:
-        """Check injections that act one after the other: none may override the effect of another on this module.
+        """Check that, of several injections that act one after the other, none overrides the effect of another on this
+        module.
 
         Raises:
             CompositionError: an injection overrides another one.

@@ -52,8 +52,12 @@ class Mount:
         return self.layer.stored(put(logical, part, self.slices, self.layer.batch_dims))
 
     def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """Returns the bias with this operator's change. It belongs to the weight that `effective` returns. `weight` is
-        a function that returns the stored weight."""
+        """Returns the bias as this operator changes it, to match the weight that `effective` returns.
+
+        Args:
+            bias: the bias; None if the host lacks it.
+            weight: a function that returns the stored weight.
+        """
         dim = self.layer.batch_dims
 
         def logical() -> Tensor:
