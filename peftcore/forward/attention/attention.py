@@ -58,8 +58,8 @@ class AttentionOperator(_Base):
         raise NotImplementedError
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns `tensors` in the dtype of `like`, also under autocast, in which elementwise products would have a
-        higher precision."""
+        """Returns `tensors` in the dtype of `like`. This is also so under autocast, since elementwise products would
+        otherwise have a higher precision."""
         return tuple(tensor.to(like.dtype) for tensor in tensors)
 
 

@@ -485,7 +485,7 @@ class Choices:
 
     @staticmethod
     def unchanged() -> AbstractContextManager[object]:
-        """Returns a context manager that keeps other threads from setting choices."""
+        """Returns a context manager that prevents other threads from setting choices of active adapters."""
         return _LOCK
 
     # ----------------------------------------------------------------------------------- injections that come and go

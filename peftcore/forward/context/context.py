@@ -199,9 +199,9 @@ class ForwardContext:
         return self._tokens
 
     def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
-        """Returns a mask of a module's input tokens. In each row, the tokens from a first column on are True. This
-        column is the last occurrence of a sequence of ids, or the one that the user passed in ``peftcore.call(model,
-        since=...)``.
+        """Returns a mask of a module's input tokens. In each row, it is False before a certain column and True from
+        there on. This column is the last occurrence of a sequence of ids, or the one that the user passed in
+        ``peftcore.call(model, since=...)``.
 
         Args:
             sequence: the ids; empty to use only the columns of `since`.

@@ -16,7 +16,7 @@ from peftcore.roles.stacks import cache_in
 
 _TOKENS = ("input_ids", "inputs_embeds")
 OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
-"""Arguments of models with an encoder and a decoder."""
+"""Names of the decoder's arguments in models with an encoder and a decoder."""
 NEVER = torch.iinfo(torch.int64).max
 """The value for the column of a sequence that does not occur."""
 _KEPT = "_peftcore_kept"

@@ -232,11 +232,15 @@ class SequenceCacheView:
 
 
 def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
-    """Returns the view of a cache for one forward, given the stamp (identity) of an edit, which is an operator that
-    inserts rows, and the number of its rows.
+    """Returns the `SequenceCacheView` of a cache, for an operator that inserts soft-prompt rows.
+
+    Args:
+        cache: the cache that the user passed, or None.
+        stamp: the identity of the operator.
+        count: the number of its rows.
 
     Raises:
-        SequenceError: the cache was filled without the soft-prompt rows of the active edit, or with other rows.
+        SequenceError: the cache was filled without the rows of this operator, or with other rows.
     """
     if cache is None:
         return SequenceCacheView(None, None, held=False)
