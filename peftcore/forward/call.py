@@ -101,7 +101,7 @@ class ModuleCall:
         return self.output()
 
     def output(self) -> Any:
-        """Returns the module's output with all operators except the observers."""
+        """Returns the module's output with all operators but the observers."""
         for mount in self.acting.inputs:
             self._change_inputs(mount)
         if self.plan.composition is not None:

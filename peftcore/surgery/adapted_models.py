@@ -2,7 +2,8 @@
 
 A module uses the active adapters and the forward context of a single adapted model. So if two adapted models share a
 module (an actor and a critic on one backbone, or a model and a part of it), only one of them may have operators in this
-module.
+module. One adapted model may be a part of another as long as the operators of the outer model are all outside of the
+inner model.
 """
 
 from __future__ import annotations

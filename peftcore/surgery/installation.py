@@ -158,7 +158,7 @@ def _force_attributes(journal: Journal, surgeon: Surgeon, state: HostState, name
 
 
 def uninstall(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Remove the operators that `install` registered under `name`."""
+    """Remove the operators that `install` put in under `name`."""
     for holder, key, _ in shelves(surgeon):
         _remove(journal, holder, key, name)
     for module in surgeon.resolver.modules.values():

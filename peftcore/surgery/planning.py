@@ -48,7 +48,7 @@ class Plan:
     total: int
     """The number of values in the host. Shared parameters are counted once."""
     bytes: int
-    """The size of the adapter's tensors in its file, in bytes."""
+    """Size of the adapter's tensors in its file, in bytes."""
     host: HostMap
     """The host map that was used."""
     notes: tuple[str, ...] = ()

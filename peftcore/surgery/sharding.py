@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftcore.contract.surgeon_protocol import Surgeon
 
 STATES = 2
-"""The number of values that AdamW stores for each trainable value."""
+"""The number of values that AdamW keeps for each trainable value."""
 
 Units = Mapping[Tensor, str]
 """For each parameter, the path of its block; "" if it is outside of all blocks."""

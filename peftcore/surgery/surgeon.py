@@ -67,7 +67,7 @@ class RecordingSurgeon(Surgeon):
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress("building operators"))
-    """The progress bar, which advances with each operator, since decomposing many weights takes time."""
+    """The progress bar, which advances with each operator: decomposing many weights takes time."""
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
     _replaced: dict[tuple[str | int, Slices | None, str], Replacement] = field(default_factory=dict)
@@ -286,7 +286,7 @@ class RecordingSurgeon(Surgeon):
                     self.ties[graft.key] = tuple(sorted(others))
 
     def with_parts(self) -> Iterator[RecordingSurgeon]:
-        """Yields this surgeon, then the surgeons of the parts of a hybrid method, in order."""
+        """Yields this surgeon, and those of the parts of a hybrid, in their order."""
         yield self
         for part in self.parts.values():
             yield from part.with_parts()
@@ -330,10 +330,10 @@ class RecordingSurgeon(Surgeon):
             self._record(Graft(rows, built, (rows,), False, self.part, adds_rows=True))
 
     def train_wishes(self) -> None:
-        """Record the modules and parameters that the user named in ``train``, by paths or ends of paths.
+        """Record the modules and parameters that the user named in ``train``: paths, or ends of paths.
 
         Raises:
-            TargetError: a name matches nothing, or only modules without parameters.
+            TargetError: a name matches nothing, or nothing that has parameters.
             HostMismatch: a file names a module that the host lacks.
         """
         self._by_method = False

@@ -23,7 +23,7 @@ class RowsSite(Site):
 
     @classmethod
     def of(cls, site: Site) -> RowsSite:
-        """Returns the site for the rows of a table, given the site of the table."""
+        """Returns the site for the rows of a table, given the table's site."""
         return cls(**{**vars(site), "layer": site.layer.as_stored})
 
 

@@ -46,7 +46,7 @@ NUMBER = re.compile(r"\d+")
 
 @dataclass(slots=True, eq=False)
 class Expected:
-    """A site that must run in forwards of the host."""
+    """A site that is expected to run in forwards of the host."""
 
     path: str
     modules: tuple[tuple[Slot, nn.Module], ...]
@@ -84,11 +84,11 @@ class WatchedSites:
         """For each injection that was active: all modules on the paths from the root to its modules, with their
         children at the last check."""
         self.tables: dict[str, list[tuple[Site, torch.Size]]] = {}
-        """The token tables of each injection, with their shapes when it was applied. Resizing changes a table in
+        """The token tables of each injection, with their shapes when it was applied: resizing changes a table in
         place."""
         self.new: dict[str, Surgeon] = {}
-        """Injections whose sites are not listed yet. They are listed after the first forward, so that applying many
-        adapters is fast."""
+        """Injections whose sites are not listed yet; they are listed after the first forward, so that applying many
+        adapters stays fast."""
         self.sites: dict[str, list[Expected]] = {}
         self.waiting: dict[bool, dict[str, dict[str, list[Expected]]]] = {False: {}, True: {}}
         """Sites that have not run yet, for evaluation (False) and training (True), by group and injection."""
@@ -142,7 +142,7 @@ class WatchedSites:
             slot.runs = None
 
     def begin(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
-        """Check the modules of the named injections, before a forward of the host.
+        """Check the modules of the named injections before a forward of the host.
 
         Raises:
             InactiveSite: as `check`.
@@ -244,7 +244,7 @@ class WatchedSites:
 
 
 def watched_sites(state: HostState) -> WatchedSites:
-    """Returns the `WatchedSites` of a host, and creates it if it is missing."""
+    """Returns the `WatchedSites` of a host, which is created if missing."""
     if not isinstance(state.watched, WatchedSites):
         state.watched = WatchedSites()
     return state.watched

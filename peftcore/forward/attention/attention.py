@@ -58,8 +58,8 @@ class AttentionOperator(_Base):
         raise NotImplementedError
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns `tensors` in the dtype of `like`. This is also so under autocast, since elementwise products would
-        otherwise have a higher precision."""
+        """Returns `tensors` in the dtype of `like`, also under autocast, in which elementwise products would have a
+        higher precision."""
         return tuple(tensor.to(like.dtype) for tensor in tensors)
 
 
@@ -111,7 +111,8 @@ class Attend:
 
     def project(self, part: str, states: Tensor) -> Tensor:
         """Returns `states` ``[length, in]``, projected by the frozen projection `part` ("q", "k" or "v") of the
-        attention and split into heads: ``[heads of that part, length, width]``. Rotary positions are not applied."""
+        attention and split into heads: ``[heads of that part, length, width]``. Positional encodings are not
+        applied."""
         with forward_context().aside():
             made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
         heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
@@ -119,7 +120,7 @@ class Attend:
 
 
 _PER_KEY = ("position_bias",)
-"""Arguments of attention functions that have one column per key."""
+"""Arguments of attention functions that have a column for each key."""
 
 
 class HostAttention:

@@ -43,7 +43,7 @@ class AttentionCalls(Protocol):
         """Raise UnsupportedSite if the module's configuration makes it bypass edits (operators inside attention)."""
 
     def prepare(self) -> None:
-        """Prepare this process for a forward. It is never called while torch.compile traces."""
+        """Prepare this process for a forward; never called while a compiler traces."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns the attributes that the module's view has in place of the module's own."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ResidentAdapter(Protocol):
-    """An adapter, as `Residency` needs it: its values can be offloaded from the model and restored."""
+    """An adapter as `Residency` uses it: its values can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
         """Returns the number of bytes of the adapter's values on the model, also if they are offloaded now."""
@@ -40,13 +40,13 @@ class ResidentAdapter(Protocol):
         """Restore values on the model, given the result of `fetch`."""
 
     def take_out(self) -> None:
-        """Offload the adapter's values, and free their memory on the model."""
+        """Offload the adapter's values, and free the memory on the model."""
 
     def is_away(self) -> bool:
         """Whether the adapter's values are offloaded."""
 
     def forget(self) -> None:
-        """Delete the adapter's offloaded values."""
+        """Drop the adapter's offloaded values."""
 
 
 class PinningHost(Protocol):

@@ -249,7 +249,7 @@ class Choices:
                 yield block.choice
 
     def called(self) -> Iterator[Choice]:
-        """Yields the choices of all running calls (`using`), in all threads."""
+        """Yields the choices of the calls (`using`) that run in all threads."""
         for each in list(self.own.values()):
             block = each()
             if block is not None and block.open and block.calls:
@@ -575,7 +575,7 @@ class Choices:
                 self.choice = self.everybody[-1].choice
 
     def elsewhere(self) -> bool:
-        """Whether other threads or tasks have open blocks. These may name removed injections."""
+        """Whether other threads or tasks have open blocks, which may name removed injections."""
         mine = {id(each.block) for each in self.own_scopes()}
         return (HERE.token is not self.owner and len(self.everybody) > 1) or bool(self.own.keys() - mine)
 

@@ -65,7 +65,7 @@ def remembered(state: object | None) -> tuple[Any, Any] | None:
 
 
 def running() -> list[Any]:
-    """Returns torch's object for each checkpoint whose forward runs now."""
+    """Returns torch's object for each checkpoint whose forward is running now."""
     if torch.is_grad_enabled() and _top(False) is None:  # no hooks on saved tensors, as nearly always
         return []
     found = []
@@ -78,13 +78,13 @@ def running() -> list[Any]:
 
 
 def reentrant() -> int | None:
-    """Returns the `id` of the innermost reentrant checkpoint whose forward runs now; None outside of such checkpoints.
-    A reentrant checkpoint gives gradients only to the arguments of its function."""
+    """Returns the `id` of the innermost reentrant checkpoint whose forward is running now; None outside of such
+    checkpoints. A reentrant checkpoint gives gradients only to the arguments of its function."""
     return next((id(frame.f_locals["ctx"]) for frame in _stack() if frame.f_code is _FORWARD), None)
 
 
 def _repeated() -> Iterator[Any]:
-    """Yields torch's objects for the checkpoints that backward repeats now, the innermost first."""
+    """Yields torch's objects for the checkpoints that backward runs again now, the innermost first."""
     for frame in _stack():
         if frame.f_code is _BACKWARD:
             yield frame.f_locals["ctx"]

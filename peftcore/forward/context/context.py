@@ -263,7 +263,7 @@ class ForwardContext:
 
     @property
     def context(self) -> Mapping[str, Any]:
-        """The values given to `peftcore.call(model, ...)`. In a route, only the entries of the operator's rows."""
+        """The values given to `peftcore.call(model, ...)`; in a route only the entries of the operator's rows."""
         told = {} if self.choice is None else self.choice.context
         return told if self.rows is None or not told else {name: self.rows.told(each) for name, each in told.items()}
 
@@ -353,7 +353,7 @@ class ForwardContext:
 
     @property
     def repeating(self) -> bool:
-        """Whether this thread is inside a backward pass, which repeats parts of the forward."""
+        """Whether this thread is inside a backward pass, which runs parts of the forward again."""
         return repeating()
 
     @property
@@ -367,7 +367,7 @@ class ForwardContext:
 
     @property
     def of_two_streams(self) -> bool:
-        """Whether the host receives tokens of an encoder and of a decoder, each with a separate mask."""
+        """Whether the host takes tokens of an encoder and of a decoder, each with a separate mask."""
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
         return not OF_DECODER.isdisjoint(taken)
 
@@ -407,10 +407,10 @@ class ForwardContext:
             self.taps[:], self.losses[:] = taps, losses
 
     def check_loss_learns(self) -> None:
-        """Check that a loss that an operator computes now would get a gradient.
+        """Verify that a loss that an operator computes now would get a gradient.
 
         Raises:
-            TrainingError: the loss is computed inside a reentrant checkpoint, which records no graph.
+            TrainingError: the loss is computed inside a reentrant checkpoint, which keeps no graph.
         """
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and reentrant() is not None:
             raise TrainingError(LOST)

@@ -96,13 +96,13 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._first(like, 24).to(torch.float64).mul_(2.0**-24).add_(more)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Returns random numbers of the standard normal distribution, with the shape and dtype of a tensor."""
+        """Returns numbers of the standard normal distribution, with the shape and dtype of a tensor."""
         precise = torch.promote_types(like.dtype, torch.float32)
         middle = self.unit(torch.empty(like.shape, dtype=precise, device=like.device))
         return middle.mul_(2).sub_(1 - torch.finfo(precise).eps / 2).erfinv_().mul_(math.sqrt(2)).to(like.dtype)
 
     def happens(self, like: Tensor, chance: float | Tensor) -> Tensor:
-        """Returns a boolean tensor with the shape of `like`. Each entry is True with probability `chance`."""
+        """Returns a boolean tensor of the shape of `like`; each entry is True with probability `chance`."""
         if isinstance(chance, Tensor):
             return self.unit(torch.empty(like.shape, dtype=torch.float64, device=like.device)) < chance
         if chance >= 1:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Streams:
-    """The global generators from which operators on a device draw: those of the CPU and of the device."""
+    """The global generators from which operators on a device draw: the generator of the CPU, and the generator of the
+    device."""
 
     def __init__(self, device: torch.device) -> None:
         kind: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
@@ -52,7 +53,7 @@ class Streams:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Context manager in which the global generators are reseeded. Their states are restored afterwards."""
+    """Context manager in which the global generators are reseeded; their states are restored afterwards."""
     streams = Streams(device)
     before = streams.states()
     try:

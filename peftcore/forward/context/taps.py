@@ -98,13 +98,13 @@ def _others(taps: Sequence[Any], than: Sequence[Any]) -> list[Any]:
 
 
 def _loses_gradient(value: Any) -> bool:
-    """Whether a value requires a gradient, but gradients are not recorded now, as in the forward of reentrant
+    """Whether a value requires a gradient while gradients are not recorded, as in the forward of reentrant
     checkpoints."""
     return not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(value))
 
 
 def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:
-    """Returns a value that was stored for some rows, converted to the rows that the reading operator receives."""
+    """Returns a value that was stored for some rows, converted to the rows of the operator that reads it."""
     if rows is not None and wanted is not None and rows.positions == wanted.positions:
         return value
     whole = value if rows is None else rows.spread(value)

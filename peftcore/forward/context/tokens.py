@@ -22,7 +22,7 @@ NEVER = torch.iinfo(torch.int64).max
 _KEPT = "_peftcore_kept"
 """The attribute of a cache that stores the columns of sequences among its tokens."""
 _FILLED = "_peftcore_filled"
-"""The attribute of a cache that stores a prompt, and whether the first tokens of the cache belong to it."""
+"""The attribute of a cache that stores a prompt, and whether the cache's first tokens belong to it."""
 REMEDY = (
     "pass the first column of tokens on which the adapter acts, one for each row: with peftcore.call(model, "
     "since=[...]): ..."
@@ -159,7 +159,7 @@ class Tokens:
         return found
 
     def _history(self, before: _Kept | None, most: int) -> Tensor:
-        """Returns the last ids in the cache, at most `most`, as far as they were recorded."""
+        """Returns the last ids that the cache holds, at most `most`, as far as they were recorded."""
         assert self.ids is not None
         return self.ids[:, :0] if before is None else self._of_rows(before.before(self.held, most)).to(self.ids)
 

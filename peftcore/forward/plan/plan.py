@@ -80,12 +80,12 @@ class ActivePlan:
     onion: tuple[Mount, ...] = ()
     attention: tuple[Mount, ...] = ()
     observers: tuple[Mount, ...] = ()
-    """Operators that only observe. They wrap all other operators."""
+    """Operators that only observe; they wrap all other operators."""
     inputs: tuple[Mount, ...] = ()
-    """Operators that only change the arguments. They run before all other operators except the observers."""
+    """Operators that only change the arguments; they run before all other operators except the observers."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     needs_recompute: bool = False
-    """Whether the forward makes large tensors that are freed after use. Then backward computes the forward again."""
+    """Whether the forward makes tensors that must be freed after use: then backward computes the forward again."""
     packed: bool = False
     """Whether a tensor that the operators act on is quantized, so that each effective tensor is a dense copy."""
     view_class: type[nn.Module] | None = None
@@ -220,8 +220,8 @@ def _product(effects: Mapping[str, list[Effect]]) -> Layer | None:
 
 
 def _updates_stack(mount: Mount) -> bool:
-    """Whether an operator is a low-rank update of stacked matrices that a module reads one by one, and does not change
-    the bias."""
+    """Whether an operator may be a low-rank update of stacked matrices that a module reads one by one, and does not
+    change the bias."""
     kind, layer = type(mount.operator), mount.layer
     low_rank = kind.factors is not _Base.factors and kind.merged_bias is _Base.merged_bias
     return low_rank and layer.batch_dims > 0 and not layer.called
@@ -277,6 +277,6 @@ class ModulePlan:
     at this module."""
     composition: Composition | None = None
     branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
-    """With a composition: the plan of each branch. Branches with the same operators share one object."""
+    """With a composition: the plan of each branch; branches with the same operators share one object."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
     """With a composition: the combiners (operators that combine branches) at this module, by injection."""

@@ -115,8 +115,8 @@ def as_one(
 
 
 def _stack_all(tables: Iterable[Sequence[Any]]) -> tuple[list[Any], list[int | None]]:
-    """Returns the values of several adapters as one list in which tensors are stacked, and the stacked dimension of
-    each value. The dimension is None for a value that all adapters share."""
+    """Returns the values of several adapters as one list, with tensors stacked, and the stacked dimension of each
+    value; None for a value that all adapters share."""
     columns = [*zip(*tables, strict=True)]
     one_for_all = [all(each is column[0] for each in column) for column in columns]
     values = [column[0] if one else stacked(column) for one, column in zip(one_for_all, columns, strict=True)]
@@ -252,8 +252,8 @@ def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns tensors of the same shape stacked to ``[tensors, ...]``, as `torch.stack` does. Its backward splits the
-    gradient in one operation instead of two for each tensor."""
+    """Returns tensors of one shape stacked to ``[tensors, ...]``, as `torch.stack` does. Backward splits the gradient
+    in one operation instead of two for each tensor."""
     if torch.compiler.is_compiling():  # compilers know torch's own; of ours, dynamo of torch 2.13 takes wrong rows
         return torch.stack([*tensors])
     return _Stack.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]

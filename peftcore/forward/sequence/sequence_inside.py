@@ -47,8 +47,7 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
-"""Roles of the matrices whose outputs are added to a block's residual stream. Their number of outputs is the width of
-the block."""
+"""Roles of the matrices whose outputs are added to a block's residual stream; their number of outputs is its width."""
 BLOCK = f"{FORM}.block."
 """The prefix of the `form` of a site at a block that computes rows. The number of the block follows it."""
 

@@ -92,10 +92,10 @@ class HostState:
     """Checks that adapted modules stay in the model and run."""
 
     watches_runs: bool = True
-    """Whether `watched` checks that adapted modules run. False after the host was compiled."""
+    """Whether `watched` checks that adapted modules run; False once the host has been compiled."""
 
     removals: int = 0
-    """The number of removed injections. As long as it does not change, names refer to the same injections in the same
+    """The number of removed injections: while it does not change, names refer to the same injections in the same
     order."""
 
     reads_tokens: int = 0
@@ -112,11 +112,11 @@ class HostState:
     """The object that keeps the values of adapters within a limit of bytes; None without a limit."""
 
     running: dict[int, ForwardContext] = field(default_factory=dict)
-    """The running forwards of the host in all threads, by id. Forwards of compiled models are not included."""
+    """The forwards of the host that run now, in all threads, by id; forwards of compiled models are not included."""
 
     swapping: frozenset[str | None] = frozenset()
-    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`. If None
-    is among them, all forwards wait, since tensors of the base are exchanged too."""
+    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`. With None
+    among them all forwards wait, since tensors of the base are exchanged too."""
 
     swap_lock: threading.RLock = field(default_factory=threading.RLock)
 

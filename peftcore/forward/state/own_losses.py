@@ -120,7 +120,7 @@ class OwnLosses:
         return output
 
     def visit(self, state: ModelWithLosses, call: ForwardContext) -> None:
-        """Record that a target module runs in training, in a part of the host that the user called directly."""
+        """Record that a target module runs in training, in a part of the host that was called directly."""
         call.visits += 1
         if call.visits > PASSES * len(state.slots):
             notice(state, self._of_parts(state))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Opens a `ForwardContext` when the host starts, and closes it when the host returns or raises an exception."""
+    """Opens a `ForwardContext` when the host starts and closes it when the host returns or fails."""
 
     def __init__(self) -> None:
         self.recent: list[Choice] = []

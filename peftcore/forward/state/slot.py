@@ -51,7 +51,7 @@ class Slot:
     def __init__(self, state: HostState) -> None:
         self.state = state
         self.path = ""
-        """The path of the module in the host at the time when it was first adapted."""
+        """Path of the module in the host, when it was first adapted."""
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]
@@ -212,7 +212,7 @@ class Slot:
         return around and not (acting.effects or acting.attention)
 
     def check_stack(self, active: Active) -> None:
-        """Check that, of several injections that act one after the other, none overrides the effect of another on this
+        """Check that, among injections that act one after the other, none overrides the effect of another on this
         module.
 
         Raises:

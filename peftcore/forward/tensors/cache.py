@@ -83,7 +83,7 @@ def open_cache(state: object) -> WeightCache | None:
 
 @contextmanager
 def caching(states: Iterable[object]) -> Iterator[None]:
-    """Context manager that caches values computed from the weights of the given hosts, until the end of the block. A
+    """Context manager that caches the values computed from the weights of the given hosts until the end of the block. A
     nested block uses the cache of the outer block."""
     new = [(state, WeightCache()) for state in states if open_cache(state) is None]
     token = None

@@ -135,7 +135,7 @@ class Effect:
     """True for the tensors of a forward, False for those that a merge writes."""
 
     def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
-        """Returns the tensor after this effect."""
+        """Returns the stored tensor after this effect."""
         if self.before is None:
             return self.mount.effective(tensor, like, self.runs)
 

@@ -52,7 +52,7 @@ class RecomputedTensors:
     backward computes them again."""
 
     def __init__(self, others: Iterable[Tensor], before: Unwritten) -> None:
-        """`others` are tensors that are in memory in any case: those of the base and of the operators."""
+        """`others` are tensors that stay in memory anyway: those of the base and of the operators."""
         self._living = {_memory(each) for each in others}
         self._before = before
         self._sources: list[_Source] = []
