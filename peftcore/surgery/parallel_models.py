@@ -81,7 +81,7 @@ def explaining(method: str) -> Iterator[None]:
 
 
 def check_operators(surgeon: Surgeon) -> None:
-    """Check that the recorded operators act on weights alone, which are gathered for them.
+    """Check that all recorded operators act only on weights, which are gathered for them.
 
     Raises:
         UnsupportedHost: an operator acts on a module's input or output, or on another tensor of which this process may

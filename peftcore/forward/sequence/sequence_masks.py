@@ -29,8 +29,8 @@ RECURRENT = ("linear_attention", "conv")
 
 
 def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
-    """Returns the number of masked positions at the start of each sequence, ``[batch]``; None for other masks than
-    those below.
+    """Returns the number of masked positions at the start of each sequence, ``[batch]``; None if the mask does not
+    determine it.
 
     If a sequence is only padding, its last position counts as a token.
 
