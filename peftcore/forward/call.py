@@ -44,6 +44,7 @@ from peftcore.forward.state.slot import Edits, Slot, slot_of
 from peftcore.forward.tensors.mount import Mount
 from peftcore.forward.tensors.recompute import RecomputedTensors, Unwritten
 from peftcore.forward.tensors.view import view
+from peftcore.layers.adapter_modules import base_modules, has_submodules
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kinds import is_linear
@@ -363,7 +364,7 @@ class ModuleCall:
     def _is_one_map(self) -> bool:
         """Whether equal operators of several adapters can run on this module as one operator. It must be called with a
         single tensor, have no submodules, and not be managed by FSDP."""
-        whole = not self.module._modules and MANAGED not in vars(self.module) and not transformed()
+        whole = not has_submodules(self.module) and MANAGED not in vars(self.module) and not transformed()
         return whole and len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 
     def form_taken(self, acting: ActivePlan) -> ActivationForm | None:
@@ -424,6 +425,6 @@ def _acting(plan: ActivePlan) -> ActivePlan | None:
 def _runs_on_some_rows(module: nn.Module) -> bool:
     """Whether a module can run on some rows of a batch. It can if no operator acts on its submodules (which would take
     these rows for the whole batch) and it computes no batch statistics."""
-    inside = [*module.modules()]
-    acts_within = any(slot_of(each) is not None for each in inside[1:])
+    inside = base_modules(module)
+    acts_within = any(slot_of(each) is not None for each in inside if each is not module)
     return not acts_within and not (module.training and any(each._buffers for each in inside))

@@ -20,6 +20,7 @@ from peftcore.errors import RouteError
 from peftcore.forward.choice.active_adapters import Positions, Route
 from peftcore.forward.context.context import HERE, ForwardContext, forward_context, tensors_in
 from peftcore.forward.context.row_random_numbers import draws_of, own_draws_aside
+from peftcore.layers.adapter_modules import has_submodules
 
 
 class OneForward:
@@ -72,7 +73,7 @@ class OneForward:
         Raises:
             RouteError: the module has submodules.
         """
-        if self._module._modules:
+        if has_submodules(self._module):
             raise RouteError(
                 f"an adapter changes the inputs of {type(self._module).__name__}, a module with submodules, which "
                 "would run once for each adapter of the route or composition (and fill caches more than once): remove "
