@@ -2,8 +2,9 @@
 the same as before.
 
 Operators are registered in adapter modules, which are children of the changed module's parent:
-``self_attn.peft.q_proj.<injection>``. So the changed module is still without submodules. Code that relies on this keeps
-working: containers that iterate over children, layerwise casting, parallel plans.
+``self_attn.peft.q_proj.<injection>``. So the changed module is still without submodules, unless all modules around it
+are containers. Code that relies on this keeps working: containers that iterate over children, layerwise casting,
+parallel plans.
 """
 
 from __future__ import annotations
