@@ -16,7 +16,7 @@ Parameters: 2 * inner * dim an attention; with embed_dim, dim * (tokens * (embed
 Start: K = W_k and V = W_v. Image tokens of another width than the text's (`image_dim`) cannot start from W_k and W_v: K
 and V start as torch's linear layers do. Only a scale of 0 starts as an identity.
 
-Differs from the authors' code: The resampler of the variant "Plus" is not here. That code was not compared; no
+Differs from the authors' code: The resampler of the variant "Plus" is not here. The authors' code was not compared. No
 difference from diffusers is known.
 
 Use it: `peftcore.apply(model, "ip_adapter")`, to steer generation by a picture: attention to the text does not change.
