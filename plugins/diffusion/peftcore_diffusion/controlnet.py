@@ -11,8 +11,8 @@ different images, set another name for each image with the option `input`. `gues
 factors that rise from 0.1 for the shallowest to 1 for the deepest.
 
 The copy is diffusers' ControlNetModel with the weights of this UNet, so a published ControlNet of the same sizes can be
-loaded into the copy. The UNet must be a UNet2DConditionModel. The method cannot be merged. Rows of a batch cannot go to
-different injections: the controls enter whole blocks of the decoder.
+loaded into the copy. The UNet must be a UNet2DConditionModel. The method cannot be merged. Rows of a batch cannot be
+routed to different injections, since the controls are added in whole blocks of the decoder.
 
 Parameters: those of the encoder and the middle block, H, and c_i^2 + c_i for each skip of c_i channels.
 
@@ -58,7 +58,7 @@ class ControlNet(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet")
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet"

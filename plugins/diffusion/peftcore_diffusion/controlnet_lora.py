@@ -67,7 +67,7 @@ class ControlNetLoRA(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet_lora", rank=128)
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet_lora"

@@ -210,7 +210,7 @@ class SCEdit(Method):
 
     Example:
         injection = peftcore.apply(model, "scedit", channels=3)
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "scedit"

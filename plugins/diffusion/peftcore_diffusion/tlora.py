@@ -162,7 +162,7 @@ class TLoRA(Method):
 
     Example:
         injection = peftcore.apply(model, "tlora", rank=8, min_rank=4)
-        peftcore.call(model, timestep=500)  # where the model has no such argument; with `with`, for a while
+        peftcore.call(model, timestep=500)  # only if the model has no argument timestep
     """
 
     name = "tlora"

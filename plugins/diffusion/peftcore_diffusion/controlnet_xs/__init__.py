@@ -127,7 +127,7 @@ class ControlNetXS(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet_xs")
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet_xs"

@@ -29,8 +29,8 @@ class Exchange:
     """The path of the 1x1 convolution from the input of the UNet's layer to `layer`; None if `layer` does not read that
     input."""
     adds: str | None
-    """The path of the 1x1 convolution from `layer` to the output of the UNet's layer; None if `layer` adds nothing,
-    because an attention follows that does."""
+    """The path of the 1x1 convolution from `layer` to the output of the UNet's layer; None if the attention after
+    `layer` has this convolution."""
 
 
 class Controller(nn.Module):
@@ -122,7 +122,7 @@ class XSOperator(Operator):
 
 
 def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
-    """Return the UNet that contains a middle block: first the prefix of its paths, then the module.
+    """Return the path prefix of the UNet that contains a middle block, and the UNet itself.
 
     Raises:
         UnsupportedSite: the site is not a UNet's middle block, or its layers differ from Stable Diffusion's.
