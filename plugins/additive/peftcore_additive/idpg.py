@@ -8,8 +8,8 @@ first token, or in causal models of its last one; W1 [h, d] and W2 [length d, h]
 `phm` (IDPG-PHM) both matrices are sums of Kronecker products, W = (sum_i S_i x V_i)^T, i = 1..n, with S_i [n, n] and
 V_i of an n-th of the matrix's rows and columns. In training, dropout acts on u and on the hidden layer.
 
-The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-sets its length: the prompt is computed once, and generated tokens do not change it.
+The text is all tokens before the first label, or the whole input without labels; ``peftcore.call(model,
+prompt_length=...)`` sets its length instead. The prompt is computed once, so generated tokens do not change it.
 
 Parameters: (d + 1) h + (h + 1) length d; with `phm` 2 n^3 + (d h + h length d) / n + h + length d.
 

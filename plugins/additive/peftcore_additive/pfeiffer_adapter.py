@@ -72,7 +72,8 @@ class PfeifferAdapterConfig(MethodConfig):
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""
     init: Start = "normal"
-    """The draw of both matrices: a normal distribution, truncated at two standard deviations or not."""
+    """The distribution from which both matrices start: a normal distribution, truncated at two standard deviations
+    ("cut") or not ("normal")."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02

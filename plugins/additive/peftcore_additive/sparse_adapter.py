@@ -81,8 +81,8 @@ class SparseAdapterConfig(MethodConfig):
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
     joins: Joins = "stream"
-    """The place where the adapter reads and adds: after the host's operations on a branch's output, or at its last
-    matrix."""
+    """Where the adapter reads and adds: after the host's dropout, layer scale and stochastic depth on a branch's output
+    ("stream"), or before them, at the branch's last matrix ("matrix")."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02

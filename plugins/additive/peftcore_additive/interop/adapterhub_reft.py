@@ -2,12 +2,11 @@
 
 A layer has two interventions, one of them unused if the method acts only at one end of the prompt. The package stores R
 as torch's `orthogonal` does, as a product of reflections times a base; here the product is computed when a file is
-read. The options usually do not record if the projection is subtracted, a step that DiReFT leaves out. The package
-reads its own DiReFT files as NoReFT, and so does peftcore, with a warning, unless the options contain
-"subtract_projection".
+read. DiReFT does not subtract the projection, but the options usually do not record this. So the package reads its own
+DiReFT files as NoReFT. peftcore does the same, with a warning, unless the options contain "subtract_projection".
 
-The package changes the first and the last positions of each input of a layer, so in generation with a cache each new
-token counts as a first one; peftcore does not change generated tokens, as in the paper.
+In the package each input of a layer counts as a prompt, so in generation with a cache each new token is changed as a
+first position. peftcore does not change generated tokens, as in the paper.
 """
 
 from __future__ import annotations
