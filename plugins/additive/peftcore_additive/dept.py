@@ -3,10 +3,10 @@
 Equation:
     X' = [P ; X + alpha / sqrt(r) (A B)[:n]],   P [m, d], A [s, r], B [r, d]
 
-X are the n embedded tokens of the text. Row t of A B is added to token t; tokens after the first s do not change. So
-the method has as many parameters as a prompt with more than m rows, but takes less time. The text is all tokens before
-the first label, or the whole input without labels; ``peftcore.call(model, prompt_length=...)`` sets its length instead.
-Tokens of answers do not change. Rows of A B are counted from the first token that is not padding.
+X are the n embedded tokens of the text. Row t of A B is added to token t; tokens after the first s do not change. So a
+prompt of m rows with this update can replace a longer prompt with as many parameters, and takes less time. The text is
+all tokens before the first label, or the whole input without labels; ``peftcore.call(model, prompt_length=...)`` sets
+its length instead. Tokens of answers do not change. Rows of A B are counted from the first token that is not padding.
 
 The authors find that P needs another learning rate than A and B. Pass the rate of P to ``injection.optimizer``; A and B
 get `update_ratio` times this rate. Parameters: m d + r (s + d).
