@@ -16,11 +16,11 @@ from peftcore_additive._bottleneck import width_of
 from peftcore_additive._side import SideLayer, side_layers
 
 JOINED = "joined"
-"""The form of a site at the norm after the sum of stream and attention."""
+"""The `form` of a site at the norm that reads the sum of stream and attention."""
 
 
 class TinyAttention(nn.Module):
-    """One attention in parallel with the stream; it returns the change of the stream."""
+    """One narrow attention, which returns the change of the stream."""
 
     def __init__(self, features: int, config: Any) -> None:
         super().__init__()

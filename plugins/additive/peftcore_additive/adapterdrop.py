@@ -163,7 +163,7 @@ class AdapterDrop(Method):
     """Bottleneck adapters in all but the lowest layers.
 
     Example:
-        injection = peftcore.apply(model, "adapterdrop", drop_first_layers=1)  # of two
+        injection = peftcore.apply(model, "adapterdrop", drop_first_layers=1)  # of two layers
     """
 
     name = "adapterdrop"

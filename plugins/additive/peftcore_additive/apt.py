@@ -66,7 +66,7 @@ class APTConfig(MethodConfig):
     projection: PositiveInt | None = None
     """Width of the network that generates the keys and values in training; None trains the keys and values directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of the keys and values are dropped in training."""
+    """Dropout probability of the trained keys and values in training."""
     behind: bool = True
     """Start the positions of tokens after the prefix, as if its rows were words."""
 

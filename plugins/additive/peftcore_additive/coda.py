@@ -63,7 +63,7 @@ class CoDAConfig(MethodConfig):
 
     method: Literal["coda"] = "coda"
     reduction: Annotated[float, Field(ge=1.0)] = 3.0
-    """How many times fewer tokens a block processes."""
+    """The number of tokens, divided by the number of tokens that a block processes."""
     bottleneck: PositiveInt = 64
     """Width r of the adapter."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"

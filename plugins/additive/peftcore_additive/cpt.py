@@ -73,9 +73,10 @@ class CPTConfig(MethodConfig):
     """The type of each token: 1 text before the input, 2 input, 3 text before the answer, 4 answer, with 4 added for
     each further example. By default all tokens have the type 1."""
     epsilon: NonNegativeFloat = 0.1
-    """Radius of the ball of a row of an input, in a model of width 2048."""
+    """Largest norm of the change of a prompt row that belongs to an input, in a model of width 2048."""
     format_epsilon: NonNegativeFloat = 0.1
-    """Radius of the ball of a row of the text around inputs, in a model of width 2048."""
+    """Largest norm of the change of a prompt row that belongs to text before inputs or answers, in a model of width
+    2048."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Loss weight of an example's answer, divided by that of the next example's answer; with 1 all answers have equal
     weights."""
@@ -151,7 +152,7 @@ class CPTOperator(SequenceOperator):
 
     @property
     def limits(self) -> Tensor:
-        """The radius of each row's ball, ``[length, 1]``."""
+        """The largest allowed norm of each row of D, ``[length, 1]``."""
         return self.delta.new_tensor(self.bounds)[:, None]
 
     def within(self, delta: Tensor) -> Tensor:
@@ -165,7 +166,8 @@ class CPTOperator(SequenceOperator):
 
 
 class Within(GradientRule):
-    """Projects the rows of a prompt back into their balls."""
+    """Limits the changes of a prompt's rows after each optimizer step: each row of D is projected back into its
+    ball."""
 
     def __init__(self, operators: dict[nn.Parameter, CPTOperator]) -> None:
         super().__init__()
@@ -179,7 +181,7 @@ class Within(GradientRule):
 
 
 class CPT(Method):
-    """A prompt of solved examples, whose rows change little and learn from the examples' answers too.
+    """A prompt that starts as solved examples and changes little; its loss includes the examples' answers.
 
     Example:
         injection = peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])

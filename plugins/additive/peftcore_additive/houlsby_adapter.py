@@ -63,7 +63,7 @@ class HoulsbyAdapterConfig(MethodConfig):
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f; "gelu_tanh" is the approximation of GELU that the authors' code has."""
     train_layer_norm: bool | Literal["blocks"] = True
-    """Train all norms of the host too, or only the norms of the blocks."""
+    """The norms of the host that train too: all (True), only those of the blocks ("blocks"), or none (False)."""
     joins: Joins = "stream"
     """Where the adapter reads and adds: after the host's dropout, layer scale and stochastic depth on a branch's output
     ("stream"), or before them, at the branch's last matrix ("matrix")."""
@@ -90,14 +90,14 @@ class HoulsbyAdapterConfig(MethodConfig):
 
 
 class SerialOperator(ScaledOperator):
-    """The adapter after its target module, or around a block."""
+    """Applies the adapter to the output of its target module or block."""
 
     def __init__(self, site: Site, config: HoulsbyAdapterConfig) -> None:
         super().__init__(site, config, norm=config.norm, bias=config.bias)
 
 
 class InFrontOperator(SerialOperator):
-    """The adapter in front of its target."""
+    """Applies the adapter to the input of its target."""
 
     changes_inputs = True
 

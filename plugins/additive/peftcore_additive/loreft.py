@@ -66,16 +66,17 @@ class LoReFTConfig(MethodConfig):
     suffix_positions: NonNegativeInt = 0
     """Number l of positions at the end of the prompt."""
     short_prompts: Literal["half", "first", "last"] = "half"
-    """The rule for short prompts: each end gets at most half of the prompt ("half"), or the first positions have
-    priority and the last ones get the rest ("first"), or the reverse, as in the adapters package ("last")."""
+    """The rule for prompts that are too short for both ends. "half": each end gets at most half of the prompt. "first":
+    the first positions have priority, and the last ones get the rest. "last": the reverse, as in the adapters
+    package."""
     layers: list[NonNegativeInt] | None = None
     """Numbers of the layers to change; None changes all."""
     tied: bool = False
     """Use one intervention for both ends of the prompt."""
     dropout: Share = 0.0
-    """Probability with which numbers of h' are dropped in training."""
+    """Dropout probability of the changed states h' in training."""
     activation: Literal["gelu", "relu", "silu", "tanh"] | None = None
-    """A non-linearity on W h + b, which the paper does not use."""
+    """A non-linearity on W h + b. The paper does not use one."""
     identity: bool = False
     """Start at h' = h: W = R and b = 0 (W = 0 and b = 0 in direft)."""
 

@@ -75,7 +75,7 @@ class LPTConfig(MethodConfig):
     hidden: PositiveInt = 128
     """Width of the generator's hidden layer."""
     dropout: Share = 0.1
-    """Probability with which numbers of a generated prompt are dropped in training."""
+    """Dropout probability of a generated prompt's entries in training."""
 
 
 class LPTOperator(InnerRows):
@@ -96,8 +96,12 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return the rows of each text; raises MissingContext if the end of the text's prompt is unknown, and
-        SequenceError if that prompt is split over several calls."""
+        """Return the rows of each text.
+
+        Raises:
+            MissingContext: the end of the text's prompt is unknown.
+            SequenceError: the prompt is split over several calls.
+        """
         if self.generator is None:
             return self.prompt
         self.check_here(self.down.weight, states)

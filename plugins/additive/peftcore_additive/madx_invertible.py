@@ -37,7 +37,8 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import cast_linear
 
 AROUND, HEAD = "around", "head"
-"""The forms of two sites: the module around a token table that computes embeddings, and a head that predicts tokens."""
+"""Values of `form` for two sites: the module around a token table that computes embeddings, and a head that predicts
+tokens."""
 
 
 class MadxInvertibleConfig(MethodConfig):

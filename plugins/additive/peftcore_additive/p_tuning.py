@@ -55,8 +55,8 @@ class PTuningConfig(MethodConfig):
     length: PositiveInt = 20
     """Number of rows of the prompt."""
     encoder: Literal["mlp", "lstm", "residual"] = "mlp"
-    """The network that generates the prompt: a perceptron, the paper's bidirectional LSTM, or a perceptron with a norm
-    whose output is added to Z."""
+    """The network that generates the prompt: a perceptron ("mlp"), the paper's bidirectional LSTM ("lstm"), or a
+    perceptron with a norm whose output is added to its trained inputs ("residual")."""
     hidden: PositiveInt | None = None
     """Width h of the network; None: the width of the embeddings."""
     lstm_dropout: Share = 0.0

@@ -44,7 +44,7 @@ class PTuningV2Config(MethodConfig):
     """Width of the network that generates the prompts in training (512 in the authors' code); None trains the prompts
     directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of the prompts are dropped in training."""
+    """Dropout probability of the prompts' entries in training."""
     behind: bool = True
     """Start the positions of tokens after the prompts, as if the rows of the prompts were words. The authors' code and
     peft do this too."""

@@ -61,7 +61,7 @@ class ParallelAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     scale: PositiveFloat | Literal["learned"] = 4.0
-    """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
+    """The factor on the adapter's output. "learned" trains one factor for each block, which starts at 1."""
     reads: Literal["branch", "stream", "matrix"] = "branch"
     """The adapter's input: the block's input ("branch"), the stream in front of the block's norm ("stream", as in the
     adapters package for pre-norm models), or the input of the target module ("matrix")."""
@@ -69,7 +69,7 @@ class ParallelAdapterConfig(MethodConfig):
     """Where the adapter's output is added: to the stream, after the host's dropout, layer scale and stochastic depth
     ("stream"), or to the output of the branch's last matrix, before them ("matrix")."""
     dropout: Share = 0.0
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations in training."""
     bias: bool = True
     """Add biases to both matrices."""
     init: Literal["lora", "normal"] = "lora"

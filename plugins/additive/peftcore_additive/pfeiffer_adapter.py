@@ -64,8 +64,8 @@ class PfeifferAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
-    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
+    """The adapter's input: the stream after the block's last norm ("post"), the stream that the block returns ("pre"),
+    or the target's output ("branch"). "auto" chooses "post" or "pre" by the model."""
     scale: Scale = 1.0
     """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
     factors start at 1."""
@@ -140,8 +140,8 @@ def placed(
     operator needs.
 
     Raises:
-        UnsupportedSite: a site is not the feed-forward of a block with one stream of tokens, or the block does not end
-            with a norm, and the placement is not "branch".
+        UnsupportedSite: the placement is not "branch", but a site is not the feed-forward of a block with one stream of
+            tokens. Or the placement is "post", but the block does not end with a norm.
     """
     blocks: set[str] = set()
     for site in sites:

@@ -60,13 +60,13 @@ class PrefixPropagationConfig(MethodConfig):
     length: PositiveInt = 8
     """Number of rows in front of the tokens; the authors use 32 for questions about several documents."""
     projection: PositiveInt | None = None
-    """Width of the network that generates P (512 in the authors' code); None trains P directly."""
+    """Width of the network that generates the vectors P, 512 in the authors' code; None trains the vectors directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of P are dropped in training."""
+    """Dropout probability of the entries of the vectors P in training."""
 
 
 class PropagationOperator(InnerRows):
-    """The rows of one stack, and the vectors P_l that are added to them at its blocks."""
+    """The rows of one encoder or decoder, and the vectors P_l that are added to the rows at each block."""
 
     def __init__(self, site: InnerSite, config: PrefixPropagationConfig) -> None:
         super().__init__(site, config.length)

@@ -46,7 +46,7 @@ class PrefixTuningConfig(MethodConfig):
     projection: PositiveInt | None = 512
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     dropout: Share = 0.0
-    """Probability with which numbers of the prefix are dropped in training."""
+    """Dropout probability of the prefix's entries in training."""
     behind: bool = True
     """Start the positions of tokens after the prefix, as if its rows were words. The authors' code and peft do this
     too."""

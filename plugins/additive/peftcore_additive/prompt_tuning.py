@@ -55,16 +55,16 @@ class PromptTuningConfig(MethodConfig):
     length: PositiveInt = 20
     """Number of rows of the prompt."""
     init: Literal["vocabulary", "uniform"] = "vocabulary"
-    """The start of P: embeddings of randomly drawn tokens, or uniform in +-0.5."""
+    """The start of the prompt: embeddings of randomly drawn tokens, or uniform in +-0.5."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Token ids whose embeddings P starts from instead, such as those of a text or of the class names. They are
-    repeated or cut to the prompt's length."""
+    """Token ids whose embeddings the prompt starts from instead, such as those of a text or of the class names. They
+    are repeated or cut to the prompt's length."""
     behind_embeddings: bool = False
-    """Insert P after the whole embedding module, as in the adapters package: its rows get neither positions nor the
-    norm of embeddings, and tokens keep their positions. Only for encoders."""
+    """Insert the prompt after the whole embedding module, as in the adapters package. Its rows get neither positions
+    nor the norm of embeddings, and tokens keep their positions. Only for encoders."""
     rank: PositiveInt | None = None
-    """Make P the product of two factors of this rank; this requires ``init="uniform"``, since the factors start
-    uniform. None trains P directly."""
+    """Make the prompt the product of two factors of this rank. This requires ``init="uniform"``, since the factors
+    start uniform. None trains the prompt directly."""
 
     @model_validator(mode="after")
     def _factors_start_uniform(self) -> Self:

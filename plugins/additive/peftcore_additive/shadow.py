@@ -83,11 +83,11 @@ class ShadowConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank r of the correction."""
     scale: float = 0.1
-    """Factor a of the correction."""
+    """The factor on the correction."""
     dropout: Share = 0.2
     """Probability with which an entry of the correction's input is dropped in training."""
     update_width: PositiveInt | None = None
-    """Inner width u of T and G; None: the rank."""
+    """Inner width of the two networks that update the shadow. If None, it equals `rank`."""
     layers: PositiveInt = 1
     """Number of layers of the guest."""
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -168,7 +168,7 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class ShadowOperator(InputOperator):
-    """The correction of one block's input, and the update of the shadow from the block's output, for the next block."""
+    """Corrects the input of one block, and updates the shadow from the block's output for the next block."""
 
     def __init__(self, site: BlockSite, config: ShadowConfig, before: Shared | None, shadow: Tap, left: Tap) -> None:
         super().__init__(site)

@@ -92,7 +92,7 @@ class Blend(nn.Module):
 
 
 FIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "product": torch.mul}
-"""Merges without parameters."""
+"""Functions that combine the states of model and side network without parameters, by the values of `merge`."""
 
 
 class BlendOperator(Operator):

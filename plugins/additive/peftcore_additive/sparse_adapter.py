@@ -79,7 +79,7 @@ class SparseAdapterConfig(MethodConfig):
     norm: bool = True
     """Put a layer norm in front of W_down, which trains with the adapter."""
     dropout: Share = 0.1
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations in training."""
     joins: Joins = "stream"
     """Where the adapter reads and adds: after the host's dropout, layer scale and stochastic depth on a branch's output
     ("stream"), or before them, at the branch's last matrix ("matrix")."""

@@ -76,8 +76,8 @@ def chosen(injection: Injection, count: int) -> list[int]:
     """Return the numbers of the `count` blocks whose prompts have the largest shares a_l, in ascending order.
 
     Raises:
-        ConfigError: the injection was applied with `layers` and is not a search, has several stacks, or has fewer
-            blocks.
+        ConfigError: the injection is not a search, since it was applied with `layers`; or it has several stacks, or
+            fewer than `count` blocks.
     """
     operators = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator)]
     searches = [op.alpha for op in operators if op.alpha is not None]

@@ -59,8 +59,8 @@ class StateOffsetTuningConfig(MethodConfig):
 
 
 GATE, READOUT, OUT = "gate", "readout", "out"
-"""The forms of three sites in a mixer: the matrix whose last outputs are the gate z, the module whose last outputs are
-C, and the module whose input is the scan's output."""
+"""Values of `form` for three sites in a mixer: the matrix whose last outputs are the gate z, the module whose last
+outputs are C, and the module whose input is the scan's output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ def _place(surgeon: Surgeon, entry: HostEntry, form: str) -> Site:
 
 
 class OffsetOperator(Operator):
-    """The offset of one mixer: it reads the gate and C where the mixer computes them, and adds the offset where the
+    """Adds the offset of one mixer. It reads the gate and C when the mixer computes them, and adds the offset after the
     mixer has used both."""
 
     observes = frozenset({GATE, READOUT})

@@ -56,7 +56,7 @@ from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import JOINED, Room, TinyAttention, placed
 
 AROUND = "around"
-"""The form of a site at the block around an attention."""
+"""The `form` of a site at the block that contains an attention."""
 
 
 class TinyAttentionAdapterConfig(MethodConfig):

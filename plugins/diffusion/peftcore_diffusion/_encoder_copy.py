@@ -36,7 +36,7 @@ class Copy:
 
     network: Shared
     inputs: Tap | None
-    """The inputs of the UNet; None if the UNet is the host itself, whose inputs the forward context holds."""
+    """The inputs of the UNet; None if the UNet is the host itself, whose inputs are in the forward context."""
     lender: Tap | None
     """The UNet, if the second encoder reuses its layers."""
     controls: Tap = dataclasses.field(default_factory=lambda: Tap(until_backward=True))

@@ -10,7 +10,7 @@ from peftcore.author import InputOperator, Mine, Site, Surgeon
 from peftcore.errors import ConfigError
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
-"""The parts of a UNet of diffusers, in the order in which they run; in the order of registration, the middle is
+"""The parts of a UNet of diffusers, in the order in which they run. In the order of registration the middle block is
 last."""
 STATES = "encoder_hidden_states"
 

@@ -48,7 +48,7 @@ class ControlNetConfig(MethodConfig):
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels of the convolutions of H; each width after the first halves the resolution."""
+    """Channels of the convolutions that read the image. Each width after the first halves the resolution."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 

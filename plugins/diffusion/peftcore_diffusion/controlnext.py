@@ -248,8 +248,8 @@ class ControlFeatures(nn.Module):
 
 
 def cross_normalized(feature: Tensor, stream: Tensor) -> Tensor:
-    """Return the feature, normalized to the stream's mean and standard deviation over all values of a row. It keeps the
-    feature's dtype, since float16 cannot represent 1e-12."""
+    """Return the feature, normalized to the stream's mean and standard deviation over all values of each batch entry.
+    It keeps the feature's dtype, since float16 cannot represent 1e-12."""
     stream = stream.to(feature.dtype)
     over = tuple(range(1, feature.dim()))
     mean, std = (each(feature, dim=over, keepdim=True) for each in (torch.mean, torch.std))

@@ -52,7 +52,7 @@ class DiffFitConfig(MethodConfig):
     """How many blocks have a gamma, counted from the first block of each stack. If None, all blocks have one. The paper
     also tries the first half."""
     classes: bool = True
-    """Train the table of classes."""
+    """Train the embedding table of classes."""
 
 
 class ScaleOperator(Operator):

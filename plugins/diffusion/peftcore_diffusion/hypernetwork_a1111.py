@@ -150,7 +150,7 @@ STARTS: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Stage(nn.Module):
-    """One linear layer, and the activation, norm and dropout after it."""
+    """One linear layer, followed by the activation and the norm."""
 
     def __init__(self, width: int, out: int, activation: str, norm: bool, start: str) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ class PerfusionConfig(MethodConfig):
 
     method: Literal["perfusion"] = "perfusion"
     beta: float = 0.75
-    """The value of r at which the gate is half open, in training."""
+    """The similarity r to the concept at which the gate is half open, in training."""
     tau: PositiveFloat = 0.1
     """Temperature tau of the gate in training: the larger it is, the more gradually the gate opens."""
     beta_eval: float = 0.7
@@ -97,7 +97,7 @@ class PerfusionConfig(MethodConfig):
     tokens: list[int] = Field(default_factory=list)
     """Ids of the concept's words, whose embeddings train too; negative ids count from the end of the table."""
     initializer: NonNegativeInt | None = None
-    """Id of the word of the class, from whose embedding the words in `tokens` start."""
+    """Token id of the class's word, whose embedding the words in `tokens` start from."""
 
     @model_validator(mode="after")
     def _of_a_class(self) -> PerfusionConfig:
@@ -277,7 +277,7 @@ def seen_texts(
 
 
 class PerfusionOperator(Operator):
-    """The edit of one matrix: i and s of the concept, and v [out] if the matrix computes values."""
+    """Edits one matrix with the concept's encodings i and s, and with v [out] if the matrix computes values."""
 
     changes_inputs = True
     training_only = Operator.training_only | {"train_gate", "text_gradient"}

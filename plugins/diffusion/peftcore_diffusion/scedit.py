@@ -70,9 +70,9 @@ class SCEditConfig(MethodConfig):
     channels: PositiveInt | None = None
     """Channels of the condition image. If None, the method does not read an image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels of the convolutions of H; each width after the first halves the resolution."""
+    """Channels of the convolutions that read the image. Each width after the first halves the resolution."""
     kernel: Literal[1, 3] = 3
-    """Kernel size of the convolutions Z."""
+    """Kernel size of the convolutions that compute the image's features for each skip."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 

@@ -96,7 +96,7 @@ class SVDiffOperator(WeightOperator):
 
 
 class VectorOperator(WeightOperator):
-    """The shifts of a vector, entry by entry."""
+    """Shifts each entry of a vector."""
 
     def __init__(self, site: Site, config: SVDiffConfig) -> None:
         super().__init__(site)

@@ -57,13 +57,14 @@ class TLoRAConfig(MethodConfig):
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank``; None leaves the update unscaled."""
     power: PositiveFloat = 1.0
-    """Exponent p: with values above 1 fewer ranks act between both ends."""
+    """Exponent p of the decrease: with values above 1 fewer ranks act at the timesteps between the first and the
+    last."""
     timesteps: PositiveFloat = 1000.0
     """The largest timestep T, at which an image is only noise: 1000 for most schedules, 1 for hosts whose timesteps are
     in 0 .. 1."""
     start: Literal["random", "weight", "zero"] = "random"
-    """The start of A, l and B: random orthonormal factors, the singular values and vectors of the weight, or the start
-    of LoRA."""
+    """The start of the factors: random orthonormal matrices ("random"), singular vectors and values of the weight
+    ("weight"), or as in LoRA ("zero")."""
     part: Literal["last", "principal", "middle"] = "last"
     """The singular values with which l starts: the smallest, the largest, or those in the middle. If an odd number of
     values is left out around the middle, it contains one more of the larger values; in LyCORIS, one more of the smaller

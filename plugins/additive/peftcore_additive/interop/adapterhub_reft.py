@@ -79,7 +79,7 @@ class HubReft(HubArchitecture):
 
 
 def _unit(unit: str, intervention: Any, found: Found) -> dict[str, Tensor]:
-    """Returns the tensors of one intervention."""
+    """Returns the tensors of one intervention from a file, by their names in peftcore."""
     rank, width = intervention.R.shape
     tensors = {
         "learned.weight": found.take(f"{unit}.learned_source.weight", (rank, width)),

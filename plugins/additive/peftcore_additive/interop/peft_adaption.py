@@ -21,7 +21,7 @@ OUT = "o_proj"
 
 
 class PeftAdaptionPrompt(PeftMethod):
-    """Translates a prompt and a gate in the top layers."""
+    """Translates the prompt and the gate of each adapted layer."""
 
     methods = ("llama_adapter",)
     below = ("adaption_prompt", "adaption_gate")

@@ -134,7 +134,7 @@ class PeftShadow(PeftMethod):
 
 
 def _theirs(name: str, key: str) -> str:
-    """Returns peft's name of a tensor of shared state."""
+    """Returns the name in peft of a tensor of a shared module: the guest, its projection or its head."""
     if name == "head":
         return f"{HEAD}{key}"
     start, _, rest = key.partition(".")

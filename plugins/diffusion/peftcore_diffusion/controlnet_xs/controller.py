@@ -115,7 +115,7 @@ class XSOperator(Operator):
         return part(*(cast(each, like) for each in args), **cast(kwargs, like))
 
     def added(self, path: str, features: Tensor, to: Tensor) -> Tensor:
-        """Return the sum of `to` and the output of a convolution of the network."""
+        """Return the sum of `to` and the scaled output of a convolution of the network."""
         scale = forward_context().context.get(f"{self.name}_scale", self.scale)
         change: Tensor = scale * self.part(path, features)
         return to + change.to(to.dtype)
