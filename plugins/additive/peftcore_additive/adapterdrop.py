@@ -3,11 +3,11 @@
 Equation:
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
-The method adds bottleneck adapters after the feed-forward and its dropout, and leaves them out of the lowest layers to
-save time. *Specialised*: the first m layers lack an adapter, so they are cheaper at inference, and backward ends at
-layer m, since all parameters below it are frozen. *Robust*: all layers have an adapter, and each forward in training
-skips the adapters of the first m layers. m is drawn uniformly from 0 to `drop_first_layers`, which is L - 2 by default
-for L layers. After training, one adapter works with every m:
+The method adds bottleneck adapters after the feed-forward and its dropout, except in the lowest layers, which saves
+time. *Specialised*: the first m layers lack an adapter, so they are cheaper at inference, and backward ends at layer m,
+since all parameters below it are frozen. *Robust*: all layers have an adapter, and each forward in training skips the
+adapters of the first m layers. m is drawn uniformly from 0 to `drop_first_layers`, which is L - 2 by default for L
+layers. After training, one adapter works with every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 

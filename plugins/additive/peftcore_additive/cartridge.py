@@ -3,7 +3,7 @@
 Equation:
     Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
 
-``data=`` contains the text: the first row of the first batch, in the form of the model's inputs. If the model uses
+``data=`` contains batches of the model's inputs; the first row of the first batch is the text. If the model uses
 positions, the keys have the positions 0 to length - 1 and the tokens the positions after them, so a fresh cartridge of
 a whole text has the same effect as the text.
 
@@ -27,9 +27,9 @@ Start: Z starts as the model's cache of the first `length` tokens, with rotated 
 train: the first token is an attention sink, and training it makes the model unstable. The start is not an identity,
 since a fresh cartridge has the effect of the text in the context.
 
-Differs from the authors' code: No difference is known; numbers are compared with those of peft, which has neither
-teacher nor loss, and starts at random until it is given a text. Where attention has a window, every token still attends
-to Z; in peft Z leaves the window as words do.
+Differs from the authors' code: No difference is known. Numbers are compared with those of peft, which has neither
+teacher nor loss, and starts with random values if it does not get a text. If attention has a window, every token still
+attends to Z here, while in peft later tokens do not.
 
 Use it: `peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])`, where many questions are asked about
 one long text: the cartridge takes a few percent of the memory of the text's cache.

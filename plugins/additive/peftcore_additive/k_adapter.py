@@ -13,14 +13,16 @@ chains in the authors' code.
 The chain's output is combined with h before the model's last norm, if the model has one. The model's cache also stores
 the keys and values of the adapters.
 
-Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49,349,376 in RoBERTa-large.
+Parameters, with J adapters of T blocks each: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b:
+49,349,376 in RoBERTa-large.
 
 Start: W_up and W_down start from N(0, 0.0002^2) with biases at 0, all other layers as torch's layers do. That is not an
 identity; the authors train a head on the output. With ``identity=True`` W starts as [I 0], an identity.
 
-Differs from the authors' code: Adapters do not attend to padding, unlike in the code, nor to later tokens in causal
-models. The code's further linear layer over two concatenations and its skip connections between adapters are not here.
-The default layers are those of the scripts, 0, 11 and 22 of 24; the README has 23.
+Differs from the authors' code: Adapters do not attend to padding, while those in the authors' code do. In causal models
+they do not attend to later tokens. The authors' code has one more linear layer, over two concatenations, and skip
+connections between adapters; both are not implemented. The default layers, 0, 11 and 22 of 24, are those of the
+authors' scripts; their README has 23.
 
 Use it: `peftcore.apply(model, "k_adapter")`, where a separate task teaches knowledge for later tasks. If parameters
 must be few or the adapter has to be merged, use `lora`. The similar `lst` reads every layer, and predicts without the

@@ -9,7 +9,7 @@ Blocks below m are unchanged, and no gradient passes through them. G generates t
     average    P_i = W_2 relu(mean of W_1 h + b_1 over the i-th of `length` windows of tokens) + b_2,   W_2 [d, hidden]
     max        the same with the largest of each window
 
-and None trains P directly. In encoders h is the state of the first token. In decoders it is the state of the prompt's
+With None P trains directly. In encoders h is the state of the first token. In decoders it is the state of the prompt's
 last token; there the rows of P do not attend to tokens, but tokens attend to all rows. Windows are those of adaptive
 pooling, over the tokens of the prompt without padding. If a model adds positions to embeddings, tokens keep their
 positions and P does not have any, as in the authors' code. In models with rotary positions, the positions of P precede
@@ -17,7 +17,7 @@ that of the first token.
 
 In a decoder P is computed from the whole prompt, and earlier tokens of the prompt attend to it too. The prompt ends
 before the first label, or has the length that ``peftcore.call(model, prompt_length=...)`` sets. Calls without both are
-refused. P is computed once and then read from the cache. In encoder-decoder models it is inserted in the encoder.
+refused. P is computed once and then read from the cache. In encoder-decoder models P is inserted in the encoder.
 
 Parameters: (d + 1) hidden + (hidden + 1) length d for "naive", (d + 1) hidden + (hidden + 1) d for "average" and "max",
 length * d for None.

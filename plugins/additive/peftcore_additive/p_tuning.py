@@ -8,7 +8,7 @@ width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P is pu
 `prompt_tuning`. Each forward computes P again, in the dtype of the network.
 
 With ``encoder="residual"`` it is residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; code
-arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h. Its authors train Z and f with
+arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) with inner width h. Its authors train Z and f with
 one learning rate, 0.3.
 
 Parameters, in addition to length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and 2

@@ -19,10 +19,10 @@ once.
 
 Start: P from N(0, 0.02), or Z and W from N(0, 0.02) and b at zero. No start is an identity.
 
-Differs from the authors' code: In the authors' Longformer and RoBERTa rows have positions from 0 on, which these models
-never use for tokens; here rows have the positions in front of the first token. In the authors' BigBird rows have no
-positions. Heads read the same tokens as without rows, as in the authors' BigBird and RoBERTa. The authors' Longformer
-classifies by the first row unless --use_offset_pool_tok is set. It also trains its token types; use
+Differs from the authors' code: In the authors' Longformer and RoBERTa, rows have positions from 0 on, which both models
+never use for tokens. Here rows have the positions in front of the first token. In the authors' BigBird, rows do not
+have positions. Heads read the same tokens as without rows, as in the authors' BigBird and RoBERTa. The authors'
+Longformer classifies by the first row unless --use_offset_pool_tok is set. It also trains its token types; use
 ``train=["token_type_embeddings"]`` for that.
 
 Use it: `peftcore.apply(model, "prefix_propagation")`, for long texts, with half the parameters of `prefix_tuning`. It

@@ -13,10 +13,10 @@ grouped-query attention a prefix has as many heads as the keys; d is the width o
 Parameters: length * 2 d a layer. With `projection`, (projection + 1) * 2 d a layer, and length d + (d + 1) projection
 for each stack. A gate adds one a layer.
 
-Start: A directly trained P starts from N(0, 1), the network as torch's layers. No start is an identity: a prefix takes
-weight in the softmax even if its values are zero. With ``gate=True`` a layer computes its attention with and without
-the prefix, at twice the cost, and mixes both by a scalar that starts at zero. With ``gate=True`` and ``behind=False``
-the start is an identity.
+Start: A directly trained P starts from N(0, 1), the network as torch's layers. No start is an identity: a prefix gets a
+share of the softmax even if its values are zero. With ``gate=True`` a layer computes its attention with and without the
+prefix, at twice the cost, and mixes both by a scalar that starts at zero. With ``gate=True`` and ``behind=False`` the
+start is an identity.
 
 Differs from the authors' code: `gate` is an addition of peftcore. No other difference is known; outputs are compared
 with peft.

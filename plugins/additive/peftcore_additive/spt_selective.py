@@ -15,7 +15,7 @@ Parameters: blocks * (length d + 1) in the search, then layers * length d.
 
 Start: p_l starts from N(0, 0.02), alpha_l at zero. No start is an identity.
 
-Differs from the authors' code: The authors' code was not found, and the paper's text was not available: the equation
+Differs from the authors' code: The authors' code was not found, and the paper's text was not available. The equation
 follows a catalogue of methods. The authors search in two levels, with a smoothed choice: alpha trains on held-out data,
 and p on the rest. Here both train on the same batches. To search in two levels, train the parameters called `alpha`
 with a separate optimizer.

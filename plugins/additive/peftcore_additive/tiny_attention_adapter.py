@@ -13,7 +13,8 @@ additional layers after the model's own.
 With `modules`, n adapters run in sequence, and the output of each is multiplied by 1/n. Parameters: n (4 a d + 4 a^2 +
 7 a + 3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
 
-Start: W_2 and b_2 start as torch's layers do, multiplied by 0.01. Near the identity; ``out_scale=0`` makes it exact.
+Start: W_2 and b_2 start as torch's layers do, multiplied by 0.01. This is nearly an identity; ``out_scale=0`` makes it
+exact.
 
 Differs from the authors' code: The authors' code trains n heads and averages their tensors afterwards. Here the n
 adapters stay separate.

@@ -1,4 +1,4 @@
-"""ControlNeXt: one light network whose feature is added to the stream of a UNet. Peng et al. 2024, arXiv 2408.06070.
+"""ControlNeXt: one light network whose feature is added to the stream of a UNet.   Peng et al. 2024, arXiv 2408.06070.
 
 Equation:
     h <- h + scale * CN(c, h),   CN(c, h) = (c - mean(c)) * std(h) / (std(c) + 1e-12) + mean(h),   c = pool(F(image, t))

@@ -25,8 +25,8 @@ stop training the words when their mean norm reaches 0.55, and mask the loss and
 training loop has to do both; ``vectors.requires_grad_(False)`` stops training the words.
 
 Use it: `peftcore.apply(model, "ed_lora")`, for subjects that will be combined in one picture later; not for a single
-one (`lora` and `textual_inversion` need only one text for all layers), nor where the model must stay unchanged (`xti`).
-It merges.
+one (`lora` and `textual_inversion` need only one text for all layers), nor where the model must not change (`xti`). It
+can be merged.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ Equation:
     A [rank, a],   B [b, rank] trained,   A_aux [a, in] and B_aux [out, b] frozen
 
 The method is LoRA with factors in frozen random bases of low dimension: the rows of A_aux and the columns of B_aux are
-orthonormal, and span a of the `in` directions and b of the `out`. The number of trained values does not grow with the
-layer. Each site has separate bases, which are drawn from `basis_seed` and the site's number. Files contain the bases
-only with `store_basis`. Otherwise the bases are drawn again when an adapter is loaded, in float64 on the CPU, with
-fixed signs so that the result is unique. If a layer has fewer than a inputs or b outputs, that basis is complete. The
-rank is at most the size of the smaller basis. In convolutions A_aux is [a, in, *kernel]; each expert has separate
-bases. In memory the bases of a site are a * in + b * out numbers: 60 MB in the UNet of Stable Diffusion 1.5.
+orthonormal, and span a of the `in` input directions and b of the `out` output directions. The number of trained values
+does not grow with the layer. Each site has separate bases, which are drawn from `basis_seed` and the site's number.
+Files contain the bases only with `store_basis`. Otherwise the bases are drawn again when an adapter is loaded, in
+float64 on the CPU, with fixed signs so that the result is unique. If a layer has fewer than a inputs or b outputs, that
+basis is complete. The rank is at most the size of the smaller basis. In convolutions A_aux is [a, in, *kernel]; each
+expert has separate bases. In memory the bases of a site are a * in + b * out numbers: 60 MB in the UNet of Stable
+Diffusion 1.5.
 
 The scale s is 1, or alpha / rank if `alpha` is set.
 

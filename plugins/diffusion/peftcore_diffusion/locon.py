@@ -6,7 +6,8 @@ Equation:
     with `use_tucker`   delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
 
 In a grouped convolution i is the index inside the group of o. `conv_rank` and `conv_alpha` apply to kernels larger than
-1x1. Linear layers and 1x1 convolutions use `rank` and `alpha`. Stride, padding and dilation are the layer's own.
+1x1. Linear layers and 1x1 convolutions use `rank` and `alpha`. Stride, padding and dilation are those of the adapted
+layer.
 
 The default targets are every linear map and convolution of the blocks, and the layers around the blocks of a UNet
 (LyCORIS's preset "full"): projections, resamplers, the first and the last convolution, and the embedding of the

@@ -22,7 +22,8 @@ encodings of the same texts with the class's word in place of the concept; they 
 
 To train the embedding of the concept's word too, apply `textual_inversion` to the text encoder, or, if the model
 contains the text encoder, set `tokens`. Only one concept trains at a time. If several concepts are active in
-evaluation, they edit the same text, and their edits add up. The training loop may mask the loss with the subject.
+evaluation, they edit the same text, and their edits add up. Your training loop may mask the loss, so that it covers
+only the subject.
 
 Parameters: out for each matrix of values, and n * dim for n ids in `tokens`. The file also contains inv(C), [dim, dim].
 

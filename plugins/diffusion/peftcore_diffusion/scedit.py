@@ -4,10 +4,11 @@ Equation:
     skip_i <- skip_i + scale * T_i(skip_i),                            T_i(x) = U_i gelu(D_i x + d_i) + u_i
     skip_i <- skip_i + scale * (c_i + T_i(skip_i + c_i)),              c_i = Z_i silu(c_(i-1)),   c_0 = H(image)
 
-for each pixel x [width] of a skip's features. Without `channels` the method is SC-Tuner, the first line. With
-`channels` it is the controllable CSC-Tuner, the second line, which reads a condition image. D_i is [r, width], U_i
-[width, r], r = ratio * width. Z_i are consecutive convolutions, one for each skip in the order of the encoder, with
-stride 2 if the resolution was halved before that skip; H is seven convolutions, three of them with stride 2.
+The equation applies to each pixel x [width] of a skip's features. Without `channels` the method is SC-Tuner, the first
+line. With `channels` it is the controllable CSC-Tuner, the second line, which reads a condition image. D_i is [r,
+width], U_i [width, r], r = ratio * width. Z_i are consecutive convolutions, one for each skip in the order of the
+encoder, with stride 2 if the resolution was halved before that skip; H is seven convolutions, three of them with stride
+2.
 
 Pass the image to a call: ``with peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels,
 height, width]; with four `widths` it is 8 times as large as the latents. ``condition_scale=`` in the same call replaces

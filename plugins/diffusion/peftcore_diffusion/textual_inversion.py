@@ -9,7 +9,7 @@ the text encoder, or to both text encoders of SDXL. The prompt has to contain al
 separate parameter, so weight decay, the optimizer's moments and the file cover only its n rows. v is in float32 by
 default, for any dtype of the encoder: half precision is too coarse for the small steps of training.
 
-It merges. If the table is also the head of the model, both use v.
+The method can be merged. If the table is also the head of the model, both use v.
 
 Parameters: n * dim.
 
