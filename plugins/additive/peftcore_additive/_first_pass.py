@@ -13,10 +13,10 @@ from peftcore.author import InstanceOperator, forward_context
 
 
 class Summary(NamedTuple):
-    """The result of one pass over the texts of a batch: the state of one token of each text."""
+    """The result of one pass over the texts of a batch."""
 
     state: Tensor
-    """``[batch, width]``, without gradients."""
+    """The state of one token of each text, ``[batch, width]``, without gradients."""
     at: Tensor
     """``[batch]``: the position of that token in each text."""
 

@@ -20,8 +20,8 @@ from peftcore.errors import SequenceError
 
 
 class SideBlock(nn.Module):
-    """A block of the side network: it mixes the output of block l into the side stream, and applies one narrow
-    transformer block."""
+    """A block of the side network: it mixes the output of one of the model's blocks into the side stream, and applies
+    one narrow transformer block."""
 
     def __init__(self, width: int, narrow: int, heads: int, temperature: float, dropout: float) -> None:
         super().__init__()

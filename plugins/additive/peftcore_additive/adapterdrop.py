@@ -62,8 +62,8 @@ class AdapterDropConfig(MethodConfig):
 
     method: Literal["adapterdrop"] = "adapterdrop"
     drop_first_layers: NonNegativeInt | None = None
-    """The number m of lowest layers without an adapter, in each stack; with `robust`, the largest m that is drawn. If
-    None, 5; with `robust`, the number of layers minus two."""
+    """The number m of lowest layers in each stack that get no adapter. With `robust`, the largest m that is drawn.
+    None: 5, or with `robust` the number of layers minus two."""
     robust: bool = False
     """Adapt all layers, and skip a random number of the lowest adapters at each forward in training."""
     bottleneck: PositiveInt = 64

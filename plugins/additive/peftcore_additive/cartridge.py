@@ -85,9 +85,11 @@ def cross_entropy(teacher: Any, output: Any, inputs: Mapping[str, Any]) -> Tenso
     more.
 
     Args:
-        teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or the logarithms of its largest probabilities
-            and their tokens, two tensors ``[batch, tokens, k]``. Positions where all values are -inf do not count.
-        output: the student's output, which is or has logits ``[batch, tokens, vocabulary]``.
+        teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or two tensors ``[batch, tokens, k]``: the
+            logarithms of its k largest probabilities, and their token ids. Positions where all values are -inf do not
+            count.
+        output: the student's output: logits ``[batch, tokens, vocabulary]``, or a mapping that contains them under
+            "logits".
         inputs: the student's inputs, whose ``attention_mask`` marks padding.
 
     Raises:

@@ -63,7 +63,7 @@ class ControlNetLoRAConfig(MethodConfig):
 
 
 class ControlNetLoRA(Method):
-    """A second encoder, the UNet's own with low-rank updates, whose features control the decoder.
+    """Features of a second encoder control the decoder; it reuses the UNet's layers, with low-rank updates.
 
     Example:
         injection = peftcore.apply(model, "controlnet_lora", rank=128)

@@ -67,8 +67,8 @@ class TLoRAConfig(MethodConfig):
     ("weight"), or as in LoRA ("zero")."""
     part: Literal["last", "principal", "middle"] = "last"
     """The singular values with which l starts: the smallest, the largest, or those in the middle. If an odd number of
-    values is left out around the middle, it contains one more of the larger values; in LyCORIS, one more of the smaller
-    values."""
+    values is left out around the middle, one more of the larger values is left out than of the smaller values. LyCORIS
+    leaves out one more of the smaller values."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
