@@ -152,11 +152,12 @@ class CPTOperator(SequenceOperator):
 
     @property
     def limits(self) -> Tensor:
-        """The largest allowed norm of each row of D, ``[length, 1]``."""
+        """The largest allowed norm of each row's change, ``[length, 1]``."""
         return self.delta.new_tensor(self.bounds)[:, None]
 
     def within(self, delta: Tensor) -> Tensor:
-        """Return D ``[length, width]`` after projecting each row into its ball."""
+        """Return the change of the prompt's rows ``[length, width]``, with each row projected into its ball of allowed
+        changes."""
         limits, tiny = self.limits, torch.finfo(delta.dtype).tiny
         return delta * (limits / delta.norm(dim=-1, keepdim=True).maximum(limits).clamp(min=tiny))
 
@@ -166,7 +167,7 @@ class CPTOperator(SequenceOperator):
 
 
 class Within(GradientRule):
-    """Limits the changes of a prompt's rows after each optimizer step: each row of D is projected back into its
+    """Limits the changes of a prompt's rows: after each optimizer step, each row's change is projected back into its
     ball."""
 
     def __init__(self, operators: dict[nn.Parameter, CPTOperator]) -> None:

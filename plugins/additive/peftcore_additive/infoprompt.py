@@ -84,8 +84,8 @@ class InfoPromptConfig(MethodConfig):
     """The largest loss of a text for both bounds; larger losses are clamped and have no gradient. The authors' code
     uses 2."""
     outputs: list[NonNegativeInt] = Field(default_factory=list)
-    """Indices of the head's rows whose mean is c. For a language model, pass the tokens that name classes. By default
-    all rows are used."""
+    """Indices of the head's rows that L_head averages. For a language model, pass the tokens that name classes. By
+    default all rows are used."""
 
 
 HIDDEN = -100.0

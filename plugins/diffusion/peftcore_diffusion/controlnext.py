@@ -77,11 +77,11 @@ class ControlNeXtConfig(MethodConfig):
     widths: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field(
         default_factory=lambda: [64, 128, 256], min_length=3, max_length=3
     )
-    """Three numbers of channels in F: of its first two convolutions, of its third convolution and first residual block,
-    and of all layers from its second residual block on."""
+    """Three numbers of channels in F, the network that reads the image: of its first two convolutions, of its third
+    convolution and first residual block, and of all layers from its second residual block on."""
     control_rate: PositiveFloat = 10.0
-    """Learning rate of F, divided by that of the trained matrices of the base, which is the learning rate of the
-    optimizer."""
+    """Learning rate of F, the network that reads the image, divided by the learning rate of the base's trained
+    matrices. The latter is that of the optimizer."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 

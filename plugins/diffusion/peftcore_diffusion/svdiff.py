@@ -65,7 +65,7 @@ class SVDiffConfig(MethodConfig):
 
 
 class SVDiffOperator(WeightOperator):
-    """Shifts the singular values of one tensor, whose singular vectors are stored frozen."""
+    """Shifts the singular values of one tensor; its singular vectors are frozen."""
 
     U: Tensor
     S: Tensor
