@@ -192,7 +192,8 @@ class Residual(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Maps an image, `downscale` times as large as the activation at level 0, to one feature for each place."""
+    """Maps an image to one feature for each place. The image is `downscale` times as large as an activation whose
+    resolution was not halved."""
 
     def __init__(self, places: list[Place], channels: int, downscale: int, blocks: int) -> None:
         super().__init__()

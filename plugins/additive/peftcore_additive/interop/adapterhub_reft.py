@@ -26,7 +26,7 @@ STEP = ".reft_layer"
 ENDS = {"prefix": "units.0", "both": "units.0", "suffix": "units.1"}
 BASE, ORIGINAL = "projection.parametrizations.weight.0.base", "projection.parametrizations.weight.original"
 CLOSE = 1e-2
-"""Tolerance for the orthonormality of R's rows, as large as the error of half precision."""
+"""How much R R^T may differ from the identity, in view of the errors of half precision."""
 
 
 class HubReft(HubArchitecture):
