@@ -71,7 +71,7 @@ class HoulsbyAdapterConfig(MethodConfig):
     """The tensor that the adapter changes: the target's outputs, or its inputs. "stream" chooses the inputs for the
     first matrices of a branch, and the outputs for all other targets."""
     norm: bool = False
-    """Put a layer norm in front of W_down, which trains with the adapter."""
+    """Put a trained layer norm in front of the adapter's first matrix W_down."""
     bias: bool = True
     """Add biases to both matrices."""
     scale: Scale = 1.0

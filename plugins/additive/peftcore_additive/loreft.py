@@ -60,11 +60,11 @@ class LoReFTConfig(MethodConfig):
     """The equation: that of LoReFT, of NoReFT (the rows of R need not be orthonormal), or of DiReFT (like NoReFT, but R
     h is left out)."""
     rank: PositiveInt = 4
-    """Number r of dimensions of the subspace."""
+    """Rank r of the intervention, the number of dimensions of the subspace that it changes."""
     prefix_positions: NonNegativeInt = 3
-    """Number f of positions at the start of the prompt."""
+    """Number f of positions at the start of the prompt that are changed."""
     suffix_positions: NonNegativeInt = 0
-    """Number l of positions at the end of the prompt."""
+    """Number l of positions at the end of the prompt that are changed."""
     short_prompts: Literal["half", "first", "last"] = "half"
     """The rule for prompts that are too short for both ends. "half": each end gets at most half of the prompt. "first":
     the first positions have priority, and the last ones get the rest. "last": the reverse, as in the adapters
@@ -72,7 +72,7 @@ class LoReFTConfig(MethodConfig):
     layers: list[NonNegativeInt] | None = None
     """Numbers of the layers to change; None changes all."""
     tied: bool = False
-    """Use one intervention for both ends of the prompt."""
+    """Use the same intervention at the start and at the end of the prompt."""
     dropout: Share = 0.0
     """Dropout probability of the changed states h' in training."""
     activation: Literal["gelu", "relu", "silu", "tanh"] | None = None

@@ -77,7 +77,7 @@ class SparseAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     norm: bool = True
-    """Put a layer norm in front of W_down, which trains with the adapter."""
+    """Put a trained layer norm in front of the adapter's first matrix W_down."""
     dropout: Share = 0.1
     """Dropout probability of the bottleneck's activations in training."""
     joins: Joins = "stream"

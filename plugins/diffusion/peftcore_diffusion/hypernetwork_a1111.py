@@ -139,7 +139,7 @@ OF_WEBUI: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "swish": nn.Hardswish,
 }
-"""Functions that create the module of an activation, by the webui's names."""
+"""Functions that create the module of an activation, by the activation's name in the webui."""
 STARTS: dict[str, Callable[[Tensor], Any]] = {
     "normal": lambda weight: nn.init.normal_(weight, std=0.01),
     "xavier_uniform": nn.init.xavier_uniform_,

@@ -208,7 +208,7 @@ class Pyramid(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the features of an image, in the order of the places."""
+        """Return the features of an image, one for each place."""
         features = [self.first(image.to(next(self.first.parameters()).dtype))]
         for stage in self.stages:
             features.append(stage(features[-1]))
