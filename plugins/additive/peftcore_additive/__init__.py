@@ -52,7 +52,7 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_presets() -> Mapping[str, Preset]:
-    """Name options of methods as papers do."""
+    """Map preset names, as papers use them, to a method with options."""
     return PRESETS
 
 

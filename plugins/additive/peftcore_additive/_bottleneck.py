@@ -16,8 +16,8 @@ Scale = PositiveFloat | Literal["learned", "channel"]
 
 
 def width_of(site: Site) -> int:
-    """Return the number of features that an adapter reads and adds at a site: the width of a block, the number of
-    inputs, or else the number of outputs."""
+    """Return the number of features that an adapter reads and adds at a site: the width of a block or branch, or else
+    the number of the site's outputs."""
     width = site.width if isinstance(site, BlockSite | BranchSite) else 0
     return width or site.out_features
 
@@ -44,7 +44,7 @@ def cast_linear(operator: Operator, linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 class BottleneckOperator(AtBranchEnd):
-    """Adds a bottleneck to the output of a branch (the first entry, where attention returns a tuple)."""
+    """Adds a bottleneck to the output of a branch. If the output is a tuple, it changes the first entry."""
 
     stackable = True
     padded = frozenset({"down.weight", "down.bias", "up.weight"})

@@ -1,5 +1,5 @@
-"""A summary of each text: the output of the stack in a separate pass, at the first token or, in causal stacks, the last
-one."""
+"""Computes a summary of each text in a separate pass: the state of its first token, or in causal stacks of its last
+token."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from peftcore.author import InstanceOperator, forward_context
 
 
 class Summary(NamedTuple):
-    """The result of one pass over the texts of a batch: the state of one token of each text."""
+    """The result of one pass over the texts of a batch."""
 
     state: Tensor
-    """``[batch, width]``, without gradients."""
+    """The state of one token of each text, ``[batch, width]``, without gradients."""
     at: Tensor
-    """``[batch]``: the positions of the tokens whose states these are."""
+    """``[batch]``: the position of that token in each text."""
 
     def same(self, states: Tensor) -> Tensor:
-        """Return the states ``[batch, width]`` of the same tokens in another pass ``[batch, tokens, width]``."""
+        """Return the states of the same tokens in another pass, ``[batch, width]``. `states` contains all states of
+        that pass, ``[batch, tokens, width]``."""
         return of(states, self.at)
 
 
 def first_pass(operator: InstanceOperator, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> Summary:
-    """Run the stack without the adapter, and return the states of the texts' first tokens, or in a causal stack of
-    their last ones."""
+    """Run the stack without the adapter, and return the state of each text's first token, or in a causal stack of its
+    last token."""
     with torch.no_grad():
         output = forward_context().without(operator, call, **given)
     states = output if isinstance(output, Tensor) else output[0]  # [batch, tokens, width]

@@ -51,7 +51,8 @@ class Encoder(nn.Module):
 
 
 class FrontOperator(AttentionOperator):
-    """Puts keys and values in front of the attention's own, in the same softmax; subclasses return them in `flat`."""
+    """Puts trained keys and values in front of those of the attention, in the same softmax. Subclasses return them in
+    `flat`."""
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         front_key, front_value = self.made(len(key))
@@ -104,13 +105,13 @@ class PrefixOperator(FrontOperator):
 
 
 def prefix_width(site: AttentionSite) -> int:
-    """Return the number of values of a position: its key and its value in every head."""
+    """Return the number of entries in one row of a prefix: a key and a value for every head."""
     return site.geometry.kv_heads * (site.geometry.head_dim + site.geometry.value_dim)
 
 
 def prefix_count(site: Site, config: PrefixConfig, gate: bool = False) -> int:
-    """Count the parameters of an operator without the shared network: those of a prefix, and none for the operator of
-    positions."""
+    """Return the number of parameters of the operator at a site, without the shared network. It is 0 for the operator
+    that changes positions."""
     if not isinstance(site, AttentionSite):
         return 0
     rows = config.length if config.projection is None else config.projection + 1
@@ -120,8 +121,8 @@ def prefix_count(site: Site, config: PrefixConfig, gate: bool = False) -> int:
 def shared_encoder(
     surgeon: Surgeon, site: AttentionSite, config: PrefixConfig, make: Callable[[int, int, int], Encoder] = Encoder
 ) -> Shared | None:
-    """Return the half of the prefix network that the stack of a site shares; `make` creates it. The encoder, the
-    decoder and cross-attention have separate ones."""
+    """Return the half of the prefix network that all layers of a site's stack share, or None without `projection`.
+    `make` creates it. Encoder, decoder and cross-attention have separate networks."""
     hidden = config.projection
     if hidden is None:
         return None
@@ -131,7 +132,7 @@ def shared_encoder(
 
 
 class Behind(InputOperator):
-    """Moves the positions of a stack's tokens on by the length of a prefix, so that they start after it."""
+    """Adds the length of a prefix to the positions of a stack's tokens, so that they start after the prefix."""
 
     def __init__(self, site: SequenceSite, config: Any) -> None:
         super().__init__(site)
@@ -156,7 +157,7 @@ class Behind(InputOperator):
 
 
 def behind(surgeon: Surgeon, sites: Iterable[Site], config: MethodConfig) -> None:
-    """Let the positions of tokens start after the prefix, in all stacks that contain `sites` and use positions."""
+    """Make the positions of tokens start after the prefix, in all stacks that contain `sites` and use positions."""
     paths = [f"{site.module_path}." for site in sites]
     for stack in surgeon.sites("stack", optional=True):
         if any(path.startswith(f"{stack.module_path}.".lstrip(".")) for path in paths):

@@ -12,9 +12,8 @@ from peftcore.errors import ConfigError
 
 
 def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) -> Tensor:
-    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut to the length; without ids, the
-    embeddings of randomly drawn tokens, all different if the vocabulary is large enough. The result is a new float32
-    tensor.
+    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut to the length. Without `ids`, tokens
+    are drawn randomly, all different if the vocabulary is large enough. The result is a new float32 tensor.
 
     Raises:
         ConfigError: an id is outside of the vocabulary.

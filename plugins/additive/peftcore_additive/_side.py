@@ -1,8 +1,8 @@
-"""Side networks in parallel with the model: their blocks, and layers of the model's cache for the keys and values of
-the blocks.
+"""Blocks of side networks that run in parallel with the model, and layers in the model's cache for their keys and
+values.
 
-The side layers follow the host's layers in the cache, so all operations that reorder, repeat, crop or empty the cache
-apply to them too.
+The layers of a side network follow the host's layers in the cache, so operations that reorder, repeat, crop or empty
+the cache apply to them too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from peftcore.errors import SequenceError
 
 
 class SideBlock(nn.Module):
-    """A block of the side network: it mixes the output of block l into the side stream, and applies one narrow
-    transformer block."""
+    """A block of the side network: it mixes the output of one of the model's blocks into the side stream, and applies
+    one narrow transformer block."""
 
     def __init__(self, width: int, narrow: int, heads: int, temperature: float, dropout: float) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class PostNormBlock(nn.Module):
 
 
 def attended(qkv: Tensor, heads: int, visible: Tensor, cache: Any, dropout: float = 0.0) -> Tensor:
-    """Return the attention's output ``[batch, tokens, w]`` for queries, keys and values ``[batch, tokens, 3 w]``.
-    `visible` ``[.., 1, tokens, held + tokens]`` is True where a token attends to another; a layer of a `cache` stores
-    the keys and values of earlier tokens."""
+    """Return the attention's output ``[batch, tokens, w]`` for concatenated queries, keys and values ``[batch, tokens,
+    3 w]``. `visible` ``[.., 1, tokens, held + tokens]`` is True where a token attends to another one. `cache` is None,
+    or a layer that stores the keys and values of earlier tokens."""
     parts = qkv.unflatten(-1, (3, heads, -1))  # [batch, tokens, 3, heads, w / heads]
     query, key, value = parts.permute(2, 0, 3, 1, 4)
     key, value = (key, value) if cache is None else cache.update(key, value)
@@ -70,8 +70,8 @@ def attended(qkv: Tensor, heads: int, visible: Tensor, cache: Any, dropout: floa
 
 
 class Ends(torch.autograd.Function):
-    """Returns h as a function of x that passes no gradient to x. Reentrant checkpoints need this: their outputs must
-    require a gradient if their inputs do."""
+    """Returns h as if it were computed from x, without a gradient for x. Reentrant checkpoints need this: their outputs
+    must require a gradient if their inputs do."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor) -> Tensor:
@@ -84,8 +84,8 @@ class Ends(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SideLayer:
-    """A layer of the model's cache for a side network; it works for operators that get all rows of the batch or only
-    some."""
+    """A layer of the model's cache for a side network. It may be used by operators that get all rows of the batch, or
+    only some of them."""
 
     kept: Any
     """The transformers cache layer, which stores all rows."""
@@ -101,9 +101,9 @@ class SideLayer:
 
 
 def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[SideLayer]:
-    """Return the `count` cache layers of the side network with this stamp, and create them in a cache that lacks them.
-    The list is empty if the block's arguments `given` do not contain a cache. The host's own layers, `blocks` of them,
-    precede the side layers in the cache."""
+    """Return the `count` layers of a side network in the cache. The network is identified by `stamp`; its layers are
+    created if the cache lacks them, after the `blocks` layers of the host. The list is empty if the block's arguments
+    `given` do not contain a cache."""
     cache = cache_in(given)
     if cache is None:
         return []
@@ -124,8 +124,8 @@ def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -
 
 
 def held_by(layers: list[SideLayer], held: int) -> int:
-    """Return how many tokens the side layers of the cache store; it must equal `held`, the number in the model's own
-    layers.
+    """Return how many tokens the side layers of the cache store. This number must equal `held`, the number of tokens in
+    the model's own layers.
 
     Raises:
         SequenceError: the numbers differ.

@@ -1,5 +1,5 @@
-"""The common part of side networks whose output replaces the model's: they read the outputs of blocks, and no gradient
-reaches the blocks."""
+"""The common part of methods with a side network that reads the outputs of blocks. Its output replaces that of the last
+block, and no gradient reaches the blocks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peftcore_additive._side import Ends
 
 
 class BesideOperator(Operator):
-    """Collects a block's output, detached; at the block that `answers`, returns the result of `answer` on all collected
-    states."""
+    """Stores the detached output of a block. If `answers` is True, the output is replaced by the result of `answer` on
+    all stored states."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], answers: bool) -> None:
         super().__init__(site)
@@ -34,12 +34,13 @@ class BesideOperator(Operator):
         return Ends.apply(h, x) if x.requires_grad else h
 
     def told(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return the block's arguments that `answer` needs, before the block adds to its cache."""
+        """Return values of the block's arguments that `answer` needs. It is called before the block adds to its
+        cache."""
         return None
 
     def answer(self, states: list[Tensor], told: Any) -> Tensor:
-        """Map the states ``[..., d]`` before the first block and after each block to the replacement of the last state.
-        It has the shape of that state, or flattened positions."""
+        """Return the replacement of the last state, given the states ``[..., d]`` before the first block and after each
+        block. It has the shape of the last state, except that dimensions of positions may be flattened."""
         raise NotImplementedError
 
 

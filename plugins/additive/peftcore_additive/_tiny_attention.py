@@ -16,11 +16,11 @@ from peftcore_additive._bottleneck import width_of
 from peftcore_additive._side import SideLayer, side_layers
 
 JOINED = "joined"
-"""The form of a site at the norm after the sum of stream and attention."""
+"""The `form` of a site at the norm that reads the sum of stream and attention."""
 
 
 class TinyAttention(nn.Module):
-    """One attention in parallel with the stream; it returns the change of the stream."""
+    """One narrow attention, which returns the change of the stream."""
 
     def __init__(self, features: int, config: Any) -> None:
         super().__init__()
@@ -54,21 +54,20 @@ class TinyAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Room:
-    """The cache for keys and values of earlier tokens: its layers follow the model's own layers in the model's
-    cache."""
+    """The layers for keys and values of earlier tokens, which follow the model's own layers in the model's cache."""
 
     count: int
     blocks: int
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def layers(self, given: dict[str, Any]) -> list[SideLayer]:
-        """Return this network's layers of the cache among a block's arguments; an empty list without a cache."""
+        """Return this network's layers of the cache that a block's arguments contain; an empty list without a cache."""
         return side_layers(given, self.stamp, self.count, self.blocks)
 
 
 def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
-    """Return the site at the end of an attention, with the modules at which the stream can be read, and True if the
-    site's output already is the stream.
+    """Return the site at the end of an attention, with the modules at which the stream can be read. The second value is
+    True if the site's output already is the stream.
 
     Raises:
         UnsupportedSite: it is unknown what the block adds to the stream.

@@ -3,26 +3,26 @@
 Equation:
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
-The method adds bottleneck adapters after the feed-forward and its dropout, and leaves them out of the lowest layers to
-save time. *Specialised*: the first m layers lack an adapter, so they are cheaper at inference, and backward ends at
-layer m, since all parameters below it are frozen. *Robust*: all layers have an adapter, and each forward in training
-skips the first m adapters, m drawn uniformly from 0 to `drop_first_layers`, by default L - 2 for L layers; after
-training, one adapter works with every m:
+The method adds bottleneck adapters after the feed-forward and its dropout, except in the lowest layers, which saves
+time. *Specialised*: the first m layers lack an adapter, so they are cheaper at inference, and backward ends at layer m,
+since all parameters below it are frozen. *Robust*: all layers have an adapter, and each forward in training skips the
+adapters of the first m layers. m is drawn uniformly from 0 to `drop_first_layers`, which is L - 2 by default for L
+layers. After training, one adapter works with every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
-m is drawn once for each forward, so all layers, and recomputation in backward, use the same m; it depends only on the
+m is drawn once for each forward, so all layers, and recomputation in backward, use the same m. It depends only on the
 seed and on the number of forwards, so all processes of one training draw the same m. The top layer always has its
-adapter. Layers are counted separately in each stack: in an encoder and in a decoder from 0 on.
+adapter. The layers of an encoder and of a decoder are counted separately, from 0 on.
 
-Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
-layer.
+Parameters: 2 d r + r + d an adapter. There are L - m adapters, or L if `robust` is set; with ``target=("attn.output",
+"mlp.output")`` a layer has two.
 
-Start: Both matrices from a normal with standard deviation 1e-3, biases at zero: near the identity; ``up_init_std=0``
-makes it exact.
+Start: Both matrices from a normal distribution with standard deviation 1e-3, biases at zero. This is nearly an
+identity; ``up_init_std=0`` makes it exact.
 
-Differs from the authors' code: The robust kind draws m up to L - 2 for L layers, as in the authors' notebook (10 for
-RoBERTa's 12 layers); the paper has L - 1.
+Differs from the authors' code: The robust kind draws m from 0 to L - 2 for L layers, as in the authors' notebook (10
+for the 12 layers of RoBERTa). In the paper it draws up to L - 1.
 
 Use it: `peftcore.apply(model, "adapterdrop", drop_first_layers=1)`, where adapters have to be fast in training and
 inference. Under torch.compile, training the robust kind breaks the graph at each adapter.
@@ -62,8 +62,8 @@ class AdapterDropConfig(MethodConfig):
 
     method: Literal["adapterdrop"] = "adapterdrop"
     drop_first_layers: NonNegativeInt | None = None
-    """The number m of layers, from the bottom of each stack, without an adapter; when robust, the largest number of
-    skipped layers. None: 5, or when robust, all layers but two."""
+    """The number m of lowest layers in each stack that get no adapter. With `robust`, the largest m that is drawn.
+    None: 5, or with `robust` the number of layers minus two."""
     robust: bool = False
     """Adapt all layers, and skip a random number of the lowest adapters at each forward in training."""
     bottleneck: PositiveInt = 64
@@ -71,8 +71,8 @@ class AdapterDropConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     joins: Joins = "stream"
-    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
-    scale, stochastic depth), or before them, at the branch's last matrix."""
+    """Where the adapter reads and adds: after the host's dropout, layer scale and stochastic depth on a branch's output
+    ("stream"), or before them, at the branch's last matrix ("matrix")."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -82,16 +82,16 @@ class AdapterDropConfig(MethodConfig):
 class Draws(nn.Module):
     """Draws an integer from 0 to `most`, uniformly, for each forward of the model in training.
 
-    It depends only on the seed and on the number of forwards: the global generator is not advanced, all processes of
-    one training draw the same number, and a resumed training continues the sequence. Recomputation in backward
-    (checkpointing) gets the number of the first run.
+    The number depends only on the seed and on the number of forwards: the global generator is not advanced, all
+    processes of one training draw the same number, and a resumed training continues the sequence. Recomputation in
+    backward (checkpointing) gets the number of the first run.
     """
 
     seed: Tensor
     count: Tensor
 
     def __init__(self, most: int) -> None:
-        """Draw the seed of the numbers from torch's generator, which the surgeon seeds."""
+        """Draw the seed from torch's generator, which peftcore seeds for each injection."""
         super().__init__()
         self.most = most
         self.register_buffer("seed", torch.randint(2**62, ()), persistent=False)
@@ -106,7 +106,8 @@ class Draws(nn.Module):
 
         Raises:
             TrainingError: a part of the host runs by itself, so one forward cannot be distinguished from the next.
-            AmbiguousBackward: backward repeats a whole forward, and several could be meant.
+                AmbiguousBackward: backward repeats a forward of the whole host, but several forwards with different
+                numbers ran before.
         """
         if call not in self.drawn:
             self.drawn[call] = self._again() if call.repeating else self._anew(call)
@@ -141,7 +142,7 @@ class Draws(nn.Module):
 
 
 class DroppableOperator(BottleneckOperator):
-    """A bottleneck adapter that knows the number of its layer."""
+    """A bottleneck adapter that is skipped in forwards that drop its layer."""
 
     def __init__(self, site: Site, config: AdapterDropConfig, depth: int, draws: Shared | None) -> None:
         super().__init__(site, config)
@@ -162,7 +163,7 @@ class AdapterDrop(Method):
     """Bottleneck adapters in all but the lowest layers.
 
     Example:
-        injection = peftcore.apply(model, "adapterdrop", drop_first_layers=1)  # of two
+        injection = peftcore.apply(model, "adapterdrop", drop_first_layers=1)  # of two layers
     """
 
     name = "adapterdrop"

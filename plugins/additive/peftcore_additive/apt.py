@@ -7,18 +7,18 @@ P_k, P_v are `length` keys and values of layer i, as in p_tuning_v2. W_i [length
 the output h_{i-1} of the previous block at the text's first token ([CLS] in the paper's encoders), and the scalar
 lambda_i weights all rows of the layer.
 
-With causal attention the first token does not attend to later ones: if all texts begin with the same token, gates
-differ between layers and rows, but not between texts. Padding in front is skipped. The gates' scores are stored in the
-model's cache, so in generation the text's first token still determines the gates. Positions, dropout and the network of
-`projection` are as in p_tuning_v2.
+With causal attention the first token does not attend to later tokens. So if all texts begin with the same token, all
+texts have the same gates; they differ only between layers and rows. Left padding is skipped. The gates' scores are
+stored in the model's cache, so in generation the text's first token still determines the gates. Positions, dropout and
+the network of `projection` are as in p_tuning_v2.
 
-Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection (projection + 1) * 2 d_k +
-length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
+Parameters: length * (2 d_k + d) + 1 a layer, where d_k is the width of its keys. With `projection`, (projection + 1) *
+2 d_k + length d + 1 a layer, and length d_k + (d_k + 1) projection for each stack.
 
 Start: W from N(0, 0.02), so that all gates start near one half, lambda at one, P from N(0, 1). No start is an identity.
 
-Differs from the authors' code: The authors' code is not known: the token of h and the start are our interpretation of
-the paper.
+Differs from the authors' code: The authors' code is not known. The choice of the token for h, and the start, are our
+interpretation of the paper.
 
 Use it: `peftcore.apply(model, "apt")`, for classification and tagging with a frozen encoder, where you do not know in
 which layers prefixes help. Not for decoders, where prefix_tuning does the same with fewer parameters; p_tuning_v2 is
@@ -62,11 +62,11 @@ class APTConfig(MethodConfig):
 
     method: Literal["apt"] = "apt"
     length: PositiveInt = 20
-    """Number of keys and values in front of each attention's own."""
+    """Number of trained keys and values in front of the keys and values of each attention."""
     projection: PositiveInt | None = None
     """Width of the network that generates the keys and values in training; None trains the keys and values directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of the keys and values are dropped in training."""
+    """Dropout probability of the trained keys and values in training."""
     behind: bool = True
     """Start the positions of tokens after the prefix, as if its rows were words."""
 
@@ -148,8 +148,8 @@ class AdaptivePrefix(PrefixOperator):
 
 
 class APT(Method):
-    """Trained keys and values in front of every self-attention's own, with a gate for each row, which is computed from
-    the text, and a trained gate for each layer."""
+    """Trained keys and values in front of those of every self-attention. Each row has a gate that is computed from the
+    text, and each layer has a trained gate."""
 
     name = "apt"
     Config = APTConfig

@@ -4,23 +4,23 @@ of NAACL.
 Equation:
     out = sum_l a_l W_v h_l,   a = softmax_l(q . W_k h_l / sqrt(d_k)),   W_k [d_k, d]  W_v [d, d]  q [d_k]
 
-h_0 is the input of the first block and h_l the output of block l, for one token; out replaces h_L, so the model's last
-norm and its head read out. With several heads, q, W_k h_l and W_v h_l are cut into one part for each head, and each
-head has separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its
-activations are not stored for backward, and other adapters inside the blocks get no gradient.
+For one token, h_0 is the input of the first block and h_l the output of block l. The model's last norm and its head get
+``out`` in place of h_L. With several heads, q, W_k h_l and W_v h_l are cut into one part for each head, and each head
+has separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its activations
+are not stored for backward, and other adapters inside the blocks get no gradient.
 
 Parameters: d_k + d d_k + d^2, or d without `project`.
 
 Start: q starts at zero, so that all layers have equal weights, W_k like torch's linear layers, and W_v as an identity.
-At first the model predicts from the mean of its layers, for which the head was not trained: no start is an identity,
-and the head has to train too (`train=["classifier"]`, with your head's name).
+So the model predicts from the mean of its layers at the start, for which the head was not trained. No start is an
+identity, and the head has to train too (`train=["classifier"]`, with your head's name).
 
-Differs from the authors' code: The authors' code was not found and the paper's text was not available: the equation
+Differs from the authors' code: The authors' code was not found, and the paper's text was not available. The equation
 follows the abstract, and the remaining details are our choice.
 
 Use it: `peftcore.apply(model, "attention_fusion")`, for classification with encoders, where many tasks share one
-forward of the backbone (the states of its layers can be cached); not where features have to change (`lora`), nor where
-tokens need further attention to each other, as in the similar `lst`.
+forward of the backbone (the states of its layers can be cached). If features have to change, use `lora`; if tokens need
+further attention to each other, use the similar `lst`.
 """
 
 from __future__ import annotations

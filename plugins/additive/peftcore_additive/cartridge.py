@@ -3,33 +3,33 @@
 Equation:
     Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
 
-``data=`` contains the text: the first row of the first batch, in the form of the model's inputs. If the model uses
+``data=`` contains batches of the model's inputs; the first row of the first batch is the text. If the model uses
 positions, the keys have the positions 0 to length - 1 and the tokens the positions after them, so a fresh cartridge of
 a whole text has the same effect as the text.
 
     L = -sum_i q_i log p_i,   the mean over tokens;   q_i what the teacher says, p_i what the model with Z says
 
-It is trained to answer like the model with the whole text in its context. The training data are questions and answers
-about pieces of the text, which a model generates (self-study). Pass the teacher's predictions with ``with
-peftcore.call(model, teacher=logits): model(ids)``, where the logits are those of the tokens after the text, computed
-under ``cartridge.disabled()``. L is then available in ``cartridge.losses()``, or is added to the model's loss if labels
-are passed.
+The cartridge is trained to answer like the teacher, the model with the whole text in its context. The training data are
+questions and answers about parts of the text, which a model generates (self-study). Pass the teacher's predictions with
+``with peftcore.call(model, teacher=logits): model(ids)``, where the logits are those of the tokens after the text,
+computed under ``cartridge.disabled()``. L is then available in ``cartridge.losses()``, or is added to the model's loss
+if labels are passed.
 
-As in the authors' code `teacher` may also be the logarithms of its largest probabilities and their tokens, two tensors
-``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor do positions where all values of the teacher are
--inf.
+As in the authors' code, `teacher` may also be two tensors ``[batch, tokens, k]``: the logarithms of the teacher's k
+largest probabilities, not rescaled to the sum 1, and their token ids. Padding does not count, nor do positions where
+all values of the teacher are -inf.
 
-If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves the positions of
-tokens on by its length (peft can combine their files). Parameters: (length - frozen) * kv_heads * (key width + value
-width) a layer; the frozen rows are saved too.
+If cartridges of several texts are active, tokens attend to all of them, and each further cartridge increases the
+positions of tokens by its length. peft can also combine their files. Parameters: (length - frozen) * kv_heads * (key
+width + value width) a layer; the frozen rows are saved too.
 
-Start: Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the
-first `frozen` tokens: the first token is an attention sink, and training it makes the model unstable. Not an identity:
-a fresh cartridge acts as the text in the context does.
+Start: Z starts as the model's cache of the first `length` tokens, with rotated keys. The first `frozen` tokens do not
+train: the first token is an attention sink, and training it makes the model unstable. The start is not an identity,
+since a fresh cartridge has the effect of the text in the context.
 
-Differs from the authors' code: No difference is known; numbers are compared with those of peft, which has neither
-teacher nor loss, and starts at random until it is given a text. Where attention has a window, every token still attends
-to Z; in peft Z leaves the window as words do.
+Differs from the authors' code: No difference is known. Numbers are compared with those of peft, which has neither
+teacher nor loss, and starts with random values if it does not get a text. If attention has a window, every token still
+attends to Z here, while in peft later tokens do not.
 
 Use it: `peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])`, where many questions are asked about
 one long text: the cartridge takes a few percent of the memory of the text's cache.
@@ -81,12 +81,15 @@ class CartridgeConfig(MethodConfig):
 
 
 def cross_entropy(teacher: Any, output: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the mean over tokens of ``-sum p_teacher log p``, in float32 or more; of shape ``[]``, with its graph.
+    """Return the mean over tokens of ``-sum p_teacher log p``, as a differentiable tensor of shape ``[]`` in float32 or
+    more.
 
     Args:
-        teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or the logarithms of its largest probabilities
-            and their tokens, two tensors ``[batch, tokens, k]``. Positions where all values are -inf do not count.
-        output: the student's output, which is or has logits ``[batch, tokens, vocabulary]``.
+        teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or two tensors ``[batch, tokens, k]``: the
+            logarithms of its k largest probabilities, and their token ids. Positions where all values are -inf do not
+            count.
+        output: the student's output: logits ``[batch, tokens, vocabulary]``, or a mapping that contains them under
+            "logits".
         inputs: the student's inputs, whose ``attention_mask`` marks padding.
 
     Raises:

@@ -5,21 +5,21 @@ Equation:
     s' = s + Branch(x) + A(x),   x = LN(s)            beside self-attention and feed-forward, not cross-attention
     A(x) = W_up relu(W_down LN_A(x) + b_down) + b_up,   W_down [d / r, d],   W_up [d, d / r]
 
-Each A has a separate norm LN_A. x is the input of a branch, which is the stream itself in hosts whose norms follow
-their branches. h_0 includes positions. Dropout acts on the output of relu.
+Each A has a separate norm LN_A. x is the input of a branch; in post-norm hosts, that is the stream itself. h_0 includes
+positions. Dropout acts on the output of relu.
 
-The paper trains one set for each pair of languages on a frozen multilingual model; apply one adapter for each pair, and
-activate it or route rows to it.
+The paper trains one set of adapters for each pair of languages, on a frozen multilingual model. To do so, apply the
+method once for each pair, and activate its injection or route rows to it.
 
 Parameters, with w = d / r: 2 d w + w + 3 d for each branch and each stack's embeddings.
 
-Start: Both matrices by Glorot's rule, as the authors draw them, biases at zero: a fresh adapter changes the outputs.
-``init="zero"`` starts W_up at zero, an exact identity.
+Start: Both matrices by Glorot's rule, as in the authors' code, biases at zero. A fresh adapter changes the outputs.
+``init="zero"`` starts W_up at zero, which is an exact identity.
 
-Differs from the authors' code: The paper's formulas omit the norm where a norm of the host precedes the adapter; here
-and in the code each adapter has one. h_0 is taken after the dropout of the embeddings, where the authors' code takes it
-before. While adapters train, the authors' code turns the dropout of the host's branches off; here the host's dropout
-stays on.
+Differs from the authors' code: In the paper's formulas an adapter lacks its norm if a norm of the host precedes it;
+here and in the authors' code each adapter has one. Here h_0 is read after the dropout of the embeddings, in the
+authors' code before it. While adapters train, the authors' code turns off the dropout of the host's branches; here it
+is unchanged.
 
 Use it: `peftcore.apply(model, "ciat")`, where tasks or languages share a model and interfere with each other from the
 first layer on. The adapters are large, half as wide as the stream, and cannot be merged; `parallel_adapter` is a
@@ -61,13 +61,13 @@ class CIATConfig(MethodConfig):
 
     method: Literal["ciat"] = "ciat"
     reduction: PositiveInt = 2
-    """How many times narrower the adapters' inner width is than the stream."""
+    """The width of the stream, divided by the inner width of the adapters."""
     dropout: Share = 0.3
     """Probability with which outputs of relu are dropped in training."""
     embeddings: bool = True
     """Also adapt the input of the first block of each stack that contains a target."""
     init: Literal["glorot", "zero"] = "glorot"
-    """The start of W_up: the authors' draw, or zero, which makes a fresh adapter an exact identity."""
+    """The start of W_up: random by Glorot's rule, or zero, which makes a fresh adapter an exact identity."""
 
     def inner(self, width: int) -> int:
         """Return the inner width of an adapter for a stream of this width."""
@@ -168,8 +168,8 @@ def _block(surgeon: Surgeon, path: str, width: int) -> BlockSite:
     """Return a block as a site.
 
     Raises:
-        UnsupportedSite: it reads no sequence of features, or two; or it is run for several layers, and not all of
-            them read embeddings.
+        UnsupportedSite: the block does not read exactly one sequence of features, or it runs for several layers, of
+            which not all read embeddings.
     """
     host = surgeon.resolver.host
     if host.on_grid(path) or any(each.block == path and each.stream == "context" for each in host.entries):

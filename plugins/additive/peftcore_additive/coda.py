@@ -5,11 +5,11 @@ Equation:
     y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + lambda_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
     lambda = argmax_l l . s + epsilon H(l),   0 <= l_i <= 1,   sum_i l_i = k,   s = x w,   w [d]
 
-F is the frozen block, which gets only the k tokens with the largest lambda: the remaining tokens skip its attention and
-its feed-forward, and their lambda counts as zero. This makes the model faster, in training as well. k is the number of
-tokens divided by `reduction`, rounded up; padding is never chosen, and does not count. lambda is approximated, with an
-error of a few percent, by 20 steps of coordinate descent, in which epsilon falls from 4 to `temperature`. n subtracts
-the mean and divides by the standard deviation.
+F is the frozen block, which processes only the k tokens with the largest lambda. The remaining tokens skip its
+attention and its feed-forward, and their lambda counts as zero. This makes the model faster, in training as well. k is
+the number of tokens divided by `reduction`, rounded up. Padding is never chosen, and does not count. H is the entropy.
+lambda is computed by 20 steps of coordinate descent, in which epsilon falls from 4 to `temperature`; the error is a few
+percent. n subtracts the mean and divides by the standard deviation.
 
 The method supports encoders: in causal models later tokens would influence the choice of earlier ones. Blocks that
 compute positions themselves (T5, whose first block counts tokens) or attend within windows are refused.
@@ -19,13 +19,13 @@ Parameters: 2 d r + r + 2 d a block.
 Start: W_up and b_up start at zero, W_down and w as torch's layers do. Since tokens skip blocks, the outputs change from
 the start; with ``reduction=1`` a fresh adapter is an exact identity.
 
-Differs from the authors' code: The authors' code is not public; the selection is that of lucidrains/CoLT5-attention. n
-does not have a gain and a shift: the paper uses the block's own norm. Attention of the chosen tokens to all tokens (the
-paper's k-to-all) is not here. The paper first trains on unlabelled text.
+Differs from the authors' code: The authors' code is not public; the selection is that of lucidrains/CoLT5-attention.
+Here n does not have a gain and a shift, while the paper uses the block's own norm. Attention of the chosen tokens to
+all tokens (k-to-all in the paper) is not implemented. The paper first trains on unlabelled text.
 
 Use it: `peftcore.apply(model, "coda")`, to make an encoder faster on long inputs; not where inputs have few tokens, or
-where each token has a label: `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips adapters,
-not tokens.
+where each token has a label. `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips adapters
+instead of tokens.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CoDAConfig(MethodConfig):
 
     method: Literal["coda"] = "coda"
     reduction: Annotated[float, Field(ge=1.0)] = 3.0
-    """How many times fewer tokens a block processes."""
+    """The number of tokens, divided by the number of tokens that a block processes."""
     bottleneck: PositiveInt = 64
     """Width r of the adapter."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
@@ -71,15 +71,15 @@ class CoDAConfig(MethodConfig):
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """Number of steps of coordinate descent."""
     temperature: PositiveFloat = 0.1
-    """The last epsilon of coordinate descent: with smaller values lambda is nearer to zero or one, but more steps are
+    """The last epsilon of coordinate descent. With smaller values lambda is nearer to zero or one, but more steps are
     needed."""
 
 
 PADDING = ("src_key_padding_mask", "attention_mask")
-"""Names of arguments that mark padding, or which tokens attend to which. In the first one, of torch's layers, True
-means padding."""
+"""Names of arguments that are masks of padding or of attention. In the first mask, that of torch's layers, True means
+padding."""
 PLACES = ("position_embeddings", "position_ids")
-"""Names of arguments with an entry for each token."""
+"""Names of arguments that contain an entry for each token."""
 START, DECAY = 4.0, 0.7
 """The temperature of the first step, and the factor by which each step multiplies it."""
 
@@ -115,8 +115,8 @@ def arguments_of(given: Mapping[str, Any], chosen: Tensor, count: int, idle: Ten
         given: the block's arguments by name, without the states.
         chosen: the indices of the chosen tokens, ``[batch, chosen]``.
         count: the number of all tokens.
-        idle: True for chosen tokens that only fill the shape and are masked for all tokens, ``[batch, chosen]``; None
-            without padding information.
+        idle: True for chosen tokens that only fill up a text with fewer tokens than the others, ``[batch, chosen]``;
+            they are hidden from all tokens. None if padding is not known for each text.
 
     Raises:
         SequenceError: an argument cannot be restricted to the chosen tokens, or padding cannot be masked.
@@ -173,7 +173,7 @@ def _rows(value: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _hiding(mask: Tensor, idle: Tensor, padding: bool) -> Tensor:
-    """Return a mask that hides the idle tokens too."""
+    """Return a mask that also hides the chosen tokens marked in `idle`."""
     hidden = idle if mask.dim() == 2 else idle[:, None, None, :]
     if mask.is_floating_point():
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)

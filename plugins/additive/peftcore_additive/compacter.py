@@ -3,26 +3,27 @@
 Equation:
     y = h + (f(h H_down + b_down) H_up + b_up),   H = sum_i R_i (x) (S_i T_i),   i = 1..n   ((x): Kronecker product)
 
-R_i [n, n] are the rules, one set that all adapters and both of their matrices share; S_i [in / n, q] and T_i [q, out /
-n] belong to one matrix, with rank q = 1. h is the output of the last matrix of a sub-block, so the host's dropout acts
-on the adapter's output too, as in the authors' code. Only self-attention and feed-forward are adapted: the authors
-leave cross-attention out (name its matrix as a target to adapt it). Compacter++ leaves self-attention out too. All
-norms train too, as in their code.
+R_i [n, n] are the rules. All matrices of all adapters share one set of rules, while each matrix has separate S_i [in /
+n, q] and T_i [q, out / n], with rank q = 1. h is the output of the last matrix of a sub-block, so the host's dropout
+acts on the adapter's output too, as in the authors' code. Self-attention and feed-forward are adapted, but not
+cross-attention, as in the authors' code; to adapt it, name its matrix as a target. Compacter++ adapts only the
+feed-forward. All norms train too, as in the authors' code.
 
 A PHM adapter, the paper's intermediate step towards Compacter, is ``shared_rule=False, factorized=False,
 rule_std=0.01``: each matrix has separate rules, and full blocks [in / n, out / n] instead of S_i T_i. A low-rank
 adapter, the paper's baseline, is ``rules=False, phm_dim=1``: H = S T (`low_rank_adapter`).
 
-Parameters: 2 q (d + r) + r + d an adapter, n^3 once; a PHM adapter has 2 d r / n + 2 n^3 + r + d; without rules the n^3
-are left out. The trained norms count in addition.
+Parameters: 2 q (d + r) + r + d an adapter, and n^3 once for the shared rules. A PHM adapter has 2 d r / n + 2 n^3 + r +
+d. Without rules the n^3 are left out. The trained norms are added.
 
-Start: Rules from N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in the authors' code: nearly the
-identity. ``rule_std=0`` makes it exact.
+Start: Rules from N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in the authors' code. This is
+nearly an identity; ``rule_std=0`` makes it exact.
 
 Differs from the authors' code: No difference is known (rabeehk/compacter). The adapters package adapts the output after
 dropout (here joins="stream") and draws S and T from a normal distribution.
 
-Use it: `peftcore.apply(model, "compacter")`, where adapters must be small: a tenth of a percent of T5.
+Use it: `peftcore.apply(model, "compacter")`, where adapters must be small; they have a tenth of a percent of the
+parameters of T5.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class CompacterConfig(MethodConfig):
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
     """The non-linearity f."""
     joins: Joins = "matrix"
-    """The place where the adapter reads and adds: at a branch's last matrix, or after the host's operations on the
-    branch's output (dropout, layer scale, stochastic depth)."""
+    """Where the adapter reads and adds: at a branch's last matrix ("matrix"), or after the host's dropout, layer scale
+    and stochastic depth on the branch's output ("stream")."""
     train_layer_norm: bool = True
     """Train the norms of the host too, as the paper does."""
 
@@ -124,7 +125,7 @@ class KroneckerLinear(nn.Module):
 
 
 class CompacterOperator(AtBranchEnd):
-    """Adds the adapter to the output of a branch (the first entry, where attention returns a tuple)."""
+    """Adds the adapter to the output of a branch. If the output is a tuple, it changes the first entry."""
 
     stackable = True
 

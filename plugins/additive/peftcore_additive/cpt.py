@@ -4,10 +4,10 @@ Equation:
     X' = [E(c) + D ; E(ids)],   c the tokens of some solved examples,   |D_i| <= epsilon_i sqrt(d / 2048)
 
 The prompt starts as the embeddings of solved examples in front of the question, and changes little: after each step
-every row of D is projected back into a ball of radius epsilon_i. `types` contains the type of each token, and increases
-by 4 from example to example: 1 is text before the input, 2 input, 3 text before the answer, 4 answer; the next example
-has 5 to 8. 0 is unused. Rows of inputs have the radius `epsilon`, rows of the text around them `format_epsilon`, and
-rows of answers do not change.
+every row of D is projected back into a ball of radius epsilon_i. `types` contains the type of each token. In the first
+example 1 is text before the input, 2 is the input, 3 is text before the answer, and 4 is the answer. Types increase by
+4 from example to example, so the second example has 5 to 8. 0 is unused. Rows of inputs have the radius `epsilon`, rows
+of text before inputs and answers have the radius `format_epsilon`, and rows of answers do not change.
 
 The loss covers the labels and the answers in the prompt, which the model predicts from the tokens before them:
 
@@ -22,7 +22,7 @@ the ball is centered at this sum.
 
 Parameters: length * d, including the rows of answers, as in peft.
 
-Start: D is zero: the examples in the prompt change the outputs, so no start is an identity.
+Start: D is zero. The examples in the prompt change the outputs, so no start is an identity.
 
 Differs from the authors' code: The authors' code is the one in peft, and three points differ from it. In peft the next
 forward projects a row and overwrites the parameter; here `injection.optimizer` does that after each step. With other
@@ -30,8 +30,8 @@ optimizers the forward uses the projected rows, and D itself may leave the ball.
 between prompt and text, so the last token of padding predicts the first label; here the prompt is after the padding.
 peft marks labels of the question in `input_type_mask`; here they are -100.
 
-Use it: `peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])`, for tasks with few training examples that
-in-context examples explain, where other methods overfit.
+Use it: `peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])`, for tasks with few training examples,
+where other methods overfit and solved examples in the context help.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ class CPTConfig(MethodConfig):
     ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
     """The token ids of the examples."""
     types: list[NonNegativeInt] = Field(default_factory=list)
-    """The type of each token, as a number that the method's page explains; by default all tokens are text before inputs
-    (1)."""
+    """The type of each token: 1 text before the input, 2 input, 3 text before the answer, 4 answer, with 4 added for
+    each further example. By default all tokens have the type 1."""
     epsilon: NonNegativeFloat = 0.1
-    """Radius of the ball of a row of an input, in a model of width 2048."""
+    """Largest norm of the change of a prompt row that belongs to an input, in a model of width 2048."""
     format_epsilon: NonNegativeFloat = 0.1
-    """Radius of the ball of a row of the text around inputs, in a model of width 2048."""
+    """Largest norm of the change of a prompt row that belongs to text before inputs or answers, in a model of width
+    2048."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Loss weight of an example's answer, divided by that of the next example's answer; with 1 all answers have equal
     weights."""
@@ -93,8 +94,8 @@ class CPTConfig(MethodConfig):
         return self.types or [1] * len(self.ids)
 
     def answers(self) -> dict[int, float]:
-        """Return the weight in the loss of each token of an answer, by its position; the first token of the prompt is
-        left out, since no token precedes it."""
+        """Return the loss weight of each answer token, by the token's position in the prompt. The first token of the
+        prompt is left out, since no token precedes it."""
         kinds = dict(enumerate(self.kinds()))
         places = [place for place, kind in kinds.items() if kind > 0 and kind % 4 == 0 and place > 0]
         examples = sorted({kinds[place] for place in places}, reverse=True)
@@ -134,7 +135,7 @@ def more_than_labels(answers: Collection[tuple[int, float]], made: Rows, logits:
 
 
 class CPTOperator(SequenceOperator):
-    """The prompt of one stack."""
+    """The prompt of one encoder or decoder."""
 
     start: Tensor
     logits: Tap
@@ -151,11 +152,12 @@ class CPTOperator(SequenceOperator):
 
     @property
     def limits(self) -> Tensor:
-        """The radius of each row's ball, ``[length, 1]``."""
+        """The largest allowed norm of each row's change, ``[length, 1]``."""
         return self.delta.new_tensor(self.bounds)[:, None]
 
     def within(self, delta: Tensor) -> Tensor:
-        """Return the allowed change ``[length, width]`` that is nearest to D: D, projected into the balls."""
+        """Return the change of the prompt's rows ``[length, width]``, with each row projected into its ball of allowed
+        changes."""
         limits, tiny = self.limits, torch.finfo(delta.dtype).tiny
         return delta * (limits / delta.norm(dim=-1, keepdim=True).maximum(limits).clamp(min=tiny))
 
@@ -165,7 +167,8 @@ class CPTOperator(SequenceOperator):
 
 
 class Within(GradientRule):
-    """Projects the rows of a prompt back into their balls."""
+    """Limits the changes of a prompt's rows: after each optimizer step, each row's change is projected back into its
+    ball."""
 
     def __init__(self, operators: dict[nn.Parameter, CPTOperator]) -> None:
         super().__init__()
@@ -179,7 +182,7 @@ class Within(GradientRule):
 
 
 class CPT(Method):
-    """A prompt of solved examples, whose rows change little and learn from the examples' answers too.
+    """A prompt that starts as solved examples and changes little; its loss includes the examples' answers.
 
     Example:
         injection = peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])

@@ -3,23 +3,23 @@
 Equation:
     X' = [P ; X + alpha / sqrt(r) (A B)[:n]],   P [m, d], A [s, r], B [r, d]
 
-X are the n embedded tokens of the text. Row t of A B is added to token t, and nothing to tokens after the first s. So a
-prompt of m rows can replace a longer one with the same number of parameters, and takes less time. The text is all
-tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length;
-the tokens of answers do not change. Rows of A B are counted from the first token that is not padding.
+X are the n embedded tokens of the text. Row t of A B is added to token t; tokens after the first s do not change. So a
+prompt of m rows with this update can replace a longer prompt with as many parameters, and takes less time. The text is
+all tokens before the first label, or the whole input without labels; ``peftcore.call(model, prompt_length=...)`` sets
+its length instead. Tokens of answers do not change. Rows of A B are counted from the first token that is not padding.
 
-P and A, B have separate learning rates, which the authors find necessary: pass the rate of P to `optimizer`; A and B
+The authors find that P needs another learning rate than A and B. Pass the rate of P to ``injection.optimizer``; A and B
 get `update_ratio` times this rate. Parameters: m d + r (s + d).
 
 Start: P starts as embeddings of randomly drawn or given tokens; A as torch's linear layers do, B at zero. No start is
 an identity.
 
 Differs from the authors' code: Here rows of A B are counted from the first token that is not padding, and are not added
-to answers. The authors pad inputs to s; their causal models are padded on the left, so rows are in effect counted from
-the end, and in training are added to answers, but not to generated tokens.
+to answers. The authors pad inputs to s. Their causal models are padded on the left, so rows are in effect counted from
+the end. In training they are added to answers, but in generation not to generated tokens.
 
-Use it: `peftcore.apply(model, "dept")`, where long prompts take too much time; not for texts much longer than s, since
-tokens after the first s do not change (use prompt_tuning).
+Use it: `peftcore.apply(model, "dept")`, where long prompts take too much time. For texts much longer than s use
+`prompt_tuning`, since tokens after the first s do not change.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class DePTConfig(MethodConfig):
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / sqrt(rank)`` of the update of the embeddings."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Token ids whose embeddings the prompt starts from, repeated or cut to its length, instead of randomly drawn
-    tokens."""
+    """Token ids whose embeddings the prompt starts from, repeated or cut to its length. By default randomly drawn
+    tokens are used."""
     update_ratio: PositiveFloat = 5e-4 / 0.3
     """Learning rate of A and B, divided by that of the prompt."""
 
 
 class DePTOperator(InstanceOperator):
-    """The short prompt of one stack, and the low-rank update of its embedded tokens."""
+    """The short prompt of one encoder or decoder, and the low-rank update of its embedded tokens."""
 
     def __init__(self, site: SequenceSite, config: DePTConfig) -> None:
         super().__init__(site, config.length)

@@ -3,22 +3,22 @@
 Equation:
     y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
 
-h is the output of a sub-block (attention, then feed-forward) before it is added to the residual stream: the output of
-its last matrix after the host's dropout, layer scale and stochastic depth, and before the residual sum and norm;
-`joins` sets the place. For mixtures of experts h is the output of the whole mixture. In blocks of convolutions h is the
-output of the last convolution, and the adapter acts on the channels of each position. All norms train too, including
-the norm of the embeddings.
+h is the output of a sub-block (attention or feed-forward): by default after the host's dropout, layer scale and
+stochastic depth, and before the residual sum and norm. With joins="matrix" h is the output of the sub-block's last
+matrix. For mixtures of experts h is the output of the whole mixture. In blocks of convolutions h is the output of the
+last convolution, and the adapter acts on the channels of each position. All norms train too, including the norm of the
+embeddings.
 
-With ``target="block"`` h is the output of a whole block, and with `norm` the adapter reads LN(h), where LN is a trained
-layer norm: the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` h is the side of a
-matrix that faces the stream: the input of the first matrices of a branch, x' = x + W_up f(W_down x), y = W x', and the
-output of the last one, as in LLM-Adapters (`llm_adapters_series`).
+With ``target="block"`` h is the output of a whole block. With `norm` the adapter reads LN(h), where LN is a trained
+layer norm. Both together are the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` the
+adapter changes the input of the first matrices of a branch, x' = x + W_up f(W_down x), y = W x', and the output of the
+last matrix, as in LLM-Adapters (`llm_adapters_series`).
 
-Parameters: 2 d r + r + d an adapter, two adapters a block; without `bias` 2 d r; with `norm` 2 d more, with a learned
-`scale` 1 or d; with `train_layer_norm`, the norms in addition.
+Parameters: 2 d r + r + d an adapter, or 2 d r without `bias`; a block has two adapters. `norm` adds 2 d to an adapter,
+a learned `scale` adds 1 or d. With `train_layer_norm` the norms of the host are added.
 
-Start: Both matrices start from a normal with standard deviation 1e-3, cut at two deviations, biases zero: near
-identity, not exactly. ``up_init_std=0`` makes it exact.
+Start: Both matrices start from a normal distribution with standard deviation 1e-3, truncated at two deviations, biases
+at zero. This is nearly an identity; ``up_init_std=0`` makes it exact.
 
 Differs from the authors' code: No difference is known (google-research/adapter-bert).
 
@@ -63,15 +63,15 @@ class HoulsbyAdapterConfig(MethodConfig):
     activation: Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f; "gelu_tanh" is the approximation of GELU that the authors' code has."""
     train_layer_norm: bool | Literal["blocks"] = True
-    """Train all norms of the host too, or only the norms of the blocks."""
+    """The norms of the host that train too: all (True), only those of the blocks ("blocks"), or none (False)."""
     joins: Joins = "stream"
-    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
-    scale, stochastic depth), or before them, at the branch's last matrix."""
+    """Where the adapter reads and adds: after the host's dropout, layer scale and stochastic depth on a branch's output
+    ("stream"), or before them, at the branch's last matrix ("matrix")."""
     side: Literal["outputs", "inputs", "stream"] = "outputs"
-    """The side of the target that is adapted: its outputs, its inputs, or the side that faces the stream: the inputs of
-    the first matrices of a branch, the outputs of all other targets."""
+    """The tensor that the adapter changes: the target's outputs, or its inputs. "stream" chooses the inputs for the
+    first matrices of a branch, and the outputs for all other targets."""
     norm: bool = False
-    """Put a layer norm in front of W_down, which trains with the adapter."""
+    """Put a trained layer norm in front of the adapter's first matrix W_down."""
     bias: bool = True
     """Add biases to both matrices."""
     scale: Scale = 1.0
@@ -81,7 +81,8 @@ class HoulsbyAdapterConfig(MethodConfig):
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""
     init: Start = "cut"
-    """The draw of both matrices: a normal distribution, truncated at two standard deviations or not."""
+    """The distribution from which both matrices start: a normal distribution, truncated at two standard deviations
+    ("cut") or not ("normal")."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -89,14 +90,14 @@ class HoulsbyAdapterConfig(MethodConfig):
 
 
 class SerialOperator(ScaledOperator):
-    """The adapter after its target module, or around a block."""
+    """Applies the adapter to the output of its target module or block."""
 
     def __init__(self, site: Site, config: HoulsbyAdapterConfig) -> None:
         super().__init__(site, config, norm=config.norm, bias=config.bias)
 
 
 class InFrontOperator(SerialOperator):
-    """The adapter in front of its target."""
+    """Applies the adapter to the input of its target."""
 
     changes_inputs = True
 
@@ -108,7 +109,7 @@ def _inputs_of(site: Site) -> int:
     """Return the number of features that a target reads.
 
     Raises:
-        UnsupportedSite: it reads token ids, or it is a slice of a matrix, whose slices all read the same input.
+        UnsupportedSite: the target reads token ids, or it is one slice of a matrix; all slices read the same input.
     """
     if site.layer.one_hot or site.slices is not None:
         raise UnsupportedSite(

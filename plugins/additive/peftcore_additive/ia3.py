@@ -14,7 +14,7 @@ Start: All l are one: the identity.
 Differs from the authors' code: The authors' code was not compared.
 
 Use it: `peftcore.apply(model, "ia3")`, where training examples are few: it trains only a few thousand numbers. Use a
-high learning rate (3e-3 in the paper), and no weight decay (it pulls gains to 0, not to 1).
+high learning rate (3e-3 in the paper), and train without weight decay, which pulls gains to 0 instead of 1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class IA3Config(MethodConfig):
 
 
 def scales_input(site: Site, config: IA3Config) -> bool:
-    """True if the vector scales the inputs of the site's linear map instead of its outputs."""
+    """Return True if the vector scales the inputs of the site's linear map instead of its outputs."""
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
 
 

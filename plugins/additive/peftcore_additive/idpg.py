@@ -3,13 +3,13 @@
 Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
 
-X are the embedded tokens. A first pass without the prompt and without gradients computes u [d]: the state of the text's
-first token, or in causal models of its last one; W1 [h, d] and W2 [length d, h] compute the rows of P from u. With
+X are the embedded tokens. A first pass without the prompt and without gradients computes u [d], the state of the text's
+first token, or in causal models of its last token. W1 [h, d] and W2 [length d, h] compute the rows of P from u. With
 `phm` (IDPG-PHM) both matrices are sums of Kronecker products, W = (sum_i S_i x V_i)^T, i = 1..n, with S_i [n, n] and
 V_i of an n-th of the matrix's rows and columns. In training, dropout acts on u and on the hidden layer.
 
-The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-sets its length: the prompt is computed once, and generated tokens do not change it.
+The text is all tokens before the first label, or the whole input without labels; ``peftcore.call(model,
+prompt_length=...)`` sets its length instead. The prompt is computed once, so generated tokens do not change it.
 
 Parameters: (d + 1) h + (h + 1) length d; with `phm` 2 n^3 + (d h + h length d) / n + h + length d.
 
@@ -20,8 +20,8 @@ Differs from the authors' code: Only the paper's single-layer IDPG is here; the 
 to the same rows at each layer. The authors insert the rows after the first token, [CLS]; here they are in front of it,
 as in all prompt methods.
 
-Use it: `peftcore.apply(model, "idpg")`, where texts of a task need different prompts; not where the second pass takes
-too much time (smop chooses a prompt only by the embeddings).
+Use it: `peftcore.apply(model, "idpg")`, where the texts of a task need different prompts. If the second pass takes too
+much time, use `smop`, which chooses a prompt by the embeddings alone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class KroneckerSum(nn.Module):
 
 
 class IDPGOperator(InstanceOperator):
-    """The network that generates the prompt of one stack."""
+    """The network that generates the prompt of one encoder or decoder."""
 
     def __init__(self, site: SequenceSite, config: IDPGConfig) -> None:
         super().__init__(site, config.length)

@@ -5,19 +5,21 @@ Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
     L = L_model + w_h L_head + w_r L_rep + w_k KL
 
-Prompts are generated as in `idpg`: u [d] is the state of the text's first token in a first pass without the prompt, or
-in causal models of its last token; u is detached. The losses act only in training. L_head and L_rep are InfoNCE bounds
-on mutual information, -log(exp s_0 / (exp s_0 + sum_j exp s_j)); p is the mean of P(x):
+Prompts are generated as in `idpg`: u [d] is the detached state of the text's first token in a first pass without the
+prompt. In causal models it is the state of the last token. The losses act only in training. L_head and L_rep are
+InfoNCE bounds on mutual information, -log(exp s_0 / (exp s_0 + sum_j exp s_j)); p is the mean of P(x):
 
     L_head:  s(p) = p c / sqrt(d)  against s(e_j),   e_j embedded tokens of the text, c the mean of the head's rows
     L_rep:   s(z) = (U z) (M p + m) / sqrt(d),   z = mean(v) + std(v) noise   against z of u
 
-In L_rep, v is the state of the same token as u, in the pass with the prompt. The positive is one draw of z from v, and
-the negatives are `draws` times batch draws from u, of the same text. v carries gradients, p does not. KL is the
-divergence of both Gaussians from N(0, 1). Their mean and log std (limited to -2 .. 10), of width h, are linear maps.
-These linear layers, U, M and m are the critics: they train too, are saved in the file so that training can resume, and
-are not used afterwards. The head is the model's own, and gets gradients if it trains; if no head is as wide as the
-embedded tokens, L_head is left out. In training the head also scores the text's tokens.
+In L_rep, v is the state of the same token as u, in the pass with the prompt. z is drawn from a Gaussian whose mean and
+log std (limited to -2 .. 10), of width h, are linear maps of a state. The positive is one z drawn with the state v. The
+negatives are `draws` * batch z drawn with the state u of the same text. v carries gradients, p does not. KL is the
+divergence of both Gaussians from N(0, 1).
+
+The two linear maps, U, M and m are the critics. They train too, and are saved so that training can resume; after
+training they are not used. The head is the model's own, and gets gradients if it trains. In training the head also
+scores the text's tokens. If no head is as wide as the embedded tokens, L_head is left out.
 
 Parameters: (d + 1) h + (h + 1) length d, and critics of 3 d h + 2 h + d^2 + d.
 
@@ -30,8 +32,8 @@ and [MASK]. It inserts the rows around [MASK], but needs four times as many rows
 the batch's first text for all texts. It clamps each loss at 2, without a gradient above; with 7 or more negatives this
 clamps every text while scores are at chance (`ceiling`).
 
-Use it: `peftcore.apply(model, "infoprompt")`, where prompts learn slowly; not where the second pass takes too much time
-(`prompt_tuning` needs only one).
+Use it: `peftcore.apply(model, "infoprompt")`, where prompts learn slowly. If a second pass takes too much time, use
+`prompt_tuning`, which needs only one.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ class InfoPromptConfig(MethodConfig):
     """The largest loss of a text for both bounds; larger losses are clamped and have no gradient. The authors' code
     uses 2."""
     outputs: list[NonNegativeInt] = Field(default_factory=list)
-    """Indices of the head's rows whose mean is c: for a language model, the tokens that name classes. By default all
-    rows."""
+    """Indices of the head's rows that L_head averages. For a language model, pass the tokens that name classes. By
+    default all rows are used."""
 
 
 HIDDEN = -100.0
@@ -136,8 +138,8 @@ class FeatureCritic(nn.Module):
 
 
 class HeadLoss(Operator):
-    """Wraps the head and adds a loss in training: how badly the head discriminates between the prompt and embedded
-    tokens."""
+    """Wraps the head and adds L_head in training: the InfoNCE loss of the prompt's score against the scores of the
+    text's embedded tokens."""
 
     def __init__(self, site: Site, told: Tap, weight: float, outputs: Sequence[int], ceiling: float | None) -> None:
         super().__init__(site)
@@ -169,7 +171,7 @@ class HeadLoss(Operator):
 
 
 class InfoPromptOperator(InstanceOperator):
-    """The network that generates the prompt of one stack, and the critic of the stack's features."""
+    """The network that generates the prompt of one encoder or decoder, and the critic of its features."""
 
     def __init__(self, site: SequenceSite, config: InfoPromptConfig, told: Tap) -> None:
         super().__init__(site, config.length)
@@ -202,8 +204,8 @@ class InfoPromptOperator(InstanceOperator):
 
 
 class InfoPrompt(Method):
-    """A prompt for each text, with losses that maximize its mutual information with the head and with the model's
-    features."""
+    """Generates a prompt for each text, with losses that maximize the prompt's mutual information with the head and
+    with the model's features."""
 
     name = "infoprompt"
     Config = InfoPromptConfig

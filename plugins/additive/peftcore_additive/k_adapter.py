@@ -6,25 +6,27 @@ Equation:
     y   = W [h ; a_J] + b   in the place of h,   or h + a_J   (`fusion`: "concat", "add")
 
 h_l is the input of block l, h the output of the last block. T are transformer blocks like BERT's, of width w; the
-adapters of a chain do not share parameters. The model's own states are unchanged, so it keeps its knowledge, and chains
-for several kinds of knowledge, each trained separately, do not interfere: two injections with "add" equal the sum of
-two chains in the authors' code.
+adapters of a chain do not share parameters. The model's own states are unchanged, so it keeps its knowledge. Chains for
+several kinds of knowledge are trained separately and do not interfere: two injections with "add" equal the sum of two
+chains in the authors' code.
 
-The chain's output is joined in front of the model's last norm, if it has one. The model's cache also stores the keys
-and values of the adapters.
+The chain's output is combined with h before the model's last norm, if the model has one. The model's cache also stores
+the keys and values of the adapters.
 
-Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49,349,376 in RoBERTa-large.
+Parameters, with J adapters of T blocks each: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b:
+49,349,376 in RoBERTa-large.
 
-Start: W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all other layers as torch's: no start is an
-identity, since the authors train a head after it. With `identity` W starts as [I 0].
+Start: W_up and W_down start from N(0, 0.0002^2) with biases at 0, all other layers as torch's layers do. That is not an
+identity; the authors train a head on the output. With ``identity=True`` W starts as [I 0], an identity.
 
-Differs from the authors' code: Adapters do not attend to padding, unlike in the code, nor to later tokens in causal
-models. The code's further linear layer over two concatenations and its skip connections between adapters are not here.
-The default layers are those of the scripts, 0, 11 and 22 of 24; the README has 23.
+Differs from the authors' code: Adapters do not attend to padding, while those in the authors' code do. In causal models
+they do not attend to later tokens. The authors' code has one more linear layer, over two concatenations, and skip
+connections between adapters; both are not implemented. The default layers, 0, 11 and 22 of 24, are those of the
+authors' scripts; their README has 23.
 
-Use it: `peftcore.apply(model, "k_adapter")`, where a separate task teaches knowledge for later tasks; not where
-parameters must be few, nor where the adapter has to be merged (`lora`). The similar `lst` reads every layer, and
-predicts without the model's last state.
+Use it: `peftcore.apply(model, "k_adapter")`, where a separate task teaches knowledge for later tasks. If parameters
+must be few or the adapter has to be merged, use `lora`. The similar `lst` reads every layer, and predicts without the
+model's last state.
 """
 
 from __future__ import annotations
@@ -80,8 +82,8 @@ class KAdapterConfig(MethodConfig):
     """Probability with which attention weights, and the outputs of attention and feed-forward, are dropped in
     training."""
     fusion: Literal["concat", "add"] = "concat"
-    """The way in which the last states of model and chain are combined: a linear layer on their concatenation, or the
-    sum."""
+    """How the last states of the model and of the chain are combined: by a linear layer on their concatenation
+    ("concat"), or by their sum ("add")."""
     identity: bool = False
     """Start the linear layer so that it passes the model's own last state through."""
 
@@ -131,8 +133,7 @@ def joint(features: int, identity: bool) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Chain:
-    """The adapters of one stack, and the numbers of the blocks whose inputs they read; the injection owns their
-    parameters."""
+    """The adapters of one stack, and the states of the model that they read. The injection owns the parameters."""
 
     adapters: list[Shared]
     states: list[Tap]
@@ -143,8 +144,8 @@ class Chain:
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def joined(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return the replacement of the last state ``[batch, tokens, d]``, which also depends on the last block's
-        arguments (masks and caches)."""
+        """Return the replacement of the model's last state `h`. `given` are the last block's arguments, which contain
+        masks and caches."""
         adapters: list[Any] = [adapter.module for adapter in self.adapters]
         depth, dtype = len(adapters[0].blocks), adapters[0].down.weight.dtype
         caches = side_layers(given, self.stamp, depth * len(adapters), self.below)
@@ -158,7 +159,8 @@ class Chain:
 
 
 class KAdapterOperator(Operator):
-    """Stores a block's input for the chain if an adapter reads it; after the last block, joins model and chain."""
+    """Stores a block's input for the chain if an adapter reads it. After the last block, combines the states of model
+    and chain."""
 
     def __init__(self, site: BlockSite, state: Tap | None, chain: Chain | None) -> None:
         super().__init__(site)
@@ -177,8 +179,8 @@ class KAdapterOperator(Operator):
 
 
 class KAdapter(Method):
-    """A chain of adapters in parallel with the model, which read states of some layers; its output joins the last
-    state."""
+    """A chain of adapters in parallel with the model, which read states of some layers. Its output is combined with the
+    model's last state."""
 
     name = "k_adapter"
     Config = KAdapterConfig

@@ -11,12 +11,12 @@ Parameters: length * d + heads in each of the top layers.
 
 Start: P from N(0, 1), g at zero: the identity.
 
-Differs from the authors' code: The tanh is in the authors' training code; no other difference is known; numbers are
+Differs from the authors' code: The tanh is in the authors' training code. No other difference is known. Outputs are
 compared with those of peft.
 
 Use it: `peftcore.apply(model, "llama_adapter")`, to teach instructions to a pretrained language model without changing
-it at the start. Nothing merges, and the prompt's keys are not stored in the cache. In models that normalize their keys
-(Qwen 3), the prompt's keys are not normalized.
+it at the start. It cannot be merged, and the prompt's keys are not stored in the cache. In models that normalize their
+keys (Qwen 3), the prompt's keys are not normalized.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class LlamaAdapterConfig(MethodConfig):
     length: PositiveInt = 10
     """Number of vectors of a layer's prompt."""
     layers: PositiveInt = 30
-    """How many of the top layers of each stack are adapted (the authors' 30 of 32); all if a stack has fewer."""
+    """How many of the top layers of each stack are adapted. The authors adapt 30 of 32. If a stack has fewer, all are
+    adapted."""
     tanh: bool = True
     """Apply tanh to the gate; False uses the gate itself, as peft does."""
 

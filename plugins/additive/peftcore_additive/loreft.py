@@ -8,19 +8,19 @@ Equation:
 h is a block's output at the first f and the last l positions of the prompt, in each chosen layer; each end has separate
 R, W, b unless `tied`. The rows of R are kept orthonormal by a Cholesky factorization. As in the authors' code, an
 `activation` acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt (a
-prompt of one token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all
-tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length.
-In encoder-decoder models the prompt is the encoder's input; in image models it is the block's tokens.
+prompt of one token is not changed). Generated tokens are not changed. The prompt is all tokens before the first label,
+or the whole input without labels; ``peftcore.call(model, prompt_length=...)`` sets its length instead. In
+encoder-decoder models the prompt is the encoder's input; in image models it is the block's tokens.
 
-Parameters: 2 d r + r for each end (one end when tied), each layer.
+Parameters: 2 d r + r for each end of each layer. If `tied`, both ends count as one.
 
-Start: R starts with random orthonormal rows, W and b as torch's linear layers do (a free R too); ``identity=True``
-starts at h' = h. Without it a fresh intervention changes outputs.
+Start: R starts with random orthonormal rows; W, b and a free R start as torch's linear layers do. A fresh intervention
+changes outputs. With ``identity=True`` the start is h' = h.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "loreft")`, where trained parameters must be few: ten to fifty times fewer than LoRA's.
-It cannot be merged.
+Use it: `peftcore.apply(model, "loreft")`, where trained parameters must be few. It has ten to fifty times fewer than
+LoRA. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -57,24 +57,26 @@ class LoReFTConfig(MethodConfig):
 
     method: Literal["loreft"] = "loreft"
     kind: Literal["loreft", "noreft", "direft"] = "loreft"
-    """The equation: LoReFT's, NoReFT's (R is free), or DiReFT's (R is free, and R h is left out)."""
+    """The equation: that of LoReFT, of NoReFT (the rows of R need not be orthonormal), or of DiReFT (like NoReFT, but R
+    h is left out)."""
     rank: PositiveInt = 4
-    """Number r of dimensions of the subspace."""
+    """Rank r of the intervention, the number of dimensions of the subspace that it changes."""
     prefix_positions: NonNegativeInt = 3
-    """Number f of positions at the start of the prompt."""
+    """Number f of positions at the start of the prompt that are changed."""
     suffix_positions: NonNegativeInt = 0
-    """Number l of positions at the end of the prompt."""
+    """Number l of positions at the end of the prompt that are changed."""
     short_prompts: Literal["half", "first", "last"] = "half"
-    """The rule for short prompts: each end gets at most half of the prompt ("half"), or the first positions have
-    priority and the last ones get the rest ("first"), or the reverse, as in the adapters package ("last")."""
+    """The rule for prompts that are too short for both ends. "half": each end gets at most half of the prompt. "first":
+    the first positions have priority, and the last ones get the rest. "last": the reverse, as in the adapters
+    package."""
     layers: list[NonNegativeInt] | None = None
     """Numbers of the layers to change; None changes all."""
     tied: bool = False
-    """Use one intervention for both ends of the prompt."""
+    """Use the same intervention at the start and at the end of the prompt."""
     dropout: Share = 0.0
-    """Probability with which numbers of h' are dropped in training."""
+    """Dropout probability of the changed states h' in training."""
     activation: Literal["gelu", "relu", "silu", "tanh"] | None = None
-    """A non-linearity on W h + b, which the paper does not use."""
+    """A non-linearity on W h + b. The paper does not use one."""
     identity: bool = False
     """Start at h' = h: W = R and b = 0 (W = 0 and b = 0 in direft)."""
 

@@ -9,16 +9,18 @@ Blocks below m are unchanged, and no gradient passes through them. G generates t
     average    P_i = W_2 relu(mean of W_1 h + b_1 over the i-th of `length` windows of tokens) + b_2,   W_2 [d, hidden]
     max        the same with the largest of each window
 
-and None trains P directly. h is the state of the first token in encoders, and of the prompt's last token in decoders,
-where rows of P do not attend to tokens, but tokens attend to all rows. Windows are those of adaptive pooling, over the
-tokens of the prompt without padding. If a model adds positions to embeddings, tokens keep their positions and P has
-none, as in the authors' code; rotary positions of P precede those of the first token.
+With None P trains directly. In encoders h is the state of the first token. In decoders it is the state of the prompt's
+last token; there the rows of P do not attend to tokens, but tokens attend to all rows. Windows are those of adaptive
+pooling, over the tokens of the prompt without padding. If a model adds positions to embeddings, tokens keep their
+positions and P does not have any, as in the authors' code. In models with rotary positions, the positions of P precede
+that of the first token.
 
 In a decoder P is computed from the whole prompt, and earlier tokens of the prompt attend to it too. The prompt ends
-before the first label, or where ``peftcore.call(model, prompt_length=...)`` sets its end; calls without either are
-refused. P is computed once and stays in the cache. In encoder-decoder models it is inserted in the encoder.
+before the first label, or has the length that ``peftcore.call(model, prompt_length=...)`` sets. Calls without both are
+refused. P is computed once and then read from the cache. In encoder-decoder models P is inserted in the encoder.
 
-Parameters: (d + 1) hidden + (hidden + 1) length d, with pooling (d + 1) hidden + (hidden + 1) d, with None length * d.
+Parameters: (d + 1) hidden + (hidden + 1) length d for "naive", (d + 1) hidden + (hidden + 1) d for "average" and "max",
+length * d for None.
 
 Start: The generator starts as torch's linear layers, a directly trained P from N(0, 1). No start is an identity.
 
@@ -73,11 +75,11 @@ class LPTConfig(MethodConfig):
     hidden: PositiveInt = 128
     """Width of the generator's hidden layer."""
     dropout: Share = 0.1
-    """Probability with which numbers of a generated prompt are dropped in training."""
+    """Dropout probability of a generated prompt's entries in training."""
 
 
 class LPTOperator(InnerRows):
-    """The late prompt of one stack."""
+    """The prompt that is inserted before one block of an encoder or decoder."""
 
     def __init__(self, site: SequenceSite, config: LPTConfig) -> None:
         super().__init__(site, config.length)
@@ -94,8 +96,12 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return the rows of each text; raises MissingContext if the end of the text's prompt is unknown, and
-        SequenceError if that prompt is split over several calls."""
+        """Return the rows of each text.
+
+        Raises:
+            MissingContext: the end of the text's prompt is unknown.
+            SequenceError: the prompt is split over several calls.
+        """
         if self.generator is None:
             return self.prompt
         self.check_here(self.down.weight, states)
@@ -134,7 +140,8 @@ class LPTOperator(InnerRows):
         return chosen
 
     def _pooled(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Return windows of chosen tokens ``[batch, tokens, hidden]`` as rows ``[batch, length, hidden]``."""
+        """Return the mean, or the maximum, of each window of the chosen tokens: ``[batch, length, hidden]``, from x
+        ``[batch, tokens, hidden]``."""
         place, count = chosen.cumsum(-1) - 1, chosen.sum(-1, keepdim=True)
         made = []
         for i in range(self.length):
@@ -152,7 +159,7 @@ class LPT(Method):
 
     Example:
         injection = peftcore.apply(model, "lpt")
-        peftcore.call(model, prompt_length=3)  # where answers begin, or -100 as labels of what is before
+        peftcore.call(model, prompt_length=3)  # the prompt has 3 tokens; or pass labels, -100 for the prompt
     """
 
     name = "lpt"

@@ -11,16 +11,16 @@ b_0 is the input of the first block, b_l the output of block l. No gradient reac
 not stored for backward. S_l are pre-norm transformer blocks (attention, then a feed-forward four times as wide) of
 width d / R, causal if the backbone is causal; W_l [d/R, d] has a bias.
 
-Side blocks of a decoder read its encoder through b_l only. The model's cache holds the keys and values of the side
-blocks too. Other adapters inside the blocks get no gradient.
+In an encoder-decoder model the side blocks read the encoder's output only through b_l. The model's cache stores the
+keys and values of the side blocks too. Other adapters inside the blocks get no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
 
 Start: alpha_l starts at 0, all other parameters as torch's layers do. The model predicts only from the side network, so
 no start is an identity.
 
-Differs from the authors' code: The two parts above are missing; and the authors insert y after the model's last norm,
-while here this norm acts on y.
+Differs from the authors' code: The two parts above are missing. The authors insert y after the model's last norm, while
+here this norm acts on y.
 
 Use it: `peftcore.apply(model, "lst")`, where memory is limited: backward runs only through the small network. It cannot
 be merged.
@@ -62,7 +62,7 @@ class LSTConfig(MethodConfig):
 
     method: Literal["lst"] = "lst"
     reduction: PositiveInt = 8
-    """How many times narrower the side network is than the model: R."""
+    """R, the width of the model divided by the width of the side network."""
     heads: PositiveInt = 4
     """Number of heads of the side network's attention; if it does not divide the side network's width, their greatest
     common divisor is used."""
@@ -82,7 +82,7 @@ class LSTConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Ladder:
-    """The side network of one stack; the injection owns its parameters."""
+    """The side network of one stack of blocks. The injection owns its parameters."""
 
     down: Shared
     blocks: list[Shared]
@@ -92,8 +92,8 @@ class Ladder:
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def climb(self, states: Sequence[Tensor], visible: Tensor, caches: Sequence[Any]) -> Tensor:
-        """Map the states ``[batch, tokens, d]`` before the first block and after each block to the replacement of the
-        last state."""
+        """Return the replacement of the last state, given the states ``[batch, tokens, d]`` before the first block and
+        after each block."""
         z = self.down.module(states[0])
         for block, state, cache in zip(self.blocks, states[1:], caches or [None] * len(self.blocks), strict=True):
             z = block.module(z, state, visible, cache)

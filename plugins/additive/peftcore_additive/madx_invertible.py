@@ -6,17 +6,17 @@ Equation:
     F(x) = W_up f(W_down x + b_down) + b_up,   W_down [h / r, h],   W_up [h, h / r],   h = d / 2
 
 One coupling (NICE) adapts the embeddings to a language, and its inverse, with the same weights, adapts the input of the
-prediction head. The coupling acts after all modules that compute the embeddings (in BERT after their norm and dropout;
-in models that add positions elsewhere, after the token table), and the inverse acts in front of the last matrix of the
-head. Models without a head that predicts tokens have no inverse. In an encoder-decoder the encoder's tokens are
+prediction head. The coupling acts after all modules that compute the embeddings: in BERT after their norm and dropout,
+and in models that add positions elsewhere, after the token table. The inverse acts in front of the last matrix of the
+head. It is left out if the model lacks a head that predicts tokens. In an encoder-decoder the encoder's tokens are
 adapted, and the inverse reads the decoder's output.
 
-Parameters: 2 (d^2 / 4) 2 / r + 2 (d / 2) / r + d, once.
+Parameters: 2 (d^2 / 4) 2 / r + 2 (d / 2) / r + d for the whole model.
 
-Start: All matrices start from N(0, 0.02), biases from zero. Near the identity; ``init_std=0`` makes it exact.
+Start: All matrices start from N(0, 0.02), biases at zero. This is nearly an identity; ``init_std=0`` makes it exact.
 
-Differs from the authors' code: No difference is known. The paper trains it together with adapters in the layers, which
-are those of `pfeiffer_adapter`; the preset `madx` combines both.
+Differs from the authors' code: No difference is known. The paper trains the coupling together with adapters in the
+layers, those of `pfeiffer_adapter`. The preset `madx` combines both.
 
 Use it: `peftcore.apply(model, "madx_invertible")`, to teach a model a new language by predicting tokens; not to train a
 task, for which you can apply `pfeiffer_adapter` in addition.
@@ -37,7 +37,8 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import cast_linear
 
 AROUND, HEAD = "around", "head"
-"""The forms of two sites: the module around a token table that computes embeddings, and a head that predicts tokens."""
+"""Values of `form` for two sites: the module around a token table that computes embeddings, and a head that predicts
+tokens."""
 
 
 class MadxInvertibleConfig(MethodConfig):
@@ -45,7 +46,7 @@ class MadxInvertibleConfig(MethodConfig):
 
     method: Literal["madx_invertible"] = "madx_invertible"
     reduction: PositiveInt = 2
-    """How many times narrower F and G are than half the width of the embeddings."""
+    """Half the width of the embeddings, divided by the inner width of F and G."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     init_std: NonNegativeFloat = 0.02
@@ -126,11 +127,12 @@ class MadxInvertible(Method):
 
 
 def _embeddings(surgeon: Surgeon) -> Iterator[tuple[Site, list[Site], list[Site]]]:
-    """Yield the targets that are tables of tokens, with the module around each that makes embeddings, if there is one,
-    and the heads that predict these tokens; no table of a stack that reads another one.
+    """Yield each target that is a token table, with the module around it that computes embeddings (an empty list if the
+    table does this alone), and the heads that predict its tokens. Tables of a decoder that reads an encoder are left
+    out.
 
     Raises:
-        UnsupportedSite: no target is the table of tokens of a stack.
+        UnsupportedSite: no target is such a token table.
     """
     tables, found = {table.module_path: table for table in surgeon.sites()}, 0
     for stack in TokenStacks(surgeon).stacks:

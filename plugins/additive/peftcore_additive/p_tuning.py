@@ -5,24 +5,24 @@ Equation:
 
 f is a multilayer perceptron, Linear(d, h) relu Linear(h, h) relu Linear(h, d), or a two-layer bidirectional LSTM of
 width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P is put in front of the tokens exactly as in
-prompt_tuning; each forward computes P again, at the network's own precision.
+`prompt_tuning`. Each forward computes P again, in the dtype of the network.
 
 With ``encoder="residual"`` it is residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; code
-arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h. Its authors train Z and f with
+arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) with inner width h. Its authors train Z and f with
 one learning rate, 0.3.
 
 Parameters, in addition to length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and 2
 (4 h (2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head; (d + 1) h + (h + 1) d + 2 d for
 the residual network.
 
-Start: Z starts from a standard normal, the network as torch initializes it: no start is an identity. With
+Start: Z starts from a standard normal distribution, the network as torch initializes it. No start is an identity. With
 ``encoder="residual"`` Z starts as embeddings of tokens drawn from the vocabulary.
 
-Differs from the authors' code: The authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d / 2; no other
+Differs from the authors' code: The authors' code for LAMA (THUDM/P-tuning) uses the LSTM with h = d / 2. No other
 difference is known.
 
-Use it: `peftcore.apply(model, "p_tuning")`, where prompt_tuning trains unsteadily: the network couples the rows. Where
-P should stay near word embeddings, as in prompt_tuning, the residual network is better.
+Use it: `peftcore.apply(model, "p_tuning")`, where `prompt_tuning` trains unsteadily; the network makes the rows depend
+on each other. If P should remain near word embeddings, use the residual network.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PTuningConfig(MethodConfig):
     length: PositiveInt = 20
     """Number of rows of the prompt."""
     encoder: Literal["mlp", "lstm", "residual"] = "mlp"
-    """The network that generates the prompt: a perceptron, the paper's bidirectional LSTM, or a perceptron with a norm
-    whose output is added to Z."""
+    """The network that generates the prompt: a perceptron ("mlp"), the paper's bidirectional LSTM ("lstm"), or a
+    perceptron with a norm whose output is added to its trained inputs ("residual")."""
     hidden: PositiveInt | None = None
     """Width h of the network; None: the width of the embeddings."""
     lstm_dropout: Share = 0.0
@@ -64,7 +64,7 @@ class PTuningConfig(MethodConfig):
 
 
 class PTuningOperator(SequenceOperator):
-    """The prompt of one stack, and the network that generates it."""
+    """The prompt of one encoder or decoder, and the network that generates it."""
 
     def __init__(self, site: SequenceSite, config: PTuningConfig) -> None:
         super().__init__(site, config.length)

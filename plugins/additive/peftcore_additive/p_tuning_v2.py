@@ -3,16 +3,16 @@
 Equation:
     Attention(q, [P_k; K], [P_v; V])   in every layer;   P trained itself, or P = W_l tanh(W Z + b) + b_l
 
-The equation is that of `prefix_tuning`; the paper applies it to understanding instead of generation. Three points
-differ from prefix tuning in the authors' code: P trains directly, unless `projection` asks for the network; numbers of
-the prefix are dropped in training; and a new linear head for the classes of the task trains too (labels are classes,
-not words). The method acts only on self-attention.
+The equation is that of `prefix_tuning`; the paper applies it to understanding instead of generation. In the authors'
+code, three points differ from prefix tuning. P trains directly, unless `projection` is set. Dropout acts on the prefix
+in training. A new linear head for the classes of the task trains too, since labels are classes instead of words. The
+method acts only on self-attention.
 
-The prompts' keys have no positions. If the model uses positions, those of tokens start after the prompts, as in the
-authors' code and in peft; ``behind=False`` does not move them.
+The keys of the prompts do not have positions. If the model uses positions, the positions of tokens start after the
+prompts, as in the authors' code and in peft. With ``behind=False`` the positions of tokens are unchanged.
 
-Parameters: length * 2 d a layer (d: the width of its keys); with projection (projection + 1) * 2 d a layer and (length
-d + (d + 1) projection) a stack.
+Parameters: length * 2 d a layer, where d is the width of its keys. With `projection`, (projection + 1) * 2 d a layer,
+and length d + (d + 1) projection for each stack.
 
 Start: P from N(0, 1); the network of `projection` as in `prefix_tuning`. No start is an identity.
 
@@ -20,7 +20,7 @@ Differs from the authors' code: No difference is known if the head trains too: n
 ``train=["classifier"]``. Outputs are compared with peft.
 
 Use it: `peftcore.apply(model, "p_tuning_v2")`, for classification and tagging with a frozen encoder or decoder: easy
-tasks need a length below 20, hard ones about 100. Nothing merges; rows of a batch may have different prompts.
+tasks need a length below 20, hard ones about 100. It cannot be merged; rows of a batch may have different prompts.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class PTuningV2Config(MethodConfig):
     """Width of the network that generates the prompts in training (512 in the authors' code); None trains the prompts
     directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of the prompts are dropped in training."""
+    """Dropout probability of the prompts' entries in training."""
     behind: bool = True
-    """Start the positions of tokens after the prompts, as if their rows were words, as the authors and peft do."""
+    """Start the positions of tokens after the prompts, as if the rows of the prompts were words. The authors' code and
+    peft do this too."""
 
 
 class PTuningV2(Method):

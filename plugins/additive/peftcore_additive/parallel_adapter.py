@@ -5,16 +5,16 @@ Equation:
 
 x is exactly the tensor that the block reads (after the norm in front of it, if there is one). The block is the
 feed-forward by default, the attention with ``target="attn.output"``, and otherwise the target module itself. The scale
-s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
+s is 4, as in the paper, or it is learned and starts at 1. Dropout acts on f's output, as in the authors' code.
 
-The adapter takes x at the block's first matrix, and adds its output where the block's output joins the stream, after
-the host's dropout and layer scale, as in the authors' code; joins="matrix" adds it to the output of the last matrix. So
-models without a separate feed-forward module (BERT, torch's encoder) are adapted like models with one.
+The adapter reads x at the block's first matrix. Its output is added at the residual sum, after the host's dropout and
+layer scale, as in the authors' code; with joins="matrix" it is added to the output of the block's last matrix. So
+models are supported in which the feed-forward is not a separate module (BERT, torch's encoder).
 
 With reads="matrix" it is parallel to the target module itself: y = W x + A(x), as in LLM-Adapters
 (`llm_adapters_parallel`).
 
-Parameters: 2 d r + r + d a block, one more if s is learned; without `bias` 2 d r.
+Parameters: 2 d r + r + d a block, or 2 d r without `bias`, and one more if s is learned.
 
 Start: W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
 
@@ -61,19 +61,19 @@ class ParallelAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     scale: PositiveFloat | Literal["learned"] = 4.0
-    """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
+    """The factor on the adapter's output. "learned" trains one factor for each block, which starts at 1."""
     reads: Literal["branch", "stream", "matrix"] = "branch"
-    """The adapter's input: the block's input, or the stream in front of the block's norm (as in the adapters package
-    for pre-norm models), or the input of the target module."""
+    """The adapter's input: the block's input ("branch"), the stream in front of the block's norm ("stream", as in the
+    adapters package for pre-norm models), or the input of the target module ("matrix")."""
     joins: Joins = "stream"
-    """The place where the adapter adds: to the stream, after the host's operations on the branch's output (dropout,
-    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
+    """Where the adapter's output is added: to the stream, after the host's dropout, layer scale and stochastic depth
+    ("stream"), or to the output of the branch's last matrix, before them ("matrix")."""
     dropout: Share = 0.0
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations in training."""
     bias: bool = True
     """Add biases to both matrices."""
     init: Literal["lora", "normal"] = "lora"
-    """The start: as in LoRA, which is an exact identity, or both matrices from N(0, 0.02)."""
+    """The start: as in LoRA, which is an exact identity ("lora"), or both matrices from N(0, 0.02) ("normal")."""
 
 
 class ParallelOperator(Bypass):

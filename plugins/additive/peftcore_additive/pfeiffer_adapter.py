@@ -6,23 +6,24 @@ Equation:
     u = x + o,       y = x + o + W_up f(W_down u + b_down) + b_up       pre-norm hosts
 
 x is the stream, o the feed-forward's output that is added to it. The adapter reads the stream after the feed-forward,
-and its output is added to the stream; in post-norm models the frozen norm runs twice, with the same weights. The
-attention gets no adapter, and no norm trains: these two points, and the adapter's input, are the differences from
-`houlsby_adapter`.
+and its output is added to the stream; in post-norm models the frozen norm runs twice, with the same weights.
+`houlsby_adapter` differs in three points: it reads the output of a branch instead of the stream, adapts the attention
+too, and trains norms.
 
 A model counts as post-norm if no norm follows its blocks; torch's own layers have an attribute for it. An operator's
-attribute `placement` shows the result; if it is wrong (wav2vec2 has the same modules with `do_stable_layer_norm` and
-without), set the option `placement`. Many later papers call a bottleneck on o itself "Pfeiffer": use placement="branch"
-for that, which works at any target. Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is
-placement="pre" with a scale g = 1 at the start for each channel, stochastic depth, and a narrower start. Parameters: 2
-d r + r + d a layer, with a learned `scale` 1 or d more.
+attribute `placement` contains the result. If it is wrong, set the option `placement`; wav2vec2, for example, has the
+same modules with `do_stable_layer_norm` and without. Many later papers call a bottleneck on o itself a Pfeiffer
+adapter: for that use placement="branch", which works at any target. Adapter+ (Steitz and Roth 2024, arXiv 2406.06820;
+`adapter_plus`) is placement="pre" with a learned scale for each channel, which starts at 1, with stochastic depth, and
+with a narrower start. Parameters: 2 d r + r + d a layer; a learned `scale` adds 1 or d.
 
-Start: Both matrices start from N(0, 0.02), biases at zero: near the identity. ``up_init_std=0`` makes it exact.
+Start: Both matrices start from N(0, 0.02), biases at zero. This is nearly an identity; ``up_init_std=0`` makes it
+exact.
 
 Differs from the authors' code: No difference from the adapters package is known (its `seq_bn`).
 
-Use it: `peftcore.apply(model, "pfeiffer_adapter")`, instead of a Houlsby adapter, at half its size; stacks of adapters
-for languages and tasks use it.
+Use it: `peftcore.apply(model, "pfeiffer_adapter")`, instead of a Houlsby adapter, at half its size, or to stack
+adapters for languages and tasks.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class PfeifferAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
-    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
+    """The adapter's input: the stream after the block's last norm ("post"), the stream that the block returns ("pre"),
+    or the target's output ("branch"). "auto" chooses "post" or "pre" by the model."""
     scale: Scale = 1.0
     """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
     factors start at 1."""
@@ -72,7 +73,8 @@ class PfeifferAdapterConfig(MethodConfig):
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""
     init: Start = "normal"
-    """The draw of both matrices: a normal distribution, truncated at two standard deviations or not."""
+    """The distribution from which both matrices start: a normal distribution, truncated at two standard deviations
+    ("cut") or not ("normal")."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02
@@ -80,8 +82,8 @@ class PfeifferAdapterConfig(MethodConfig):
 
 
 class AtLayerEnd(AtBranchEnd):
-    """Adds an adapter's output to the residual stream of one layer, at the norm that ends the block or at the block's
-    output, or to the target's output."""
+    """Adds an adapter's output to the residual stream of one layer, at the block's last norm or at its output, or else
+    to the target's output."""
 
     placement: Placement = "branch"
 
@@ -138,8 +140,8 @@ def placed(
     operator needs.
 
     Raises:
-        UnsupportedSite: a site is not the feed-forward of a block with one stream of tokens, or the block does not end
-            with a norm, and the placement is not "branch".
+        UnsupportedSite: the placement is not "branch", but a site is not the feed-forward of a block with one stream of
+            tokens. Or the placement is "post", but the block does not end with a norm.
     """
     blocks: set[str] = set()
     for site in sites:

@@ -11,21 +11,22 @@ has them.
 P trains directly, or a network generates it, P_l = W_l tanh(W Z + b) + b_l, with Z [length, d] and W [projection, d].
 Dropout acts on P in training, as on hidden states.
 
-Rows count as words: the positions of tokens follow those of the rows. If attention has windows, all tokens attend to
-the rows only with ``global_attention_mask``, which Longformer's classifiers pass automatically.
+Rows count as words, so the positions of tokens follow the positions of the rows. If attention has windows, all tokens
+attend to the rows only if a ``global_attention_mask`` is passed; Longformer's classifiers pass it automatically.
 
-Parameters: length * d a block; with projection (length + projection) d + projection + (projection + 1) d a block.
+Parameters: length * d a block. With `projection`, (projection + 1) d a block, and (length + projection) d + projection
+once.
 
 Start: P from N(0, 0.02), or Z and W from N(0, 0.02) and b at zero. No start is an identity.
 
-Differs from the authors' code: In the authors' Longformer and RoBERTa rows have positions from 0 on, which these models
-never use for tokens; here rows have the positions in front of the first token. In the authors' BigBird rows have no
-positions. Heads read the same tokens as without rows, as in the authors' BigBird and RoBERTa; their Longformer
-classifies by the first row unless --use_offset_pool_tok is set. Their Longformer trains its token types too; use
+Differs from the authors' code: In the authors' Longformer and RoBERTa, rows have positions from 0 on, which both models
+never use for tokens. Here rows have the positions in front of the first token. In the authors' BigBird, rows do not
+have positions. Heads read the same tokens as without rows, as in the authors' BigBird and RoBERTa. The authors'
+Longformer classifies by the first row unless --use_offset_pool_tok is set. It also trains its token types; use
 ``train=["token_type_embeddings"]`` for that.
 
-Use it: `peftcore.apply(model, "prefix_propagation")`, for long texts, with half of prefix_tuning's parameters; not to
-route rows of one batch to different adapters, which prefix_tuning supports.
+Use it: `peftcore.apply(model, "prefix_propagation")`, for long texts, with half the parameters of `prefix_tuning`. It
+cannot route rows of one batch to different adapters; `prefix_tuning` can.
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ class PrefixPropagationConfig(MethodConfig):
     length: PositiveInt = 8
     """Number of rows in front of the tokens; the authors use 32 for questions about several documents."""
     projection: PositiveInt | None = None
-    """Width of the network that generates P (512 in the authors' code); None trains P directly."""
+    """Width of the network that generates the vectors P, 512 in the authors' code; None trains the vectors directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of P are dropped in training."""
+    """Dropout probability of the entries of the vectors P in training."""
 
 
 class PropagationOperator(InnerRows):
-    """The rows of one stack, and the vectors P_l that are added to them at its blocks."""
+    """The rows of one encoder or decoder, and the vectors P_l that are added to the rows at each block."""
 
     def __init__(self, site: InnerSite, config: PrefixPropagationConfig) -> None:
         super().__init__(site, config.length)
@@ -95,7 +96,8 @@ class PropagationOperator(InnerRows):
 
 
 class PrefixPropagation(Method):
-    """Rows in front of the tokens that pass through all blocks; each block first adds trained vectors to them."""
+    """Puts rows in front of the tokens that pass through all blocks. Before each block, trained vectors are added to
+    the rows."""
 
     name = "prefix_propagation"
     Config = PrefixPropagationConfig

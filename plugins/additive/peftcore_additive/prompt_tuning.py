@@ -5,8 +5,8 @@ Equation:
 
 With `rank` it is DPT (Xiao et al. 2023, arXiv 2310.10094; code XYaoooo/DPT): P = A B, A [length, rank], B [rank, d].
 
-P is put in front of the embedded tokens, after any scaling of the embeddings, and the attention mask is extended by its
-rows. The shape of outputs is unchanged: the rows of P are removed before heads and poolers run, so labels need no
+P is put in front of the embedded tokens, after any scaling of the embeddings. The attention mask is extended by the
+rows of P. The shape of outputs is unchanged: the rows of P are removed before heads and poolers run, so labels need no
 change, and the loss covers only the predictions of tokens. If a sequence of a batch is padded on the left, P is put
 after the padding, so the sequence has the same outputs as without padding. In encoder-decoder models P is in the
 encoder's input, and the decoder attends to it.
@@ -55,16 +55,16 @@ class PromptTuningConfig(MethodConfig):
     length: PositiveInt = 20
     """Number of rows of the prompt."""
     init: Literal["vocabulary", "uniform"] = "vocabulary"
-    """The start of P: embeddings of randomly drawn tokens, or uniform in +-0.5."""
+    """The start of the prompt: embeddings of randomly drawn tokens, or uniform in +-0.5."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Token ids whose embeddings P starts from instead (a text, the names of the classes), repeated or cut to the
-    prompt's length."""
+    """Token ids whose embeddings the prompt starts from instead, such as those of a text or of the class names. They
+    are repeated or cut to the prompt's length."""
     behind_embeddings: bool = False
-    """Insert P after the whole embedding module, as in the adapters package: its rows get neither positions nor the
-    norm of embeddings, and tokens keep their positions. Only for encoders."""
+    """Insert the prompt after the whole embedding module, as in the adapters package. Its rows get neither positions
+    nor the norm of embeddings, and tokens keep their positions. Only for encoders."""
     rank: PositiveInt | None = None
-    """Make P the product of two factors of this rank; this requires ``init="uniform"``, since the factors start
-    uniform. None trains P directly."""
+    """Make the prompt the product of two factors of this rank. This requires ``init="uniform"``, since the factors
+    start uniform. None trains the prompt directly."""
 
     @model_validator(mode="after")
     def _factors_start_uniform(self) -> Self:
@@ -74,7 +74,7 @@ class PromptTuningConfig(MethodConfig):
 
 
 class PromptOperator(SequenceOperator):
-    """The prompt of one stack, or its factors."""
+    """The prompt of one encoder or decoder, or the factors of the prompt."""
 
     prompt: nn.Parameter
 

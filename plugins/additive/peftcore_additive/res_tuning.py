@@ -14,14 +14,14 @@ Parameters: 2 (2 d r + r + d) a block.
 Start: Matrices start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e start at
 zero. Since y is a sum of two residual streams, no start is an identity.
 
-Differs from the authors' code: This follows the code (modelscope/ms-swift), which adds both terms, where the paper
-weighs them with a learned share. The code's other tuners (groups of channels, sampling between the sizes of a UNet) are
-not here. The paper's form without a bypass puts adapters, prompts or prefixes in parallel with a module, as
-`parallel_adapter` and `prefix_tuning` do.
+Differs from the authors' code: This follows the code (modelscope/ms-swift), which adds both terms of z_l, while the
+paper weights them with a learned share. The code's other tuners (groups of channels, sampling between the sizes of a
+UNet) are not implemented. The paper's form without a bypass puts adapters, prompts or prefixes in parallel with a
+module, as `parallel_adapter` and `prefix_tuning` do.
 
-Use it: `peftcore.apply(model, "res_tuning")`, where memory is limited, as an alternative to `lst` of similar size: it
-processes each token separately, so it is simpler and does not need a cache, while `lst` has attention in its side
-network. It cannot be merged.
+Use it: `peftcore.apply(model, "res_tuning")`, where memory is limited. `lst` is an alternative of similar size with
+attention in its side network. Res-Tuning processes each token separately, so it is simpler and does not need a cache.
+It cannot be merged.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ Equation:
     x_l = h_{l-1} + a W_up W_down dropout(h_{l-1} - s_{l-1}),   h_l = block_l(x_l)
     s_l = (1 - g_l) s_{l-1} + g_l T_l(h_l),   g_l = sigmoid(G_l(h_l))
 
-The guest network has the model's own class and config, with `layers` layers and other `sizes`, and trains. P [d,
-guest's width] is used only if the widths differ. The guest shares the model's token table if the widths are equal,
+x_l is the corrected input of block l, and h_l its output. s_l is the shadow, which starts as the output of the guest
+network. The guest has the model's own class and config, with `layers` layers and other `sizes`, and trains. P [d,
+guest's width] is used only if the widths differ. If the widths are equal the guest shares the model's token table,
 otherwise it has a separate table. T_l and G_l are two linear layers of inner width u, with GELU between them.
 
 In training with labels the guest has a separate loss, which is added to the model's loss with the weight w,
@@ -15,20 +16,20 @@ In training with labels the guest has a separate loss, which is added to the mod
 
     L = L_model + w CE(head(s_0), labels)
 
-For a language model, head is the model's own head; a classification head is copied, and the copy trains and reads the
-last token.
+For a language model, head is the model's own head. A classification head is copied; the copy trains, and reads the last
+token.
 
 Reentrant checkpoints are refused.
 
 Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) for each block except the model's last one, after
-which the shadow is not read; peft has these parameters in the last block too.
+which the shadow is not read. In peft the last block has them too.
 
 Start: W_up at zero: the identity. The guest starts from random weights.
 
 Differs from the authors' code: As in peft 0.21, every block has both steps (correction and update); if blocks are left
 out, h_l is the input of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in
 front of T and G, uses SiLU, no biases, and dropout at other places. In generation peft stores the guest's cache under
-the name `past_key_values`, which newer versions of transformers do not use; here the guest's cache works in any
+the name `past_key_values`, which newer versions of transformers do not use. Here the guest's cache works with any
 version. If a peft file names a checkpoint as the guest, set `sizes` to those of the checkpoint, and load its weights by
 ``injection.shared["guest"].take(network)``. In peft the guest's loss is added in evaluation too.
 
@@ -82,11 +83,11 @@ class ShadowConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank r of the correction."""
     scale: float = 0.1
-    """Factor a of the correction."""
+    """The factor on the correction."""
     dropout: Share = 0.2
     """Probability with which an entry of the correction's input is dropped in training."""
     update_width: PositiveInt | None = None
-    """Inner width u of T and G; None: the rank."""
+    """Inner width of the two networks that update the shadow. If None, it equals `rank`."""
     layers: PositiveInt = 1
     """Number of layers of the guest."""
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -138,8 +139,8 @@ def copied(site: Site) -> nn.Linear:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy with which logits ``[batch, tokens, vocabulary]`` predict the next labels ``[batch,
-    tokens]``."""
+    """Return the mean cross-entropy of logits ``[batch, tokens, vocabulary]`` against the next token's label, for
+    labels ``[batch, tokens]``."""
     precise = torch.promote_types(logits.dtype, torch.float32)
     said = labels[:, 1:].flatten().to(logits.device)
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1).to(precise), said, ignore_index=IGNORED, reduction="sum")
@@ -167,7 +168,7 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class ShadowOperator(InputOperator):
-    """The correction of one block's input, and the update of the shadow from the block's output, for the next block."""
+    """Corrects the input of one block, and updates the shadow from the block's output for the next block."""
 
     def __init__(self, site: BlockSite, config: ShadowConfig, before: Shared | None, shadow: Tap, left: Tap) -> None:
         super().__init__(site)
@@ -211,13 +212,13 @@ def two_layers(width: int, inner: int) -> nn.Sequential:
 
 
 def is_last(site: BlockSite) -> bool:
-    """Return True if no block follows, so that the shadow is not read any more."""
+    """Return True if the block is the model's last one, after which the shadow is not read."""
     return site.depth == site.blocks - 1
 
 
 class Shadow(Method):
-    """A small network of the model's own class in parallel with it, and corrections of the model's blocks by that
-    network."""
+    """A small network of the model's own class, which runs in parallel with the model and corrects the inputs of its
+    blocks."""
 
     name = "shadow"
     Config = ShadowConfig

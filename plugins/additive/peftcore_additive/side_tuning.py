@@ -8,9 +8,9 @@ Equation:
 
 With `merge`, R can also be the sum or the product of B and S, as in the authors' code. B are the model's features after
 its last norm, or after its last block if it lacks one; S is a side network over the same tokens, which does not read
-the model's states. The inside of the model is unchanged and gets no gradient, so training a task does not damage
-earlier tasks. `target` chooses another module whose output is blended; if it matches several modules, the last one is
-used. With several injections each one blends the result of the previous injections.
+the model's states. The model's layers are unchanged and get no gradient, so training a task does not damage earlier
+tasks. With `target` you can choose another module whose output is blended; if several modules match, the last one is
+used. Each of several injections blends the result of the previous injections.
 
 S has the model's own class and config, with `layers` layers and other `sizes`, and a projection if its width differs.
 It shares the model's token table if the widths are equal.
@@ -21,7 +21,7 @@ Start: a starts at 0, so R is the mean of both: no start is an identity. The sid
 from a trained network: ``injection.shared["guest"].take(network)``.
 
 Differs from the authors' code: The authors first train the side network to reproduce the model's features. Their
-schedule of g, their merges by FiLM and by an MLP, and links to the side networks of earlier tasks are not here.
+schedule of g, their merges by FiLM and by an MLP, and the links to side networks of earlier tasks are not implemented.
 
 Use it: `peftcore.apply(model, "side_tuning")`, where the model must stay unchanged and training must be cheap, or for a
 sequence of tasks; not where a task needs other features in early layers (`lora`). The similar `lst` reads the states of
@@ -72,7 +72,8 @@ class SideTuningConfig(MethodConfig):
     """Give the side network a separate, trained token table. The side network always has one if its width differs from
     the model's."""
     merge: Literal["alpha", "sum", "product"] = "alpha"
-    """The way in which the side network's and the model's states are combined."""
+    """How the states of the model and of the side network are combined: by a learned share ("alpha"), their sum, or
+    their product."""
     alpha: FiniteFloat = 0.0
     """The start of a; sigmoid(a) is the share of the model's features."""
 
@@ -91,7 +92,7 @@ class Blend(nn.Module):
 
 
 FIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "product": torch.mul}
-"""Merges without parameters."""
+"""Functions that combine the states of model and side network without parameters, by the values of `merge`."""
 
 
 class BlendOperator(Operator):
@@ -121,7 +122,8 @@ class BlendOperator(Operator):
 
 
 class SideTuning(Method):
-    """A small network of the model's own class in parallel with it, blended with its last states."""
+    """A small network of the model's own class, which runs in parallel with the model; its output is blended with the
+    model's last states."""
 
     name = "side_tuning"
     Config = SideTuningConfig

@@ -3,24 +3,24 @@
 Equation:
     X' = [p_j P_j ; X],   p = softmax(W m),   m = mean of the text's rows of X,   j = argmax p
 
-X are the embedded tokens. There are E short prompts P_j [length, d]; a text gets the prompt with the highest
-probability, multiplied by this probability, through which the router W [E, d] gets its gradient. In training relative
-noise is added to W m, noise (e * W m) with e standard normal, without a gradient. The noise also distributes texts over
+X are the embedded tokens. There are E short prompts P_j [length, d]. Each text gets the prompt with the highest
+probability, multiplied by this probability; this factor gives the router W [E, d] its gradient. In training `noise` * e
+* W m is added to W m, where e is standard normal; this term has zero gradient. The noise also distributes texts over
 prompts, since there is no loss for that. With `top_k` the prompt is the sum of several p_j P_j.
 
-The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-sets its length: the prompt is chosen once, and generated tokens do not change it.
+The text is all tokens before the first label, or the whole input without labels; ``peftcore.call(model,
+prompt_length=...)`` sets its length instead. The prompt is chosen once, so generated tokens do not change it.
 
 Parameters: E (length + 1) d.
 
 Start: W starts orthogonal, P_j from a standard normal distribution. No start is an identity.
 
 Differs from the authors' code: The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch,
-by a broadcast. The paper does not describe that, and for a single text the code does not do it; here each text gets
-only its own prompt. The code computes a factor for load balancing, but does not use it.
+by a broadcast. The paper does not describe this sum, and for a single text it does not occur. Here each text gets only
+its own prompt. The code computes a factor for load balancing, but does not use it.
 
 Use it: `peftcore.apply(model, "smop")`, where a task has several kinds of text, for which one prompt would have to be
-long; not where texts are alike (prompt_tuning), or where each text needs another prompt (idpg makes a prompt for each).
+long. If all texts are similar, use `prompt_tuning`; if each text needs another prompt, use `idpg`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SMoPConfig(MethodConfig):
 
 
 class SMoPOperator(InstanceOperator):
-    """The short prompts of one stack, and their router."""
+    """The short prompts of one encoder or decoder, and their router."""
 
     def __init__(self, site: SequenceSite, config: SMoPConfig) -> None:
         super().__init__(site, config.length)

@@ -5,27 +5,27 @@ Equation:
 
     s(w) = |w dL/dw| (snip),   w (H g) (grasp),   |w| (magnitude),   a draw (random),   g = dL/dw, H its derivative
 
-The adapter is a serial one (`houlsby_adapter`), on the outputs of attention and feed-forward before they are added to
-the stream. The weights with the highest s are kept, a share of 1 - `sparsity` in one ranking over all adapters; biases
-and norms are not pruned. Scores are computed once, at the start; snip and grasp need ``data=``, run the model in eval
-mode, and sum gradients over the batches. Only the kept weights are stored and trained, as one vector for all adapters
-with the weights' positions, so momentum and weight decay cannot revive pruned weights. The adapter has a layer norm in
-front of W_down and dropout on f's output.
+The adapter is a serial one as in `houlsby_adapter`: it changes the outputs of attention and feed-forward before they
+are added to the stream. One ranking over all adapters keeps the weights with the highest s, a share of 1 - `sparsity`.
+Biases and norms are not pruned. Scores are computed once, at the start; snip and grasp need ``data=``, run the model in
+eval mode, and sum gradients over the batches. Only the kept weights are stored and trained, as one vector for all
+adapters with the weights' positions, so momentum and weight decay cannot revive pruned weights. The adapter has a layer
+norm in front of W_down and dropout on f's output.
 
-Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more. The file also
-stores the positions of the kept weights.
+Parameters: a share of 1 - `sparsity` of the 2 d r of all adapters, and r + d an adapter, or r + 3 d with `norm`. The
+file also stores the positions of the kept weights.
 
-Start: Both matrices from N(0, 0.02), biases at zero; the kept weights start with these values. Near the identity;
-``up_init_std=0`` with ``score="random"`` makes it exact.
+Start: Both matrices from N(0, 0.02), biases at zero; the kept weights start with these values. This is nearly an
+identity; ``up_init_std=0`` with ``score="random"`` makes it exact.
 
 Differs from the authors' code: Where the paper is not specific, this follows the code (Shwai-He/SparseAdapter): grasp
 keeps the weights with the largest w (H g), whose removal would lower the norm of the gradient most. The code's
 attention adapter is in front of the host's dropout, and its feed-forward adapter after it; here `joins` sets the place
 for both. The code's score synflow is zero for adapters after the norm, and is left out.
 
-Use it: `peftcore.apply(model, "sparse_adapter", data=batches)`, where a `houlsby_adapter` is too large to store, or a
-wider one of the same size is wanted: the paper's Large-Sparse doubles `bottleneck` and prunes half. It is not faster,
-since each forward builds the full matrices.
+Use it: `peftcore.apply(model, "sparse_adapter", data=batches)`, where a `houlsby_adapter` is too large to store, or
+where you want a wider adapter of the same size: the paper's Large-Sparse doubles `bottleneck` and prunes half. The
+method is not faster, since each forward builds the full matrices.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class SparseAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     norm: bool = True
-    """Put a layer norm in front of W_down, which trains with the adapter."""
+    """Put a trained layer norm in front of the adapter's first matrix W_down."""
     dropout: Share = 0.1
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations in training."""
     joins: Joins = "stream"
-    """The place where the adapter reads and adds: after the host's operations on a branch's output, or at its last
-    matrix."""
+    """Where the adapter reads and adds: after the host's dropout, layer scale and stochastic depth on a branch's output
+    ("stream"), or before them, at the branch's last matrix ("matrix")."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02
@@ -140,7 +140,7 @@ def drawn(width: int, config: SparseAdapterConfig) -> Tensor:
 
 
 def gradients(loss: Tensor, weights: list[Tensor], again: bool = False) -> list[Tensor]:
-    """Return the gradients of a loss; with `again` these can be differentiated again."""
+    """Return the gradients of a loss. With `again`, the gradients can be differentiated again."""
     return list(torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True))
 
 

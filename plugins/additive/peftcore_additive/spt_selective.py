@@ -3,25 +3,26 @@
 Equation:
     [R_l ; x_l] -> block l,   R_l = (1 - a_l) P_l + a_l p_l,   a_l = sigmoid(alpha_l),   p_l [length, d]
 
-x_l are the tokens before block l, and P_l the rows in front of them, as the previous block returns them; block 0 does
-not receive rows, so R_0 = a_0 p_0. This is the search: all blocks have prompts, and alpha_l, one number for each block,
-trains too. Afterwards ``chosen(injection, 4)`` returns the blocks with the largest a_l. Then apply a new adapter with
-`layers` set to these blocks: they get full prompts, R_l = p_l; between them R_l = P_l, and there are no rows before the
-first of them.
+x_l are the tokens before block l, and P_l the rows in front of them, which the previous block returned. Block 0 does
+not receive rows, so R_0 = a_0 p_0. There are two trainings. The first is a search: all blocks have prompts, and
+alpha_l, one number for each block, trains too. Then ``chosen(injection, 4)`` returns the four blocks with the largest
+a_l. The second trains a new adapter with `layers` set to the chosen blocks. They get full prompts, R_l = p_l. Blocks
+between them keep the rows, R_l = P_l, and blocks before the first chosen one get no rows.
 
 Rows are without positions, as in `lpt`; in encoder-decoder models they are inserted in the encoder.
 
 Parameters: blocks * (length d + 1) in the search, then layers * length d.
 
-Start: p_l starts from N(0, 0.02), alpha_l at zero. Never identity.
+Start: p_l starts from N(0, 0.02), alpha_l at zero. No start is an identity.
 
-Differs from the authors' code: The authors' code was not found, and the paper's text was not available: the equation
-follows a catalogue of methods. The authors search in two levels, alpha on held-out data and p on the rest, with a
-smoothed choice; here both train on the same batches. To search in two levels, step the parameters called `alpha` with a
-separate optimizer.
+Differs from the authors' code: The authors' code was not found, and the paper's text was not available. The equation
+follows a catalogue of methods. The authors search in two levels, with a smoothed choice: alpha trains on held-out data,
+and p on the rest. Here both train on the same batches. To search in two levels, train the parameters called `alpha`
+with a separate optimizer.
 
-Use it: `peftcore.apply(model, "spt_selective", layers=[0, 1])`, where `prompt_tuning` is too weak and a prompt in each
-block (`prefix_tuning`) too much, and there is time for two trainings; `lpt` has one late prompt, without a search.
+Use it: `peftcore.apply(model, "spt_selective", layers=[0, 1])`, where `prompt_tuning` is too weak, a prompt in each
+block (`prefix_tuning`) has too many parameters, and there is time for two trainings. `lpt` has one late prompt, without
+a search.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class SPTSelectiveConfig(MethodConfig):
 
 
 class SelectiveOperator(InnerRows):
-    """The prompts of one stack."""
+    """The prompts of one encoder or decoder."""
 
     def __init__(self, site: SequenceSite, config: SPTSelectiveConfig) -> None:
         super().__init__(site, config.length)
@@ -75,8 +76,8 @@ def chosen(injection: Injection, count: int) -> list[int]:
     """Return the numbers of the `count` blocks whose prompts have the largest shares a_l, in ascending order.
 
     Raises:
-        ConfigError: the injection was applied with `layers` and is not a search, has several stacks, or has fewer
-            blocks.
+        ConfigError: the injection is not a search, since it was applied with `layers`; or it has several stacks, or
+            fewer than `count` blocks.
     """
     operators = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator)]
     searches = [op.alpha for op in operators if op.alpha is not None]
@@ -95,7 +96,7 @@ class SPTSelective(Method):
     """Prompts in front of the tokens in some blocks, and a search for these blocks.
 
     Example:
-        injection = peftcore.apply(model, "spt_selective", layers=[0, 1])  # as chosen(search, 2) said
+        injection = peftcore.apply(model, "spt_selective", layers=[0, 1])  # the result of chosen(search, 2)
     """
 
     name = "spt_selective"

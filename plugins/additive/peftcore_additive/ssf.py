@@ -3,16 +3,17 @@
 Equation:
     y = gamma * f(x) + beta   after every operation f: linear layers, norms, convolutions; one number a channel
 
-gamma and beta merge into W' = gamma * W and b' = gamma * b + beta: a layer without a bias gets one. Modules that cannot
-have a bias (RMSNorm, a stack of experts) are only scaled. The authors' models do not have token tables and routers:
-both are skipped unless they are named in `target`.
+gamma and beta can be merged into W' = gamma * W and b' = gamma * b + beta; a layer without a bias gets one then.
+Modules that cannot have a bias (RMSNorm, a stack of experts) are only scaled. Token tables and routers are skipped
+unless `target` names them, since the authors' models do not have them.
 
 Parameters: 2 out for each operation (out if it is only scaled), times the number of experts.
 
 Start: gamma from N(1, 0.02) and beta from N(0, 0.02), as in the authors' code: a fresh injection changes the outputs a
 little; ``init_std=0`` starts from the identity.
 
-Differs from the authors' code: The head is skipped; the authors train it whole (``train=["classifier"]``).
+Differs from the authors' code: The head is not adapted. The authors train the whole head; pass ``train=["classifier"]``
+to do so.
 
 Use it: `peftcore.apply(model, "ssf")`, to adapt a vision model to a task with few examples, without cost at inference.
 Train without weight decay, which pulls gamma to 0 instead of 1.
@@ -40,7 +41,8 @@ class SSFConfig(MethodConfig):
 
 
 def shifts(site: Site) -> bool:
-    """True if the site can have beta: its module has an attribute for a bias, which may be None, or is a table."""
+    """Return True if the site can have beta: its module has an attribute for a bias, which may be None, or it is an
+    embedding table."""
     return site.layer.one_hot or bias_name(site.tensor) in site.tensors()
 
 
@@ -80,9 +82,9 @@ class SSFOperator(Operator):
 
 
 def _added(site: Site) -> float:
-    """Return what an RMSNorm adds to its weight before it multiplies: 1 in Gemma's, 0 in most.
+    """Return the number that an RMSNorm adds to its weight before it multiplies: 1 in Gemma, 0 in most models.
 
-    Only a run of the module shows this: if it adds 0, the output for a weight of zero is zero.
+    The module is run with a weight of zero to find out. If it adds 0, the output is zero.
     """
     weight = site.layer.read(site.module, site.tensor)
     if site.meta or shifts(site) or weight is None or weight.dim() != 1 or weight.is_meta:
@@ -124,7 +126,7 @@ class SSF(Method):
 
 
 def _operation(site: Site) -> bool:
-    """Whether the site is among the method's default targets."""
+    """Return True if the site is among the method's default targets."""
     if site.role in ("head", "router") or site.layer.one_hot:
         return False
     return len(site.weight_shape) > 1 or (site.role is not None and site.role.startswith("norm"))

@@ -5,14 +5,14 @@ Equation:
     y_t = silu(z_t) (C_t (h_t + h') + D x_t),   h' [d, N]        offset="state"
     y_t = silu(z_t) (C_t h_t + y' + D x_t),     y' [d]           offset="output"
 
-h_t is the state of a Mamba mixer, d channels with N states each. Only h' or y' trains. The effect of a prefix or of a
-trained first state fades with the decay of the states; the offset is added again at each step and does not enter the
-next state, so caches do not change. With `rank`, h' is B A, B [d, rank] and A [rank, N].
+h_t is the state of a Mamba mixer, d channels with N states each. Only h' or y' trains. The effect of a prefix, or of a
+trained first state, fades with the decay of the states. The offset does not fade, since it is added again at each step.
+It is not part of the next state, so caches do not change. With `rank`, h' is B A, B [d, rank] and A [rank, N].
 
-Both offsets support Mamba, FalconMamba and Jamba; h' uses the model's C, after its norm in the latter two. Mamba-2 and
-similar models (Bamba, Zamba2, NemotronH) compute C inside the mixer, so they support only y', which is added in front
-of the gated norm. On GPUs the scan may run as a kernel. A fused kernel that computes the whole mixer in training skips
-its last matrix, where the offset is added, so a forward with it raises an error.
+Mamba, FalconMamba and Jamba support both offsets. h' uses the model's C, in FalconMamba and Jamba after its norm.
+Mamba-2 and similar models (Bamba, Zamba2, NemotronH) compute C inside the mixer, so they support only y', which is
+added before the gated norm. On GPUs the scan may run as a kernel. In training a fused kernel may compute the whole
+mixer; it does not call the mixer's last matrix, where the offset is added, so such a forward raises an error.
 
 Parameters: d N a mixer, d with ``offset="output"``, rank (d + N) with `rank`: 589,824 and 36,864 in Mamba 130M.
 
@@ -21,8 +21,8 @@ Start: h' or y' at zero, or B at zero: the identity.
 Differs from the authors' code: The authors' code does not support Mamba-2 and similar models.
 
 Use it: `peftcore.apply(model, "state_offset_tuning")`, in state-space models, where prompts and prefixes have little
-effect; not in hybrid models whose layers are mostly attention. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and
-merges; `ssf` scales and shifts the outputs of matrices.
+effect; not in hybrid models whose layers are mostly attention. `lora` on ``ssm.in`` and ``ssm.out`` is larger, but can
+be merged; `ssf` scales and shifts the outputs of matrices.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StateOffsetTuningConfig(MethodConfig):
 
     method: Literal["state_offset_tuning"] = "state_offset_tuning"
     offset: Literal["state", "output"] = "state"
-    """The quantity that is offset: the states, or the output that is read from them."""
+    """The quantity to which the offset is added: the states, or the output that is read from the states."""
     rank: PositiveInt | None = None
     """Rank of the offset of the states; None trains the full matrix h'."""
 
@@ -59,8 +59,8 @@ class StateOffsetTuningConfig(MethodConfig):
 
 
 GATE, READOUT, OUT = "gate", "readout", "out"
-"""The forms of three sites in a mixer: the matrix whose last outputs are the gate z, the module whose last outputs are
-C, and the module whose input is the scan's output."""
+"""Values of `form` for three sites in a mixer: the matrix whose last outputs are the gate z, the module whose last
+outputs are C, and the module whose input is the scan's output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
     the scan's output and the gate.
 
     Raises:
-        UnsupportedSite: the module is neither of them.
+        UnsupportedSite: the module is neither a Mamba nor a Mamba-2 mixer.
     """
     path = site.module_path
     children = [each for each in surgeon.resolver.host.entries if path and each.path.rpartition(".")[0] == path]
@@ -111,10 +111,11 @@ def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
 
 
 def _selective(surgeon: Surgeon, children: list[HostEntry], out: HostEntry) -> tuple[int, tuple[Site, ...]] | None:
-    """Return the number of states of a mixer of Mamba, and its places; None for all others.
+    """Return the number of states of a Mamba mixer, and the sites inside it; None for all other mixers.
 
-    The first matrix returns the input of the convolution and the gate, x returns the steps, B and C. Norms of the
-    steps, B and C may follow: then C is the output of the norm whose name begins with c.
+    The first matrix of such a mixer returns the input of the convolution and the gate. The matrix with the role
+    ``ssm.x`` returns the steps, B and C. If norms of the steps, B and C follow, C is the output of the norm whose name
+    begins with c.
     """
     by_role = {each.role: each for each in children}
     first, x, steps = (by_role.get(f"ssm.{name}") for name in ("in", "x", "dt"))
@@ -147,7 +148,7 @@ def _place(surgeon: Surgeon, entry: HostEntry, form: str) -> Site:
 
 
 class OffsetOperator(Operator):
-    """The offset of one mixer: it reads the gate and C where the mixer computes them, and adds the offset where the
+    """Adds the offset of one mixer. It reads the gate and C when the mixer computes them, and adds the offset after the
     mixer has used both."""
 
     observes = frozenset({GATE, READOUT})

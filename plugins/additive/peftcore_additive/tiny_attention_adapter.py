@@ -3,23 +3,25 @@
 Equation:
     y = h + W_2 MHA(q, k, v) + b_2,   [q, k, v] = W_1 LN(h) + b_1,   q, k, v [tokens, a],   a = 1
 
-h is the stream after self-attention: in post-norm hosts after the norm that follows, in pre-norm hosts the sum in front
-of the next norm (cindermond/tiny-attn, structure m0, and its GPT-2). By default the method does not act after
-cross-attention. MHA is torch's multi-head attention of width a, with its projections and dropout of attention weights.
-Its mask is the model's: tokens do not attend to padding, nor to later tokens in causal stacks. The model's cache stores
-the keys and values of earlier tokens in additional layers after the model's own.
+h is the stream after self-attention. In post-norm hosts it is the output of the norm after the attention; in pre-norm
+hosts it is the residual sum before the next norm. The authors' code (cindermond/tiny-attn) does the same in its
+structure m0 and in GPT-2. By default the method does not act after cross-attention. MHA is torch's multi-head attention
+of width a, with its projections and dropout of attention weights. It uses the model's mask: tokens do not attend to
+padding, nor to later tokens in causal models. The model's cache stores the keys and values of earlier tokens in
+additional layers after the model's own.
 
 With `modules`, n adapters run in sequence, and the output of each is multiplied by 1/n. Parameters: n (4 a d + 4 a^2 +
 7 a + 3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
 
-Start: W_2 and b_2 start as torch's layers do, multiplied by 0.01. Near the identity; ``out_scale=0`` makes it exact.
+Start: W_2 and b_2 start as torch's layers do, multiplied by 0.01. This is nearly an identity; ``out_scale=0`` makes it
+exact.
 
-Differs from the authors' code: The code trains n heads and averages their tensors afterwards; here the n adapters stay
-separate.
+Differs from the authors' code: The authors' code trains n heads and averages their tensors afterwards. Here the n
+adapters stay separate.
 
-Use it: `peftcore.apply(model, "tiny_attention_adapter")`, where the task needs additional attention to the context and
-few parameters; not where latency counts: it cannot be merged (`lora` can), and runs one more attention in every layer.
-The similar `houlsby_adapter` reads only one token.
+Use it: `peftcore.apply(model, "tiny_attention_adapter")`, where the task needs additional attention to the context,
+with few parameters. It increases latency: it cannot be merged, and runs one more attention in every layer. The similar
+`houlsby_adapter` processes each token alone; `lora` can be merged.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import JOINED, Room, TinyAttention, placed
 
 AROUND = "around"
-"""The form of a site at the block around an attention."""
+"""The `form` of a site at the block that contains an attention."""
 
 
 class TinyAttentionAdapterConfig(MethodConfig):
@@ -81,8 +83,8 @@ class TinyAttentionAdapterConfig(MethodConfig):
 
 
 class TinyAttentionOperator(Bypass):
-    """The tiny attentions after the attention of one block: after the norm that follows in post-norm hosts, at the end
-    of the branch in others."""
+    """Runs the tiny attentions after the attention of one block. In post-norm hosts they act after the norm that
+    follows the attention, in other hosts at the end of the attention's branch."""
 
     observes = Bypass.observes | {AROUND}
 

@@ -37,13 +37,13 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_presets() -> Mapping[str, Preset]:
-    """Name options of methods as papers do."""
+    """Map preset names, as papers use them, to a method with options."""
     return PRESETS
 
 
 @hookimpl
 def peftcore_formats() -> Mapping[str, str]:
-    """Name the file formats that this plugin reads and writes."""
+    """Map the file formats that this plugin reads and writes to their import paths."""
     return {
         "control_lora": "peftcore_diffusion.interop.control_lora:ControlLoRA",
         "embeddings": "peftcore_diffusion.interop.embeddings:Embeddings",

@@ -36,17 +36,17 @@ class Copy:
 
     network: Shared
     inputs: Tap | None
-    """The inputs of the UNet; None if the UNet is the host itself, whose inputs the forward context holds."""
+    """The inputs of the UNet; None if the UNet is the host itself, whose inputs are in the forward context."""
     lender: Tap | None
     """The UNet, if the second encoder reuses its layers."""
     controls: Tap = dataclasses.field(default_factory=lambda: Tap(until_backward=True))
 
     def ready(self, sample: Tensor) -> tuple[nn.Module, Tensor]:
-        """Return the network for a sample, and a tensor of the dtype in which it computes: the network's own dtype, or,
-        if it reuses the UNet's layers, the sample's, which is the UNet's dtype.
+        """Return the network, and a tensor with the dtype in which it computes. If the network reuses the UNet's
+        layers, that is the dtype of the sample and of the UNet; otherwise it is the network's own dtype.
 
         Raises:
-            NoWeights: weights that would have to be cast are offloaded.
+            NoWeights: weights have to be cast, but they are offloaded.
         """
         network = self.network.module
         if self.lender is None:
@@ -125,10 +125,10 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
     """Install a second encoder for each UNet; it controls the decoder blocks that are targets.
 
     Args:
-        surgeon: the method's surgeon.
+        surgeon: the object with which the method installs operators.
         config: the method's options, a subclass of `Options`.
-        make: a function that makes the second encoder of a UNet; if the encoder reuses layers, the tap holds that UNet
-            during a forward.
+        make: a function of the UNet and a tap that makes the second encoder. If the encoder reuses layers, the tap
+            contains the UNet during a forward.
         borrows: True if the encoder reuses the UNet's layers.
 
     Raises:
@@ -161,7 +161,8 @@ def _unet(surgeon: Surgeon, site: Site) -> str:
 
 
 def _skips(surgeon: Surgeon, site: Site) -> slice | None:
-    """Return the slice of the skips, first to last, that go into a block of the decoder; None for the middle block."""
+    """Return which skips a decoder block reads, as a slice of the skips in the order of the encoder; None for the
+    middle block."""
     stack, _, number = site.module_path.rpartition(".")
     if not number.isdecimal():
         return None
@@ -187,7 +188,7 @@ def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels
 def borrowed_encoder(
     surgeon: Surgeon, model: Any, lender: Tap, widths: tuple[int, ...], channels: int, rank: int, vectors: bool
 ) -> nn.Module:
-    """Make a ControlNet that runs a UNet's encoder with separate low-rank updates."""
+    """Make a ControlNet that reuses the layers of a UNet's encoder and adds low-rank updates to them."""
     with torch.device("meta"):
         network = _controlnet(model, widths, channels)
     borrow(network, model, lender, surgeon.resolver.layer_of, rank, vectors)
@@ -200,7 +201,7 @@ def borrowed_encoder(
 
 
 def _controlnet(model: Any, widths: tuple[int, ...], channels: int) -> Any:
-    """Build a ControlNet with the sizes of a UNet, and values of its own."""
+    """Build a ControlNet with the sizes of a UNet, but without its weights."""
     import diffusers
 
     return diffusers.ControlNetModel.from_unet(

@@ -10,20 +10,21 @@ from peftcore.author import InputOperator, Mine, Site, Surgeon
 from peftcore.errors import ConfigError
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
-"""The parts of a UNet of diffusers, in the order in which they run; in the order of registration, the middle is
+"""The parts of a UNet of diffusers, in the order in which they run. In the order of registration the middle block is
 last."""
 STATES = "encoder_hidden_states"
 
 
 class LayerReader(InputOperator):
-    """Passes to a cross-attention its own states ``[batch, tokens, dim]`` out of a text's ``[batch, layers, tokens,
-    dim]``; states without a dimension of layers are passed to all cross-attentions.
+    """Selects the text states of one cross-attention, ``[batch, tokens, dim]``, out of ``[batch, layers, tokens,
+    dim]``. States without the dimension of layers are used as they are.
 
     Args:
         site: the attention.
         layer: the number of the attention.
         layers: the number of cross-attentions.
-        left_out: True if merging leaves this operator out; a merged model then accepts only states without layers.
+        left_out: True if merging removes this operator. The merged model then accepts only states without the dimension
+            of layers.
     """
 
     def __init__(self, site: Site, layer: int, layers: int, left_out: bool) -> None:
@@ -48,7 +49,7 @@ class LayerReader(InputOperator):
 
 
 def cross_attentions(surgeon: Surgeon) -> list[Site]:
-    """Return the cross-attentions of UNets of diffusers, as modules, in the order in which they run."""
+    """Return the cross-attention modules of the host's UNets of diffusers, in the order in which they run."""
     resolver = surgeon.resolver
     paths = {entry.module.rpartition(".")[0] for entry in resolver.host.entries if entry.role == "cross.k"}
     sites = [resolver.module_site(path) for path in resolver.modules if path in paths]
@@ -57,8 +58,8 @@ def cross_attentions(surgeon: Surgeon) -> list[Site]:
 
 
 def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: bool = False) -> tuple[int, set[str]]:
-    """Make cross-attentions read separate states: the attentions of the given key matrices, or all if None. Return the
-    number of cross-attentions in the host, and the paths of the selected ones."""
+    """Make cross-attentions read separate text states: those that contain the matrices in `keys`, or all if `keys` is
+    None. Return the number of all cross-attentions in the host, and the paths of those that read separate states."""
     every = cross_attentions(surgeon)
     wanted = {site.module_path for site in every} if keys is None else {around(site) for site in keys}
     reading = [(layer, site) for layer, site in enumerate(every) if site.module_path in wanted]
@@ -68,8 +69,8 @@ def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: 
 
 
 def check_words(tokens: Sequence[int], layers: int) -> None:
-    """Check that the number of tokens is a multiple of the number of cross-attentions; without cross-attentions nothing
-    is checked.
+    """Check that the number of tokens is a multiple of the number of cross-attentions, if the host has
+    cross-attentions.
 
     Raises:
         ConfigError: a word would have too many or too few tokens.

@@ -1,4 +1,4 @@
-"""Presets of this plugin: names of papers for options of methods, a line each."""
+"""Presets of this plugin: names that papers use for a method with certain options."""
 
 from peftcore.author import Preset
 

@@ -11,7 +11,7 @@ from peftcore.author import Layer, Site, Surgeon
 
 
 def alike(sites: Iterable[Site]) -> list[list[Site]]:
-    """Group the sites that hold the very same tensor."""
+    """Return the sites in groups: all sites of a group share one tensor."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
         tensor = site.layer.held(site.module, site.tensor)
@@ -28,11 +28,11 @@ def holders(surgeon: Surgeon, site: Site) -> list[Site]:
 
 
 def foremost(sites: list[Site]) -> Site:
-    """Return a site of the group whose module is called in a forward: the first one may only store the tensor (T5's
-    `shared`)."""
+    """Return the last site of the group whose module is called in a forward, or else the first site. Some modules only
+    store a shared tensor, such as T5's `shared`."""
     return [site for site in sites if site.layer.called or site is sites[0]][-1]
 
 
 def stored_as(site: Site, layer: Layer) -> Site:
-    """Return the site with its tensor treated as the weight of another kind of layer."""
+    """Return a copy of the site whose tensor is treated as the weight of another kind of layer."""
     return dataclasses.replace(site, form="weight", layer=layer)

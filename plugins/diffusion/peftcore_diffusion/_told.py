@@ -13,13 +13,13 @@ from peftcore.errors import RouteError
 
 
 def told(name: str, rows: int) -> Tensor:
-    """Return the tensor of that name in ``peftcore.call(model, ...)`` with one entry for each of the given number of
-    rows. Entries are repeated if a module gets several rows for one entry (frames), if one image is for all rows, or if
-    the call declares that rows of the batch repeat (guidance).
+    """Return the tensor that ``peftcore.call(model, ...)`` passes under a name, with one entry for each of `rows` rows.
+    Entries are repeated in three cases: the tensor has one entry for all rows, a module gets several rows for each
+    entry (frames of a video), or the call declares that rows of the batch repeat (classifier-free guidance).
 
     Raises:
         MissingContext: the call does not pass the tensor.
-        RouteError: there are not as many rows.
+        RouteError: the number of entries does not fit the number of rows.
     """
     return _each(forward_context().for_rows(name, rows), rows)
 
@@ -29,12 +29,12 @@ def _each(value: Tensor, rows: int) -> Tensor:
 
 
 def timesteps(rows: int, device: torch.device) -> Tensor:
-    """Return the diffusion timestep of each row, [rows]. It is the value of ``peftcore.call(model, timestep=...)``, a
-    number or one number for each row, or else the host's argument ``timestep``.
+    """Return the diffusion timestep of each row, [rows]. It is the value that ``peftcore.call(model, timestep=...)``
+    passes, or else the host's argument ``timestep``. Either may be one number, or one for each row.
 
     Raises:
         MissingContext: neither the call nor the host's arguments contain the timestep.
-        RouteError: there are not as many rows.
+        RouteError: the number of timesteps does not fit the number of rows.
     """
     running = forward_context()
     said, given = running.told("timestep"), running.inputs.get("timestep")
@@ -48,7 +48,8 @@ def timesteps(rows: int, device: torch.device) -> Tensor:
 
 
 def cast(value: Any, like: Tensor) -> Any:
-    """Cast floating-point tensors to the dtype of `like`, also those in a mapping; return all else as it is."""
+    """Return a tensor, or a mapping of tensors, with floating-point tensors cast to the dtype of `like`. All other
+    values are returned unchanged."""
     if isinstance(value, Mapping):
         return {name: cast(each, like) for name, each in value.items()}
     return value.to(like.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

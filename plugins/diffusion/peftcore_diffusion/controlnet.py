@@ -4,22 +4,22 @@ Equation:
     c_i = Z_i(E'_i(conv_in'(x) + H(image), t, text)),   skip_i <- skip_i + scale * c_i,   mid <- mid + scale * c_mid
 
 E' is a trained copy of the encoder and the middle block of the base, Z_i are 1x1 convolutions, H is eight convolutions.
-The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). The call passes the image, ``with
-peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large as the latents
-with four `widths`; the option `input` sets another name for the image, for use with several adapters, and
-``condition_scale=`` in a call replaces `scale`. `guess_mode` scales the controls down: from 0.1 for the shallowest to 1
-for the deepest.
+The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). Pass the image to a call: ``with
+peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels, height, width]; with four `widths` it
+is 8 times as large as the latents. ``condition_scale=`` in the same call replaces `scale`. If several adapters read
+different images, set another name for each image with the option `input`. `guess_mode` multiplies the controls by
+factors that rise from 0.1 for the shallowest to 1 for the deepest.
 
 The copy is diffusers' ControlNetModel with the weights of this UNet, so a published ControlNet of the same sizes can be
-loaded into the copy. The UNet must be a UNet2DConditionModel. The method cannot be merged. Rows of a batch cannot go to
-different injections: the controls enter whole blocks of the decoder.
+loaded into the copy. The UNet must be a UNet2DConditionModel. The method cannot be merged. Rows of a batch cannot be
+routed to different injections, since the controls are added in whole blocks of the decoder.
 
 Parameters: those of the encoder and the middle block, H, and c_i^2 + c_i for each skip of c_i channels.
 
 Start: E' at the weights of the base, Z_i and the last convolution of H at zero: the identity. The first step changes
 only the Z_i.
 
-Differs from the authors' code: That code was not compared; no difference from diffusers is known.
+Differs from the authors' code: The authors' code was not compared. No difference from diffusers is known.
 
 Use it: `peftcore.apply(model, "controlnet")`, for control of single pixels, with tens of thousands of training images.
 """
@@ -48,7 +48,7 @@ class ControlNetConfig(MethodConfig):
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels of the convolutions of H; each width after the first halves the resolution."""
+    """Channels of the convolutions that read the image. Each width after the first halves the resolution."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
@@ -58,7 +58,7 @@ class ControlNet(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet")
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet"

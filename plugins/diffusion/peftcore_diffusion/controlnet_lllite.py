@@ -4,21 +4,23 @@ kohya-ss/sd-scripts.
 Equation:
     y = W (x + scale * (U relu(M [e; relu(D x + d)] + m) + u)) + b,   e = relu-convolutions of the image, at x's places
 
-at those matrices of attention, in a UNet's encoder and middle block, that read the latents: queries, keys and values of
-self-attention, queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D [hidden, in], M [hidden,
-condition_dim + hidden], U [in, hidden]. Each matrix has a separate network and separate convolutions: one of 4x4 with
-stride 4 to condition_dim / 2 channels, and then one or two whose strides reduce the image to the grid of the matrix's
-tokens: 2 at the full resolution of the latents, 4 after one halving, 4 and 2 after two. Matrices after more halvings
-are not supported (exclude the middle block of Stable Diffusion 1.5).
+The equation applies to the matrices of attention that read the latents, in a UNet's encoder and middle block: queries,
+keys and values of self-attention, and queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D
+[hidden, in], M [hidden, condition_dim + hidden], U [in, hidden]. Each matrix has a separate network and separate
+convolutions. The first convolution is 4x4 with stride 4, and has condition_dim / 2 channels. One or two further
+convolutions reduce the image to the grid of the matrix's tokens. Their strides depend on how often the UNet halved the
+resolution of the latents: 2 for no halving, 4 for one, 4 and 2 for two. Matrices after more than two halvings are not
+supported; in Stable Diffusion 1.5 exclude the middle block.
 
-The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents, scaled to [-1, 1]; the option `input` sets another name for the image, and
-``condition_scale=`` in a call replaces `scale`.
+Pass the image to a call: ``with peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels,
+height, width], 8 times as large as the latents, with values in [-1, 1]. ``condition_scale=`` in the same call replaces
+`scale`. The option `input` sets another name for the image.
 
-It cannot be merged. Parameters, with h = hidden, c = condition_dim, k = c / 2: h (2 in + h + c + 2) + in, and of
-convolutions 16 channels k + k, with 4 k c + c, 16 k c + c, or 16 k^2 + k + 4 k c + c.
+The method cannot be merged. Parameters of a matrix, with h = hidden, c = condition_dim and k = c / 2: the network has h
+(2 in + h + c + 2) + in. The first convolution has 16 channels k + k, and the further ones together have 4 k c + c, 16 k
+c + c, or 16 k^2 + k + 4 k c + c for no, one or two halvings.
 
-Start: U at zero and u as torch's layers do, so only a scale of 0 starts as an identity.
+Start: U starts at zero, but u like the biases of torch's layers. The start is an identity only with a scale of 0.
 
 Differs from the authors' code: The authors' code computes e once for each image; here each forward does.
 
@@ -43,7 +45,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._told import told
 
 STRIDES = ((4, 2), (4, 4), (4, 4, 2))
-"""Strides of the convolutions, by the number of times that the latents were halved."""
+"""Strides of the convolutions, indexed by how many times the latents were halved."""
 
 
 class ControlNetLLLiteConfig(MethodConfig):
@@ -66,7 +68,7 @@ class ControlNetLLLiteConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LLLiteSite(Site):
-    """A matrix in attention, with the number of times that its input was halved in resolution."""
+    """A matrix of attention as a site, with the number of times that the resolution of its input was halved."""
 
     halved: int = dataclasses.field(kw_only=True)
 
@@ -99,7 +101,7 @@ class LLLiteOperator(Operator):
         return call(x + (scale * self.up(hidden)).to(x.dtype))
 
     def _embedded(self, x: Tensor) -> Tensor:
-        """Return the image at the places of tokens [batch, tokens, in]."""
+        """Return the features e of the image at the position of each token, [batch, tokens, condition_dim]."""
         image = told(self.name, len(x)).to(self.down.weight.dtype)
         for number, convolution in enumerate(self.convolutions):
             image = convolution(torch.relu(image) if number else image)
@@ -118,7 +120,7 @@ class ControlNetLLLite(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet_lllite", hidden=64, condition_dim=32)
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet_lllite"
@@ -146,7 +148,7 @@ class ControlNetLLLite(Method):
 
 
 def _halved(surgeon: Surgeon, site: Site) -> int:
-    """Return how often the latents were halved that a matrix reads."""
+    """Return how many times the UNet halved the latents before a matrix reads them."""
     found = re.fullmatch(r"((?:.*\.)?)(?:down_blocks\.(\d+)|mid_block)\..*", site.module_path)
     if found is None or site.form != "activation" or len(site.weight_shape) != 2:
         raise UnsupportedSite(f"{site.path or 'the host'} is not a matrix in the encoder or the middle block of a UNet")

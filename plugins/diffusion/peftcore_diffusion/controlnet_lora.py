@@ -6,25 +6,26 @@ Equation:
 
 As in `controlnet`, Z_i are 1x1 convolutions and H is eight convolutions. W is the UNet's own tensor, read when the
 encoder runs, so neither memory nor the file contains a second copy. Other adapters of the UNet do not act in E', except
-merged ones, which are part of W. The rank of a layer is at most its number of inputs or outputs. Biases and norms of E'
-train whole, as Stability's files store them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2.
-``load`` reads Stability's files, ``save(format="control_lora")`` writes them.
+merged ones, which are part of W. The rank of a layer is at most the smaller of its numbers of inputs and outputs.
+Biases and norms of E' train too, and Stability's files store them whole. With ``vectors=False`` E' uses the biases and
+norms of the UNet, as in HighCWu/control-lora-v2. ``peftcore.load`` reads Stability's files, and ``injection.save`` with
+``format="control_lora"`` writes them.
 
-The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents with four `widths`; the option `input` sets another name for the image, for use with
-several adapters, and ``condition_scale=`` in a call replaces `scale`. `guess_mode` scales the controls down: from 0.1
-for the shallowest to 1 for the deepest. The UNet must be a UNet2DConditionModel. Rows of a batch cannot be routed to
-different injections. The method cannot be merged.
+Pass the image to a call: ``with peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels,
+height, width]; with four `widths` it is 8 times as large as the latents. ``condition_scale=`` in the same call replaces
+`scale`. If several adapters read different images, set another name for each image with the option `input`.
+`guess_mode` multiplies the controls by factors that rise from 0.1 for the shallowest to 1 for the deepest. The UNet
+must be a UNet2DConditionModel. Rows of a batch cannot be routed to different injections. The method cannot be merged.
 
-Parameters: for a kernel k x k, rank (in k^2 + out) + out of each matrix, 2 c of each norm of c channels; H; and
-c_i^2 + c_i for each skip of c_i channels.
+Parameters: rank (in k^2 + out) + out for each matrix or convolution with a kernel k x k, 2 c for each norm of c
+channels, c_i^2 + c_i for each skip of c_i channels, and those of H.
 
 Start: up, Z_i and the last convolution of H at zero: the identity.
 
-Differs from the authors' code: That code was not compared; no difference from diffusers is known.
+Differs from the authors' code: The authors' code was not compared. No difference from diffusers is known.
 
 Use it: `peftcore.apply(model, "controlnet_lora")`, for control of single pixels where a whole `controlnet` is too large
-for memory or files; not where training images are few. `controlnet_xs` is another small method, whose encoder starts at
+for memory or files; not with few training images. `controlnet_xs` is another small method, whose encoder starts at
 random.
 """
 
@@ -56,17 +57,17 @@ class ControlNetLoRAConfig(MethodConfig):
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels of the convolutions of H; each width after the first halves the resolution."""
+    """Channels of the convolutions that read the image. Each width after the first halves the resolution."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 class ControlNetLoRA(Method):
-    """A second encoder, the UNet's own with low-rank updates, whose features control the decoder.
+    """Features of a second encoder control the decoder; it reuses the UNet's layers, with low-rank updates.
 
     Example:
         injection = peftcore.apply(model, "controlnet_lora", rank=128)
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet_lora"

@@ -1,29 +1,31 @@
-"""ControlNeXt: one light network whose feature joins the stream of a UNet.   Peng et al. 2024, arXiv 2408.06070.
+"""ControlNeXt: one light network whose feature is added to the stream of a UNet.   Peng et al. 2024, arXiv 2408.06070.
 
 Equation:
     h <- h + scale * CN(c, h),   CN(c, h) = (c - mean(c)) * std(h) / (std(c) + 1e-12) + mean(h),   c = pool(F(image, t))
 
-h [batch, width, rows, columns] is the first encoder block's output that the next block reads; its outputs for the
-decoder's skips are unchanged. Means and standard deviations are taken over all channels and pixels of a row (cross
-normalization). F halves the image three times: it has three convolutions, two residual blocks that read the timestep,
-one more residual block of two convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) pixels
-to the size of h. With ``before`` h is the block's input, for SDXL.
+h [batch, width, rows, columns] is the output of the first encoder block that the next block reads. The block's outputs
+for the skips are unchanged. With ``before`` h is the block's input, for SDXL. Means and standard deviations are
+computed over all channels and pixels of each batch entry (cross normalization). F halves the resolution of the image
+three times. It consists of three convolutions, two residual blocks that read the timestep, one more residual block of
+two convolutions, and a 1x1 convolution to the width of h. pool averages (or repeats) pixels to the size of h.
 
-A part of the base trains too, with a learning rate `control_rate` times lower than that of F: the output matrices and
-biases of all attentions, or with ``base="cross"`` of cross-attention only, as for SDXL; with "none" the base stays
-frozen. The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
-width], 8 times as large as the latents; the option `input` sets another name for the image, and ``condition_scale=`` in
-a call replaces `scale` (0.35 for edges in their scripts).
+A part of the base trains too, with a learning rate `control_rate` times lower than that of F. By default it is the
+output matrices and biases of all attentions; with ``base="cross"`` only those of cross-attention, as for SDXL. With
+``base="none"`` the base stays frozen.
 
-It cannot be merged. Parameters: in * out + out of a matrix; of F, with widths w, v, u, with c channels of the image and
-d of h: 9w (c + w + v) + 27 v^2 + 11 v u + 38 u^2 + (128 + d) u + 6w + 13v + 15u + d.
+Pass the image to a call: ``with peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels,
+height, width], 8 times as large as the latents. ``condition_scale=`` in the same call replaces `scale`; the authors'
+scripts use 0.35 for edges. The option `input` sets another name for the image.
 
-Start: F as torch's layers do, the trained part of the base at its weights. The feature has an effect from the first
-step on: only a scale of 0 starts as an identity.
+It cannot be merged. Parameters: in * out + out for each trained matrix of the base. F has, with its `widths` w, v, u, c
+channels of the image and d channels of h: 9w (c + w + v) + 27 v^2 + 11 v u + 38 u^2 + (128 + d) u + 6w + 13v + 15u + d.
+
+Start: F as torch's layers do, the trained part of the base at its weights. The start is an identity only with a scale
+of 0.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "controlnext")`, where a ControlNet is too large or too slow to train; not for a
+Use it: `peftcore.apply(model, "controlnext")`, where a ControlNet is too large or too slow to train; not to copy a
 picture's style (`ip_adapter`), nor where the base must not train. The similar `t2i_adapter` adds features to all
 blocks, and does not read the timestep.
 """
@@ -75,22 +77,24 @@ class ControlNeXtConfig(MethodConfig):
     widths: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field(
         default_factory=lambda: [64, 128, 256], min_length=3, max_length=3
     )
-    """Channels of F: of its first convolutions, of the layer after them, and from its second residual block on."""
+    """Three numbers of channels in F, the network that reads the image: of its first two convolutions, of its third
+    convolution and first residual block, and of all layers from its second residual block on."""
     control_rate: PositiveFloat = 10.0
-    """How many times faster F learns than the base's own matrices, whose learning rate is the optimizer's."""
+    """Learning rate of F, the network that reads the image, divided by the learning rate of the base's trained
+    matrices. The latter is that of the optimizer."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ControlSite(Site):
-    """A block of a UNet's encoder, and the width of the stream where the feature joins it."""
+    """A block of a UNet's encoder, and the width of the stream where the feature is added."""
 
     width: int = dataclasses.field(kw_only=True)
 
 
 class ControlNeXtOperator(Operator):
-    """Adds the feature of the image to the stream, in front of a block or after it."""
+    """Adds the feature of the image to the stream, before or after a block."""
 
     def __init__(self, site: ControlSite, config: ControlNeXtConfig) -> None:
         super().__init__(site)
@@ -103,7 +107,7 @@ class ControlNeXtOperator(Operator):
         return on_first(call(hidden_states, *args, **kwargs), self._controlled)
 
     def _controlled(self, stream: Tensor) -> Tensor:
-        """Return the stream [batch, width, rows, columns] with the feature."""
+        """Return the stream [batch, width, rows, columns] after adding the feature."""
         rows = len(stream)
         feature = self.features(told(self.name, rows), timesteps(rows, stream.device))
         feature = nn.functional.adaptive_avg_pool2d(feature, (stream.shape[-2], stream.shape[-1]))
@@ -116,7 +120,7 @@ class ControlNeXt(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnext")
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnext"
@@ -165,7 +169,8 @@ class ControlNeXt(Method):
 
 
 def _width(surgeon: Surgeon, site: Site, before: bool) -> int:
-    """Return the number of channels of a block's input or output; 0 where no convolution in it shows the number."""
+    """Return the number of channels of a block's input or output; 0 if the block does not contain resnets with
+    convolutions."""
     inside, entries = f"{site.module_path}.resnets.", surgeon.resolver.host.entries
     shapes = [entry.shape for entry in entries if entry.role == "conv" and entry.module.startswith(inside)]
     return (shapes[0][1] if before else shapes[-1][0]) if shapes else 0
@@ -243,8 +248,8 @@ class ControlFeatures(nn.Module):
 
 
 def cross_normalized(feature: Tensor, stream: Tensor) -> Tensor:
-    """Return the feature, normalized to the stream's mean and standard deviation over all values of a row. It keeps the
-    feature's dtype, since float16 cannot represent 1e-12."""
+    """Return the feature, normalized to the stream's mean and standard deviation over all values of each batch entry.
+    It keeps the feature's dtype, since float16 cannot represent 1e-12."""
     stream = stream.to(feature.dtype)
     over = tuple(range(1, feature.dim()))
     mean, std = (each(feature, dim=over, keepdim=True) for each in (torch.mean, torch.std))

@@ -4,10 +4,11 @@ Equation:
     k = (W_k + delta_k) c,   v = (W_v + delta_v) c,   c the text,   delta = 0 at first
 
 delta is a full matrix. As in the authors' code, the first token of the text (start of text) contributes no gradient to
-delta. With `modifier_tokens`, the embeddings of the words that name the concept train too, as in `textual_inversion`,
-if the model contains its text encoder; apply `textual_inversion` to a text encoder that is a separate model.
+delta. With `modifier_tokens`, the embeddings of the words that name the concept train too, as in `textual_inversion`.
+This needs a model that contains its text encoder; if the text encoder is a separate model, apply `textual_inversion` to
+it.
 
-It merges. Prior preservation is up to the training loop: add images of the class to the training data.
+The method can be merged. For prior preservation, add images of the class to the training data.
 
 Parameters: in * out a matrix; n * dim for the words.
 
@@ -15,8 +16,8 @@ Start: delta at zero: the identity, to the bit.
 
 Differs from the authors' code: The authors' code (adobe-research/custom-diffusion) trains W + delta in place; here the
 change is a separate parameter, so the base stays unchanged, and weight decay pulls the weights to the base instead of
-to zero. The closed-form merge of several concepts and the compression of delta are not here. That code was not run:
-outputs are compared with diffusers.
+to zero. The closed-form merge of several concepts and the compression of delta are not implemented. The authors' code
+was not run; outputs are compared with diffusers.
 
 Use it: `peftcore.apply(model, "custom_diffusion")`, to teach a few subjects at once, with lr 1e-5 and few steps.
 """
@@ -43,8 +44,8 @@ class CustomDiffusionConfig(MethodConfig):
     modifier_tokens: list[int] = Field(default_factory=list)
     """Ids of the words for the concepts, whose embeddings train too; negative ids count from the end of the table."""
     initializer: NonNegativeInt | None = None
-    """Id of the word whose embedding the modifier tokens start from (usually a rare word); None keeps their own
-    embeddings."""
+    """Token id whose embedding all modifier tokens start from, usually that of a rare word. If None, they start from
+    their current embeddings."""
 
 
 class CustomDiffusionOperator(Operator):

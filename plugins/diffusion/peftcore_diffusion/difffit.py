@@ -4,13 +4,13 @@ Equation:
     z = x + gamma_1 * Attention(x),   y = z + gamma_2 * FeedForward(z)   in each block;   gamma [d], one at first
 
 All biases, the gains of norms, and the embedding table of classes train. Cross-attention has a gamma too. A gamma
-scales the output of its branch, before gates (of a DiT) and dropout, with which it commutes. ``scales="matrices"`` adds
-a gamma after queries, keys and values, as in mkshing/DiffFit-pytorch. That code has a second gamma after an attention,
-which has the same effect as the first and is left out here. Everything merges: gamma into the matrix and bias that it
-scales.
+scales the output of its branch before dropout and before the gates of a DiT; the order does not change the result.
+``scales="matrices"`` adds a gamma after queries, keys and values, as in mkshing/DiffFit-pytorch. That code also has a
+second gamma after an attention; it is left out here, since it has the same effect as the first. All changes can be
+merged: a gamma is multiplied into the matrix and bias whose output it scales.
 
-An embedding counts as the table of classes if the host does not read tokens: diffusers' DiT has one in each block.
-Feed-forwards of stacked experts lack a gamma.
+If the host does not read tokens, its embedding tables count as tables of classes, except tables of positions; the DiT
+of diffusers has one in each block. Feed-forwards of stacked experts do not get a gamma.
 
 Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
 5 d or 9 d with "matrices").
@@ -46,12 +46,13 @@ class DiffFitConfig(MethodConfig):
 
     method: Literal["difffit"] = "difffit"
     scales: Literal["branches", "matrices"] = "branches"
-    """The outputs that a gamma scales: those of attention and feed-forward, or of queries, keys and values as well."""
+    """The outputs that a gamma scales: those of attention and feed-forward ("branches"), or also queries, keys and
+    values ("matrices")."""
     blocks: PositiveInt | None = None
-    """Number of blocks of each stack, from the first on, that have a gamma (the paper also tries the first half); None:
-    all blocks."""
+    """How many blocks have a gamma, counted from the first block of each stack. If None, all blocks have one. The paper
+    also tries the first half."""
     classes: bool = True
-    """Train the table of classes."""
+    """Train the embedding table of classes."""
 
 
 class ScaleOperator(Operator):

@@ -9,23 +9,24 @@ The prompt names the subject by two words: an unused word, and a word for its cl
 each cross-attention. The words learn most of the subject's looks and the LoRA learns less, so that several subjects can
 be fused (`mix_of_show`). The scale is alpha itself, independent of the rank.
 
-Add the placeholders to the tokenizer, then apply the method to the text encoder with `random_tokens` and
-`class_tokens`, and to the UNet without them. For a model that contains both, pass the words too, and set `target` to
-the roles of both for LoRA. The UNet reads a text as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim]
-for all cross-attentions. A merged UNet accepts only the latter, until ``peftcore.apply(unet, "xti", target="cross.k")``
-lets it read states by layer again.
+Add the tokens of both words to the tokenizer, then apply the method to the text encoder with `random_tokens` and
+`class_tokens`, and to the UNet without them. If one model contains both, apply the method once, with the tokens, and
+set `target` to the roles in both parts that LoRA adapts. As with `xti`, the UNet reads states of a text for each
+cross-attention, [batch, L, tokens, dim], or common states [batch, tokens, dim]. A merged UNet accepts only common
+states; ``peftcore.apply(unet, "xti", target="cross.k")`` makes it accept states for each cross-attention again.
 
 Parameters: rank * (in + out) a matrix; n * dim for the words, n ids.
 
-Start: A ~ U(-1, 1) / sqrt(in), B at zero, the words as above: the identity for other words.
+Start: A ~ U(-1, 1) / sqrt(in), B at zero, the words as in the equation. Texts without these two words have unchanged
+outputs.
 
-Differs from the authors' code: The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop training the
-words when their mean norm reaches 0.55; do that in the training loop with ``vectors.requires_grad_(False)``. The loop
-also has to apply masks of the subject to the loss and to attention maps.
+Differs from the authors' code: The authors use a learning rate of 1e-5 for the text encoder and 1e-4 for the UNet. They
+stop training the words when their mean norm reaches 0.55, and mask the loss and the attention maps by the subject. Your
+training loop has to do both; ``vectors.requires_grad_(False)`` stops training the words.
 
 Use it: `peftcore.apply(model, "ed_lora")`, for subjects that will be combined in one picture later; not for a single
-one (`lora` and `textual_inversion` need only one text for all layers), nor where the model must stay unchanged (`xti`).
-It merges.
+one (`lora` and `textual_inversion` need only one text for all layers), nor where the model must not change (`xti`). It
+can be merged.
 """
 
 from __future__ import annotations
@@ -53,16 +54,17 @@ class EDLoRAConfig(MethodConfig):
     alpha: PositiveFloat = 1.0
     """Scale of the updates, which is not divided by the rank."""
     random_tokens: list[int] = Field(default_factory=list)
-    """Ids of V_rand, one for each cross-attention; negative ones count from the end of the table."""
+    """Token ids of the unused word V_rand, one for each cross-attention. Negative ids count from the end of the
+    table."""
     class_tokens: list[int] = Field(default_factory=list)
-    """Ids of V_class, one for each cross-attention."""
+    """Token ids of the class's word V_class, one for each cross-attention."""
     random_std: NonNegativeFloat = 0.013
     """Standard deviation of the vector from which V_rand starts."""
     initializer: NonNegativeInt | None = None
-    """Id of the word of the class, from whose embedding V_class starts; None starts from the current rows of
-    `class_tokens`."""
+    """Token id whose embedding V_class starts from, that of the class's name. If None, V_class starts from the current
+    embeddings of `class_tokens`."""
     word_lr: PositiveFloat = 1e-3
-    """Learning rate of the words; the LoRA uses the optimizer's."""
+    """Learning rate of the words. The LoRA uses the learning rate of the optimizer."""
 
 
 class EDLoRAOperator(Operator):
@@ -98,7 +100,7 @@ class EDLoRAOperator(Operator):
 
 
 class SubjectOperator(TextualInversionOperator):
-    """The vectors of V_rand, then those of V_class."""
+    """Trains the embeddings of both words: first the vectors of V_rand, then the vectors of V_class."""
 
     def __init__(self, site: Site, config: EDLoRAConfig) -> None:
         tokens, random = [*config.random_tokens, *config.class_tokens], len(config.random_tokens)

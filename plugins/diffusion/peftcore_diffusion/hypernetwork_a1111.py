@@ -3,28 +3,28 @@
 Equation:
     K = W_k (c + scale * f_k(c)),   V = W_v (c + scale * f_v(c)),   f(c) = W_2 a(W_1 c + b_1) + b_2
 
-c [tokens, width] is the input of keys and values: the text in cross-attention, the latents in self-attention. There is
-one f_k and one f_v for each width, which all attentions with a context of that width share: 768, 320, 640 and 1280 in
-Stable Diffusion 1.5, the webui's default. `structure` lists the widths inside f, relative to the width of c: [1, 2, 1]
-is W_1 [2 width, width] and W_2 [width, 2 width]. a is the activation; the default "linear" has none. As in the webui,
-each layer is followed by the activation (after the last layer only with `activate_output`), by a layer norm with
-`norm`, and by dropout.
+c [tokens, width] is the input of the matrices for keys and values: the text in cross-attention, the latents in
+self-attention. All attentions whose c has the same width share one f_k and one f_v. The widths in Stable Diffusion 1.5
+are 768, 320, 640 and 1280, as in the webui's default. `structure` lists the widths inside f, relative to the width of
+c: [1, 2, 1] is W_1 [2 width, width] and W_2 [width, 2 width]. a is the activation; the default "linear" has none. As in
+the webui, each layer is followed by the activation, by a layer norm if `norm` is set, and by dropout. The last layer is
+followed by the activation only with `activate_output`, and never by dropout.
 
 The webui's own files (.pt) are pickles, which peftcore does not read. ``torch.load(file, weights_only=True)[768]``
-contains two state dicts, of f_k and f_v, with tensors in the order of ``injection.shared["k768"].parameters()`` and
-``["v768"]``; for files without the key activate_output set it to True.
+contains the state dicts of f_k and f_v for the width 768. Their tensors have the order of
+``injection.shared["k768"].parameters()`` and ``injection.shared["v768"].parameters()``. If a file has no key
+`activate_output`, pass ``activate_output=True``.
 
-Parameters: two f for each width, each the sum of in * out + out over its layers, 8 width^2 + 6 width with the default;
-each layer norm adds 2 out.
+Parameters: two f for each width, each with in * out + out for every layer. With the default `structure` both f together
+have 8 width^2 + 6 width. Each layer norm adds 2 out.
 
-Start: Matrices as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so only a scale of 0 starts as an
-identity.
+Start: Matrices and the gains of norms from N(0, 0.01), biases at zero. The start is an identity only with a scale of 0.
 
 Differs from the authors' code: The webui applies its strength only in sampling; here `scale` acts in training too.
 
-Use it: `peftcore.apply(model, "hypernetwork_a1111")`, for a style, where the weights must not change; `lora` is
-stronger with fewer parameters and merges, and `textual_inversion` is smaller. It supports any attention with separate
-matrices for keys and values. It cannot be merged.
+Use it: `peftcore.apply(model, "hypernetwork_a1111")`, to learn a style while the weights of the model must not change.
+`lora` is stronger with fewer parameters, and can be merged; `textual_inversion` is smaller. The method supports any
+attention with separate matrices for keys and values. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class HypernetworkA1111Config(MethodConfig):
     scale: NonNegativeFloat = 1.0
     """The factor on the networks' outputs."""
     structure: list[PositiveFloat] = Field(default_factory=lambda: [1.0, 2.0, 1.0], min_length=2, max_length=32)
-    """Widths of a network's layers, relative to the width of its context; the first and the last must be 1."""
+    """Widths of the layers of each network, relative to the width of its input. The first and the last must be 1."""
     activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid"] = "linear"
     """The activation after each layer except the last; "linear" is the identity, "swish" is Hardswish."""
     activate_output: bool = False
@@ -80,7 +80,7 @@ class HypernetworkA1111Config(MethodConfig):
 
 
 class HypernetworkOperator(Operator):
-    """Changes the input of one matrix for keys or values."""
+    """Adds a network's output to the input of one matrix that computes keys or values."""
 
     changes_inputs, only_inputs = True, True
 
@@ -94,7 +94,7 @@ class HypernetworkOperator(Operator):
 
 
 class HypernetworkA1111(Method):
-    """Networks for the contexts of keys and values, one pair for each width."""
+    """Networks that change the inputs of keys and values, one pair of networks for each width of inputs."""
 
     name = "hypernetwork_a1111"
     Config = HypernetworkA1111Config
@@ -139,7 +139,7 @@ OF_WEBUI: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "swish": nn.Hardswish,
 }
-"""Functions that create the module of an activation, by the webui's names."""
+"""Functions that create the module of an activation, by the activation's name in the webui."""
 STARTS: dict[str, Callable[[Tensor], Any]] = {
     "normal": lambda weight: nn.init.normal_(weight, std=0.01),
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -150,7 +150,7 @@ STARTS: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Stage(nn.Module):
-    """One linear layer, and the activation, norm and dropout after it."""
+    """One linear layer, followed by the activation and the norm."""
 
     def __init__(self, width: int, out: int, activation: str, norm: bool, start: str) -> None:
         super().__init__()
@@ -169,8 +169,8 @@ class Stage(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """A network with stages of the given widths. The names of its tensors do not depend on dropout, unlike in the
-    webui's files; their order is the same."""
+    """A network of linear stages between the given widths. Its tensors have the same order as in files of the webui,
+    but their names do not depend on dropout."""
 
     def __init__(
         self, widths: list[int], activation: str, activate_output: bool, norm: bool, dropout: float, start: str
@@ -181,7 +181,7 @@ class ContextNetwork(nn.Module):
         self.dropout, self.stages = dropout, nn.ModuleList(Stage(*size, norm, start) for size in sizes)
 
     def forward(self, context: Tensor) -> Tensor:
-        """Return f of a context ``[..., width]``."""
+        """Return f(c) for an input c ``[..., width]``."""
         for number, stage in enumerate(self.stages):
             if number and self.training and self.dropout:
                 context = nn.functional.dropout(context, self.dropout)

@@ -3,23 +3,25 @@
 Equation:
     y = W_o (Attention(q, W_k c, W_v c) + scale * Attention(q, K e, V e))
 
-c is the text, e [tokens, dim] the image, which the call passes: ``with peftcore.call(model, image_tokens=e): ...``, one
-image for each row or one for all rows. With `embed_dim` the call passes CLIP's ``image_embeds`` [batch, embed_dim]
-instead, and a trained projection computes e from them: LN(W x + b), cut into `tokens` parts. For rows without an image
-(half of a batch under classifier-free guidance) pass an embedding of zeros. ``image_scale=`` in a call replaces
-`scale`.
+c are the tokens of the text and e [tokens, dim] those of the image. Pass the image to a call: ``with
+peftcore.call(model, image_tokens=e): ...``, one image for each row or one for all rows. With `embed_dim`, pass CLIP's
+``image_embeds`` [batch, embed_dim] instead; a trained projection computes e from them: LN(W x + b), cut into `tokens`
+parts. For rows without an image (half of a batch under classifier-free guidance) pass an embedding of zeros.
+``image_scale=`` in the same call replaces `scale`.
 
-Pass the output of a resampler as image_tokens. The method cannot be merged.
+If your image encoder has a resampler, pass the resampler's output as ``image_tokens``. The method cannot be merged.
 
-Parameters: 2 * inner * dim an attention; with embed_dim, dim * (tokens * (embed_dim + 1) + 2) in addition.
+Parameters: 2 * inner * dim for each attention, where inner is the width of all heads. With `embed_dim`, the projection
+adds dim * (tokens * (embed_dim + 1) + 2).
 
-Start: K = W_k and V = W_v. Image tokens of another width than the text's (`image_dim`) cannot start from W_k and W_v: K
-and V start as torch's linear layers do. Only a scale of 0 starts as an identity.
+Start: K starts as W_k and V as W_v. If the image tokens have another width than the text tokens (`image_dim`), K and V
+start as torch's linear layers do. The start is an identity only with a scale of 0.
 
-Differs from the authors' code: The resampler of the variant "Plus" is not here. That code was not compared; no
-difference from diffusers is known.
+Differs from the authors' code: The resampler of the variant "Plus" is not implemented. The authors' code was not
+compared. No difference from diffusers is known.
 
-Use it: `peftcore.apply(model, "ip_adapter")`, to steer generation by a picture: attention to the text does not change.
+Use it: `peftcore.apply(model, "ip_adapter")`, to control generation by a picture. The attention to the text does not
+change.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ class QueryOperator(Operator):
 
 
 class IPAdapterOperator(Operator):
-    """Attention to the image, added to the output matrix's input."""
+    """Computes the attention to the image, and adds it to the input of the output matrix."""
 
     def __init__(self, site: ImageSite, config: IPAdapterConfig) -> None:
         super().__init__(site)
@@ -159,7 +161,7 @@ class IPAdapter(Method):
 
     Example:
         injection = peftcore.apply(model, "ip_adapter", embed_dim=48)
-        peftcore.call(model, image_embeds=torch.randn(1, 48))  # of an image encoder; with `with`, for a while
+        peftcore.call(model, image_embeds=torch.randn(1, 48))  # from an image encoder
     """
 
     name = "ip_adapter"

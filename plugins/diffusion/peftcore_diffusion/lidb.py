@@ -5,14 +5,15 @@ Equation:
     A [rank, a],   B [b, rank] trained,   A_aux [a, in] and B_aux [out, b] frozen
 
 The method is LoRA with factors in frozen random bases of low dimension: the rows of A_aux and the columns of B_aux are
-orthonormal, and span a of the `in` directions and b of the `out`. The number of trained values does not grow with the
-layer. Each site has separate bases, drawn from `basis_seed` and the site's number. Files contain them only with
-`store_basis`; otherwise loading an adapter draws them again, in float64 on the CPU, with fixed signs so that the result
-is unique. A layer that is narrower than a or b has a complete basis on that side, and the rank is at most the size of
-both bases. Kernels of convolutions count as columns, [a, in, *kernel]; each expert has separate bases. In memory the
-bases are a * in + b * out numbers a site: 60 MB in the UNet of Stable Diffusion 1.5.
+orthonormal, and span a of the `in` input directions and b of the `out` output directions. The number of trained values
+does not grow with the layer. Each site has separate bases, which are drawn from `basis_seed` and the site's number.
+Files contain the bases only with `store_basis`. Otherwise the bases are drawn again when an adapter is loaded, in
+float64 on the CPU, with fixed signs so that the result is unique. If a layer has fewer than a inputs or b outputs, that
+basis is complete. The rank is at most the size of the smaller basis. In convolutions A_aux is [a, in, *kernel]; each
+expert has separate bases. In memory the bases of a site are a * in + b * out numbers: 60 MB in the UNet of Stable
+Diffusion 1.5.
 
-The scale s is 1, or alpha / rank where `alpha` is given.
+The scale s is 1, or alpha / rank if `alpha` is set.
 
 Parameters: rank * (a + b) a site, times the number of experts: 19,200 in the UNet of Stable Diffusion 1.5, and 7,200 in
 its text encoder, together 106 kB.
@@ -21,15 +22,15 @@ Start: A ~ N(0, 2 / (a + rank)), B at zero: the identity.
 
 Differs from the authors' code: The authors published no code. The equation is the paper's; the start and the order of
 the factors follow an unofficial implementation, MFaceTech/HyperDreamBooth, which uses a = 160 and b = 80. In another
-one, KohakuBlueleaf/HyperKohaku, the bases are drawn from a normal distribution instead of being orthonormal. The
-network that predicts A and B of all sites from a picture of a face is not here: it is trained with thousands of
-adapters. The paper's relaxed rank is not an option. The paper adds the update to the weights and then trains a LoRA of
-a higher rank for 40 steps; call ``injection.bake()`` and apply `lora` with rank 4, or freeze this adapter with
-``injection.trainable(False)`` and apply `lora` in addition.
+unofficial implementation, KohakuBlueleaf/HyperKohaku, the bases are not orthonormal, but drawn from a normal
+distribution. The paper's network that predicts A and B of all sites from a picture of a face is not implemented; it is
+trained with thousands of adapters. The relaxed rank of the paper's last stage is not an option: there the update is
+added to the weights, and a LoRA of a higher rank trains for 40 steps. To do that, call ``injection.bake()`` and apply
+`lora` with rank 4, or freeze this adapter with ``injection.trainable(False)`` and apply `lora` in addition.
 
-Use it: `peftcore.apply(model, "lidb")`, where an adapter must be tiny, for example one for each of many faces, or the
-output of a network that predicts it; not to learn a style (`locon` is better), nor for an adapter of this size in a
-language model (use `vera` or `lora_xs`).
+Use it: `peftcore.apply(model, "lidb")`, where an adapter must be tiny, for example if there is one for each of many
+faces, or if a network predicts it. To learn a style, `locon` is better; for an adapter of this size in a language
+model, use `vera` or `lora_xs`.
 """
 
 from __future__ import annotations
@@ -71,14 +72,15 @@ def sizes(site: Site, config: LiDBConfig) -> tuple[int, int, int]:
 
 
 def orthonormal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Return random orthonormal columns ``[*batch, rows, columns]``; while planning, a tensor without values."""
+    """Return a random matrix with orthonormal columns, ``[*batch, rows, columns]``. During planning it does not have
+    values."""
     Q, R = torch.linalg.qr(torch.empty(shape, dtype=torch.float64).normal_(generator=generator))
     signs = 1 - 2 * (R.diagonal(dim1=-2, dim2=-1) < 0).to(Q)  # with which there is one solution alone
     return (Q * signs.unsqueeze(-2)).float()
 
 
 class LiDBOperator(Operator):
-    """The update of one site, between its two bases."""
+    """The low-rank update of one site, in its two frozen bases."""
 
     stackable = True
     A_aux: Tensor

@@ -5,19 +5,19 @@ Equation:
     y = W x + b + s U D x,   s = alpha / rank,   delta[o, i, k] = s sum_r U[o, r] D[r, i, k]
     with `use_tucker`   delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
 
-In a grouped convolution i is the index inside the group of o. `conv_rank` and `conv_alpha` apply to kernels of more
-than one point; a kernel of one point is a linear map and uses `rank` and `alpha`. Stride, padding and dilation are the
-layer's own.
+In a grouped convolution i is the index inside the group of o. `conv_rank` and `conv_alpha` apply to kernels larger than
+1x1. Linear layers and 1x1 convolutions use `rank` and `alpha`. Stride, padding and dilation are those of the adapted
+layer.
 
 The default targets are every linear map and convolution of the blocks, and the layers around the blocks of a UNet
 (LyCORIS's preset "full"): projections, resamplers, the first and the last convolution, and the embedding of the
-timestep. scaling="sqrt_rank" is `rs_lora`.
+timestep. scaling="sqrt_rank" divides alpha by the square root of the rank, as `rs_lora` does.
 
-It merges. Parameters: rank * (in * kernel + out) a site; with use_tucker, conv_rank * (in + out) + conv_rank^2 * kernel
-a convolution of more than one point.
+It can be merged. Parameters: rank * (in * kernel + out) a site. With use_tucker, a convolution larger than 1x1 has
+conv_rank * (in + out) + conv_rank^2 * kernel.
 
-Start: D (and M) uniform in +-1/sqrt(inputs of one of their outputs), U at zero; for embeddings D at zero and U ~ N(0,
-1), as in LoRA: the identity.
+Start: D and M are uniform in +-1/sqrt(n), where n is the number of inputs of each of their outputs, and U is zero. For
+embeddings D is zero and U ~ N(0, 1), as in LoRA. The start is an identity.
 
 Differs from the authors' code: LyCORIS does not adapt embeddings, checks only the first dimension of a kernel, and
 ignores the dilation of convolutions in `bypass_mode`. Its dropout, which acts only in `bypass_mode`, is not here.
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-"""Modules that the preset "full" adapts, and that do not have a role."""
+"""Modules without a role that LyCORIS's preset "full" adapts."""
 
 
 class LoConConfig(MethodConfig):
@@ -51,17 +51,18 @@ class LoConConfig(MethodConfig):
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank`` of the update of linear maps."""
     conv_rank: PositiveInt = 8
-    """Rank of the update of kernels of more than one point."""
+    """Rank of the update of kernels larger than 1x1."""
     conv_alpha: PositiveFloat = 1.0
     """Numerator of the scale ``conv_alpha / conv_rank`` of the update of larger kernels."""
     use_tucker: bool = False
-    """Give larger kernels a core: two 1x1 maps and a small kernel from rank to rank between them."""
+    """Decompose updates of larger kernels into two 1x1 convolutions with a core between them, a small kernel from rank
+    to rank."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root."""
 
 
 def _sizes(site: Site, config: LoConConfig) -> tuple[int, float, bool]:
-    """Return rank, alpha, and whether there is a core, at one site."""
+    """Return rank and alpha of the update at a site, and True if the update has a core."""
     if math.prod(site.kernel) == 1:
         return config.rank, config.alpha, False
     return config.conv_rank, config.conv_alpha, config.use_tucker
@@ -92,7 +93,7 @@ class LoConOperator(Operator):
             nn.init.normal_(self.up)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of the update: the core and the map below it are one factor."""
+        """Return the two factors of the update, and the scale. The core and `down` are multiplied into one factor."""
         down = self.down if self.core is None else torch.einsum("pq...,qi->pi...", self.core, self.down)
         return down, self.up, self.scale
 

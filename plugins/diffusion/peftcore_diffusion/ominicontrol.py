@@ -4,20 +4,22 @@ Equation:
     [text; x; c] = L([text; x; c])   in each block L of a diffusion transformer; text and x modulated by t, c by t = 0
     y = W c + B A c                  for the tokens c of the condition alone; y = W x for all others
 
-c is a stream of the condition's tokens, which the transformer's own embedding computes. Its queries attend to the text
-and the image, whose queries attend to c; its output after the last block is discarded. The call passes the condition,
-``with peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of
-Flux: latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux the tokens of c have
-the positions of the image itself, or the positions in ``condition_ids=`` [tokens, 3], scaled by `position_scale` and
-moved by `position_delta`: keep (0, 0) if both images show the same scene (edges, depth), and use (0, -width) for a
-subject at another place.
+c are the tokens of the condition image, which the transformer's own embedding computes. c attends to the text and the
+image, and both attend to c. The output for c after the last block is discarded.
 
-With `independent` c attends only to itself (feature reuse of OminiControl2, arXiv 2503.08280). In a distilled model the
-guidance of c is 1. SD3, PixArt and DiT are supported in the same way as Flux, with each model's own grid of positions.
-The method cannot be merged, and takes the time of a second image.
+Pass the condition to a call: ``with peftcore.call(model, condition=c): ...``. It has the form of the model's own image
+input: in Flux packed latents [batch or 1, tokens, channels], in other models [batch or 1, channels, height, width]. In
+Flux the tokens of c have the positions of the image's tokens, or the positions that the call passes as
+``condition_ids=`` [tokens, 3]. They are scaled by `position_scale` and then moved by `position_delta`. Keep
+`position_delta` at (0, 0) if both images show the same scene (edges, depth); use (0, -width) for a subject at another
+place.
 
-Parameters: rank * (in * kernel + out) a site, by default the matrices that embed, modulate and project the image, and
-the last matrices of branches; matrices of the text are left out.
+With `independent` c attends only to itself (feature reuse of OminiControl2, arXiv 2503.08280). In a model with
+distilled guidance, the guidance of c is 1. SD3, PixArt and DiT are supported in the same way as Flux, with each model's
+own grid of positions. The method cannot be merged. A forward takes as much time as with a second image.
+
+Parameters: rank * (in * kernel + out) a site. By default the sites are the matrices that embed, modulate and project
+the image, and the last matrices of branches. Matrices of the text are left out.
 
 Start: A ~ N(0, 1 / rank^2), B at zero, scale 1. No start is an identity, since the image attends to c from the start.
 
@@ -25,8 +27,8 @@ Differs from the authors' code: The authors' training scales positions first and
 pipeline does both in the other order. Their code uses the scale 1 and ignores lora_alpha, and supports only Flux. The
 paper's attention bias, which reduces the effect of a condition, was removed from their code, and is not here.
 
-Use it: `peftcore.apply(model, "ominicontrol")`, on a diffusion transformer, both for edges and for subjects, with 0.1 %
-of its parameters; for a UNet use controlnet and ip_adapter.
+Use it: `peftcore.apply(model, "ominicontrol")`, on a diffusion transformer, to control both edges and subjects, with
+0.1 % of its parameters. For a UNet use `controlnet` or `ip_adapter`.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ class OminiControlConfig(MethodConfig):
 
 
 class ConditionStream(RowStream):
-    """The tokens of the condition."""
+    """Runs the tokens of the condition through the transformer, with their own positions, timestep and guidance."""
 
     def __init__(self, site: StreamSite, config: OminiControlConfig) -> None:
         super().__init__(site)
@@ -99,7 +101,7 @@ class ConditionStream(RowStream):
         return second
 
     def _places(self, places: Tensor, condition: Tensor) -> Tensor:
-        """Return the condition's places [tokens, 3], given those of the image."""
+        """Return the positions of the condition's tokens, [tokens, 3], given the positions of the image's tokens."""
         own = forward_context().context.get(f"{self.name}_ids")
         places = (places if own is None else own.to(places)).clone()
         if len(places) != condition.shape[1]:
@@ -136,7 +138,7 @@ class OminiControl(Method):
 
     Example:
         injection = peftcore.apply(model, "ominicontrol")
-        peftcore.call(model, condition=torch.randn(1, 16, 16))  # as the model's own image; with `with`, for a while
+        peftcore.call(model, condition=torch.randn(1, 16, 16))  # in the form of the model's own image input
     """
 
     name = "ominicontrol"

@@ -10,28 +10,31 @@ since they are locked to the class ("a cat"), the concept appears where the clas
 i is a moving average of the concept's encodings; only the newest encoding, a mean over the batch, carries a gradient. s
 is the encoding of the class in the data; for keys it is a moving average too.
 
-``data=`` contains the texts for C, 100,000 captions in the paper, and texts with the word of the class, whose positions
-are the labels of the batch. In training, calls pass the concept's position in each text; they may also pass the
-encoding of the text with the class instead of the concept, which updates s for keys:
+``data=`` contains two kinds of batches: texts from which C is computed (100,000 captions in the paper), and texts that
+contain the word of the class. Wrap the latter in `peftcore.Labelled` with the position of that word in each text. In
+training, each call passes `concept`, the position of the concept in each text. It may also pass `superclass`, the
+encodings of the same texts with the class's word in place of the concept; they update s for keys:
 
     texts = [{"sample": noisy, "timestep": 0, "encoder_hidden_states": states}, ...]
     peftcore.apply(unet, "perfusion", data=[*texts, peftcore.Labelled(texts_of_class, positions)])
     with peftcore.call(unet, concept=positions, superclass=encoder(ids_of_class)[0]):   # [batch], [batch, tokens, dim]
         loss = mse(unet(noisy, t, encoder(ids)[0]).sample, noise)
 
-Train the word itself with `textual_inversion` in the text encoder, or, in a model that contains both, with `tokens`.
-Only one concept trains at a time. If several concepts are active in evaluation, they edit the same text, and their
-edits add up. The training loop may mask the loss with the subject.
+To train the embedding of the concept's word too, apply `textual_inversion` to the text encoder, or, if the model
+contains the text encoder, set `tokens`. Only one concept trains at a time. If several concepts are active in
+evaluation, they edit the same text, and their edits add up. Your training loop may mask the loss, so that it covers
+only the subject.
 
-Parameters: out a matrix of values; n * dim for words, n ids. The file also contains inv(C), [dim, dim].
+Parameters: out for each matrix of values, and n * dim for n ids in `tokens`. The file also contains inv(C), [dim, dim].
 
 Start: i and s start at the encoding of the class in the data, v at zero, the word at the embedding of the class. No
 start is an identity.
 
-Differs from the authors' code: This follows lucidrains/perfusion-pytorch, which the authors reviewed. There the first
-training step sets i and o; here the data does. There o itself trains, so weight decay pulls it to 0; here weight decay
-pulls it to the class. There C is not damped, and `parameters`, which its optimizer gets, omits the parameters of
-values, probably by mistake. Several concepts are added up: the exact combination by Cholesky roots is not here.
+Differs from the authors' code: This follows lucidrains/perfusion-pytorch, which the authors reviewed. In that code the
+first training step sets i and o; here they are computed from the data. In that code o itself trains, so weight decay
+pulls it to 0; here weight decay pulls it to the class. That code does not damp C, and its optimizer does not get the
+parameters of values, probably by mistake. Here the edits of several concepts are added up; the exact combination by
+Cholesky roots is not implemented.
 
 Use it: `peftcore.apply(model, "perfusion", data=data)`, to teach a subject that prompts can still change; not where
 likeness matters most (`custom_diffusion`).
@@ -78,14 +81,14 @@ class PerfusionConfig(MethodConfig):
 
     method: Literal["perfusion"] = "perfusion"
     beta: float = 0.75
-    """The value of r at which the gate is half open, in training."""
+    """The similarity r to the concept at which the gate is half open, in training."""
     tau: PositiveFloat = 0.1
     """Temperature tau of the gate in training: the larger it is, the more gradually the gate opens."""
     beta_eval: float = 0.7
-    """The `beta` of evaluation: lower values show more of the concept's looks, higher ones follow the rest of the
-    prompt more closely."""
+    """The value of `beta` in evaluation. With lower values images show more of the concept's looks; with higher values
+    they follow the rest of the prompt more closely."""
     tau_eval: PositiveFloat = 0.15
-    """The `tau` of evaluation."""
+    """The value of `tau` in evaluation."""
     ema: Share = 0.99
     """Decay of the moving averages: the share of the old average that a training step keeps."""
     text_gradient: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
@@ -95,7 +98,7 @@ class PerfusionConfig(MethodConfig):
     tokens: list[int] = Field(default_factory=list)
     """Ids of the concept's words, whose embeddings train too; negative ids count from the end of the table."""
     initializer: NonNegativeInt | None = None
-    """Id of the word of the class, from whose embedding the words in `tokens` start."""
+    """Token id of the class's word, whose embedding the words in `tokens` start from."""
 
     @model_validator(mode="after")
     def _of_a_class(self) -> PerfusionConfig:
@@ -147,7 +150,8 @@ class Concept(Checked):
     Args:
         width: the width of the encodings.
         decay: the share of the old averages that a training step keeps.
-        follows: whether s is updated with the class encodings that calls pass; else s keeps the data's encoding.
+        follows: True if s is updated with the class encodings that calls pass. If False, s keeps the encoding from the
+            data.
     """
 
     i: Tensor
@@ -234,9 +238,10 @@ def picked(states: Tensor, where: Tensor) -> Tensor:
 def seen_texts(
     model: nn.Module, modules: Iterable[nn.Module], data: Batches
 ) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
-    """Return statistics of the modules' inputs: by width of encodings the sum of e e' over all texts, which is C up to
-    a factor that cancels in r; and by module the mean encoding of the class, at the positions that the batches' labels
-    contain. Padding, by the model's `attention_mask`, is left out.
+    """Return two statistics of the modules' inputs. The first is the sum of e e' over all texts, by the width of the
+    encodings; it is C up to a factor, which cancels in r. The second is the mean encoding of the class, by module, at
+    the positions that the labels of the batches contain. Tokens that the model's `attention_mask` marks as padding are
+    left out.
 
     Raises:
         CalibrationError: all batches lack labels, or a label is not a position in its text.
@@ -273,7 +278,7 @@ def seen_texts(
 
 
 class PerfusionOperator(Operator):
-    """The edit of one matrix: i and s of the concept, and v [out] if the matrix computes values."""
+    """Edits one matrix with the concept's encodings i and s, and with v [out] if the matrix computes values."""
 
     changes_inputs = True
     training_only = Operator.training_only | {"train_gate", "text_gradient"}
@@ -309,12 +314,12 @@ class PerfusionOperator(Operator):
 
 
 class Perfusion(Method):
-    """Edit the keys and values that cross-attention computes for a concept.
+    """Edits the keys and values that cross-attention computes for a concept.
 
     Example:
-        data = [batch, peftcore.Labelled(batch, torch.tensor([2]))]  # captions, and where they have the class
+        data = [batch, peftcore.Labelled(batch, torch.tensor([2]))]  # captions, and the class's position in each
         injection = peftcore.apply(model, "perfusion", data=data)
-        peftcore.call(model, concept=torch.tensor([2]))  # where the concept is; with `with`, for a while
+        peftcore.call(model, concept=torch.tensor([2]))  # the concept's position in each text
     """
 
     name = "perfusion"

@@ -4,27 +4,29 @@ Equation:
     skip_i <- skip_i + scale * T_i(skip_i),                            T_i(x) = U_i gelu(D_i x + d_i) + u_i
     skip_i <- skip_i + scale * (c_i + T_i(skip_i + c_i)),              c_i = Z_i silu(c_(i-1)),   c_0 = H(image)
 
-for each pixel x [width] of a skip's features. The first line is SC-Tuner; with `channels` the method is the
-controllable CSC-Tuner of the second line, which reads a condition image. D_i is [r, width], U_i [width, r], r = ratio *
-width. Z_i are consecutive convolutions, one for each skip in the order of the encoder, with stride 2 if the resolution
-was halved before that skip; H is seven convolutions, three of them with stride 2.
+The equation applies to each pixel x [width] of a skip's features. Without `channels` the method is SC-Tuner, the first
+line. With `channels` it is the controllable CSC-Tuner, the second line, which reads a condition image. D_i is [r,
+width], U_i [width, r], r = ratio * width. Z_i are consecutive convolutions, one for each skip in the order of the
+encoder, with stride 2 if the resolution was halved before that skip; H is seven convolutions, three of them with stride
+2.
 
-The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
-times as large as the latents with four `widths`; the option `input` sets another name for the image, for use with
-several adapters, and ``condition_scale=`` in a call replaces `scale`. Images of several injections add up. It cannot be
-merged.
+Pass the image to a call: ``with peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels,
+height, width]; with four `widths` it is 8 times as large as the latents. ``condition_scale=`` in the same call replaces
+`scale`. If several adapters read different images, set another name for each image with the option `input`. The effects
+of several images add up. The method cannot be merged.
 
-Parameters: 2 width r + r + width for each skip; with an image also those of H, and kernel^2 width_(i-1) width_i +
-width_i for each Z_i.
+Parameters: 2 width r + r + width for each skip. With an image, those of H and kernel^2 width_(i-1) width_i + width_i
+for each Z_i are added.
 
-Start: U, u and Z at zero: the identity. With an image only the biases of Z_2, Z_3, ... change in the first step.
+Start: U, u and Z at zero: the identity. The inputs of Z_2, Z_3, ... are zero in the first step, so their biases change
+in it, but not their kernels.
 
-Differs from the authors' code: No difference from the code is known: it has 3x3 convolutions as Z, while the number of
-parameters in the paper corresponds to ``kernel=1``.
+Differs from the authors' code: No difference from the code is known. The code uses 3x3 convolutions as Z, while the
+number of parameters in the paper corresponds to ``kernel=1``.
 
-Use it: `peftcore.apply(model, "scedit")`, for a style or a subject where memory is limited: backward runs only through
-the decoder. Not to change how the model interprets texts, for which LoRA in cross-attention is better. With an image it
-is smaller than the similar controlnet, and reads only the skips of the encoder's features.
+Use it: `peftcore.apply(model, "scedit")`, to learn a style or a subject with limited memory, since backward runs only
+through the decoder. To change how the model interprets texts, LoRA in cross-attention is better. With an image it is
+similar to `controlnet`, but smaller, and it reads no features of the encoder except the skips.
 """
 
 from __future__ import annotations
@@ -67,11 +69,11 @@ class SCEditConfig(MethodConfig):
     scale: NonNegativeFloat = 1.0
     """The factor on the tuners' outputs, unless a call passes ``condition_scale=``."""
     channels: PositiveInt | None = None
-    """Channels of the condition image; None: the method does not read an image."""
+    """Channels of the condition image. If None, the method does not read an image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels of the convolutions of H; each width after the first halves the resolution."""
+    """Channels of the convolutions that read the image. Each width after the first halves the resolution."""
     kernel: Literal[1, 3] = 3
-    """Size of the convolutions Z."""
+    """Kernel size of the convolutions that compute the image's features for each skip."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
@@ -104,7 +106,7 @@ class SkipSite(Site):
 
 
 def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
-    """Return the targets as sites of decoder resnets, in order, by the path prefix of their UNet.
+    """Return the target resnets of each decoder, in the order in which they run, by the path prefix of their UNet.
 
     Raises:
         UnsupportedSite: a site is not a resnet of a decoder, or the decoder does not read the skips one by one.
@@ -126,7 +128,7 @@ def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
 
 
 def _skips(surgeon: Surgeon, root: str) -> list[Skip]:
-    """Return what the encoder leaves: the first convolution's output, and that of each resnet and each downsampler."""
+    """Return the skips of the encoder: the outputs of its first convolution, of each resnet and of each downsampler."""
     modules, widths = surgeon.resolver.modules, _widths(surgeon)
     skips = [Skip(widths.get(f"{root}conv_in", (0, 0))[0], False)]
     for block in _numbered(surgeon, f"{root}down_blocks"):
@@ -153,19 +155,20 @@ def _check(surgeon: Surgeon, root: str, skips: tuple[Skip, ...], resnets: list[s
 
 
 def _widths(surgeon: Surgeon) -> dict[str, tuple[int, int]]:
-    """Return outputs and inputs of each convolution of the host, by path."""
+    """Return the numbers of output and of input channels of each convolution of the host, by path."""
     entries = surgeon.resolver.host.entries
     return {entry.module: (entry.shape[0], entry.shape[1]) for entry in entries if len(entry.shape) == 4}
 
 
 def _numbered(surgeon: Surgeon, stack: str) -> list[str]:
-    """Return the paths of what stands in a list of modules, as it is numbered."""
+    """Return the paths of the modules in a ``ModuleList``, in the order of their numbers."""
     numbers = (re.fullmatch(rf"{re.escape(stack)}\.(\d+)", path) for path in surgeon.resolver.modules)
     return [f"{stack}.{number}" for number in sorted(int(each[1]) for each in numbers if each)]
 
 
 class SCTuner(Operator):
-    """Changes the skip that one resnet reads; the first operator that runs computes the hints of all skips."""
+    """Changes the skip that one resnet reads. With an image, the first operator that runs computes the features c_i of
+    all skips."""
 
     changes_inputs, only_inputs = True, True
 
@@ -208,7 +211,7 @@ class SCEdit(Method):
 
     Example:
         injection = peftcore.apply(model, "scedit", channels=3)
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "scedit"
@@ -245,8 +248,8 @@ def _inside(site: SkipSite, config: SCEditConfig) -> int:
 
 
 class Hints(nn.Module):
-    """Maps an image to hints, one for each skip. The image is 2^(len(widths) - 1) times as large as the UNet's
-    input."""
+    """Maps an image to the features c_i, one for each skip. The image is 2^(len(widths) - 1) times as large as the
+    UNet's input."""
 
     def __init__(self, skips: Iterable[Skip], channels: int, widths: list[int], kernel: int) -> None:
         super().__init__()
@@ -265,7 +268,7 @@ class Hints(nn.Module):
             width = skip.width
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the hints of an image, in the order of the skips."""
+        """Return the features c_i of an image, in the order of the skips."""
         hints: list[Tensor] = [self.first(image.to(next(self.first.parameters()).dtype))]
         for layer in self.cascade:
             hints.append(layer(torch.nn.functional.silu(hints[-1])))

@@ -5,15 +5,16 @@ Equation:
     w' = w + scale * delta   for a vector, the gain of a norm
 
 Kernels of convolutions are decomposed as [out, in * kernel], tables without reshaping, and each expert separately. U, S
-and V' are those of the base weights at the time when the method is applied, without other adapters: change the weights
-before that, and unmerge other adapters first. U, S and V' are computed again when an adapter is loaded, so its file
-contains only the shifts.
+and V' are computed from the base weights when the method is applied, without the changes of other adapters. If you want
+to change the weights, do it before; unmerge other adapters first. U, S and V' are computed again when an adapter is
+loaded, so its file contains only the shifts.
 
-All weights of the model except biases are adapted. With ``vectors="one"`` a vector counts as a matrix of one row, which
-has one singular value; otherwise each entry of a vector has a shift. In ``injection.optimizer(...)`` the learning rate
-of vectors is `vector_lr`.
+All weights of the model except biases are adapted. By default each entry of a vector has a shift. With
+``vectors="one"`` a vector counts as a matrix of one row, which has one singular value. ``injection.optimizer(...)``
+trains the shifts of vectors with the learning rate `vector_lr`.
 
-Parameters: min(out, in * kernel) a matrix, times the number of experts; n a vector of n entries, or 1.
+Parameters: min(out, in * kernel) for a matrix, times the number of experts. A vector of n entries has n, or 1 with
+``vectors="one"``.
 
 Start: delta at zero: the identity, to the bit.
 
@@ -55,16 +56,16 @@ class SVDiffConfig(MethodConfig):
 
     method: Literal["svdiff"] = "svdiff"
     scale: PositiveFloat = 1.0
-    """The factor on the shifts: 1 in training; set a smaller or larger value when you load the adapter, for a weaker or
-    stronger effect."""
+    """The factor on the shifts. Train with 1; when you load the adapter, smaller or larger values make its effect
+    weaker or stronger."""
     vectors: Literal["entries", "one"] = "entries"
-    """Train one shift for each entry of a vector, or a single one that scales the whole vector."""
+    """Train one shift for each entry of a vector, or one shift that scales the whole vector."""
     vector_lr: PositiveFloat = 1e-6
-    """Learning rate of the shifts of vectors; matrices use the optimizer's (1e-3 is usual)."""
+    """Learning rate of the shifts of vectors. Matrices use the learning rate of the optimizer, usually 1e-3."""
 
 
 class SVDiffOperator(WeightOperator):
-    """The shifts of one tensor, and the frozen directions along which they act."""
+    """Shifts the singular values of one tensor; its singular vectors are frozen."""
 
     U: Tensor
     S: Tensor
@@ -95,7 +96,7 @@ class SVDiffOperator(WeightOperator):
 
 
 class VectorOperator(WeightOperator):
-    """The shifts of a vector, entry by entry."""
+    """Shifts each entry of a vector."""
 
     def __init__(self, site: Site, config: SVDiffConfig) -> None:
         super().__init__(site)
@@ -144,12 +145,13 @@ def _is_vector(site: Site) -> bool:
 
 
 def _entries(site: Site, config: SVDiffConfig) -> bool:
-    """Whether the site has a shift for each of its entries."""
+    """Return True if the site has a shift for each of its entries."""
     return _is_vector(site) and config.vectors == "entries"
 
 
 def _weights(site: Site) -> Iterator[Site]:
-    """Yield the site; where it is a module without a weight of its own, its bare parameters but for biases."""
+    """Yield the site if its module has a weight. Otherwise yield a site for each parameter of the module itself, except
+    biases and scalars."""
     if site.layer.has(site.module, site.tensor):
         yield site
         return

@@ -3,25 +3,27 @@
 Equation:
     F_0 = conv(unshuffle(image)),   F_i = R_i(pool(F_{i-1})),   h_i <- h_i + scale * F_i   at the end of encoder block i
 
-R_i: a 1x1 convolution where the width changes, then `blocks` times x + conv_1x1(relu(conv_3x3(x))). The call passes the
-image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], `downscale` times as
-large as the latents; the option `input` sets another name for the image, for use with several adapters, and
-``condition_scale=`` in a call replaces `scale`. F does not depend on the timestep.
+R_i is a 1x1 convolution if the width changes, followed by `blocks` residual blocks x + conv_1x1(relu(conv_3x3(x))). F
+does not depend on the timestep. Pass the image to a call: ``with peftcore.call(model, condition=image): ...``. Its
+shape is [batch or 1, channels, height, width], `downscale` times as large as the latents. ``condition_scale=`` in the
+same call replaces `scale`. If several adapters read different images, set another name for each image with the option
+`input`.
 
 In blocks with attention F is added after the last attention, before the resolution is halved; in other blocks it is
-added to their output, as in diffusers. So the four stages for Stable Diffusion 1.5 are the authors'
-(TencentARC/T2I-Adapter). The three stages for SDXL are the first three of the authors' adapter, whose fourth feature is
-added at the middle block. Sizes follow from the model. The method cannot be merged.
+added to their output, as in diffusers. So for Stable Diffusion 1.5 the four stages are those of the authors' adapter
+(TencentARC/T2I-Adapter). For SDXL there are three stages: the fourth feature of the authors' adapter, which they add at
+the middle block, is left out. All sizes are derived from the model. The method cannot be merged.
 
-Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, f = downscale (twice that for SDXL); for each stage c_{i-1} c_i +
-c_i if both widths differ, and blocks * (10 c_i^2 + 2 c_i).
+Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, where f is `downscale`, or twice `downscale` for SDXL. Each stage
+adds blocks * (10 c_i^2 + 2 c_i), and c_{i-1} c_i + c_i if both widths differ.
 
-Start: All layers as in torch: only a scale of 0 starts as an identity.
+Start: All layers start as torch's layers do. The start is an identity only with a scale of 0.
 
-Differs from the authors' code: The light variant is not here. That code (TencentARC/T2I-Adapter) was not run; outputs
-are compared with diffusers.
+Differs from the authors' code: The authors' light variant is not implemented. Their code (TencentARC/T2I-Adapter) was
+not run; outputs are compared with diffusers.
 
-Use it: `peftcore.apply(model, "t2i_adapter")`, for sketches, depth, poses: smaller and faster than ControlNet.
+Use it: `peftcore.apply(model, "t2i_adapter")`, to control images by sketches, depth maps or poses; it is smaller and
+faster than ControlNet.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class T2IAdapterConfig(MethodConfig):
     channels: PositiveInt = 3
     """Channels of the condition image; 1 for sketches and edges."""
     downscale: PositiveInt = 8
-    """How many times larger the image is than the host's input; use the downscaling factor of the autoencoder."""
+    """How many times larger the image is than the host's input. Use the downscaling factor of the autoencoder."""
     blocks: PositiveInt = 2
     """Number of residual blocks in each stage."""
     input: str = "condition"
@@ -105,7 +107,7 @@ class T2IAdapter(Method):
 
     Example:
         injection = peftcore.apply(model, "t2i_adapter", channels=1)
-        peftcore.call(model, condition=torch.rand(1, 1, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 1, 64, 64))  # 8 times as large as the latents
     """
 
     name = "t2i_adapter"
@@ -190,7 +192,8 @@ class Residual(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Maps an image, `downscale` times as large as the activation at level 0, to one feature for each place."""
+    """Maps an image to one feature for each place. The image is `downscale` times as large as an activation whose
+    resolution was not halved."""
 
     def __init__(self, places: list[Place], channels: int, downscale: int, blocks: int) -> None:
         super().__init__()
@@ -205,7 +208,7 @@ class Pyramid(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return the features of an image, in the order of the places."""
+        """Return the features of an image, one for each place."""
         features = [self.first(image.to(next(self.first.parameters()).dtype))]
         for stage in self.stages:
             features.append(stage(features[-1]))

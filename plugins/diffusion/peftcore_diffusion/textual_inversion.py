@@ -3,20 +3,20 @@
 Equation:
     E'[tokens] = v,   E' = E in all other rows,   v [n, dim] = E[tokens], or E[initializer], at the start
 
-Only v trains, with the loss of the frozen diffusion model. First add the placeholders to the tokenizer with
-`add_tokens`, and call ``text_encoder.resize_token_embeddings(len(tokenizer))``; then apply the method to the text
-encoder (for SDXL to both). The prompt has to contain all placeholders of a word. v is a separate parameter, so weight
-decay, the optimizer's moments and the file cover only its n rows. Train in float32 (the default here for any dtype of
-the encoder), since half precision is too coarse for the small steps.
+Only v trains, with the loss of the frozen diffusion model. First add the new words to the tokenizer as placeholder
+tokens, with `add_tokens`, and call ``text_encoder.resize_token_embeddings(len(tokenizer))``; then apply the method to
+the text encoder, or to both text encoders of SDXL. The prompt has to contain all placeholders of a word. v is a
+separate parameter, so weight decay, the optimizer's moments and the file cover only its n rows. v is in float32 by
+default, for any dtype of the encoder: half precision is too coarse for the small steps of training.
 
-It merges. If the table is also the head of the model, both use v.
+The method can be merged. If the table is also the head of the model, both use v.
 
 Parameters: n * dim.
 
-Start: v at the embeddings of its tokens, which is the identity, or at that of `initializer`.
+Start: v starts as the current embeddings of its tokens, which is an identity, or as the embedding of `initializer`.
 
-Differs from the authors' code: That code was not compared. The script of diffusers trains the whole table and writes
-the other rows back after each step; here v is a separate parameter.
+Differs from the authors' code: The authors' code was not compared. The script of diffusers trains the whole table and
+writes the other rows back after each step; here v is a separate parameter.
 
 Use it: `peftcore.apply(model, "textual_inversion", tokens=[5], initializer=7)`, to teach a subject or a style as a
 word: the file is a few kilobytes, and the model does not change.
@@ -40,11 +40,11 @@ class WordsConfig(MethodConfig):
     """Options of methods that train words."""
 
     tokens: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [-1])
-    """Ids of the placeholder tokens, one for each vector; negative ones count from the end of the table, where
-    `resize_token_embeddings` puts new ones."""
+    """Ids of the placeholder tokens, one for each vector. Negative ids count from the end of the table, where
+    `resize_token_embeddings` adds new rows."""
     initializer: NonNegativeInt | None = None
-    """Id of a word of similar meaning, from whose embedding all vectors start; None starts them from the placeholders'
-    current rows."""
+    """Token id of a word of similar meaning, whose embedding all vectors start from. If None, each vector starts from
+    the current embedding of its placeholder token."""
 
 
 class TextualInversionConfig(WordsConfig):
@@ -52,7 +52,8 @@ class TextualInversionConfig(WordsConfig):
 
     method: Literal["textual_inversion"] = "textual_inversion"
     words: list[str] = Field(default_factory=list)
-    """Names of the words in other programs' files, one for each token; the tokens of one word have the same name."""
+    """Names under which files of other programs store the words, one name for each token. All tokens of a word have the
+    same name."""
 
     @model_validator(mode="after")
     def _named(self) -> TextualInversionConfig:
@@ -64,7 +65,7 @@ class TextualInversionConfig(WordsConfig):
 
 
 def _rows(site: Site, config: WordsConfig) -> list[int]:
-    """Return the ids, checked against the size of the table."""
+    """Return the token ids as non-negative numbers, after checking them against the size of the table."""
     size = site.in_features
     rows = [token + size if token < 0 else token for token in config.tokens]
     wrong = [token for token in (*rows, config.initializer or 0) if not 0 <= token < size]
@@ -77,7 +78,7 @@ def _rows(site: Site, config: WordsConfig) -> list[int]:
 
 
 class TextualInversionOperator(Operator):
-    """The vectors of the placeholders."""
+    """Replaces the embeddings of the placeholder tokens by trained vectors."""
 
     tokens: Tensor
 
@@ -119,7 +120,7 @@ class TextualInversion(Method):
     """Train the embeddings of new words.
 
     Example:
-        injection = peftcore.apply(model, "textual_inversion", tokens=[5], initializer=7)  # as the tokenizer has them
+        injection = peftcore.apply(model, "textual_inversion", tokens=[5], initializer=7)  # ids of the tokenizer
     """
 
     name = "textual_inversion"

@@ -6,28 +6,29 @@ Equation:
 
 At a timestep t near T, where an image is mostly noise, few ranks act; at t = 0 all ranks act. At high noise an update
 of full rank would memorise the few training pictures. t is the host's argument ``timestep``, one value for each row of
-the batch, in training and in inference; for hosts without that argument, pass it in a call: ``with peftcore.call(model,
+the batch, in training and in inference. If the host lacks that argument, pass t to a call: ``with peftcore.call(model,
 timestep=t): ...``.
 
-A is [rank, in], B [out, rank], l [rank]; A0, B0 and l0 are frozen copies. start="random" takes l from the singular
-values of a random matrix N(0, 1 / rank) of the weight's shape, by default the last ones (`part`), with random
-orthonormal A and B. start="weight" takes singular values and vectors of the weight itself, as LyCORIS does by default.
-start="zero" is the authors' vanilla T-LoRA: a masked LoRA with A ~ N(0, 1 / rank), B zero, and no l. s is 1 at every
-rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
+A is [rank, in], B [out, rank], l [rank]; A0, B0 and l0 are frozen copies of the start values. With start="random", A
+and B start as random orthonormal matrices, and l as singular values of a random matrix N(0, 1 / rank) of the weight's
+shape, by default the smallest ones (`part`). With start="weight", A, B and l start as singular vectors and values of
+the weight itself, as in LyCORIS by default. start="zero" is the authors' vanilla T-LoRA: a masked LoRA without l, with
+A ~ N(0, 1 / rank) and B at zero. s is 1, or alpha / rank if `alpha` is set, as in files of LyCORIS.
 
-Convolutions have A [rank, in, *kernel]. If a weight has fewer ranks than `rank`, the first entries of the mask are
-used. Files of LyCORIS are read as PiSSA, with all ranks acting, as in LyCORIS. The method cannot be merged.
+In convolutions A is [rank, in, *kernel]. If the rank of a weight is less than `rank`, the first entries of the mask are
+used. T-LoRA files of LyCORIS are loaded as the method `pissa`, in which all ranks act, as in LyCORIS. T-LoRA cannot be
+merged.
 
 Parameters: rank * (in * kernel + out + 1) a site; with start="zero" without the 1.
 
-Start: A and B with orthonormal rows and columns and l at singular values, so that all ranks differ, and the product of
-the frozen copies is subtracted: the identity.
+Start: A has orthonormal rows, B has orthonormal columns, and l contains singular values, so that all ranks differ. The
+product of the frozen copies is subtracted, so the start is an identity.
 
-Differs from the authors' code: The authors take A and B from the decomposition of the random matrix, using rows instead
-of columns, which has the same distribution. Their code has no scale. LyCORIS gives all factors kernels of one point.
+Differs from the authors' code: The authors compute A and B by decomposing the random matrix, and use rows instead of
+columns; the distribution is the same. Their code has no scale. In LyCORIS the kernels of all factors have one point.
 
-Use it: `peftcore.apply(model, "tlora")`, for a subject in one picture; not for styles from many pictures, where LoRA
-learns more.
+Use it: `peftcore.apply(model, "tlora")`, to learn a subject from one picture; not to learn a style from many pictures,
+where LoRA learns more.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ class TLoRAConfig(MethodConfig):
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank``; None leaves the update unscaled."""
     power: PositiveFloat = 1.0
-    """Exponent p: with values above 1 fewer ranks act between both ends."""
+    """Exponent p of the decrease: with values above 1 fewer ranks act at the timesteps between the first and the
+    last."""
     timesteps: PositiveFloat = 1000.0
     """The largest timestep T, at which an image is only noise: 1000 for most schedules, 1 for hosts whose timesteps are
     in 0 .. 1."""
     start: Literal["random", "weight", "zero"] = "random"
-    """The start of A, l and B: random orthonormal factors, the singular values and vectors of the weight, or the start
-    of LoRA."""
+    """The start of the factors: random orthonormal matrices ("random"), singular vectors and values of the weight
+    ("weight"), or as in LoRA ("zero")."""
     part: Literal["last", "principal", "middle"] = "last"
-    """The singular values with which l starts: the smallest, the largest, or those in the middle. For the middle, if
-    the number of remaining values is odd, one more larger value is skipped than smaller ones; LyCORIS skips one more
-    smaller value."""
+    """The singular values with which l starts: the smallest, the largest, or those in the middle. If an odd number of
+    values is left out around the middle, one more of the larger values is left out than of the smaller values. LyCORIS
+    leaves out one more of the smaller values."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -88,7 +90,7 @@ class TLoRAOperator(Operator):
         """Make the factors.
 
         Raises:
-            UnsupportedSite: the weight is read instead of called as a module.
+            UnsupportedSite: the host reads the weight without calling its module.
         """
         super().__init__(site)
         if site.form != "activation":
@@ -105,7 +107,8 @@ class TLoRAOperator(Operator):
             self.values = None
 
     def mask(self, low: Tensor) -> Tensor:
-        """Return the mask of the ranks that act, [rows, rank], in a shape that multiplies A x."""
+        """Return the diagonal of M for each row of the batch, [rows, rank], with further dimensions to be multiplied
+        with `low`, which is A x."""
         t = timesteps(len(low), low.device).double()
         share = ((self.timesteps - t) / self.timesteps).clamp(min=0) ** self.power
         acting = (share * (self.rank - self.min_rank)).floor() + self.min_rank
@@ -115,8 +118,8 @@ class TLoRAOperator(Operator):
         return mask.view(shape)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of factors [rank, in, *kernel] and [out, rank] whose products add up to the update. If a start
-        is subtracted, the sum is ``B (l A - l0 A0) + (B - B0) l0 A0``, which is exactly zero at first."""
+        """Return pairs of factors [rank, in, *kernel] and [out, rank] whose products add up to the update. If the start
+        values are subtracted, the sum is ``B (l A - l0 A0) + (B - B0) l0 A0``, which is exactly zero at the start."""
         if self.values is None or self.A0 is None or self.B0 is None or self.values0 is None:  # start="zero"
             return [(self.A, self.B)]
         ones = [1] * (self.A.dim() - 1)
@@ -133,7 +136,7 @@ class TLoRAOperator(Operator):
 
 
 def _start(site: Site, config: TLoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, B and the singular values at first."""
+    """Return the start values of A, B and l."""
     inputs, outputs = site.in_features * math.prod(site.kernel), site.out_features
     rank = min(config.rank, inputs, outputs)
     if config.start == "zero":
@@ -160,7 +163,7 @@ class TLoRA(Method):
 
     Example:
         injection = peftcore.apply(model, "tlora", rank=8, min_rank=4)
-        peftcore.call(model, timestep=500)  # where the model has no such argument; with `with`, for a while
+        peftcore.call(model, timestep=500)  # only if the model has no argument timestep
     """
 
     name = "tlora"

@@ -4,28 +4,29 @@ Equation:
     cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with the tokens p_l)
     E'[tokens] = v,   v [n, dim] = E[tokens], or E[initializer], at the start;   n = L for each word
 
-T is the frozen text encoder, E its table, and only v trains, with the loss of the frozen UNet: P+ is the space of such
-texts, one for each cross-attention. A word is L tokens, p_1 to p_L, one after the other in `tokens`: the prompt is
-encoded L times, with p_l instead of the word, and the UNet reads all states at once,
+T is the frozen text encoder and E its token table. Only v trains, with the loss of the frozen UNet. A word has L tokens
+p_1 to p_L, which follow each other in `tokens`. The prompt is encoded L times, the l-th time with p_l instead of the
+word, and the UNet reads all L texts at once. P+ is the paper's name for the space of such texts.
 
     ids = tokenizer([prompt.replace("<toy>", f"<toy-{l}>") for prompt in prompts for l in range(L)], ...).input_ids
     unet(latents, t, encoder(ids)[0].unflatten(0, (-1, L)))          # states [batch, L, tokens, dim]
 
-so the method is applied to both models: to the text encoder, where it is `textual_inversion` with L tokens; and with
-target="cross.k" to the UNet, where nothing trains: each cross-attention reads its own states, and states [batch,
-tokens, dim] are used by all cross-attentions. A model that contains both needs one adapter, without a target. L counts
-the cross-attentions from the input to the output: 16 in Stable Diffusion 1.5, 70 in SDXL.
+Apply the method to both models. In the text encoder it is `textual_inversion` with L tokens. In the UNet, with
+``target="cross.k"``, nothing trains: each cross-attention reads its own states. States [batch, tokens, dim] are read by
+all cross-attentions. If one model contains both, apply the method once, without a target. L is the number of
+cross-attentions, counted from the input to the output: 16 in Stable Diffusion 1.5, 70 in SDXL.
 
 Parameters: n * dim, in the text encoder.
 
-Start: v at the embeddings of its tokens, or of `initializer`: the identity for other words.
+Start: v starts as the embeddings of its tokens, or as the embedding of `initializer`. Outputs for texts without the new
+words are unchanged.
 
-Differs from the authors' code: The authors published no code; order and shape of the states follow Mix-of-Show, which
-has the same words.
+Differs from the authors' code: The authors published no code. The order and shape of the states follow the code of
+Mix-of-Show, which uses such words too.
 
-Use it: `peftcore.apply(model, "xti")`, where `textual_inversion` has too few parameters for a subject, or coarse layers
-have to show something else than fine ones; not where the UNet may change too (`ed_lora` and `custom_diffusion` are
-better at subjects). The words merge; the UNet's reading of separate texts does not.
+Use it: `peftcore.apply(model, "xti")`, where `textual_inversion` has too few parameters for a subject, or where coarse
+and fine layers need different texts. Where the UNet may change too, `ed_lora` and `custom_diffusion` learn subjects
+better. The trained words can be merged, but the UNet's selection of separate texts cannot.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class XTI(Method):
     """Train the embeddings of new words, one for each cross-attention.
 
     Example:
-        injection = peftcore.apply(model, "xti", tokens=[5, 6, 7, 8])  # of a text encoder; and of its UNet
+        injection = peftcore.apply(model, "xti", tokens=[5, 6, 7, 8])  # to a text encoder, or with its UNet
     """
 
     name = "xti"

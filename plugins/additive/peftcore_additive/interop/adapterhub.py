@@ -1,8 +1,8 @@
 """Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
 
 The adapters package's `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters, and its
-`adapter_plus` is our Pfeiffer adapter around the whole block. A file's options for the adapter's place, its input and
-the sum with its output determine which method it contains.
+`adapter_plus` is our Pfeiffer adapter around the whole block. The method that a file contains is determined by its
+options for the adapter's position, its input, and the sum with its output.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ KINDS = {
     (False, True, False, True, False): "pfeiffer_adapter",
     (False, True, True, False, True): "parallel_adapter",
 }
-"""Our method by five options of the package: adapter at the attention, at the feed-forward, in parallel, after the
-norm, followed by the norm."""
+"""The method in peftcore for each combination of the options in `WHERE`: adapter at the attention, adapter at the
+feed-forward, adapter in parallel, norm before the adapter, norm after the adapter."""
 BEHIND = (False, True, False, True, False)
-"""The values of these options for an adapter that is added to the output of the norm."""
+"""The values of the options in `WHERE` for an adapter that is added to the output of the norm."""
 STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dtype")
 OF_OTHERS = (
     "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
     "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "inv_adapter_reduction_factor",
 )  # fmt: skip
-"""Options of variants that other options switch off."""
+"""Options without an effect, since they belong to variants that other options switch off."""
 ACTIVATIONS = {"gelu": "gelu", "gelu_orig": "gelu", "relu": "relu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
 
 

@@ -1,16 +1,16 @@
 """Prefixes and prompts in AdapterHub's files (checked against adapters 1.3.0).
 
-A prompt is inserted after the embeddings, without positions. So in an encoder it can be in front of the first token or
-after it ("prefix_after_bos") with the same result, except for pooling heads. The adapters package keeps the prompt's
-rows in the model's outputs, so a head that pools the first position reads the prompt's first row in the first case, and
-the first token in the second case, as in peftcore.
+The rows of a prompt are inserted after the embeddings, without positions, either before the first token ("prefix") or
+after it ("prefix_after_bos"). In an encoder both give the same result, except for heads that pool the first position:
+the adapters package keeps the prompt's rows in the model's outputs. With "prefix" such a head reads the prompt's first
+row. With "prefix_after_bos" it reads the first token, as in peftcore.
 
-The keys and values of all layers of an encoder, a decoder or its cross-attentions are stored in one tensor: one row for
-each position, with [key | value] of all layers concatenated. If a network generates the prefix, its output is read, as
-with the package's `eject_prefix_tuning`, since its inputs are constant; training continues with these values. The
-prefix does not move the positions of tokens. The file contains the same tensors again under a separate name for each
-layer. In causal models outputs equal those of the package with ``attn_implementation="eager"``: with "sdpa" that
-version masks the prefix out.
+A prefix is stored in one tensor for all layers of an encoder, of a decoder, or of a decoder's cross-attentions. It has
+one row for each position, with [key | value] of all layers concatenated. If a network generates the prefix from
+constant inputs, the network's output is read, as the package's `eject_prefix_tuning` does; training continues with this
+output. The prefix does not move the positions of tokens. The file contains the same tensors again under a separate name
+for each layer. In causal models, outputs equal those of the package with ``attn_implementation="eager"``. With "sdpa",
+version 1.3.0 of the package masks the prefix out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from peftcore.errors import CheckpointError, HostMismatch
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}
-"""Our roles by the package's names for the place of a prefix; "encoder" is an encoder whose output a decoder reads."""
+"""Roles in peftcore, by the package's names for the location of a prefix. "encoder_prefix" means an encoder whose
+output a decoder reads."""
 OF_TOKENS = (
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
@@ -118,10 +119,11 @@ class HubPrompt(HubArchitecture):
     holder = "prompt_tunings"
 
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
-        """Returns our options.
+        """Returns the options of `prompt_tuning`.
 
         Raises:
-            HostMismatch: the adapters package would pool a row of the prompt, or the host has several stacks of tokens.
+            HostMismatch: the adapters package would pool a row of the prompt, or the host has several stacks that embed
+                tokens.
         """
         keys.pass_over("prompt_init", "prompt_init_text", "random_uniform_scale", "init_weights_seed")
         keys.only("combine", "prefix", "prefix_after_bos")
@@ -147,14 +149,14 @@ class HubPrompt(HubArchitecture):
 
 
 def _may_pool(resolver: Resolver) -> bool:
-    """Whether a host may make something of the first row of its outputs alone: it is not for tokens, or it has a pooler
-    behind its blocks."""
+    """Returns True if the host may pool the first row of its outputs: it has a pooler after its blocks, or its class is
+    not one of those that predict for each token."""
     poolers = [path for stack in resolver.token_stacks() for path in _behind(resolver, stack)]
     return bool(poolers) or not is_listed(resolver.model, *OF_TOKENS)
 
 
 def _behind(resolver: Resolver, stack: TokenStack) -> list[str]:
-    """Returns the modules of a stack with tensors of their own that stand behind its blocks, but for norms."""
+    """Returns the paths of the modules of a stack that follow its blocks and have parameters, except norms."""
     entries, modules = resolver.host.entries, resolver.modules
     inside = [path for path in modules if path.startswith(f"{stack.path}.".lstrip("."))]
     blocks = tuple(f"{entry.path}." for entry in entries if entry.role == "block")
@@ -165,8 +167,8 @@ def _behind(resolver: Resolver, stack: TokenStack) -> list[str]:
 
 
 def _sites(resolver: Resolver, where: str) -> list[tuple[int, Site]]:
-    """Returns the attentions at one of their places, each with the number of its layer; those of a decoder go on from
-    those of its encoder."""
+    """Returns the attentions that have the kind of prefix named `where`, each with the number of its layer. In a
+    decoder the numbers continue those of its encoder."""
     read = [f"{stack.path}." for stack in resolver.token_stacks() if stack.readers]
 
     def in_encoder(site: Site) -> bool:
@@ -178,10 +180,11 @@ def _sites(resolver: Resolver, where: str) -> list[tuple[int, Site]]:
 
 
 def _check_positions(resolver: Resolver, sites: list[Site], keys: Keys) -> None:
-    """Refuse attentions with relative positions of their own: that library counts a prefix's keys among them.
+    """Check that no attention has relative positions, since in the adapters package they also apply to the keys of the
+    prefix.
 
     Raises:
-        HostMismatch: there are such.
+        HostMismatch: an attention has relative positions.
     """
     positions = [entry.path for entry in resolver.host.entries if entry.role == "embed.pos"]
     relative = [path for path in positions if any(path.startswith(f"{site.module_path}.") for site in sites)]

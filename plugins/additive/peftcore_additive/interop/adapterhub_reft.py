@@ -2,12 +2,11 @@
 
 A layer has two interventions, one of them unused if the method acts only at one end of the prompt. The package stores R
 as torch's `orthogonal` does, as a product of reflections times a base; here the product is computed when a file is
-read. The options usually do not record if the projection is subtracted, a step that DiReFT leaves out. The package
-reads its own DiReFT files as NoReFT, and so does peftcore, with a warning, unless the options contain
-"subtract_projection".
+read. DiReFT does not subtract the projection, but the options usually do not record this. So the package reads its own
+DiReFT files as NoReFT. peftcore does the same, with a warning, unless the options contain "subtract_projection".
 
-The package changes the first and the last positions of each input of a layer, so in generation with a cache each new
-token counts as a first one; peftcore does not change generated tokens, as in the paper.
+In the package each input of a layer counts as a prompt, so in generation with a cache each new token is changed as a
+first position. peftcore does not change generated tokens, as in the paper.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ STEP = ".reft_layer"
 ENDS = {"prefix": "units.0", "both": "units.0", "suffix": "units.1"}
 BASE, ORIGINAL = "projection.parametrizations.weight.0.base", "projection.parametrizations.weight.original"
 CLOSE = 1e-2
-"""Tolerance for the orthonormality of R's rows, as large as the error of half precision."""
+"""How much R R^T may differ from the identity, in view of the errors of half precision."""
 
 
 class HubReft(HubArchitecture):
@@ -80,7 +79,7 @@ class HubReft(HubArchitecture):
 
 
 def _unit(unit: str, intervention: Any, found: Found) -> dict[str, Tensor]:
-    """Returns the tensors of one intervention."""
+    """Returns the tensors of one intervention from a file, by their names in peftcore."""
     rank, width = intervention.R.shape
     tensors = {
         "learned.weight": found.take(f"{unit}.learned_source.weight", (rank, width)),

@@ -1,8 +1,8 @@
 """(IA)^3 in files of LyCORIS (checked against LyCORIS 4.1).
 
 ``weight`` is our gain minus one, and ``on_input`` is True for gains of inputs. In LyCORIS gains of outputs scale only
-the weight; in peftcore they scale the bias too. So both are equal only for modules without a bias; for modules with a
-bias LyCORIS's gains equal a vector A of GLoRA.
+the weight; in peftcore they scale the bias too. So both are equal only for modules without a bias. For modules with a
+bias, the gains of LyCORIS equal `glora` with a vector A.
 """
 
 from __future__ import annotations

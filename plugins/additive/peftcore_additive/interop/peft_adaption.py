@@ -2,7 +2,8 @@
 
 ``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, used without tanh.
 Peft adds the attention to the prompt after the output matrix. The result is the same if that matrix is a separate
-module without a bias; other models are refused, since peft leaves the matrix out in GPT-2, and adds a bias twice.
+module without a bias. Other models are refused: peft leaves the matrix out in GPT-2, and adds a bias of the matrix
+twice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ OUT = "o_proj"
 
 
 class PeftAdaptionPrompt(PeftMethod):
-    """Translates a prompt and a gate in the top layers."""
+    """Translates the prompt and the gate of each adapted layer."""
 
     methods = ("llama_adapter",)
     below = ("adaption_prompt", "adaption_gate")

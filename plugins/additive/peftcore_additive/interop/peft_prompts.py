@@ -174,7 +174,7 @@ class PeftPrefix(SoftPrompt):
         return {"prefix": self.rows(place, found)}
 
     def rows(self, place: Place, found: Found) -> Tensor:
-        """Returns the rows of one attention."""
+        """Returns the rows of a prefix that belong to one attention, [length, width]."""
         length, width = place.operator.flat().shape
         rows = found.take(ROWS, (length, place.count * width))
         return rows[:, place.index * width : (place.index + 1) * width]
@@ -247,8 +247,8 @@ def _prefixes(places: Sequence[Place]) -> list[Place]:
 
 
 def _warn_of_window(model: nn.Module) -> None:
-    """Warn where attention has a window: peft has the prefix in the cache, so there it falls out of the window as words
-    do."""
+    """Warn if the host's attention has a window: peft stores the prefix in the cache, so for long inputs the window
+    does not contain it any more."""
     window = getattr(vars(model).get("config"), "sliding_window", None)
     if window:
         warnings.warn(

@@ -1,9 +1,9 @@
 """ShadowPEFT in peft's files, where it is named SHADOW (checked against peft 0.21).
 
 ``shadow_backbone`` is our guest network, ``shadow_projection`` its projection, and ``shadow_head`` the head that
-classifies from its output. In models like GPT-2 peft stores an unused token table in a guest that shares the model's
-table: peftcore ignores it, and does not write it. The shadow update of peft's last block is unused too: it is ignored,
-and written as zeros.
+classifies from its output. In models like GPT-2, peft stores an unused token table even if the guest shares the model's
+table. peftcore ignores that table when it reads a file, and does not write it. The shadow update of the last block is
+unused in peft too: peftcore ignores it, and writes zeros.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = {f"{ours}.weight": f"shadow_{ours}.default.weight" for ours in ("down", 
     for layer in (0, 2)
     for kind in ("weight", "bias")
 }
-"""peft's names of one block's tensors, by our names."""
+"""The names of a block's tensors in peft, by their names in peftcore."""
 SIZES = {
     "shadow_hidden_size": "hidden_size",
     "shadow_num_attention_heads": "num_attention_heads",
@@ -134,7 +134,7 @@ class PeftShadow(PeftMethod):
 
 
 def _theirs(name: str, key: str) -> str:
-    """Returns peft's name of a tensor of shared state."""
+    """Returns the name in peft of a tensor of a shared module: the guest, its projection or its head."""
     if name == "head":
         return f"{HEAD}{key}"
     start, _, rest = key.partition(".")

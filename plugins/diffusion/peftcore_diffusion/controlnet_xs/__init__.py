@@ -6,24 +6,24 @@ Equation:
     h <- h + scale * R_i g_i,   where the decoder reads skip i: added to what comes from below, not to the skip
 
 h_i is the output of layer i of the UNet's encoder or of its middle block, G_i a layer of the same kind that is `ratio`
-times as wide; P_i, Q_i and R_i are 1x1 convolutions, H is eight convolutions. The base stays frozen. The call passes
-the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large
-as the latents with four `widths`; the option `input` sets another name for the image, for use with several adapters,
-and ``condition_scale=`` in a call replaces `scale`.
+times as wide; P_i, Q_i and R_i are 1x1 convolutions, H is eight convolutions. The base stays frozen. Pass the image to
+a call: ``with peftcore.call(model, condition=image): ...``. Its shape is [batch or 1, channels, height, width]; with
+four `widths` it is 8 times as large as the latents. ``condition_scale=`` in the same call replaces `scale`. If several
+adapters read different images, set another name for each image with the option `input`.
 
-Tensors are named as in diffusers' ControlNetXSAdapter, so a published one of the same sizes can be loaded into the
+Tensors are named as in diffusers' ControlNetXSAdapter, so a published adapter of the same sizes can be loaded into the
 network. The UNet must be a UNet2DConditionModel whose attentions and middle block are those of Stable Diffusion. The
-thin encoder uses the UNet's embedding of the timestep. The method cannot be merged. With FreeU, R_i g_i is added after
-it.
+thin encoder uses the UNet's embedding of the timestep. If the UNet uses FreeU, R_i g_i is added after FreeU's change.
+The method cannot be merged.
 
-Parameters: those of the thin encoder, whose layers read g and h together, of H, and b^2 + b + c b + b for each layer
-that reads b channels of h and c channels of g, c b + b for each skip.
+Parameters: those of the thin encoder, whose layers read g and h together, and those of H. Each layer that reads b
+channels of h and c channels of g adds b^2 + b + c b + b, and each skip adds c b + b.
 
 Start: G at random, P_i, Q_i, R_i and the last convolution of H at zero: the identity. The first step changes only Q and
 R.
 
-Differs from the authors' code: That code was not compared; outputs are compared with diffusers, whose trained embedding
-of the timestep is not here.
+Differs from the authors' code: The authors' code was not compared. Outputs are compared with diffusers, whose trained
+embedding of the timestep is not implemented here.
 
 Use it: `peftcore.apply(model, "controlnet_xs")`, for control of single pixels with a fraction of the parameters of the
 similar `controlnet`; not where a published ControlNet for the condition exists already.
@@ -61,7 +61,7 @@ class ControlNetXSConfig(MethodConfig):
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
-    """Channels of the convolutions of H; each width after the first halves the resolution."""
+    """Channels of the convolutions that read the image. Each width after the first halves the resolution."""
     input: str = "condition"
     """The name under which calls pass the image: ``peftcore.call(model, condition=image)`` by default."""
 
@@ -107,7 +107,8 @@ class ExchangeOperator(XSOperator):
 
 
 class SkipOperator(XSOperator):
-    """Adds the control to a decoder resnet's input from the layer before it, not to the skip."""
+    """Adds the control to one part of a decoder resnet's input, the previous layer's output. The other part, the skip,
+    is unchanged."""
 
     changes_inputs, only_inputs = True, True
 
@@ -126,7 +127,7 @@ class ControlNetXS(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet_xs")
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times as large as the latents
     """
 
     name = "controlnet_xs"

@@ -1,4 +1,5 @@
-"""The network of a ControlNet-XS, a thin encoder that reads a UNet's layer by layer, and operators that run it."""
+"""The network of ControlNet-XS, a thin encoder that runs in parallel with a UNet's encoder, and the operators that run
+it."""
 
 from __future__ import annotations
 
@@ -22,13 +23,14 @@ class Exchange:
     at: str
     """The path of the layer in the UNet."""
     layer: str
-    """The path in the network of the module that runs in parallel with the layer; the next two paths are in the network
-    too."""
+    """The path of the module that runs in parallel with the layer. This path, `reads` and `adds` are paths in the thin
+    encoder's network."""
     reads: str | None
-    """The 1x1 convolution from the input of the UNet's layer to `layer`; None if `layer` does not read it."""
+    """The path of the 1x1 convolution from the input of the UNet's layer to `layer`; None if `layer` does not read that
+    input."""
     adds: str | None
-    """The 1x1 convolution from `layer` to the output of the UNet's layer; None if another layer of the same step has
-    this convolution."""
+    """The path of the 1x1 convolution from `layer` to the output of the UNet's layer; None if the attention after
+    `layer` has this convolution."""
 
 
 class Controller(nn.Module):
@@ -67,7 +69,7 @@ class Controller(nn.Module):
             self.up_connections.append(nn.ModuleDict({"ctrl_to_base": adds}))
 
     def exchanges(self) -> Iterator[Exchange]:
-        """Yields the layers of the encoder and of the middle, as they run."""
+        """Yields the layers of the encoder, and then the middle block, in the order in which they run."""
         for number, block in enumerate(self.down_blocks):
             parts: Any = block
             here, attends = f"down_blocks.{number}", "attentions" in parts
@@ -113,14 +115,14 @@ class XSOperator(Operator):
         return part(*(cast(each, like) for each in args), **cast(kwargs, like))
 
     def added(self, path: str, features: Tensor, to: Tensor) -> Tensor:
-        """Return the sum of `to` and the output of a convolution of the network."""
+        """Return the sum of `to` and the scaled output of a convolution of the network."""
         scale = forward_context().context.get(f"{self.name}_scale", self.scale)
         change: Tensor = scale * self.part(path, features)
         return to + change.to(to.dtype)
 
 
 def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
-    """Return the UNet of a middle block, and the prefix of its paths.
+    """Return the path prefix of the UNet that contains a middle block, and the UNet itself.
 
     Raises:
         UnsupportedSite: the site is not a UNet's middle block, or its layers differ from Stable Diffusion's.
@@ -147,8 +149,8 @@ def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
 
 
 def _down(block: Any, left: list[int], width: int, heads: int | None, most: int) -> nn.ModuleDict:
-    """Make the modules that run in parallel with one block of the encoder; `left` is the width of all that is left for
-    the decoder."""
+    """Make the modules that run in parallel with one block of the encoder. `left` lists the widths of the thin
+    encoder's skips; those of this block are appended."""
     from diffusers.models.resnet import Downsample2D, ResnetBlock2D
 
     resnets, reads, adds = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
@@ -192,8 +194,8 @@ class Middle(nn.Module):
             self.attentions.add_module(str(number), made)  # `append` is not annotated for None
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output for an activation and the embedding of the timestep; further arguments are passed to the
-        attentions."""
+        """Return the block's output for an activation and the embedding of the timestep. Further arguments are passed
+        to the attentions."""
         x = self.resnets[0](x, time)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             x = x if attention is None else attention(x, *args, **kwargs, return_dict=False)[0]
@@ -202,7 +204,7 @@ class Middle(nn.Module):
 
 
 def _attention(base: Any, width: int, heads: int | None, groups: int) -> nn.Module:
-    """Make an attention beside one of the UNet's."""
+    """Make an attention that runs in parallel with an attention of the UNet."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     cross = base.transformer_blocks[0].attn2
@@ -220,7 +222,7 @@ def _attention(base: Any, width: int, heads: int | None, groups: int) -> nn.Modu
 
 
 def _groups(width: int, most: int) -> int:
-    """Return the largest number of groups, not above `most`, into which a width goes."""
+    """Return the largest divisor of a width that is at most `most`, for use as the number of groups of a norm."""
     return max(number for number in range(1, most + 1) if width % number == 0)
 
 

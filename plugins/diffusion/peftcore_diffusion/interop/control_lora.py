@@ -1,8 +1,8 @@
 """Control-LoRA in Stability's file format, which ComfyUI and diffusers read (checked against diffusers 0.42).
 
-Modules have the names of Stable Diffusion's original code. ``.down`` and ``.up`` are our factors, biases and norms are
-stored whole, and an empty tensor ``lora_controlnet`` marks the format. Our biases are differences from the UNet's, so
-reading and writing need the UNet's biases.
+Modules have the names of Stable Diffusion's original code. ``.down`` and ``.up`` are the low-rank factors. An empty
+tensor ``lora_controlnet`` marks the format. The files store whole biases, while peftcore stores their differences from
+the UNet's biases, so reading and writing a file need the biases of the UNet.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HINT = "input_hint_block."
 
 
 class ControlLoRA(Format):
-    """The format of Stability's files."""
+    """The file format of Stability's Control-LoRA."""
 
     name = "control_lora"
     file = TENSORS
@@ -94,7 +94,7 @@ class ControlLoRA(Format):
 
 
 class ControlLoRAContent(Content):
-    """The content of a file in Stability's format."""
+    """The content of one Control-LoRA file in Stability's format."""
 
     def __init__(self, envelope: Envelope, file: TensorFile, model: nn.Module) -> None:
         super().__init__(envelope, file.path)
@@ -119,7 +119,7 @@ class ControlLoRAContent(Content):
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Return the blocks that are controlled in a UNet; none where the model is no UNet."""
+    """Return the paths of the blocks that Control-LoRA controls in a UNet; an empty list if the model is not a UNet."""
     paths = {path for path, _ in model.named_modules()}
     if not ldm_names(paths) or "mid_block" not in paths:
         return []
@@ -127,7 +127,7 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def _options(file: TensorFile) -> dict[str, Any]:
-    """Return the options that the shapes of a file tell."""
+    """Return the options of the method, derived from the shapes in a file."""
     hints = [file.shapes.get(f"{HINT}{number}.weight", Size()) for number in range(0, 64, 2)]
     hints = [shape for shape in hints if len(shape) == 4]
     ranks = [shape[0] for name, shape in file.shapes.items() if name.endswith(".down") and shape]
@@ -145,8 +145,8 @@ def _options(file: TensorFile) -> dict[str, Any]:
 def named(
     network: nn.Module, model: nn.Module, error: type[CheckpointError] | type[ExportError]
 ) -> Iterator[tuple[str, str, Tensor, list[tuple[int, ...]]]]:
-    """Yield for each tensor of a network our name, its name in files, and the shapes that it may have in files; the
-    last shape is the one that is written.
+    """Yield four values for each tensor of a network: its path in the network, its name in files, the tensor itself,
+    and the shapes that it may have in files. Files are written with the last shape.
 
     Raises:
         CheckpointError, ExportError: the format lacks a name for a layer of the network; the argument `error` chooses
@@ -165,7 +165,8 @@ def named(
 
 
 def _bias(network: nn.Module, model: nn.Module, path: str, error: type[CheckpointError] | type[ExportError]) -> Tensor:
-    """Return what a file has of a tensor beside ours: the UNet's bias, where ours is the change of it; otherwise 0."""
+    """Return the difference between a tensor in files and in the network: the UNet's bias if the network stores only
+    the change of that bias, otherwise 0."""
     above, _, name = path.rpartition(".")
     if name != "bias" or not isinstance(network.get_submodule(above), BorrowedLayer):
         return torch.zeros(())
@@ -180,7 +181,7 @@ def _bias(network: nn.Module, model: nn.Module, path: str, error: type[Checkpoin
 
 
 def _around(network: Any) -> Mapping[str, str]:
-    """Return what stands around the encoder by its original name."""
+    """Return the names in files of the layers outside of the encoder, by their paths in the network."""
     hint, names = "controlnet_cond_embedding", {"controlnet_mid_block": "middle_block_out.0"}
     layers = ["conv_in", *(f"blocks.{number}" for number in range(len(network.controlnet_cond_embedding.blocks)))]
     for number, layer in enumerate([*layers, "conv_out"]):

@@ -18,7 +18,7 @@ DOWN, CORE, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 
 
 class KohyaLoCon(KohyaMethod):
-    """Translates low-rank factors, and cores for kernels of more than one point."""
+    """Translates low-rank factors, and the cores of kernels larger than 1x1."""
 
     methods = ("locon",)
     below = (DOWN, CORE, UP)

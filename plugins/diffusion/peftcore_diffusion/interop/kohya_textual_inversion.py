@@ -1,5 +1,5 @@
-"""Words of textual inversion in kohya's files: tensors ``bundle_emb.<word>.clip_l``, in addition to the adapters of a
-pipeline."""
+"""Textual inversion in files of kohya's sd-scripts. A file of a pipeline's adapters may also contain the vectors of new
+words, as tensors such as ``bundle_emb.<word>.clip_l``."""
 
 from __future__ import annotations
 

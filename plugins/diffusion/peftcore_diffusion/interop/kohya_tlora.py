@@ -1,9 +1,10 @@
 """T-LoRA written into files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1).
 
-No file stores a rank for each timestep: a program that reads the file applies all ranks, as peftcore does at timestep
-0, or masks them by its sampler's timestep. An update that starts from the principal part of the base is written as
-LyCORIS's T-LoRA, which computes that start from the base again. Any other update is written as a LoRA, of twice the
-rank if a start is subtracted. T-LoRA files are read as PiSSA, by the plugin of that method.
+The files do not store a rank for each timestep. A program that reads a file applies all ranks, as peftcore does at
+timestep 0, or masks them by the timestep of its sampler. If an update starts from the principal part of the base
+weight, it is written as T-LoRA of LyCORIS, which computes that start from the base weight again. Any other update is
+written as a LoRA, of twice the rank if start values are subtracted. This module only writes files: T-LoRA files are
+loaded as the method `pissa`, by the plugin of that method.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NEAR = 1e-4
 
 
 class KohyaMaskedTLoRA(KohyaMethod):
-    """Writes updates whose ranks a timestep masks; files use all ranks."""
+    """Writes updates of T-LoRA, without their masks of ranks."""
 
     methods = ("tlora",)
     below = (Q, P, VALUES, DOWN, UP)
@@ -64,7 +65,7 @@ class KohyaMaskedTLoRA(KohyaMethod):
 
 
 def _starts_at_the_principal_part(place: Place) -> bool:
-    """Whether what is taken off is the principal part of the host's weight, in the order of singular values."""
+    """Return True if the start values that are subtracted are the principal part of the host's weight."""
     operator = place.operator
     if operator.A0 is None or place.config.start != "weight" or math.prod(place.site.kernel) != 1:
         return False
