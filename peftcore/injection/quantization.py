@@ -69,10 +69,10 @@ class Scheme(BaseModel):
 
 
 def schemes() -> dict[str, str]:
-    """Returns the schemes of all plugins: their names and where their classes are.
+    """Returns the names of the schemes of all plugins, each with the import path of its class.
 
     Raises:
-        PluginError: two plugins have a scheme of one name.
+        PluginError: two plugins have a scheme with the same name.
     """
     return named_places("peftcore_schemes", "scheme")
 
@@ -117,10 +117,10 @@ def _scheme(key: str) -> Scheme:
 
 
 def scheme_key(name: str, options: Mapping[str, Any]) -> str:
-    """Returns a scheme and its options as a text, for `round_trip`.
+    """Returns a string that encodes a scheme and its options, for `round_trip`.
 
     Raises:
-        QuantizationError: as of `scheme`.
+        QuantizationError: as in `scheme`.
     """
     key = json.dumps([name, dict(options)], sort_keys=True)
     _scheme(key)
@@ -142,10 +142,10 @@ _round_trip.register_autograd(lambda ctx, grad: (grad, None))
 
 
 def round_trip(weight: Tensor, key: str) -> Tensor:
-    """Returns a matrix ``[out, in]`` packed and unpacked by the scheme of a `scheme_key`. Its gradient passes straight
-    through.
+    """Returns a matrix ``[out, in]`` after packing and unpacking it with a scheme; `key` is the result of `scheme_key`.
+    The gradient passes through unchanged (straight-through).
 
-    One custom operator of torch, so that compilers do not trace into it.
+    It is one custom operator of torch, so compilers do not trace into it.
 
     Raises:
         QuantizationError: the weight does not fit the format.
@@ -161,16 +161,16 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
     choose the weight that is packed.
 
     Args:
-        model: the host, its weights dense. Layers that are already quantized are skipped.
+        model: the host. Layers that are already quantized are skipped.
         name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists those of the plugins).
         target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the role
-            "all-linear"), or of a host without such roles every linear layer. Stacked experts stay dense; the logger
+            "all-linear"); in a host without such roles, every linear layer. Stacked experts stay dense; the logger
             "peftcore" reports this once.
         exclude: targets to leave dense.
         options: the scheme's options.
 
     Raises:
-        QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
+        QuantizationError: the scheme is unknown, a package is missing, or a weight does not fit the format.
         TargetError: the target has no dense linear layer.
         UnsupportedSite: the target includes a module that is not a linear layer.
 
@@ -201,10 +201,10 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
 
 
 def dequantize(model: M) -> M:
-    """Make every quantized linear layer of a host dense, in place: the weights are the unpacked ones.
+    """Convert every quantized linear layer of a host to a dense one, in place. The new weights are the unpacked ones.
 
-    Injections stay active, and compute the same. The config of a model of transformers no longer says that it is
-    quantized.
+    Injections stay active and compute the same. The quantization entry in the config of a transformers model is
+    removed.
 
     Raises:
         QuantizationError: an injection is merged into quantized weights.

@@ -35,10 +35,10 @@ class Swap:
     """The writes of a swap: tensors with their new values, and the new options."""
 
     pairs: list[tuple[Tensor, Tensor]]
-    """The adapter's tensors, each with its new values, which have its shape."""
+    """The adapter's tensors, each with its new values of the same shape."""
     options: Surgeon | None = None
-    """The other adapter, whose options replace the present ones; None if values were padded or scaled, so that the
-    options stay."""
+    """The other adapter (as recorded), whose options replace the present ones. None if values were padded or scaled:
+    then the present options stay."""
 
 
 def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
@@ -113,15 +113,16 @@ def _check_places(mine: AppliedMethod, other: AppliedMethod) -> None:
 
 
 class _Work:
-    """Goes through the modules of two adapters side by side."""
+    """Compares the modules of two adapters. Collects the writes of a swap, and the differences that make it
+    impossible."""
 
     def __init__(self, mine: AppliedMethod, other: AppliedMethod) -> None:
         self.mine, self.other = mine, other
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.wrong: list[str] = []
         self.adjusted = False
-        """Whether values are padded or scaled, or an attribute stays as it is: then the options stay too, and all that
-        is made of these and lies in no file has to be the same."""
+        """Whether values are padded or scaled, or an attribute keeps its present value. Then the options stay too, and
+        buffers that are computed from options and not saved in files must be equal in both adapters."""
         self._seen: set[int] = set()
         self._drawn: list[tuple[str, Tensor, Tensor]] = []
 
@@ -223,7 +224,7 @@ class _Work:
 
 
 def _in_training_only(module: nn.Module, name: str) -> bool:
-    """Whether an attribute says nothing of what is computed in evaluation."""
+    """Whether an attribute has no effect on what is computed in evaluation mode."""
     if isinstance(module, _Base):
         return name in module.training_only
     return isinstance(module, nn.modules.dropout._DropoutNd)
