@@ -39,10 +39,10 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def loss_of(model: nn.Module) -> Loss:
-    """Returns the loss function of a model of transformers, for some rows of its output and their labels.
+    """Returns a function that computes the loss of a transformers model from some rows of its output and their labels.
 
     Raises:
-        TrainingError: it is another kind of model, or computes its loss from more than logits and labels.
+        TrainingError: the model is not one of transformers, or computes its loss from more than logits and labels.
     """
     if kind_of(model) is None:
         raise TrainingError(

@@ -41,7 +41,8 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
 
     Args:
         batches: the batches by name of the adapter.
-        pad: by name of a tensor, the value that pads it at the end of each dimension in which other tensors are longer.
+        pad: padding values by name of the tensor. A tensor is padded at the end of each dimension in which tensors of
+            other batches are longer.
         collate: a function that joins a list of batches into one; None to pad and concatenate.
 
     Raises:
@@ -71,7 +72,7 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
 
 
 def _column(key: str, values: Mapping[str, Any], counts: Mapping[str, int], pad: Mapping[str, float]) -> Any:
-    """Returns the values of one name in all batches as one."""
+    """Returns the values that all batches have under one name, joined into one value."""
     each = [*values.values()]
     if all(isinstance(value, Tensor) and value.dim() for value in each):
         return _tensors(key, values, pad)

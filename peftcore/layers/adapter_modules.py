@@ -12,7 +12,7 @@ from torch import nn
 ADAPTER_MODULES = "peft"
 """The attribute name of the adapter modules in their parent module."""
 IDLE = "_peftcore_idle"
-"""The key in an operator's ``__dict__`` of the placeholder for its values while they are offloaded."""
+"""The key in an operator's ``__dict__`` under which a mark is stored while the operator's values are offloaded."""
 BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
 """Whether state dicts contain only the base, without operators."""
 
@@ -21,7 +21,8 @@ class AdapterModules(nn.Module):
     """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, possibly of the bare base: operators that it does not name keep their values."""
+        """Load a state dict. If it has no entries for these operators, because it contains only the base, they keep
+        their values."""
         if not any(key.startswith(prefix) for key in state_dict):
             self._put_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -46,8 +47,8 @@ class AdapterModules(nn.Module):
 
 def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
                  missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
-    """Hook of an adapted model for loading a state dict: if it holds adapters, adapters without entries are reported as
-    missing. A state dict of the bare base holds no adapters, and operators keep their values.
+    """Hook that runs when an adapted model has loaded a state dict. If the state dict contains adapters, all other
+    adapters of the model are reported as missing. If it contains only the base, all operators keep their values.
 
     The hook is registered on the model, since torch passes to each module only the entries below it.
     """

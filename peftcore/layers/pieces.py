@@ -80,8 +80,8 @@ def cut_like(value: Tensor, piece: Any) -> Tensor:
 
 @contextmanager
 def at_hand(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Context manager in which parameters of ZeRO-3 have their values, for reading. Writes are lost or raise an error,
-    as DeepSpeed decides. Parameters that are gathered already stay gathered."""
+    """Context manager in which parameters of ZeRO-3 have their values, for reading. Writes are lost, or DeepSpeed
+    raises an error. Parameters that are gathered already stay gathered."""
     zero = sys.modules.get(f"{ZERO}.partition_parameters")
     empty = [] if zero is None else [each for each in parameters if is_empty(each)]
     with zero.GatheredParameters(empty) if zero is not None and empty else nullcontext():
@@ -100,5 +100,6 @@ def is_empty(tensor: Tensor) -> bool:
 
 
 def _zeros(tensor: Any) -> Any:
-    """Returns a parameter of ZeRO-3 as what it is, with attributes that torch's does not have."""
+    """Returns the parameter itself, typed as `Any`: a parameter of ZeRO-3 has attributes that torch's parameters do not
+    have."""
     return tensor
