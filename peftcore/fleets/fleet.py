@@ -36,8 +36,9 @@ TARGETS = ("labels",)
 
 
 class Fleet:
-    """Trains many adapters at once. In each step the batches of all members pass through the base together, each
-    member's rows through its adapter. Each member's loss is computed from its rows, and its optimizer takes a step.
+    """Trains many adapters at once, each as a member of the fleet. In each step the batches of all members run through
+    the base in one forward, and each member's rows use its adapter. Each member's loss is computed from its rows, and
+    its optimizer takes a step.
 
         fleet = Fleet(model)
         for rank in (4, 8, 16):

@@ -354,9 +354,9 @@ class Injection(Installed):
             ConfigError: an argument has a value that is not listed above.
             NotMergeable: the method has no merged form.
             MemoryLimit: the merged tensors certainly do not fit into the free memory of a GPU.
-            MergeError: the injection is already merged with other arguments, is not active in every thread, a tensor of
-                the base trains, the result would not be finite, or a weight cannot be packed again with an error of at
-                most `max_error`. No weight was changed.
+            MergeError: the injection is already merged with other arguments, or is not active in every thread; a tensor
+                of the base trains; the result would not be finite; or a weight cannot be packed again with an error of
+                at most `max_error`. No weight was changed.
             AdapterInUse: a forward of the model is running, in this thread or another one. No weight was changed. (A
                 forward that begins during the merge waits for its end.)
         """

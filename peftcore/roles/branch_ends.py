@@ -100,7 +100,8 @@ def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, pla
 
 @dataclass
 class _Trail:
-    """The way of one value through the code of forwards."""
+    """Follows one value, the output of the last matrix, through the code of forwards, and records what happens to
+    it."""
 
     plain: Callable[[nn.Module], type]
     end: nn.Module | None = None
@@ -134,8 +135,8 @@ class _Trail:
         return _Frame(self, function, tree, names, self.plain).run().state  # type: ignore[no-any-return]
 
     def passes(self, module: nn.Module, alone: bool = True) -> State | None:
-        """Pass through a module that is called with the value, unless it has matrices or takes other inputs, such as a
-        residual."""
+        """Record a module that is called with the value, and return the state of its output. Returns None if the module
+        has matrices or takes other inputs, such as a residual."""
         if not alone:
             self.rest = "unknown"
             return None
@@ -150,7 +151,7 @@ class _Trail:
         return State.BRANCH
 
     def is_whole(self) -> bool:
-        """Whether the sum is unread, and the branch is neither permuted nor reshaped in it."""
+        """Whether no code has read the sum yet, and the branch was neither permuted nor reshaped before the sum."""
         return not self.read and self.order is None and not self.reshaped
 
     def add(self) -> State:
@@ -234,7 +235,7 @@ class _Frame(CodeFrame):
         return None
 
     def _enter_sum(self, module: nn.Module, call: ast.Call, states: list[State], arguments: int) -> None:
-        """Note a module that is given the sum, if no name keeps the sum."""
+        """Record a module that is called with the sum, if no other variable in the code still contains the sum."""
         goes_to = self._kept[1] if self._kept is not None and self._kept[0] is call else None
         kept = any(value.state is State.SUM and name != goes_to for name, value in self.names.items())
         if states == [State.SUM] and arguments == 1 and not kept and self.question.is_whole():
@@ -277,7 +278,7 @@ class _Frame(CodeFrame):
 
 
 def _joins_tuples(left: ast.expr, right: ast.expr) -> bool:
-    """Whether a sum puts tuples one behind the other: `(hidden,) + outputs[1:]`."""
+    """Whether an addition concatenates tuples: `(hidden,) + outputs[1:]`."""
     return any(
         isinstance(each, ast.Tuple) or (isinstance(each, ast.Subscript) and isinstance(each.slice, ast.Slice))
         for each in (left, right)

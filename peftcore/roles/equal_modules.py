@@ -23,7 +23,8 @@ WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
 """Type, shape and dtype of a tensor. The type is None for tensors of special subclasses, which never count as alike."""
 Run = list[tuple[str, nn.Module, list[int]]]
-"""Elements: name, module, and the ids of those of its modules that the first element does not share."""
+"""Elements of a list of modules. Each has its name, its module, and the ids of the modules inside it that the first
+element does not share."""
 
 
 class Structure:
@@ -100,9 +101,9 @@ def _equal(value: Any, second: Any) -> bool:
 
 
 def runs(elements: Run, taken: Callable[[int], bool]) -> Iterator[Run]:
-    """Yields runs of elements of a list that follow each other and are alike. An element begins another run if one of
-    its modules is `taken` or is in two places, except modules that the first element has too, or if it contains a
-    table."""
+    """Yields runs of consecutive list elements with equal structure. An element begins a new run if it contains a
+    table, or if one of its modules is `taken` or occurs in two places. Modules that it shares with the first element of
+    the run are exempt."""
     run: Run = []
     structure: Structure | None = None
     met: set[int] = set()

@@ -45,7 +45,7 @@ Entries = list[list[HostEntry]]
 
 
 def judged(survey: Survey) -> Entries:
-    """Returns the entries of each node."""
+    """Returns the entries of each node, found by applying all rules."""
     mixers = Mixers(survey)
     blocks = Blocks(survey, mixers)
     mixers.assign()
@@ -126,7 +126,8 @@ def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layou
 
 
 def owner(node: Node) -> tuple[str, str | None]:
-    """Returns the module through which the weight acts, and the weight's name in it; None for a plain weight."""
+    """Returns the path of the module that uses a node's weight, and the weight's name in that module. The name is None
+    for the module's plain `weight`."""
     parent = node.parent
     if parent is not None and node.tensor is not None:
         return parent.path, node.tensor

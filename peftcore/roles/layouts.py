@@ -160,8 +160,8 @@ def single_stream(node: Node) -> Layout | None:
 
 
 def gate_up(node: Node) -> Layout | None:
-    """Returns the layout of gate and up: by the module or its name, then by the package in which its class is
-    defined."""
+    """Returns the layout of a fused gate and up matrix. Attributes of the module, the module's name, and the package
+    that defines its class show the order of gate and up."""
     half = (logical_shape(node)[-2] if node.kind is not Kind.LINEAR else node.fan_out) // 2
     holder = nearest_class(node)
     if getattr(holder, "is_concatenated", True) is False:  # gpt_oss: gate and up take turns
@@ -206,7 +206,7 @@ def is_transposed(node: Node) -> bool:
 
 
 class Told:
-    """The declarations of an attention module about itself, as attributes or in its config."""
+    """Reads the numbers and flags that an attention module declares, in attributes or in its config."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -240,7 +240,8 @@ class Told:
         return self._count(KEY_VALUE_HEADS)
 
     def _count(self, names: tuple[str, ...]) -> int | None:
-        """Returns the module's own attribute before its config's: one config may serve two towers."""
+        """Returns the first of these attributes that is a positive number. The module's own attributes are tried before
+        those of its config, since one config may serve two towers."""
         sources: list[Any] = [self._module, getattr(self._module, "config", None)]
         for source in sources:
             for name in names:

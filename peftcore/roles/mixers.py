@@ -169,9 +169,11 @@ class AttentionRoles:
         return operand
 
     def outputs(self) -> tuple[Node, list[Node]]:
-        """R7: the output matrix returns the width that the query reads, and is called out, proj, dense, o, ...
+        """R7: returns the module that contains the output matrices, and these matrices. An output matrix returns the
+        width that the query reads, and is called out, proj, dense, o, ...
 
-        In BERT it is one level up (attention.self, attention.output), in SqueezeBERT next to the attention.
+        In BERT the output matrix is one level above the attention (attention.self, attention.output), in SqueezeBERT
+        next to the attention.
         """
         scope, block, parent = self.node, self.node.block, self.node.parent
         found = self.candidates(scope)
@@ -201,8 +203,8 @@ class AttentionRoles:
 
 
 def assign_state_space(mixer: Node) -> None:
-    """R5: assign the roles in, conv, x, dt and out by name. Matrices q, k, v of linear attention keep their roles
-    (Qwen3-Next), and its out is then attn.out."""
+    """R5: assign the roles ssm.in, ssm.conv, ssm.x, ssm.dt and ssm.out by name. The matrices q, k and v of linear
+    attention (Qwen3-Next) get the roles attn.q, attn.k and attn.v. If there is a q, the output matrix is attn.out."""
     mixer.role = "ssm"
     attends = any(V.operands(child.name) == "q" for child in mixer.children)
     for child in mixer.children:

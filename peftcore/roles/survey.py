@@ -159,7 +159,8 @@ class Survey:
         self.norms = Ordered(node for node in self.nodes if node.kind is Kind.NORM)
 
     def close(self) -> None:
-        """Break the references between nodes and to the host, which would stay until Python collects garbage."""
+        """Remove the references between nodes. Otherwise the nodes and the host would stay in memory until Python
+        collects garbage."""
         for node in self.nodes:
             node.parent = node.holder = node.block = None
 

@@ -1,5 +1,5 @@
-"""Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, unused
-modules.
+"""Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, and modules
+that are not called.
 
 The probe uses gradients, not tables of names. Rows of a fused matrix belong to the query if the query's gradient
 reaches them. Rows are the up part of a gated MLP if the product is linear in them. If a parameter receives a gradient
@@ -30,7 +30,7 @@ _LINEAR_HALF = 3e-3  # float16, bfloat16
 
 
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
-    """Run the model once on example inputs and correct the map by the recorded events.
+    """Run the model once on example inputs, and return the map with the corrections that this forward shows.
 
     The model does not change: modes, `requires_grad` and gradients are as before. Entries for which the forward gives
     no information stay as they are.
@@ -61,7 +61,8 @@ class Changes:
             self._places.setdefault(entry.path, []).append(place)
 
     def at(self, path: str) -> HostEntry | None:
-        """Returns the entry of a path; for a block that is also another module, the entry of that module."""
+        """Returns the entry of a path. A block that is also an attention has two entries; the attention's entry is
+        returned."""
         places = self._places.get(path)
         return self.entries[places[-1]] if places else None
 
@@ -101,8 +102,8 @@ class _Attention:
             self._write(path, family, rows[path])
 
     def _scope(self) -> tuple[str, str, int]:
-        """Returns the module whose attention this is: the nearest one with that role, else the innermost one that
-        runs."""
+        """Returns path, role and start time of the module that computes this attention: the innermost running module
+        with the role of an attention, or if there is none, the innermost running module."""
         for frame in reversed(self.event.frames):
             entry = self.changes.at(frame.path)
             if entry is not None and entry.role in ("attn", "cross"):
@@ -138,7 +139,8 @@ class _Attention:
         return rows
 
     def _last_feeders(self, rows: Mapping[str, Mapping[str, Any]], operands: set[str]) -> set[str]:
-        """Returns the matrices of operands without a known one: of all that feed one, the matrix that ran last."""
+        """Returns a matrix for each operand that has no known matrix: of all matrices that feed the operand, the one
+        that ran last."""
         found = set()
         for name in operands:
             feeding = [path for path, reached in rows.items() if name in reached and path in self.event.outputs]
@@ -213,8 +215,8 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
     """Find the rows of the up part of gated MLPs. The product of gate and up is linear in the up part, so its
     derivative contracted with the up part equals the product.
 
-    The product is not linear in the gate. If it is (ReLU), or if there are further operations, more or fewer than one
-    order fits, and the entries do not change.
+    Usually the product is not linear in the gate, so exactly one order of gate and up fits. If it is linear in the gate
+    (ReLU), or if there are further operations, several or no orders fit. Then the entries do not change.
     """
     ups = [(path, event.outputs[path].value) for path in matching_ups(changes, event)]
     if not ups or not event.value.requires_grad:
@@ -310,7 +312,8 @@ def refine_norms(changes: Changes, recording: Recording) -> None:
 
 
 def nearest_times(path: str, blocks: Sequence[str], time: Mapping[str, int]) -> list[int]:
-    """Returns the times at which the blocks ran that share the nearest ancestor with `path`."""
+    """Returns the times at which blocks ran, for the blocks under the nearest ancestor of `path` that contains
+    blocks."""
     while path:
         path = path.rpartition(".")[0]
         times = [time[block] for block in blocks if under(block, path)]
