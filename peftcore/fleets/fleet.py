@@ -147,7 +147,8 @@ class Fleet:
             TrainingError: the adapter is frozen, the base trains too, the optimizer has other parameters or needs more
                 than gradients, the method's schedule does not fit into the steps, the loss is unknown, or the folder
                 belongs to another training.
-            CheckpointError: the checkpoint is damaged, or of another training: the message lists the differences.
+            CheckpointError: the checkpoint is damaged, or belongs to another training. The message lists the
+                differences.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
         self._check(found)

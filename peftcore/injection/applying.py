@@ -72,16 +72,17 @@ def apply(
         model: the host. It is changed in place; its class and parameter names stay the same.
         method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
             mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection. A
-            configuration of peft (LoraConfig) is also accepted, together with `name` and `seed` alone; it is read like
-            a file of peft.
-        name: name of the injection on this host; the method's by default. No dots.
+            configuration of peft (LoraConfig) is also accepted, and is read like a file of peft. Then no other
+            arguments but `name` and `seed` may be passed.
+        name: the name of the injection on this host, without dots; by default the name of the method.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
         exclude: targets to leave out, in the same forms.
         train: modules of the host (heads, norms) that train too; their trained copies are saved with the adapter.
-        data: batches for methods that look at data first (tags `needs_data`, `data_options`): mappings are called as
-            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss. If a
-            method needs labels and the model does not take any, batches are `Labelled`.
+        data: batches for methods that look at data first (tags `needs_data`, `data_options`). A mapping is passed as
+            model(**batch), a tuple as model(*batch); a function is called as batch(model). The output must be the loss,
+            or contain it. If a method needs labels and the model does not take any, pass batches of the class
+            `Labelled`.
         seed: operators are initialized from (seed, path); torch's initial seed by default. The state of torch's global
             generator does not change.
         dtype: dtype of the operators, float32 by default.
@@ -96,7 +97,7 @@ def apply(
         ConfigError: an option is unknown, or its value breaks a rule.
         TargetError: the host has no target for the method.
         UnsupportedSite: the method cannot act on the target.
-        UnsupportedHost: this host cannot be adapted as a whole.
+        UnsupportedHost: this kind of model cannot be adapted.
         DuplicateInjection: the name is taken or cannot be used.
         CalibrationError: data is missing, or the method cannot use it.
         PluginError: the method breaks its contract.

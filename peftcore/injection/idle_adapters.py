@@ -1,9 +1,9 @@
 """Idle adapters: offloads an adapter's tensors to CPU or disk and restores them. Meanwhile the operators stay
 installed, with tensors that have shapes but no values.
 
-An offloaded parameter is replaced by a stand-in, with which nothing can be computed, and is restored as the same
-object: references to it, such as an optimizer's, stay valid. While it is offloaded the object has no values, and
-reading or writing it raises an error.
+While a parameter is offloaded, a stand-in without values replaces it in its module. The parameter is restored as the
+same object, so references to it, such as those of an optimizer, stay valid. Until then it has no values, and reading or
+writing it raises an error.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ class IdleValues:
         return found
 
     def bytes(self) -> int:
-        """Returns the bytes that the tensors take, or will take once restored; the count is updated when their dtype
-        changes."""
+        """Returns how many bytes the tensors take, or will take after they are restored. The count is cached as long as
+        their dtype does not change."""
         if self._size is not None:
             (table, name), dtype, size = self._size
             if table[name].dtype is dtype:

@@ -85,7 +85,7 @@ class Injection(Installed):
     """
 
     _files: ClassVar[AdapterFiles]
-    """Set by `peftcore.files.save_load`."""
+    """The functions that save and load adapters. `peftcore.files.save_load` sets this attribute."""
 
     def __init__(self, name: str, surgeon: RecordingSurgeon, state: HostState) -> None:
         super().__init__(name, surgeon)
@@ -168,11 +168,11 @@ class Injection(Installed):
             self._replan()
 
     def enabled(self) -> Chosen:
-        """Activate this injection in addition to the active ones; as a context manager, until the end of the block. If
-        a composition is in force, the injection acts in all of its branches.
+        """Activate this injection in addition to the active ones. As a context manager, this holds until the end of the
+        block. If a composition is in force, the injection acts in all of its branches.
 
         Raises:
-            RouteError: a route is in force, which assigns injections to rows, and no row is assigned to this one.
+            RouteError: a route is in force, and it assigns no row to this injection.
         """
         self._alive()
         choice, name = self.state.now(), self.name
@@ -279,10 +279,10 @@ class Injection(Installed):
             yield
 
     def report(self) -> RouterReport:
-        """Returns statistics of a mixture's routers in the last block of `reporting`, or so far in the current block:
-        the share of each expert, the balance of the shares, the entropy of the gates, and dropped tokens. Padding does
-        not count. The report prints as a table, and has the methods ``.json()``, ``.to_dict()`` and
-        ``.plot("routers.png")``.
+        """Returns statistics of the routers of a mixture of experts, recorded in the last block of `reporting` or so
+        far in the current block: the share of each expert, the balance of the shares, the entropy of the gates, and
+        dropped tokens. Padding does not count. The report prints as a table, and has the methods ``.json()``,
+        ``.to_dict()`` and ``.plot("routers.png")``.
 
         Raises:
             NoRouters: the injection has no routers, or they were not recorded yet.
@@ -400,12 +400,12 @@ class Injection(Installed):
         return () if self._merge is None else self._merge.report.dense
 
     def unmerge(self) -> None:
-        """Put the host's tensors back, bit for bit; the injection acts through its operators again.
+        """Restore the host's tensors, bit for bit. The injection then acts through its operators again.
 
         Raises:
             MergeError: it was merged with ``keep=None``, another injection was merged on top, or the merged tensors
                 were loaded, trained, cast or replaced since; nothing was changed.
-            AdapterInUse: a forward of the model runs; nothing was changed.
+            AdapterInUse: a forward of the model is running; nothing was changed.
         """
         with changing(self.model):
             self._alive()
@@ -512,15 +512,17 @@ class Injection(Installed):
         *,
         revision: str | None = None,
     ) -> None:
-        """Replace the values of this adapter by those of another adapter of the same method. The active adapters, the
-        name and the tensors stay, so the model is not planned, traced or compiled again (`hotswap_adapter` of peft).
+        """Replace the values of this adapter by those of another adapter of the same method. The name, the tensor
+        objects and the choice of active adapters do not change, so the model is not traced or compiled again
+        (`hotswap_adapter` of peft).
 
             served = peftcore.load(model, "adapters/news", name="slot", room={"rank": 64})
             served.swap("adapters/law")  # of any rank up to 64, and any alpha
 
-        From then on this injection computes the same as the other adapter would if it were loaded. The other adapter
-        needs the same target modules and the same options; options that determine tensor sizes may be smaller (`room`
-        of `load`), and a scale is written into the values. The dropouts of this injection stay.
+        From then on this injection computes what the other adapter would compute if it were loaded. The other adapter
+        must have the same target modules and the same options, with two exceptions. Options that determine tensor sizes
+        may be smaller than the reserved room (`room` of `load`). If the scale is different, the values are multiplied
+        to compensate. This injection keeps its own dropout.
 
         A swap is refused while a forward of the model, or a call of `using`, names this injection. Compiled forwards,
         and forwards of parts of the model that run by themselves, are not detected: swap between them. A generation in
@@ -532,9 +534,9 @@ class Injection(Installed):
             revision: see `load`.
 
         Raises:
-            SwapError: the values cannot be replaced exactly: another method, other target modules, options or dtype, or
-                a rank above the reserved room; or the adapter is in use in a forward or a call of `using`; or DeepSpeed
-                has sharded it (ZeRO-3).
+            SwapError: the values cannot be replaced exactly, because the other adapter has another method, other target
+                modules, options or dtypes, or a rank above the reserved room; this injection is in use in a forward or
+                a call of `using`; or DeepSpeed has sharded it (ZeRO-3).
             MergeError: this injection is merged, or the other adapter is computed from weights into which an adapter is
                 merged.
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.

@@ -40,7 +40,7 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
-    """Returns the holders of all tensors of a host."""
+    """Returns the modules that hold each tensor of a host, by id of the tensor."""
     found: dict[int, list[Holder]] = {}
     for module, path in modules_of(model).items():
         for table in (module._parameters, module._buffers):
@@ -92,7 +92,7 @@ class MergeWrite(ABC):
 
 @dataclass(eq=False)
 class Replaced(MergeWrite):
-    """A tensor that a new one replaces in all modules that hold it."""
+    """A tensor of the host that the merge replaced by a new one, in all modules that hold it."""
 
     key: Key
     holders: list[Holder]

@@ -1,4 +1,4 @@
-"""Merging an injection into the host's tensors, and exact unmerging.
+"""Merges an injection into the host's tensors, and unmerges it exactly.
 
 Deltas are computed in float32 (float64 for float64 hosts) and cast once. Either all tensors are written or none. New
 tensors replace those of the host (`merge_writes`), and the originals are kept in the requested form (`originals`).
@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 
 Into = Literal["float", "same"]
 BOUND = 0.25
-"""The error of packing again above which a merge is refused: about twice the error of the coarsest 4-bit format."""
+"""The default for `max_error`: a merge is refused if packing a weight again has a larger error. It is about twice the
+error of the coarsest 4-bit format."""
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class OriginalTensor:
 
 
 def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> OriginalTensor:
-    """Returns a tensor of the host, kept in the requested form; `predict` returns the tensor that subtracting the delta
-    would give."""
+    """Returns an original tensor in the form that `keep` requests. `predict` is a function that returns the merged
+    tensor minus the delta."""
     if keep in (None, "device") or (keep == "cpu" and old.device.type == "cpu"):
         return OriginalTensor(old)  # with None it goes with the merge that succeeded
     if keep == "cpu":

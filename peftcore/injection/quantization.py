@@ -174,7 +174,7 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
         TargetError: the target has no dense linear layer.
         UnsupportedSite: the target includes a module that is not a linear layer.
 
-    Nothing was changed then.
+    After an error nothing is changed.
     """
     chosen = scheme(name, **options)
     with changing(model):
@@ -211,7 +211,7 @@ def dequantize(model: M) -> M:
         MemoryLimit: the dense weights certainly do not fit into the memory of a device.
         UnsupportedSite: a weight is quantized in a way that no installed plugin can read.
 
-    Nothing was changed then.
+    After an error nothing is changed.
     """
     with changing(model):
         check_readable(model)

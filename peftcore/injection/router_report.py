@@ -22,9 +22,9 @@ class RouterRow:
     Attributes:
         path: the path of its operator.
         routes: the unit that is routed: a token, a sequence or a task.
-        choices: the number of gates that counted.
-        padding: how many gates were left out because they belong to padding; None if padding was unknown, so that all
-            counted.
+        choices: the number of routing decisions that counted, one for each token, sequence or task.
+        padding: how many decisions were left out because they belong to padding; None if padding was unknown, so that
+            all decisions counted.
         shares: the mean share of each expert. The shares of one choice are the absolute gates, scaled to a sum of one.
         loads: for each expert, the fraction of choices in which its gate is not zero; 1 if gates are soft.
         balance: the entropy of `shares`, from 0 (one expert has all) to 1 (all have the same).

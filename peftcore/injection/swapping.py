@@ -202,7 +202,8 @@ class _Work:
                 yield name, a, b
 
     def _same(self, a: Any, b: Any) -> bool:
-        """Whether two attributes mean the same for operators at one place of one model."""
+        """Whether an attribute means the same in an operator of one adapter and the corresponding operator of the
+        other."""
         if type(a) is not type(b):
             return False
         if a is b or isinstance(a, Layer | Site | Shared | Tap):  # shared modules are compared by themselves

@@ -34,7 +34,7 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
     without adapters. Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) combine injections in other ways; names
     given together with compositions stack in the given order.
 
-    Applies at once. The result is also a context manager that restores the earlier choice:
+    The choice takes effect at once. The result is also a context manager that restores the earlier choice:
 
         with activate(model, "summarize"):
             model.generate(...)
@@ -110,7 +110,7 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
         with call(unet, condition=pictures, guidance=True):  # [without text, with text], as pipelines of diffusers do
             pipeline(prompts)
 
-    Holds for threads and tasks as `activate` does.
+    The values hold for the same threads and tasks as a choice by `activate`.
 
     Args:
         model: the host.
@@ -121,7 +121,7 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
         context: values for methods.
 
     Raises:
-        ConfigError: `guidance` or `copies` is not a valid number of times.
+        ConfigError: `guidance` or `copies` is not a valid number.
     """
     state = state_of(model) or HostState()
     return Chosen(state, _telling(_with_repeats(context, guidance, copies))(state.now()))

@@ -1,5 +1,5 @@
-"""Adapter modules, which hold the operators. They are children of the parent of the module on which the operators act:
-``self_attn.peft.q_proj.<injection>``."""
+"""Adapter modules, which contain the operators. The operators that act on a module are stored below the module's
+parent: those on ``self_attn.q_proj`` are ``self_attn.peft.q_proj.<injection>``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
 
 
 class AdapterModules(nn.Module):
-    """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
+    """Contains the operators that act on the children of one module: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict. If it has no entries for these operators, because it contains only the base, they keep

@@ -198,7 +198,8 @@ class Layer:
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
         """Returns ``call(x) + scale * B A dropout(x)``, with A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out,
-        rank]`` of any dtype; `call` is the inner layer of an operator."""
+        rank]`` of any dtype. `call` is the function that the operator wraps: the module's own forward, or another
+        operator."""
         y = call(x)
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
@@ -213,7 +214,7 @@ class Layer:
         runs (`peftcore.author.runs_plain`); or the tensors are small. The caller then runs `call` and adds its update.
 
         Args:
-            call: the inner layer of an operator.
+            call: the function that an operator wraps: the module's own forward, or another operator.
             x: its input, ``[..., in]``.
             width: the number of values per row of `x` for which the kernel saves reading and writing memory: the number
                 of outputs for an update, the number of inputs for a rotation.

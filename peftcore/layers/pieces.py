@@ -72,7 +72,8 @@ def outline(tensor: Tensor) -> Tensor:
 
 
 def cut_like(value: Tensor, piece: Any) -> Tensor:
-    """Returns a whole value, which every process has, distributed like `piece`."""
+    """Returns `value` as a distributed tensor that is sharded like `piece`. Every process must pass the same whole
+    value."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)

@@ -46,8 +46,8 @@ class Cut:
         return whole
 
     def piece(self, whole: Tensor) -> Any:
-        """Returns a whole value, which every process has, as a distributed tensor; gradients flow back to the whole
-        value."""
+        """Returns the tensor `whole`, which every process has, as a distributed tensor that is sharded in this way.
+        Gradients flow back to `whole`."""
         tensors: Any = sys.modules["torch.distributed.tensor"]
         copies = tensors.DTensor.from_local(whole, self.mesh, [tensors.Replicate()], run_check=False)
         return copies.redistribute(placements=self.placements)

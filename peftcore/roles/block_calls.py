@@ -57,7 +57,7 @@ class CodeReader:
         self._turned: dict[str, bool] = {}
 
     def of(self, path: str, top: str = "") -> BlockCalls:
-        """Returns the calls of a module in the code; its runs are those in one forward of the module `top`."""
+        """Returns how the code calls a module. Its runs are counted in one forward of the module `top`."""
         key = alike(path), top
         if key not in self._read:
             self._read[key] = _read(self._modules, path, top, self._plain)
@@ -84,7 +84,8 @@ class CodeReader:
 
 
 def alike(path: str) -> str:
-    """Returns the path of a module with `*` for its numbers, which corresponding modules share."""
+    """Returns the path of a module with `*` instead of numbers. Corresponding modules of all blocks have the same
+    result."""
     return re.sub(r"\d+", "*", path)
 
 
@@ -139,7 +140,7 @@ def _one_behind_the_other(first: FollowedCall, second: FollowedCall) -> bool:
 
 
 def _bound(names: Sequence[str], calls: Sequence[FollowedCall]) -> dict[str, Dims]:
-    """Returns the dimensions of the rows in each argument of a module."""
+    """Returns the batch dimensions of each argument of a module, by the argument's name."""
     given: dict[str, Dims] = {}
     for call in calls:
         for name, value in [*zip(names, call.given, strict=False), *call.named.items()]:
@@ -293,7 +294,7 @@ def _looks(known: Any) -> bool:
 
 
 def _moved(rows: Dims, name: str, numbers: Sequence[Any]) -> Dims:
-    """Returns the dimensions of the rows after a method of a tensor that takes numbers."""
+    """Returns the batch dimensions after a tensor method, such as `transpose`, with the arguments `numbers`."""
     known = all(isinstance(each, int) for each in numbers)
     if name == "t" or (name in _TURNS and known and len(numbers) == 2):
         first, second = numbers if numbers else (0, 1)

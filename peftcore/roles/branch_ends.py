@@ -70,11 +70,11 @@ class End:
 
 
 def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, plain: Callable[[nn.Module], type]) -> End:
-    """Returns the end of a branch by the path of its last matrix, or of the module that reads it.
+    """Returns the end of a branch (the point at which its output is added to the hidden states).
 
     Args:
         modules: the modules of the host by path.
-        last: the path of the branch's last matrix.
+        last: the path of the branch's last matrix, or of the module that reads this matrix.
         block: the path of the block around it; without one, the code is followed up to the host.
         plain: returns the class of a module as the host built it.
     """

@@ -94,7 +94,7 @@ class CodeFrame:
         raise NotImplementedError
 
     def operated(self, operation: ast.operator, left: Value, right: Value, sides: tuple[ast.expr, ast.expr]) -> Value:
-        """Returns the value of an operation with two sides."""
+        """Returns the value of a binary operation, such as a sum."""
         return self.both(left, right)
 
     def looped(self, target: ast.expr | None, each: ast.expr | None, body: Callable[[], None]) -> None:

@@ -78,7 +78,7 @@ class Rest:
                 yield NodeFacts(node, relative, before, after, in_element, in_stage, in_head, under_norm)
 
     def _span(self, node: Node) -> tuple[int, int]:
-        """Returns the numbers of the first and last block under the nearest ancestor that holds any."""
+        """Returns the numbers of the first and last block under the nearest ancestor that contains blocks."""
         parent = node.parent
         if parent is None:
             return len(self.survey.nodes), -1

@@ -41,7 +41,7 @@ def derive(model: nn.Module) -> HostMap:
 
 
 Entries = list[list[HostEntry]]
-"""Entries by the number of their node."""
+"""The list of entries of each node, by the node's number."""
 
 
 def judged(survey: Survey) -> Entries:
@@ -82,9 +82,9 @@ def with_stacks(survey: Survey, entries: Entries) -> Entries:
 
 
 def are_told_apart(survey: Survey, entries: Entries) -> bool:
-    """Whether an element that represents others got roles that differ from those of the element before it, although
-    both have equal structure. Then the represented elements may differ too (for example matrices of one shape that
-    alternate between two roles)."""
+    """Whether the rules gave different roles to two list elements of equal structure, of which the second represents
+    the elements after it. Then the represented elements may have different roles too (for example matrices of one shape
+    that alternate between two roles)."""
     for node in survey.nodes:
         if node.twins and node.parent is not None:
             before = node.parent.children[node.parent.children.index(node) - 1]
@@ -95,7 +95,8 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
 
 
 def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
-    """Returns the entries of a node and of all nodes below it, and the entries of the elements that they represent."""
+    """Returns the entries of a node and of all nodes below it. If a node represents further list elements, their
+    entries are included."""
     found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)

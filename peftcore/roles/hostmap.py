@@ -105,8 +105,8 @@ class HostMap:
 
     @cached_property
     def _held(self) -> frozenset[str]:
-        """The roles that do not need a rule: roles of weights and modules, of parts of fused weights, and their
-        families."""
+        """The roles of this host that are not virtual: roles of weights and modules, of parts of fused weights, and
+        their families."""
         present = {role for role in self.by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
             present |= {role for entry in self.by_role[fused] for role in part_roles(entry)}

@@ -82,8 +82,8 @@ def is_state_space(node: Node) -> bool:
 
 
 def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
-    """R3, R4: a module whose matrices are called q, k and v is an attention; a module whose class name says attention
-    needs only v.
+    """R3, R4: returns the attentions of a host. A module is an attention if its matrices are called q, k and v, or if
+    its class name says attention and one of its matrices is called v.
 
     Feed-forwards are left out, because gated MLPs often call their halves v and w.
     """
@@ -102,8 +102,8 @@ def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
 
 
 def is_cross(attention: Attention) -> bool:
-    """R6: whether an attention is a cross-attention: by a declared flag, else by the name, else because keys read
-    another width than queries."""
+    """R6: whether an attention is a cross-attention. If the module declares a flag, the flag decides. Otherwise it is
+    one if its name says so, or if keys read another width than queries."""
     node = attention.node
     declared = getattr(node.module, "is_cross_attention", None)
     if declared is not None:
@@ -119,7 +119,7 @@ def assign_multihead(attention: Attention, all_body: bool) -> None:
     """Assign the roles of nn.MultiheadAttention, whose parameters have fixed names. Outside of blocks it pools tokens
     (SigLIP's head), except in a host without blocks (a single nn.TransformerEncoderLayer).
 
-    If a sibling is called self_attn, it is the cross-attention (nn.TransformerDecoderLayer).
+    If a module next to it is called self_attn, this attention is the cross-attention (nn.TransformerDecoderLayer).
     """
     node = attention.node
     siblings = [child for child in node.parent.children if child.kind is Kind.MHA] if node.parent is not None else []
@@ -160,8 +160,9 @@ class AttentionRoles:
         module.role = self.family
 
     def operand_role(self, node: Node, operand: str) -> str:
-        """R4: the role of an input matrix. If there is a separate query matrix, qkv computes only k and v; a and b mark
-        the two factors of a low-rank pair."""
+        """R4: returns the role of an input matrix, without the family: q, kv, q_a and so on. If there is a separate
+        query matrix, a matrix called qkv computes only k and v. The letters a and b mark the two factors of a low-rank
+        pair."""
         if operand == "qkv" and self.attention.separate_query:
             operand = "kv"
         if operand in ("q", "kv"):

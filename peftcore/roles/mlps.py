@@ -113,8 +113,9 @@ def expert_count(node: Node) -> int | None:
 
 
 class Pairing:
-    """Pairs the matrices of feed-forwards in one block, by the rules R9 and R10: an up matrix reads the width h, a down
-    matrix returns it, and their inner widths are equal or fit a gate."""
+    """Pairs the up and down matrices of feed-forwards in one block, by the rules R9 and R10. An up matrix reads the
+    width h of the residual stream, a down matrix returns it. Their inner widths are equal, or the up matrix has twice
+    the width because it includes a gate."""
 
     def __init__(self, owner: FeedForwards, scope: Node) -> None:
         self.owner = owner

@@ -245,8 +245,8 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a Linear or of a module like it: the shape of quantized weights does not
-    show it."""
+    """Returns (in_features, out_features) of a Linear or a similar module, as its attributes declare them; None for
+    other modules. The shape of a quantized weight does not show these numbers."""
     if not GUESTS.issuperset(module._modules):
         return None
     inputs, outputs = attribute(module, "in_features"), attribute(module, "out_features")

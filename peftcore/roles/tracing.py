@@ -125,7 +125,7 @@ class _Attention:
     def _rows(
         self, called: Mapping[str, Tensor], read: Mapping[str, nn.Parameter]
     ) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Returns, for each matrix and operand, the rows that feed it."""
+        """Returns, for each matrix and operand, the rows of the matrix that feed the operand."""
         rows: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, operand in self.event.operands.items():
             if operand.requires_grad and (called or read):
@@ -244,7 +244,8 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
 
 
 def same_per_token(contracted: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the sums over the rows agree for each token, relative to the expected one."""
+    """Whether the sums of two tensors over their rows agree for each token, up to a tolerance relative to
+    `expected`."""
     difference = (contracted.sum(0) - expected.sum(0)).norm()
     return float(expected.norm()) > 0 and float(difference) <= tolerance * float(expected.norm())
 
