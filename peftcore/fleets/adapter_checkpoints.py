@@ -187,7 +187,7 @@ def read(place: Path) -> dict[str, Any]:
     """Returns the training state that is stored next to an adapter.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the state is missing or damaged.
     """
     file = TensorFile(place / STATE_TENSORS)
     tensors = file.read(file.shapes)

@@ -20,8 +20,8 @@ Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]
 class Feed:
     """The batches of one adapter.
 
-    The data's random draws from torch's global generators (the order of a `DataLoader` that shuffles) depend only on
-    the seed and the epoch, and do not advance the global generators for other code.
+    Random draws of the data, such as the order of a `DataLoader` that shuffles, depend only on the seed and the epoch.
+    They do not advance torch's global generators.
 
     Attributes:
         epoch: the number of finished epochs.

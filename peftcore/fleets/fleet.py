@@ -180,7 +180,7 @@ class Fleet:
         return made
 
     def leave(self, name: str) -> Member:
-        """Remove a member from the fleet, between two steps; its adapter stays on the model, with its current values.
+        """Remove a member from the fleet, between two steps. Its adapter stays on the model, with its current values.
 
         Raises:
             UnknownInjection: the fleet has no such member.

@@ -30,7 +30,7 @@ model."""
 
 
 def kind_of(model: nn.Module) -> str | None:
-    """Returns the name of the loss of a model of transformers if it is one of `KINDS`; otherwise None."""
+    """Returns the name of the loss of a transformers model, if the name is one of `KINDS`; otherwise None."""
     transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
@@ -64,8 +64,8 @@ def loss_of(model: nn.Module) -> Loss:
 
 
 def counted(batch: Mapping[str, Any], rows: int, shifted: bool) -> int:
-    """Returns the number of items over which the loss of a batch is the mean: the labels that count, or the rows if
-    each row has one label or none.
+    """Returns the number of items over which the loss of a batch is averaged: the labels that are not ignored, or the
+    rows if each row has at most one label.
 
     Args:
         batch: the batch, with or without "labels".

@@ -130,8 +130,8 @@ def taken(batch: Batch, rows: list[int]) -> dict[str, Any]:
 
 
 def filled_in_front(own: Batch, made: Batch) -> bool:
-    """Whether the joined batch `made` has padding in front of the rows of the batch `own`; compares tensors of the same
-    name."""
+    """Whether the joined batch `made` has padding in front of the rows of the batch `own`. Tensors with the same name
+    are compared."""
     for key, value in own.items():
         rows = made.get(key)
         if isinstance(value, Tensor) and isinstance(rows, Tensor) and value.dim() == rows.dim() > 1:

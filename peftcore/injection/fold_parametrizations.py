@@ -1,4 +1,4 @@
-"""Folding of computed tensors: replaces the parametrization of a tensor (weight norm, spectral norm, pruning, any
+"""Folds computed tensors: replaces the parametrization of a tensor (weight norm, spectral norm, pruning, any
 parametrization of torch) by a plain parameter, and restores it exactly."""
 
 from __future__ import annotations

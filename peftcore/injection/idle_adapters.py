@@ -211,7 +211,8 @@ class _Held:
 
 
 class IdleValues:
-    """The values of one injection, as the `Residency` of its model uses them: counts, offloads and restores them."""
+    """Counts, offloads and restores the tensor values of one injection. The `Residency` of a model (which limits the
+    memory of its adapters) uses it."""
 
     def __init__(self, injection: Injection, store: Store, key: int) -> None:
         self._injection = weakref.ref(injection)

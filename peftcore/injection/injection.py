@@ -108,7 +108,8 @@ class Injection(Installed):
         return parts_of(self._surgeon, self)
 
     def owner(self, graft: Graft) -> AppliedMethod:
-        """Returns the injection to which a graft (an installed operator) belongs; for a hybrid, its part."""
+        """Returns the injection to which a graft (an installed operator) belongs. For a hybrid, returns the part to
+        which it belongs."""
         owner: AppliedMethod = self
         for part in filter(None, graft.part.split("/")):
             owner = owner.parts[part]
@@ -126,7 +127,7 @@ class Injection(Installed):
 
     @property
     def main_selection(self) -> list[Site]:
-        """The sites of the user's target, or of the default target; for a hybrid, the sites of all parts."""
+        """The sites of the user's target, or of the default target. For a hybrid, these are the sites of all parts."""
         return [site for key, sites in self.selections.items() if not key.rpartition("/")[2] for site in sites]
 
     @property
@@ -681,7 +682,7 @@ class Injection(Installed):
         return self._modules.get(path) or self.model.get_submodule(path)
 
     def _module(self, path: str) -> nn.Module | None:
-        """Returns the module at a path now; None where a module above it was replaced."""
+        """Returns the module that is at a path now; None if the path does not exist any more."""
         try:
             return self.model.get_submodule(path)
         except AttributeError:
@@ -707,8 +708,8 @@ class Injection(Installed):
         """Verify that rows of a batch can be distinguished at every site, and with `by_tokens` the tokens of each row.
 
         Raises:
-            RouteError: the method or a site cannot distinguish them: experts receive only the tokens routed to them,
-                and position tables receive no rows.
+            RouteError: the method or a site cannot distinguish rows or tokens. For example, an expert receives only the
+                tokens that are routed to it, and position tables receive no rows.
         """
         if not self.method.tags.per_row:
             raise RouteError(
@@ -735,7 +736,8 @@ class Injection(Installed):
         """Verify that the module outputs of this injection can be combined with those of other injections.
 
         Raises:
-            CompositionError: it acts inside attention, on a module's input, or on the whole sequence or batch.
+            CompositionError: the injection acts inside attention, on a module's input, or on the whole sequence or
+                batch.
         """
         inside = any(graft.site.form == "attention" for graft in self.grafts)
         if inside or not self.method.tags.per_row or any(isinstance(g.operator, InputOperator) for g in self.grafts):

@@ -514,7 +514,8 @@ class _Writer:
             self._replace(Replaced(key, [holder], new, OriginalTensor(old), fingerprint(new)))
 
     def _pack(self, key: Key, module: nn.Module, layer: QuantizedLayer, weight: Tensor) -> None:
-        """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
+        """Write a weight into a quantized layer. The layer becomes a dense linear layer, or the weight is packed in the
+        layer's format."""
         if self.wanted.into == "float":
             dtype = layer.dtype(module) or floating_dtype(self.injection.base_modules())
             self._reform(key, module, dense_linear(weight, dtype))

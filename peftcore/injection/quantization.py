@@ -81,7 +81,7 @@ def scheme_class(name: str) -> type[Scheme]:
     """Returns the class of a scheme by name, whether or not its packages are installed.
 
     Raises:
-        QuantizationError: no plugin has it.
+        QuantizationError: no plugin has a scheme with this name.
     """
     known = schemes()
     if name not in known:
@@ -97,7 +97,8 @@ def scheme(name: str, **options: Any) -> Scheme:
     """Returns a scheme by name, with its options.
 
     Raises:
-        QuantizationError: no plugin has it, an option is wrong, or a package is missing; the message says what to do.
+        QuantizationError: no plugin has a scheme with this name, an option is wrong, or a package is missing. The
+            message says what to do.
     """
     cls = scheme_class(name)
     missing = cls.missing()

@@ -157,8 +157,8 @@ def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
-    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. If all matrices are
-    quantized, the dtype of another parameter."""
+    """Returns the dtype of a host's first matrix that is not quantized, which is usually an embedding. If all matrices
+    are quantized, returns the dtype of another parameter, or float32 if there is none."""
     own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
@@ -218,7 +218,7 @@ def _bias(module: nn.Module) -> nn.Parameter | None:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields a module's own parameters, buffers and attributes, without the forward that others set on it."""
+    """Yields a module's own parameters, buffers and attributes, without a forward that other libraries set on it."""
     for key, value in vars(module).items():
         if key in TENSORS or (key not in TORCHS and key not in FOREIGN and not isinstance(value, Slot)):
             yield key, value

@@ -31,7 +31,7 @@ Part = str | MethodConfig | Mapping[str, Any]
 """One method of a hybrid: a name, a config object, or a mapping of options. The mapping has the method's name under
 "method", and may have a "target" for this method alone."""
 Asked = str | MethodConfig | type[Method] | Sequence[Part]
-"""A method as a user names it: by its name, a config object, its class, or a list of parts."""
+"""The forms in which a user can pass a method: a name, a config object, a class, or a list of parts."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
     wishes: Wishes = field(default_factory=Wishes)
     """Targets, modules of the model that train too, seed and dtype."""
     host: HostMap | None = None
-    """The map of the model to use; None for the one that plugins derive."""
+    """The map of the model to use; None to use the map that plugins derive."""
     name: str = ""
     """The name of the injection."""
     data: Data | None = None
@@ -98,7 +98,7 @@ class Request:
 
     @property
     def map(self) -> HostMap:
-        """The map of the model: the given one, or the one that plugins derive."""
+        """The map of the model: `host`, or if that is None, the map that plugins derive."""
         return self.host or host_map(self.model)
 
     def check_data(self, surgeon: RecordingSurgeon) -> None:

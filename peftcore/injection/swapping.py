@@ -1,4 +1,4 @@
-"""Hot swap: copies another adapter's values into the installed tensors, which stay the same objects with the same
+"""Hot swap: copies another adapter's values into the installed tensors. The tensors stay the same objects with the same
 shapes, so plans and compiled graphs stay valid."""
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Swap:
 
 
 def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
-    """Returns the writes after which `mine` computes the same as `other`.
+    """Returns the writes that make the adapter `mine` compute the same as the adapter `other`.
 
     Raises:
-        SwapError: no writes achieve this exactly.
+        SwapError: no writes can do this exactly.
     """
     if type(mine.method) is not type(other.method):
         raise SwapError(
@@ -241,8 +241,8 @@ def _said(value: Any) -> str:
 
 @contextmanager
 def exchanging(state: HostState, name: str) -> Iterator[None]:
-    """Context manager in which the values of an injection may be written: no forward that uses the injection runs
-    inside the block, and a forward that begins waits.
+    """Context manager in which the values of an injection may be written. No forward that uses the injection runs
+    inside the block, since a forward that begins meanwhile waits.
 
     Raises:
         SwapError: a forward that uses the injection is running, or a call of `using` that names it has not ended.

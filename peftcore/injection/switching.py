@@ -26,7 +26,7 @@ from peftcore.injection.injection import installed
 P = ParamSpec("P")
 T = TypeVar("T")
 Change = Callable[[Choice], Choice]
-"""A function that returns an updated choice; parts of the choice that were not given stay the same."""
+"""A function that gets a choice and returns an updated one. Parts of the choice that it does not set stay the same."""
 
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:

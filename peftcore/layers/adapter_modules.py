@@ -40,8 +40,8 @@ class AdapterModules(nn.Module):
         return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yields torch's named modules; none while only the base is saved, since a function that saves may count the
-        parameters."""
+        """Yields torch's named modules. While only the base is saved, yields none, because functions that save may
+        count the parameters of all modules."""
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
 

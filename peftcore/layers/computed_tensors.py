@@ -23,7 +23,7 @@ class Computation:
     """The way in which a module's tensor is computed."""
 
     value: Callable[[], Tensor]
-    """Returns the tensor as the next forward in evaluation computes it; the module does not change."""
+    """Returns the tensor as the next forward in evaluation mode will compute it. The module does not change."""
     sources: tuple[nn.Parameter, ...]
     """The parameters from which it is computed."""
     hook: Any = None
@@ -31,8 +31,8 @@ class Computation:
 
 
 def computation(module: nn.Module, name: str) -> Computation | None:
-    """Returns how a module computes its tensor `name`; None if the module stores the tensor, or computes it in another
-    way than torch's."""
+    """Returns how a module computes its tensor `name`. None if the module stores the tensor, or computes it without
+    torch's parametrizations and hooks."""
     if name in module._parameters:  # as nearly always
         return None
     if parametrize.is_parametrized(module, name):

@@ -47,8 +47,8 @@ _KINDS: dict[type, Callable[[Any], Layer]] = {
 
 
 def _kinds() -> dict[type, Callable[[Any], Layer]]:
-    """Returns the known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be
-    one."""
+    """Returns the known classes of modules. Conv1D of transformers is added only if transformers is imported: otherwise
+    no module can be a Conv1D."""
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None and utils.Conv1D not in _KINDS:
         _KINDS[utils.Conv1D] = lambda module: Transposed(called=_runs(module, utils.Conv1D))

@@ -53,8 +53,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def one_writes(model: nn.Module) -> Iterator[bool]:
-    """Context manager that yields whether this process writes the files of a model. If the model is sharded, only one
-    process does, and all processes leave the block together, after the files are written or writing has failed."""
+    """Context manager that yields True in a process that writes the files of a model, otherwise False. If the model is
+    sharded, only the first process writes. All processes then leave the block together, after the files are written or
+    writing has failed."""
     if not is_sharded(model):
         yield True
         return
@@ -82,8 +83,8 @@ def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: It
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
-"""Maps pieces to the whole parameters that replace them. Outside of `gathered` the whole parameters are empty; the
-objects stay the same."""
+"""Maps sharded parameters to the whole parameters that replace them. The whole parameters are always the same objects.
+Outside of `gathered` they are empty."""
 
 
 @contextmanager
@@ -126,7 +127,8 @@ def gathered(
 
 @contextmanager
 def _whole_of(model: nn.Module, filled: StandIns) -> Iterator[None]:
-    """Context manager in which whole parameters have the values and gradients of the pieces, and replace them."""
+    """Context manager in which whole parameters replace the sharded parameters, with their gathered values and
+    gradients."""
     for piece, stand_in in filled.items():
         stand_in.data = whole(piece.detach())
         stand_in.grad = None if piece.grad is None else whole(piece.grad)

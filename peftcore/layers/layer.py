@@ -59,8 +59,8 @@ class Layer:
 
     @property
     def saves_dense(self) -> bool:
-        """Whether the module's own forward saves a dense copy of a quantized weight for backward; the core recomputes
-        it instead."""
+        """Whether the module's own forward saves a dense copy of a quantized weight for backward. If so, peftcore
+        recomputes the copy in backward instead."""
         return False
 
     @property

@@ -43,13 +43,13 @@ class Structure:
         self.modules: set[int] = {id(module)}.union(*(structure.modules for structure in inside))
         """The ids of the module and of all its parts."""
         self.has_table: bool = _is_table(module) or any(structure.has_table for structure in inside)
-        """Whether the module contains a table: the structure of several tables does not show which of them the host
-        uses for which input."""
+        """Whether the module contains an embedding table. Tables of equal structure may be used for different inputs,
+        which the structure does not show."""
 
     def fits(self, other: nn.Module, met: list[int] | None = None) -> bool:
-        """Whether another module has this structure. If so, its tensors are of torch's own classes, and attributes
-        other than numbers and names are the same objects. The ids of its modules are added to `met`, except modules
-        that both share."""
+        """Whether another module has this structure. Its tensors must be of torch's own classes. Its attributes must be
+        equal numbers or names, or the same objects. The ids of the other module and of the modules inside it are added
+        to `met`, except those of modules that both share."""
         own = vars(other)
         if type(other) is not self._class or len(own) - (SLOT in own) != self._count:
             return False

@@ -89,7 +89,7 @@ class HostMap:
         return {(entry.path, entry.role): index for index, entry in enumerate(self.entries)}
 
     def at(self, path: str) -> tuple[HostEntry, ...]:
-        """Returns the entries of one path: usually one, two for a block that is also an attention."""
+        """Returns the entries of one path. Usually there is one entry; a block that is also an attention has two."""
         return tuple(self._by_path.get(path, ()))
 
     def roles(self) -> frozenset[str]:

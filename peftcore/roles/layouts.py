@@ -112,7 +112,8 @@ def by_key_value_group(told: Told, total: int, head: int) -> Layout | None:
 
 
 def per_head(told: Told, total: int, parts: tuple[tuple[str, int], ...]) -> Layout | None:
-    """Returns a layout with one group for each head; a matrix of a single head is one group (cascaded attention)."""
+    """Returns a layout with one group for each head. A matrix for a single head has one group (cascaded attention).
+    None if the sizes do not fit."""
     size = sum(width for _, width in parts)
     groups = total // size
     return grouped(groups, parts) if total % size == 0 and groups in (told.heads, 1) else None
@@ -192,7 +193,8 @@ def defined_in(module: nn.Module, prefixes: tuple[str, ...]) -> bool:
 
 
 def logical_shape(node: Node) -> tuple[int, ...]:
-    """Returns (out, in) of a matrix and (experts, out, in) of a stack; everything else as stored."""
+    """Returns (out, in) for a matrix and (experts, out, in) for stacked experts. Other shapes are returned as
+    stored."""
     if node.kind is Kind.LINEAR and node.fan is not None:
         return node.fan[1], node.fan[0]
     experts, inner, outer = node.shape if len(node.shape) == 3 else (0, 0, 0)

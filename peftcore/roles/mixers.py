@@ -26,7 +26,8 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        """The width of the input: the input width of the query matrix, else of the first matrix."""
+        """The width of the input. It is the input width of the query matrix, or of the first matrix if there is no
+        query matrix."""
         if self.node.kind is Kind.MHA:
             return int(getattr(self.node.module, "embed_dim", 0)) or None
         queries = self.queries or list(self.operands)
@@ -56,7 +57,7 @@ class Mixers:
         return [self.by_node[node] for node in self.nodes.under(top) if node in self.by_node]
 
     def attention_around(self, node: Node) -> Attention | None:
-        """Returns the attention that is `node`, or else the nearest one that contains it."""
+        """Returns the attention at `node`, or if there is none, the nearest attention that contains `node`."""
         around = next((a for a in (node, *node.ancestors()) if a in self.by_node), None)
         return self.by_node[around] if around is not None else None
 
@@ -72,7 +73,8 @@ class Mixers:
 
 
 def is_state_space(node: Node) -> bool:
-    """R5: a depthwise Conv1d between at least two matrices is a state-space or gated-convolution mixer."""
+    """R5: whether a node is a state-space or gated-convolution mixer. Such a mixer has a depthwise Conv1d and at least
+    two matrices as children."""
     if len(node.children) < 3 or not any(
         isinstance(child.module, nn.Conv1d) and child.module.groups == child.module.in_channels > 1
         for child in node.children

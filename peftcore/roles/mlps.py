@@ -40,8 +40,8 @@ class FeedForwards:
         return [*self.blocks.blocks, *Ordered({*lone, *around})]
 
     def width(self, scope: Node) -> int | None:
-        """Returns the width of the residual stream: the width of the mixer's input, else of the first norm of the
-        scope."""
+        """Returns the width of the residual stream. It is the width of a mixer's input, or if there is no mixer, the
+        width of the first norm of the scope."""
         for attention in self.mixers.attentions_under(scope):
             if attention.width and attention.node.kind is not Kind.MHA:
                 return attention.width
@@ -65,7 +65,8 @@ class FeedForwards:
         self._assign_router(node, expert_count(node))
 
     def _assign_listed_experts(self, node: Node) -> None:
-        """R11: a list of MLPs next to a matrix with one output for each of them is a mixture of experts (Switch)."""
+        """R11: assign the roles of a mixture of experts that is a list of MLPs (Switch). A matrix next to the list,
+        with one output for each MLP, is its router."""
         experts = [child for child in node.children if child.children]  # NLLB has a dropout among them
         branch, count = node.parent, sum(1 + len(child.twins) for child in experts)
         if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in experts):
@@ -77,8 +78,8 @@ class FeedForwards:
                 node.lists_experts = True
 
     def _assign_router(self, node: Node, count: int | None) -> None:
-        """R11: the router is the matrix next to the experts with one output for each expert; both form one MLP
-        branch."""
+        """R11: assign the role of the router, which is a matrix next to the experts with one output for each expert.
+        The router and the experts form one MLP branch."""
         for scope in node.ancestors():
             if scope is node.block or not scope.path:
                 return

@@ -1,9 +1,9 @@
 """Records one forward: the order in which modules ran, outputs of matrices, and the operands of every softmax
 attention.
 
-Attention is recognized by its arithmetic, not by its module: a call of scaled_dot_product_attention, or a product, a
-softmax of it, and another product with the result. Outputs of matrices are remembered rather than weights, because a
-weight may serve many layers.
+Attention is recognized by its arithmetic, not by its module. It is a call of scaled_dot_product_attention, or a
+product, a softmax of the product, and a second product with the softmax. Outputs of matrices are recorded instead of
+weights, because several layers may use one weight.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ class Blocks:
         return any(holds) and not all(holds)
 
     def _has_body(self, element: Node) -> bool:
-        """Whether an element is a block without a mixer: it has two matrices and two norms, convolutions with one norm,
-        or three weights with a convolution among them (networks without norms) unless it is the stem."""
+        """Whether an element is a block without a mixer. It has at least two weights. In addition, it has two norms, or
+        a convolution and one norm, or (in networks without norms) a third weight and a convolution, unless it is the
+        stem."""
         weights, convs = self.survey.weights.count(element), self.survey.convs.count(element)
         if self.mixers.nodes.count(element) or weights < 2:
             return False
@@ -107,8 +108,9 @@ class Blocks:
 
 
 def list_elements(node: Node) -> list[Node]:
-    """Returns the elements of a list of modules: composite children of a ModuleList or Sequential, or numbered siblings
-    of one class, which are treated as a list (ResNet's layer1, layer2, RegNet's b1, b2)."""
+    """Returns the elements of a list of modules: those children of a ModuleList or Sequential that have children
+    themselves. Numbered children of one class count as a list too (layer1 and layer2 of ResNet, b1 and b2 of
+    RegNet)."""
     children = node.children
     if not children:
         return []

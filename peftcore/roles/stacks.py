@@ -52,7 +52,7 @@ class TokenStack:
     """The token id of padding, which is also the position of padding, if positions count only the other tokens
     (RoBERTa). None if positions count all tokens."""
     readers: tuple[str, ...] = ()
-    """The stacks that attend to this one's output."""
+    """The stacks that attend to this stack's output."""
     reads: bool = False
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
@@ -126,7 +126,7 @@ def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """Returns the cache among a transformers module's arguments by name; None without a cache."""
+    """Returns the cache of earlier tokens from the arguments of a transformers module; None if there is no cache."""
     found = caches_in(given)
     return found[min(found)] if found else None
 
@@ -152,8 +152,8 @@ def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list
 
 
 def _related(stacks: list[TokenStack], cross: list[str]) -> list[TokenStack]:
-    """Returns the stacks with their readers: if some have cross-attention and others do not, the former read the
-    latter."""
+    """Returns the stacks with their readers. If some stacks have cross-attention and others do not, those with
+    cross-attention read the others."""
     reading = {stack.path for stack in stacks if _below(cross, stack.path)}
     if len(reading) in (0, len(stacks)):
         return stacks

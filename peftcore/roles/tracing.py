@@ -81,7 +81,7 @@ class Changes:
 
 @dataclass
 class _Attention:
-    """One attention event: finds the matrices of each operand, and writes them into the map."""
+    """Finds the matrices that compute each operand of one recorded attention, and writes them into the map."""
 
     model: nn.Module
     changes: Changes
@@ -149,7 +149,7 @@ class _Attention:
         return found
 
     def _write(self, path: str, family: str, rows: Mapping[str, tuple[int, ...]]) -> None:
-        """Set the role by the operands that a matrix feeds.
+        """Set the role of a matrix by the operands that it feeds.
 
         The entry does not change if rows feed two operands (the latents of MLA), or if rows feed no operand although
         their role requires one: then the example input was degenerate (DETR's first queries are zero).
@@ -345,8 +345,8 @@ def refine_head(changes: Changes, recording: Recording) -> None:
 
 
 def refine_calls(model: nn.Module, changes: Changes, recording: Recording) -> None:
-    """Mark parameters on which the output depends although their module never ran. The nearest enclosing module that
-    ran reads them, or a module inside it."""
+    """Mark parameters on which the output depends although their module never ran. They are read by the nearest
+    enclosing module that ran, or by a module inside that one."""
     silent = [
         (path, parameter)
         for path, module in model.named_modules()

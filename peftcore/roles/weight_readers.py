@@ -74,8 +74,8 @@ def _code_of(node: Node) -> tuple[CodeType, ...]:
 
 @functools.cache
 def _codes(cls: Any) -> tuple[CodeType, ...]:
-    """Returns the code that a forward runs: its own code and the code of all functions of the class that it names in
-    turn, including base classes, down to torch's."""
+    """Returns the code that a forward runs: its own code, and the code of all functions of the class that this code
+    names, directly or indirectly. Functions of base classes are included, up to torch's own."""
     functions = defaultdict[str, list[CodeType]](list)
     for base in takewhile(lambda each: each is not nn.Module, cls.__mro__):
         for name, member in vars(base).items():
