@@ -37,7 +37,7 @@ OWNER = "owner.json"
 
 
 def newest(folder: Path) -> Path | None:
-    """Returns the checkpoint with the highest step in a folder; None if the folder has no checkpoints."""
+    """Returns the checkpoint with the highest step in a folder; None if the folder does not contain checkpoints."""
     found: dict[tuple[int, bool], Path] = {}
     for each in folder.glob(f"{STEP}*"):
         number = each.name.removeprefix(STEP).removesuffix(BEFORE)

@@ -282,8 +282,8 @@ class Member:
             self.schedule.step()
 
     def settle(self) -> None:
-        """Do the work after a step: call `stop`, and write a checkpoint if one is due. What was already done for this
-        step is skipped. An action that raised an error is repeated in the next call.
+        """Do the work after a step: call `stop`, and write a checkpoint if one is due. Work that was already done for
+        this step is skipped. An action that raised an error is repeated in the next call.
         """
         try:
             if not self.done and self._asked != self.step and self.stop is not None and self.stop(self):
@@ -359,7 +359,7 @@ class Member:
         return {"seed": self.seed, "optimizer": _kind(self._inner), "steps of the method's schedule": total}
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint in the member's folder. If there is no checkpoint, nothing changes.
+        """Continue from the newest checkpoint in the member's folder. Without a checkpoint, nothing changes.
 
         The states of the adapter, the optimizer and the schedule are read from the checkpoint. The options (steps,
         learning rates, the length of the schedule) are not read: the current ones are used. If they differ from those

@@ -10,7 +10,7 @@ order of reading:
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
 - `fold_parametrizations`: replaces a computed weight (a parametrization) by a plain parameter, and restores it.
 - `originals`: keeps the original tensors of a merge.
-- `merge_writes`: records of what a merge wrote, and how to undo it.
+- `merge_writes`: records the writes of a merge, and undoes them.
 - `merging`: merges an injection into the weights, and unmerges it exactly.
 - `swapping`: replaces the values of an adapter by those of another.
 - `injection`: the injection itself.

@@ -72,8 +72,8 @@ def apply(
         model: the host. It is changed in place; its class and parameter names stay the same.
         method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
             mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection. A
-            configuration of peft (LoraConfig) is also accepted, and is read like a file of peft. Then no other
-            arguments but `name` and `seed` may be passed.
+            configuration of peft (LoraConfig) is also accepted, and is read like a file of peft. Then only `name` and
+            `seed` may be passed in addition.
         name: the name of the injection on this host, without dots; by default the name of the method.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.

@@ -1,6 +1,6 @@
 """Handles operators that compute with values of the base model, such as singular vectors of a weight, and do not save
-these values in files. Both when the adapter is applied and when it is loaded, the values must come from base weights
-without merged adapters.
+these values in files. Both when the adapter is applied and when it is loaded, the values must be computed from base
+weights without merged adapters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_nothing_merged(injection: Injection, state: HostState) -> None:
     """Verify that no adapter is merged into the weights from which a new injection is computed.
 
     Raises:
-        MergeError: another injection is merged into one of these weights.
+        MergeError: another injection is merged into such a weight.
     """
     made = {_place(site) for _, site, _ in _made(injection)}
     for name in state.merged:

@@ -2,8 +2,8 @@
 installed, with tensors that have shapes but no values.
 
 While a parameter is offloaded, a stand-in without values replaces it in its module. The parameter is restored as the
-same object, so references to it, such as those of an optimizer, stay valid. Until then it has no values, and reading or
-writing it raises an error.
+same object, so references to it, such as those of an optimizer, stay valid. Until then, reading or writing it raises an
+error.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ class IdleValues:
         self._away = None
 
     def is_away(self) -> bool:
-        """Whether the tensors have no values."""
+        """Whether the values are offloaded."""
         return self._away is not None
 
     def forget(self) -> None:

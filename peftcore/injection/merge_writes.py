@@ -1,5 +1,5 @@
-"""Records of what a merge wrote into a host: where it wrote, how to undo it, and whether other code has changed it
-since.
+"""Records of the writes of a merge into a host: the places, how to undo the writes, and whether other code has changed
+the tensors since.
 
 A merge does not write to the host's tensors, since other objects may hold them, such as an optimizer or a reference
 model with the same base. A new tensor replaces the old one in all modules of the host. The exception is `Overwritten`.

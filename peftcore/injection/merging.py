@@ -223,8 +223,8 @@ def _check_values(site: Site, operator: nn.Module) -> None:
 
 
 def merge_bytes(injection: Injection) -> Mapping[torch.device, int]:
-    """Returns how many bytes the new tensors of a merge need, by device. All of these tensors exist at the same time,
-    before the first one is written.
+    """Returns how many bytes the new tensors of a merge need, by device. All new tensors exist at the same time, before
+    the first one is written.
 
     The bytes are computed from shapes, so the host may be on the meta device. Not counted are sharded tensors, tensors
     that a module computes, and the temporary memory in which each new tensor is computed.

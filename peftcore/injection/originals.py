@@ -3,7 +3,7 @@ were written.
 
 An original is kept as the tensor itself, as a copy on the CPU, or as a record of ulps. The record has for each value
 the number of representable steps between the original and the result of subtracting the delta again. For additive
-methods nearly all of these numbers are zero, so the record compresses to a few percent.
+methods nearly all numbers are zero, so the record compresses to a few percent.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Dense(nn.Linear):
 
 @dataclass(frozen=True)
 class QuantizedLayer(Linear):
-    """A linear layer whose weight is quantized. The author of a quantization format writes a subclass. It has no state:
-    its methods read everything from the module that they get.
+    """A linear layer whose weight is quantized. The author of a quantization format writes a subclass. It stores
+    nothing: its methods read everything from the module that they get.
 
     Override `unpack` and `dtype`, and also `features` and `device` if their defaults do not fit. If the subclass also
     overrides `pack`, injections can be merged into the same format.
@@ -64,8 +64,9 @@ class QuantizedLayer(Linear):
         return next(iter((*module.parameters(), *module.buffers()))).device
 
     def bare(self, module: nn.Module) -> nn.Module:
-        """Returns a module of the unadapted class that shares the tensors of a quantized module, but has no bias, hooks
-        or adapters. Formats whose `unpack` obtains the weight by running the forward on an identity matrix use it.
+        """Returns a module of the unadapted class that shares the tensors of a quantized module, but lacks its bias,
+        hooks and adapters. Formats whose `unpack` obtains the weight by running the forward on an identity matrix use
+        it.
         """
         new: nn.Module = object.__new__(plain_class(module))
         vars(new).update({key: copy.copy(value) if key in TENSORS else value for key, value in _own(module)})
@@ -122,7 +123,7 @@ class QuantizedLayer(Linear):
 
 @dataclass(frozen=True)
 class QuantizedBias(Layer):
-    """The bias of a quantized layer, which is not quantized. If the layer has no bias yet, a new bias gets the weight's
+    """The bias of a quantized layer, which is not quantized. If the layer lacks a bias, a new bias gets the weight's
     dtype."""
 
     weight: QuantizedLayer = QuantizedLayer()
@@ -158,7 +159,7 @@ def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
     """Returns the dtype of a host's first matrix that is not quantized, which is usually an embedding. If all matrices
-    are quantized, returns the dtype of another parameter, or float32 if there is none."""
+    are quantized, returns the dtype of another parameter, or float32 without any."""
     own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 

@@ -14,7 +14,7 @@ class Summary:
         method: the method's name.
         sites: the number of operators.
         parameters: the number of values in its parameters.
-        trainable: how many of these values train.
+        trainable: how many values train.
         active: whether it acts in this thread.
         merged: whether its effect is in the host's weights now.
         dtypes: dtypes of its parameters, without "torch.".

@@ -39,8 +39,8 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
         with activate(model, "summarize"):
             model.generate(...)
 
-    A call in the thread that adapted the host chooses for all threads and tasks that have made no choice of their own.
-    A call in any other thread chooses for that thread alone. A ``with`` block has the same scope, except in an asyncio
+    A call in the thread that adapted the host chooses for all threads and tasks that have not made a separate choice. A
+    call in any other thread chooses for that thread alone. A ``with`` block has the same scope, except in an asyncio
     task: there it holds for that task and the tasks that it starts. Exit blocks in reverse order of entry. If that
     order is not certain, as in generators that run alternately, use `using` instead. Which parameters are trainable
     does not change.
@@ -95,7 +95,7 @@ def route(
 
 
 def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | None = None, **context: Any) -> Chosen:
-    """Pass values to methods, such as a task, a timestep or a picture, if the model's forward has no argument for them.
+    """Pass values to methods, such as a task, a timestep or a picture, if the model's forward lacks arguments for them.
 
     Best used as a context manager around forward or generate. Values from earlier calls stay, unless they are passed
     again:

@@ -115,7 +115,7 @@ class HostMap:
 
     def select(self, role: str, tower: str | None = None) -> Selection:
         """Returns the entries of a role in the order of the host. For a role that is a part of a fused weight, each
-        entry comes with the slices of that part; otherwise with None.
+        entry is paired with the slices of that part; otherwise with None.
 
         * a role: "attn.q" finds the query matrices and the query slices of fused ones;
         * a family: "norm.*" finds the weights of every role with this prefix, and of "norm" itself (modules, if the

@@ -26,8 +26,8 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        """The width of the input. It is the input width of the query matrix, or of the first matrix if there is no
-        query matrix."""
+        """The width of the input. It is the input width of the query matrix, or without a query matrix, of the first
+        matrix."""
         if self.node.kind is Kind.MHA:
             return int(getattr(self.node.module, "embed_dim", 0)) or None
         queries = self.queries or list(self.operands)
@@ -57,7 +57,7 @@ class Mixers:
         return [self.by_node[node] for node in self.nodes.under(top) if node in self.by_node]
 
     def attention_around(self, node: Node) -> Attention | None:
-        """Returns the attention at `node`, or if there is none, the nearest attention that contains `node`."""
+        """Returns the attention at `node`, otherwise the nearest attention that contains `node`."""
         around = next((a for a in (node, *node.ancestors()) if a in self.by_node), None)
         return self.by_node[around] if around is not None else None
 
@@ -85,7 +85,7 @@ def is_state_space(node: Node) -> bool:
 
 def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
     """R3, R4: returns the attentions of a host. A module is an attention if its matrices are called q, k and v, or if
-    its class name says attention and one of its matrices is called v.
+    its class name says attention and a matrix in it is called v.
 
     Feed-forwards are left out, because gated MLPs often call their halves v and w.
     """

@@ -40,8 +40,8 @@ class FeedForwards:
         return [*self.blocks.blocks, *Ordered({*lone, *around})]
 
     def width(self, scope: Node) -> int | None:
-        """Returns the width of the residual stream. It is the width of a mixer's input, or if there is no mixer, the
-        width of the first norm of the scope."""
+        """Returns the width of the residual stream. It is the width of a mixer's input, or without a mixer, the width
+        of the first norm of the scope."""
         for attention in self.mixers.attentions_under(scope):
             if attention.width and attention.node.kind is not Kind.MHA:
                 return attention.width

@@ -72,7 +72,7 @@ class TokenStack:
         Args:
             front: the number of rows in front.
             text: the number of tokens in the text, including a cache.
-            places: the positions of rows and tokens, if they are known. Padding tokens may have no positions.
+            places: the positions of rows and tokens, if they are known. Padding tokens may lack positions.
             what: the name of the rows in front, for the error message.
 
         Raises:
@@ -126,7 +126,7 @@ def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """Returns the cache of earlier tokens from the arguments of a transformers module; None if there is no cache."""
+    """Returns the cache of earlier tokens from the arguments of a transformers module; None without a cache."""
     found = caches_in(given)
     return found[min(found)] if found else None
 

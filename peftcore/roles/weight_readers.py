@@ -25,7 +25,7 @@ READ_BY_MIXERS = frozenset({"ssm.dt", "ssm.conv"})
 
 def reader_of(node: Node) -> str | None:
     """Returns the path of the module that reads a weight whose own module is not called (R15); None if its own module
-    is called. For a list of parameters, which has no forward, it is the nearest enclosing module with a forward."""
+    is called. For a list of parameters, which lacks a forward, it is the nearest enclosing module with a forward."""
     above, tensor = node.parent, node.tensor
     if (
         tensor is None

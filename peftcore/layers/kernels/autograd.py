@@ -17,7 +17,7 @@ def transformed() -> bool:
 
 def saves_elsewhere() -> bool:
     """Whether other saved-tensor hooks are active, such as those of a checkpoint or an offload to the CPU. If a kernel
-    set hooks of its own inside, the outer hooks would not receive the saved tensors. True also if this version of torch
+    set further hooks inside, the outer hooks would not receive the saved tensors. True also if this version of torch
     does not report its hooks."""
     top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks")
     return top is None or top(False) is not None
