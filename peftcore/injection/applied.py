@@ -69,8 +69,8 @@ class Planned(HybridPart):
 
 
 def choose_trained(journal: Journal, applied: AppliedMethod) -> None:
-    """Make the parameters trainable that the method selects, and the modules that the user named in ``train``; freeze
-    all other parameters of the adapter.
+    """Set which parameters of an adapter train: those that the method selects, and those of modules that the user named
+    in ``train``. All other parameters of the adapter are frozen.
     """
     freeze(journal, applied.parameters())
     hook = registry().hook

@@ -65,8 +65,8 @@ def apply(
 
     The base is frozen, the operators are trainable, and the injection is active. Other injections on the host stay as
     they are. A call inside a route or composition does not change that route or composition: the new injection is
-    active outside of it. The injection becomes active in the same threads and tasks as by a call of `activate` here. If
-    another thread adapted the model first, that is the calling thread alone.
+    active outside of it. The injection is active in the same threads and tasks as after a call of `activate`: in all
+    that have not made a separate choice, or if another thread adapted the model first, in the calling thread alone.
 
     Args:
         model: the host. It is changed in place; its class and parameter names stay the same.

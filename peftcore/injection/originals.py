@@ -29,9 +29,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Returns dtype, shape and a position-dependent sum of a tensor's bits: equal for equal bits on any device and in
-    any layout, different after any change of one value. It costs one pass over the memory. Torch's version counters are
-    not used, since many writers do not increase them.
+    """Returns dtype, shape and a position-dependent sum of a tensor's bits. Fingerprints are equal for equal bits on
+    any device and in any layout, and different after any change of one value. A fingerprint costs one pass over the
+    memory. Torch's version counters are not used, since many writers do not increase them.
     """
     flat = tensor.detach().reshape(-1)
     if flat.nbytes % 8 or flat.storage_offset() * flat.element_size() % 8:

@@ -37,8 +37,8 @@ class Swap:
     pairs: list[tuple[Tensor, Tensor]]
     """The adapter's tensors, each with its new values of the same shape."""
     options: Surgeon | None = None
-    """The other adapter (as recorded), whose options replace the present ones. None if values were padded or scaled:
-    then the present options stay."""
+    """The recording of the other adapter, whose options replace the present ones. None if values were padded or scaled,
+    since the present options stay then."""
 
 
 def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
@@ -121,7 +121,7 @@ class _Work:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.wrong: list[str] = []
         self.adjusted = False
-        """Whether values are padded or scaled, or an attribute keeps its present value. Then the options stay too, and
+        """Whether the swap keeps the present options, because values are padded or scaled or attributes differ. Then
         buffers that are computed from options and not saved in files must be equal in both adapters."""
         self._seen: set[int] = set()
         self._drawn: list[tuple[str, Tensor, Tensor]] = []

@@ -103,9 +103,9 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
         with call(model, task="rte"):
             model(**batch)
 
-    A value for rows has one entry for each row of the batch, or a single entry for all rows. If the batch repeats
-    entries, pass `guidance` or `copies`. This is not needed if the model's ``generate`` repeats them. Both apply to all
-    values that are passed:
+    A value can have one entry for each row of the batch, or a single entry for all rows. If the batch contains several
+    rows for each entry, pass `guidance` or `copies`. This is not needed if the model's ``generate`` repeats the rows.
+    Both numbers apply to all values of this call:
 
         with call(unet, condition=pictures, guidance=True):  # [without text, with text], as pipelines of diffusers do
             pipeline(prompts)
@@ -114,10 +114,10 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
 
     Args:
         model: the host.
-        guidance: whether the batch contains all rows twice, one copy after the other, for classifier-free guidance; or
-            the number of copies.
-        copies: the number of adjacent rows of each entry (``num_images_per_prompt``, ``num_beams``), within each copy
-            of the rows that `guidance` declares.
+        guidance: True if the batch contains all rows twice, one copy after the other, for classifier-free guidance. For
+            more copies, pass their number.
+        copies: the number of adjacent rows for each entry (``num_images_per_prompt``, ``num_beams``). With `guidance`,
+            it is counted within one copy of all rows.
         context: values for methods.
 
     Raises:

@@ -134,7 +134,7 @@ def _read(
 
 
 def _one_behind_the_other(first: FollowedCall, second: FollowedCall) -> bool:
-    """Whether one forward runs both calls of the same module."""
+    """Whether one forward can run both of these calls of one module."""
     apart = any(where is there and side is not other for where, side in first.arms for there, other in second.arms)
     return not (apart or first.part or second.part)
 

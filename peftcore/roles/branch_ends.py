@@ -46,15 +46,15 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "c
 
 @dataclass(frozen=True)
 class End:
-    """The end of a branch.
+    """The end of a branch (such as an attention or an MLP): how its output is added to the hidden states (the stream).
 
     Attributes:
         path: the module after which the branch is added to the stream; None if no module follows the last matrix.
         order: the order of dimensions of that module's output, if the code permutes the branch's output before it.
         drops_path: whether that module is stochastic depth, which drops the branch of whole rows.
         rest: the operations after that module that are code instead of modules: "dropout", "scale" (also by a
-            parameter), or "unknown" if the code cannot be followed, or changes the shape before another module; else
-            "".
+            parameter), or "" without any. It is "unknown" if the code cannot be followed, or changes the shape before
+            another module.
         entered: the module that is the only reader of the sum of stream and branch (a norm after the branch).
         left: the module that returns the sum, if no other module has read the sum before.
         reader: the first module whose only input is the sum, in any shape (the norm of the next branch).

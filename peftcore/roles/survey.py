@@ -309,8 +309,8 @@ def pointwise_fan(conv: _ConvNd) -> tuple[int, int] | None:
 
 
 def name_effectively(node: Node) -> None:
-    """Set the label of a node by R2: the node's name, with the parent's name in front as long as the name is generic,
-    or is `proj` inside a module called q, k or v."""
+    """Set the label of a node by R2. It begins as the node's name. While its first name is generic, or is `proj` inside
+    a module called q, k or v, the name of the enclosing module is put in front."""
     top, label = node, node.name
     while top.parent is not None and top.parent.path:
         if not (V.is_generic(top.name) or (top.name == "proj" and V.operands(top.parent.name))):

@@ -40,8 +40,8 @@ class Towers:
         return found
 
     def _stands_alone(self, child: Node) -> bool:
-        """Whether a child is neither a block nor a list of blocks or stages, and is not named for a half (encoder,
-        decoder) or a stage."""
+        """Whether a child is neither a block nor a list of blocks or stages, and does not have the name of a half
+        (encoder, decoder) or of a stage."""
         part = child.is_block or child in self._blocks.lists or STAGES.intersection(tokens(child.name))
         return not part and child.name not in HALVES
 
