@@ -17,18 +17,18 @@ ORDER = (
     *("train", "compare", "search", "chat", "plan", "tree", "methods", "show", "schema"),
     *("inspect", "merge", "convert", "export-lora", "check", "export", "doctor", "new"),
 )
-"""The order in which commands are listed, by when users need them."""
+"""The order in which commands are listed, which is the order in which users need them."""
 OF_LAB = ("train", "compare", "search", "chat")
 """Commands of the distribution peftcore-lab; if it is not installed, they print how to install it."""
 EXTRAS = {"transformers": "peftcore[cli]", "huggingface_hub": "peftcore[cli]", "jinja2": "peftcore[cli]"}
-"""Packages that some commands import and the core does not require, with the requirement to install each."""
+"""Packages that some commands import, but that the core does not require. Each has the name to pass to pip."""
 KEPT = "\n\N{NO-BREAK SPACE}"
 """Characters that are printed although Python does not count them as printable."""
 
 
 class Commands(TyperGroup):
     """The commands of the core and of plugins, in the order of `ORDER`, with all others last. Plugins are loaded only
-    when a command that the core lacks is called, or when commands are listed."""
+    if the core does not have the called command, or if all commands are listed."""
 
     complete = False
     """True after the commands of plugins were added."""
@@ -39,14 +39,14 @@ class Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return the command with this name of the core, or else of a plugin."""
+        """Return the command with this name, from the core or otherwise from a plugin."""
         if cmd_name not in self.commands:
             self.complete_with_plugins()
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command at the start of a command line. For commands of peftcore-lab, if that is not installed,
-        print how to install it."""
+        """Find the command at the start of a command line. If it is a command of peftcore-lab and that is not
+        installed, print how to install it."""
         if args[0] in OF_LAB and self.get_command(ctx, args[0]) is None:
             with answered():
                 raise lab_is_missing(f"peftcore {args[0]}")
@@ -73,7 +73,8 @@ def root() -> None:
 
 
 def settings(given: list[str] | None, flag: str = "--set", example: str = "training.patience=3") -> dict[str, Any]:
-    """Parse ``--set name=value``, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as written.
+    """Parse flags such as ``--set name=value``. Values are parsed as YAML: ``16``, ``true``, ``[1, 2]``, or a plain
+    text.
 
     Raises:
         BadInput: one of them lacks a name, or a name occurs twice.
@@ -93,8 +94,8 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
 
 
 def printable(text: object) -> str:
-    """Return a text that may contain names from a file, with control characters, such as escape sequences for
-    terminals, replaced by their escaped form."""
+    """Return a text in which control characters are escaped, so that names from a file cannot contain escape sequences
+    for the terminal."""
     return "".join(each if each.isprintable() or each in KEPT else repr(each)[1:-1] for each in str(text))
 
 

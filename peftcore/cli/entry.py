@@ -6,7 +6,8 @@ from peftcore.utils.quiet import hush_imports
 
 
 def main() -> None:
-    """Run the command line on ``sys.argv``. Exit codes: 0 for success, 2 for bad input, 1 for an internal failure."""
+    """Run the command line with the arguments in ``sys.argv``. Exit codes: 0 for success, 2 for bad input, 1 for an
+    internal failure."""
     hush_imports()
     from peftcore.cli.commands import app
 

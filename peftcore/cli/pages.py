@@ -18,8 +18,8 @@ MANY = 8
 
 
 def console() -> Console:
-    """Return a console for standard output, as wide as the terminal. Brackets are printed as they are, not read as
-    markup, since paths and requirements contain them."""
+    """Return a console for standard output, as wide as the terminal. Text in brackets is printed unchanged and not
+    interpreted as markup, since paths and requirements contain brackets."""
     terminal = Console().is_terminal
     return Console(width=None if terminal else WIDTH, markup=False, emoji=False, highlight=False)
 
@@ -43,14 +43,14 @@ def times(shape: Sequence[int]) -> str:
 
 
 def tensors(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Format tensors: ``A 8×768, B 768×8``; scalars have the shape ``1``, and of many tensors only the first two are
-    listed."""
+    """Format tensors: ``A 8×768, B 768×8``; scalars have the shape ``1``. If there are many tensors, only the first two
+    are listed."""
     named = [f"{name} {times(shape) or '1'}" for name, shape in shapes.items()]
     return ", ".join(named if len(named) <= MANY else [*named[:2], f"... ({len(named)} tensors)"])
 
 
 def frozen(plan: Plan) -> str:
-    """Return text about the parameters of an adapter that would not train; empty if all of them would."""
+    """Return text with the number of an adapter's parameters that are frozen; empty if all are trained."""
     return f", {plan.frozen:,} frozen in the adapter" if plan.frozen else ""
 
 

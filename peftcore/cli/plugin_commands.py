@@ -12,12 +12,12 @@ from peftcore.registry.plugins import registry
 
 
 def commands(taken: tuple[str, ...]) -> dict[str, Any]:
-    """Return the commands of all plugins by name. If the commands of a plugin cannot be built, or one of them has a
-    name that is taken, none of them is added, and the plugin is recorded as a failure; commands of other plugins are
-    not affected.
+    """Return the commands of all plugins, keyed by name. If the commands of a plugin cannot be built, or one of them
+    has a name that is taken, none of this plugin's commands is added, and the plugin is recorded as a failure. Commands
+    of other plugins are not affected.
 
     Args:
-        taken: names that are taken, those of the core's commands.
+        taken: the names of the core's commands, which plugins cannot use.
     """
     found: dict[str, Any] = {}
     owners = dict.fromkeys(taken, "peftcore itself")

@@ -1,5 +1,5 @@
-"""Progress displays on standard error: one bar for a single run, and two bars for a comparison, for its methods and for
-the steps of the current one."""
+"""Progress displays on standard error: one bar for a single run, and two bars for a comparison. The latter show the
+finished runs, and the steps of the current run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BarDisplay:
 
 
 class Bars:
-    """A display with two bars during the work; each finished run leaves one line of output."""
+    """A display with two bars, for runs and for steps. One line is printed for each finished run."""
 
     def __init__(self, console: Console, runs: int) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -60,7 +60,7 @@ class Bars:
         self._progress.advance(self._steps)
 
     def say(self, line: str) -> None:
-        """Print nothing, since the report has the scores during training."""
+        """Ignore a message during training, since the scores are in the report."""
 
     def finish(self, line: str) -> None:
         self._progress.advance(self._methods)

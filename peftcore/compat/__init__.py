@@ -3,16 +3,16 @@
     model = peftcore.compat.get_peft_model(model, "dora", rank=8)  # or a configuration of peft
     trl.DPOTrainer(model=model, ...)
 
-It needs peft, which is imported only here. It may import `trainers` and the layers below. In the order of reading:
+This package needs peft, and imports it. It may import `trainers` and the layers below. In the order of reading:
 
-- `arguments`: checks arguments of peft for which peftcore has only one behaviour.
-- `configs`: entries of ``peft_config``, and adapters that are created from them; `method_config`.
-- `folders`: the folders that the Trainer and peft look for.
+- `arguments`: checks arguments of peft's functions for which peftcore supports only one behaviour.
+- `configs`: the configurations in ``peft_config``, adapters that are created from them, and `method_config`.
+- `folders`: saves adapters in folders that transformers' Trainer and peft recognize.
 - `schedules`: raises an error if the schedule of a method is not advanced in training.
 - `training_state`: saves and loads an adapter's state between training steps.
-- `tuner`: the module between peft's model and the adapted one.
+- `tuner`: the module between a `PeftModel` and the adapted model.
 - `peft_model`: `PeftModel`.
-- `task_classes`: peft's classes for tasks, and `get_peft_model`.
+- `task_classes`: a subclass of `PeftModel` for each task of peft, and `get_peft_model`.
 - `auto`: peft's ``AutoPeftModel`` classes, which load a base and its adapter in one call.
 """
 

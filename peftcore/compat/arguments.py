@@ -1,5 +1,5 @@
-"""Arguments of peft's functions for which peftcore has only one behaviour. Callers such as TRL may pass them with the
-value for that behaviour; any other value raises an error."""
+"""Arguments of peft's functions for which peftcore supports only one behaviour. Callers such as TRL may pass the value
+for this behaviour. Any other value raises an error."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SO_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_device": ((None,), "values go to where the model's are"),
     "offload_folder": ((None,), "what the model offloads stays offloaded"),
 }
-"""For each of these arguments of peft: the accepted values, and the text for the error about any other value."""
+"""Maps the name of each argument to its accepted values, and to the text for the error about any other value."""
 
 
 def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns options without the arguments of peft.
+    """Returns the options without the arguments in `SO_ANYWAY`, after a check of their values.
 
     Raises:
         ConfigError: an argument of peft has a value that peftcore does not support.
@@ -35,7 +35,7 @@ def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_no_more(options: dict[str, Any]) -> None:
-    """Check that all options are arguments of peft with accepted values.
+    """Check that all options are arguments in `SO_ANYWAY` with accepted values.
 
     Raises:
         ConfigError: an option is unknown, or has a value that peftcore does not support.

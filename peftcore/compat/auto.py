@@ -1,4 +1,4 @@
-"""peft's Auto classes, which load the base that an adapter's file names, and the adapter, in one call."""
+"""peftcore's versions of peft's Auto classes. They load an adapter together with the base that its file names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore.files.bases import load_base
 
 
 class AutoPeftModel:
-    """Loads the base that an adapter's file names, with the adapter, as a `PeftModel`."""
+    """Loads an adapter, together with the base that its file names, as a `PeftModel`."""
 
     task: ClassVar[str | None] = None
     """peft's task type that the base must have; None for any task."""
@@ -29,7 +29,7 @@ class AutoPeftModel:
         revision: str | None = None,
         **options: Any,
     ) -> PeftModel:
-        """Returns the base with the adapter, as a `PeftModel`.
+        """Returns a `PeftModel` with the adapter and the base that the adapter's file names.
 
         Args:
             pretrained_model_name_or_path: the path or repository of the adapter, as in `peftcore.load`.

@@ -1,6 +1,6 @@
-"""Entries of the attribute ``peft_config``. An adapter that was made from a configuration of peft has that
-configuration, any other an `AdapterConfig`. From both, `add_adapter` can create a further adapter, as trainers do for a
-reference model."""
+"""The configurations in the attribute `peft_config` of a `PeftModel`. If an adapter was made from a configuration of
+peft, the attribute contains this configuration, otherwise an `AdapterConfig`. `add_adapter` creates a further adapter
+from either of them, as trainers do for a reference model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from peftcore.injection.request import Request
 from peftcore.injection.switching import activate
 
 TASK = "PEFTCORE"
-"""A task type of our own, for which peft's table of model classes has our `get_peft_model`."""
+"""A task type that peft itself does not have. In peft's table of model classes, its entry is the `get_peft_model` of
+`peftcore.compat`."""
 
 
 @dataclass
@@ -32,9 +33,9 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
     """A configuration of peft that describes an adapter of any method of peftcore.
 
     Attributes:
-        kind: the class of its method.
-        options: its options.
-        wishes: the other arguments with which it was applied; for a loaded adapter, the sites in its file.
+        kind: the class of the adapter's method.
+        options: the options of the method.
+        wishes: the other arguments of `peftcore.apply` for the adapter; for a loaded adapter, the sites in its file.
         method: the method that was passed to `method_config`; `kind`, `options` and `wishes` are then None.
         arguments: other arguments of `peftcore.apply`, for `method`.
     """
@@ -46,7 +47,8 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
     arguments: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Take a task that peft does not know: by it peft's functions come to ours."""
+        """Set the task type to `TASK`, so that peft's `get_peft_model` calls the function of the same name in
+        `peftcore.compat`."""
         self.task_type = TASK
 
 
@@ -69,7 +71,8 @@ def config_of(injection: Injection) -> AdapterConfig:
 
 
 def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str, Any]) -> Injection:
-    """Apply a further adapter, which is trainable but not active yet; active adapters stay active.
+    """Apply a further adapter to a model. The new adapter is trainable but not active, and the active adapters do not
+    change.
 
     Args:
         model: the host; changed in place.
@@ -80,9 +83,8 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the host was not changed.
-        ConfigError: an `AdapterConfig` is passed together with options, or describes an adapter that cannot be created
-            from a method and its options alone.
-        CalibrationError: the method of an `AdapterConfig` needs data before training.
+        ConfigError: an `AdapterConfig` is passed together with options, or does not describe an adapter.
+        CalibrationError: the method of the `AdapterConfig` needs data before training.
     """
     if isinstance(method, AdapterConfig) and method.method is not None:
         method, options = method.method, {**(method.arguments or {}), **options}
@@ -109,10 +111,10 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
 
 
 def check_same_state(one: Injection, other: Injection) -> None:
-    """Check that two adapters with the same configuration compute the same if their parameters are equal.
+    """Check that two adapters with the same configuration would compute the same if their parameters had equal values.
 
     Raises:
-        ConfigError: one has tensors that the other lacks, or other values of state that is not a parameter.
+        ConfigError: one adapter has tensors that the other lacks, or their buffers have different values.
     """
     shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (one, other)]
     if shapes[0] != shapes[1]:
@@ -149,7 +151,7 @@ def drop_nothing(injection: Injection) -> None:
 
 
 def _dropouts_of(injection: Injection) -> list[str]:
-    """Returns the options by which an adapter drops something in training."""
+    """Returns the names of an adapter's dropout options that are switched on."""
     options = [option for each in injection.family() for option in each.config.model_dump().items()]
     return sorted({name for name, value in options if "dropout" in name and value})
 
@@ -162,8 +164,8 @@ def _buffers(injection: Injection) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def _nothing_active(model: nn.Module) -> Iterator[None]:
-    """Context manager in which no adapter acts, so that a new one is made of the base alone and need not act with those
-    that do; these act after it, and none else."""
+    """Context manager in which no adapter is active, so that a new adapter is built from the base alone and cannot
+    conflict with active adapters. At the end, the adapters that were active before are activated again."""
     found = injections(model)
     active = [name for name, injection in found.items() if injection.active]
     try:

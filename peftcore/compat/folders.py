@@ -1,5 +1,5 @@
-"""Folders with ``adapter_model.safetensors``, which the Trainer and peft expect. They are in peft's format if that can
-hold the adapter, otherwise in peftcore's format."""
+"""Saves adapters in folders with ``adapter_model.safetensors``, the file that transformers' Trainer and peft expect.
+The format is peft's if it can store the adapter, otherwise peftcore's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from peftcore.layers.fsdp import is_sharded
 from peftcore.utils.notices import notice
 
 WEIGHTS = "adapter_model.safetensors"
-"""The file by which the Trainer recognizes a folder with an adapter."""
+"""The file that transformers' Trainer looks for to recognize a folder with an adapter."""
 CONFIG = "adapter_config.json"
 
 
 def save_folder(injection: Injection, folder: Path) -> None:
-    """Write an adapter into a folder, in peft's format if that can hold it; otherwise in peftcore's format, and log a
-    notice.
+    """Save an adapter in a folder, in peft's format if this can store the adapter. Otherwise peftcore's format is used,
+    and a warning is logged.
 
     Raises:
         ExportError: the model is sharded over processes.
@@ -40,5 +40,5 @@ def save_folder(injection: Injection, folder: Path) -> None:
 
 
 def config_in(path: str | os.PathLike[str]) -> peft.PeftConfig | None:
-    """Returns the configuration of peft in a folder; None if the folder lacks one."""
+    """Returns the configuration of peft in a folder; None if the folder has no ``adapter_config.json``."""
     return peft.PeftConfig.from_pretrained(str(path)) if Path(path, CONFIG).is_file() else None

@@ -29,27 +29,27 @@ from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import whole_from
 
 BASE = "__base__"
-"""peft's name for "no adapter" in `adapter_names`."""
+"""The name that means "no adapter" in peft's argument `adapter_names`."""
 ALONE = "default"
 """The name of the adapter that peft saves directly into a folder, and not into a subfolder with the adapter's name."""
 
 
 class PeftModel(peft.PeftModel):  # type: ignore[misc]
-    """A model of peft, ``isinstance(model, peft.PeftModel)``, that wraps a model adapted by peftcore.
+    """A subclass of `peft.PeftModel` that wraps a model adapted by peftcore.
 
-    All state is in the adapted model, so changes by `peftcore` are visible here, and the other way round. One adapter
-    is active and trains, as in peft, unless `peftcore.activate` activates others.
+    All state is in the adapted model, so changes by functions of `peftcore` are visible here, and vice versa. One
+    adapter is active and trains, as in peft, unless `peftcore.activate` activates others.
 
     Args:
-        model: the model; changed in place. Without `peft_config`, it has to be adapted already, and is not changed.
-        peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
+        model: the model; changed in place. If `peft_config` is None, it has to be adapted already, and is not changed.
+        peft_config: a method, as `peftcore.apply` accepts it, or a configuration of peft.
         adapter_name: the adapter's name.
         options: other arguments of `peftcore.apply`.
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the model was not changed.
         UnsupportedHost: the model is a `PeftModel` already.
-        ConfigError: there is no `peft_config`, and the model has no adapters.
+        ConfigError: `peft_config` is None, and the model has no adapters.
     """
 
     by_task: ClassVar[dict[str, type[PeftModel]]] = {}
@@ -87,8 +87,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @classmethod
     def for_task(cls, task: str | None) -> type[PeftModel]:
-        """Returns the class for a task type of peft; this class itself if it is already one of these, or if there is
-        none for the task."""
+        """Returns the class for a task type of peft. If there is none for the task, or if this class is already for a
+        task, returns this class."""
         return PeftModel.by_task.get(task or "", cls) if cls is PeftModel else cls
 
     @classmethod
@@ -128,7 +128,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @property
     def adapters(self) -> dict[str, Injection]:
-        """The adapters by name, as peftcore has them."""
+        """The adapters by name, as peftcore's `Injection` objects."""
         return injections(self.get_base_model())
 
     def get_base_model(self) -> nn.Module:
@@ -140,7 +140,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Returns the model's output head, for callers such as trainers of TRL that use its weight directly.
 
         Raises:
-            ConfigError: an adapter changes or trains the head, so that its bare weight would be wrong.
+            ConfigError: an adapter changes or trains the head, so its own weight alone would give wrong outputs.
         """
         model: Any = self.get_base_model()
         head: nn.Module | None = model.get_output_embeddings()
@@ -163,8 +163,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @property
     def peft_type(self) -> Any:
-        """peft's type of the active adapter, or the name of its method if it was not made from a configuration of
-        peft."""
+        """The `peft_type` of the active adapter's configuration. If the adapter was not made from a configuration of
+        peft, the name of its method."""
         return self.active_peft_config.peft_type
 
     @property
@@ -186,7 +186,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Returns the output of the adapted model.
 
         Args:
-            adapter_names: the adapter of each row; ``"__base__"`` for none.
+            adapter_names: the name of the adapter for each row of the batch; ``"__base__"`` for no adapter.
 
         Raises:
             TrainingError: in training, an adapter's dropout is on although dropout was switched off in the model; or
@@ -213,8 +213,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context manager in which the model computes exactly as the base model; merged adapters are unmerged within
-        the block. An adapter that is set within the block becomes active at its end."""
+        """Context manager in which the model computes exactly what the base model computes. Merged adapters are
+        unmerged within the block. If `set_adapter` is called within the block, that adapter becomes active at the end
+        of the block."""
         self._last, before, self._adapters_disabled = self.active_adapters, self._adapters_disabled, True
         merged = [name for name, injection in self.adapters.items() if injection.merged]
         self._merged_meanwhile = self._merged_meanwhile if before else merged
@@ -232,8 +233,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
                     activate(self.get_base_model(), chosen)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the only active and trainable one; within `disable_adapter`, it becomes active at the end of
-        the block.
+        """Make one adapter the only active and the only trainable adapter. Within `disable_adapter`, it becomes active
+        at the end of the block.
 
         Args:
             adapter_name: the name of the adapter.
@@ -258,7 +259,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             injection.trainable(name == adapter_name and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train, or freeze them.
+        """Make adapters trainable, or freeze them.
 
         Raises:
             UnknownInjection: an adapter of this name does not exist.
@@ -297,11 +298,11 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         self._note_config(adapter_name, peft_config)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it is active, the first remaining adapter becomes active.
+        """Delete an adapter. If it is the only active one, the first remaining adapter becomes active.
 
         Raises:
             UnknownInjection: an adapter of this name does not exist.
-            ConfigError: it is the last one.
+            ConfigError: it is the last adapter.
             MergeError: it is merged, and cannot be unmerged.
         """
         injection = installed(known(self.get_base_model(), [adapter_name]))[adapter_name]
@@ -327,14 +328,14 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         revision: str | None = None,
         **options: Any,
     ) -> Any:
-        """Load an adapter, which is inactive until `set_adapter`; or, if an adapter of that name exists, load the
-        values into it, as the Trainer does to resume.
+        """Load an adapter, which is inactive until `set_adapter`. If an adapter of this name exists, load the saved
+        values into it instead, as transformers' Trainer does to resume a training.
 
         Args:
             model_id: the path or repository of the adapter, as in `peftcore.load`.
             adapter_name: the name of the adapter.
-            is_trainable: whether a new adapter trains; for an existing adapter this does not change. If False, the
-                model is set to evaluation mode, as in peft.
+            is_trainable: whether a new adapter is trainable; an existing adapter keeps its setting. If False, the model
+                is set to evaluation mode, as in peft.
             revision: as in `peftcore.load`.
             options: arguments of peft with values that peftcore supports.
 
@@ -342,8 +343,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
             ConfigError: an argument of peft has a value that peftcore does not support.
             SwapError: an adapter of this name exists, with another method, other options or other sites.
-            TrainingError: an adapter of this name exists, trains, and has a schedule, but the folder contains only
-                values.
+            TrainingError: an adapter of this name exists and has a schedule, `is_trainable` is True, and the folder
+                contains no training state.
 
         Returns:
             The result of torch's `load_state_dict`, with empty lists of missing and unexpected keys.
@@ -377,16 +378,16 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         safe_serialization: bool = True,
     ) -> None:
         """Save the adapters: ``default`` in the folder itself, others in subfolders with their names. The format is
-        peft's, or peftcore's for adapters that peft's cannot hold; `from_pretrained` and `peftcore.load` read both. If
-        an adapter trains and has a schedule, or changes random tensors in each step, the folder also has its state
-        between steps.
+        peft's, or peftcore's for adapters that peft's format cannot store. `from_pretrained` and `peftcore.load` read
+        both. If an adapter is trainable, and has a schedule or changes non-persistent buffers in each step, the folder
+        also has this training state.
 
         Args:
             save_directory: the folder.
             selected_adapters: names of adapters; all by default.
             is_main_process: whether this process writes.
-            state_dict: ignored, since the model's adapters are saved; but for a model that is sharded over processes,
-                the whole values that the Trainer gathered. Only the process that has them saves.
+            state_dict: for a model that is sharded over processes, the whole values that the Trainer gathered. Only the
+                process that has them saves. For other models it is ignored.
             safe_serialization: has to be True.
 
         Raises:
@@ -407,10 +408,10 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
                 save_training_state(installed(state)[name], folder, self._before.get(name, {}))
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
-        """Merge adapters into the weights until `unmerge_adapter`; on an error none is merged.
+        """Merge adapters into the weights until `unmerge_adapter` is called. On an error, none of them is merged.
 
         Args:
-            adapter_names: the active adapters by default; inactive ones cannot be merged.
+            adapter_names: the adapters to merge, by default the active ones. Inactive adapters cannot be merged.
             safe_merge: ignored, since values are always checked.
 
         Raises:
@@ -436,8 +437,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Returns the base model after the adapters (by default the active ones) were merged into it and all adapters
-        were removed.
+        """Returns the base model, after adapters (by default the active ones) were merged into it and all adapters were
+        removed.
 
         Raises:
             NotMergeable, MergeError: as `merge_adapter`; the adapters are then still installed.
@@ -449,7 +450,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """Returns the base model, after all adapters were removed."""
+        """Returns the base model, after all adapters were removed from it."""
         model = self.get_base_model()
         for injection in self.adapters.values():
             injection.remove()
@@ -466,13 +467,14 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         self.get_layer_status()
 
     def _note_state(self) -> None:
-        """Note what state between steps is like at first, to see whether it changes."""
+        """Record digests of the initial state between steps of each new adapter, to detect later whether it changed."""
         for name, injection in self.adapters.items():
             if name not in self._before:
                 self._before[name] = digests(injection)
 
     def _drop_nothing(self) -> None:
-        """Turn off the dropout of adapters too, whose probabilities need not be in modules of torch."""
+        """Turn off the dropout of active adapters. Trainers do not do this, since they change only torch's dropout
+        modules."""
         for injection in self.adapters.values():
             if injection.active and not any(each is injection for each in self._drop_nothing_more):
                 drop_nothing(injection)
@@ -488,13 +490,15 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
                 injection.unmerge()
 
     def _note_config(self, name: str, config: Any) -> None:
-        """Note the configuration with which an adapter was made, if it is one."""
+        """Record the configuration from which an adapter was made, if it is a configuration of peft or the entry of
+        another adapter."""
         if isinstance(config, peft.PeftConfig) and not (isinstance(config, AdapterConfig) and config.method):
             self._given[name] = config
 
     @contextmanager
     def _routed(self, names: Sequence[str] | None, copies: int) -> Iterator[None]:
-        """Context manager in which each row has its adapter.
+        """Context manager in which each row of the batch uses its adapter in `names`. If `names` is None, nothing
+        changes.
 
         Raises:
             UnknownInjection: an adapter of this name does not exist.
@@ -509,7 +513,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
 
 def task_for(model: nn.Module, peft_config: Any) -> str | None:
-    """Returns peft's task type for a model, from its configuration of peft or from its class."""
+    """Returns peft's task type for a model: from `peft_config` if it is a configuration of peft, otherwise from the
+    model's class."""
     if isinstance(peft_config, peft.PeftConfig) and not isinstance(peft_config, AdapterConfig):
         return (
             None

@@ -1,5 +1,5 @@
-"""Detects schedules of methods that are not advanced during training. The optimizer steps of adapters with a schedule
-are counted; if the schedule was not advanced after a step, the next forward in training raises an error.
+"""Detects schedules of methods that are not advanced during training. The optimizer's steps are counted for adapters
+with a schedule. If the schedule was not advanced after a step, the next forward in training raises an error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from peftcore.training.optimizer import scheduled
 
 @dataclass
 class _Watch:
-    """The steps of an adapter: the last one that its schedule saw, and how many an optimizer took since."""
+    """Two counts for an adapter: the steps by which its schedule was advanced (`told`), and the optimizer's steps since
+    then (`untold`)."""
 
     told: int
     untold: int = 0
 
     def update(self, injection: Injection) -> None:
-        """Note whether the schedule went on."""
+        """Reset `untold` if the schedule was advanced."""
         if (now := _told(injection)) != self.told:
             self.told, self.untold = now, 0
 
@@ -38,8 +39,8 @@ def has_schedule(injection: Injection) -> bool:
 
 
 def check_driven(injection: Injection) -> None:
-    """Check, before a forward in training, that the schedule was advanced after the last step of the optimizer. The
-    first call starts to count the steps.
+    """Check before a forward in training that the schedule was advanced after the optimizer's last step. Steps are
+    counted from the first call on.
 
     Raises:
         TrainingError: the schedule was not advanced.
@@ -63,8 +64,8 @@ def _told(injection: Injection) -> int:
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
-    """Count a step for the adapters of which an optimizer has parameters. One optimizer may hold another, of which each
-    says that it took the step."""
+    """Count a step for each adapter that has parameters in an optimizer. If one optimizer wraps another, the hook is
+    called for both."""
     if not _WATCHED:
         return
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
@@ -79,7 +80,7 @@ _registered = False
 
 
 def _register() -> None:
-    """Have torch report steps of optimizers; once, and not before somebody trains what has a schedule."""
+    """Register `_stepped` as a hook of all optimizers, once in a process."""
     global _registered
     if not _registered:
         register_optimizer_step_post_hook(_stepped)

@@ -68,13 +68,14 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE
 
     Args:
         model: the model; changed in place.
-        peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft, or of `method_config`.
+        peft_config: a method, as `peftcore.apply` accepts it, a configuration of peft, or the result of
+            `method_config`.
         adapter_name: the adapter's name.
         options: other arguments of `peftcore.apply`, and arguments of peft with values that peftcore supports.
 
     Returns:
-        An instance of the class for the model's task, which is that of the configuration or follows from the model's
-        class; a plain `PeftModel` if no task is known.
+        An instance of the `PeftModel` subclass for the model's task. The task is taken from the configuration, or else
+        from the model's class. If the task is unknown, a plain `PeftModel`.
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the model was not changed.
@@ -83,5 +84,5 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE
 
 
 peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASK] = get_peft_model
-"""By this entry, peft's own `get_peft_model`, which trainers call with the configuration that the user passes to them,
-calls ours for a `method_config`."""
+"""Trainers call peft's own `get_peft_model` with the user's configuration. Because of this entry, it calls the function
+above if the configuration was made by `method_config`."""

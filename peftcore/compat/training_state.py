@@ -1,5 +1,6 @@
-"""Saves the training state of an adapter in an extra file in the adapter's folder, from which the Trainer resumes a
-model of peft. The formats of adapters contain neither the statistics of schedules nor all tensors with all bits.
+"""Saves the training state of an adapter in an extra file in the adapter's folder, so that transformers' Trainer can
+resume the training of a `PeftModel`. Adapter files do not contain the statistics of schedules, and do not contain all
+tensors exactly.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from peftcore.training.optimizer import transient
 
 FILE = "peftcore_training.safetensors"
 VALUES, BETWEEN = "values.", "between."
-"""Prefixes for the adapter's own tensors, and for state between steps (non-persistent buffers)."""
+"""Two prefixes of names in the file: for the adapter's own tensors, and for state between steps (non-persistent
+buffers)."""
 OPTIONS = "options"
-"""The key of the file's metadata with the method and its options, by which the values are checked."""
+"""The key of the file's metadata under which the method and its options are stored, to check that the file belongs to
+an adapter."""
 
 
 def digests(injection: Injection) -> dict[str, bytes]:
-    """Returns digests of the state between steps, to detect later whether it changed."""
+    """Returns digests of an adapter's state between steps (non-persistent buffers), to detect later whether it
+    changed."""
     return {name: digest(buffer) for name, buffer in transient(injection) if not buffer.is_meta}
 
 
 def save_training_state(injection: Injection, folder: Path, before: Mapping[str, bytes]) -> None:
-    """Write the state that is needed to continue a training exactly, if the adapter trains, and has a schedule or
-    changed state between steps; otherwise remove an older file.
+    """Write the state that is needed to continue a training exactly. It is written if the adapter is trainable, and has
+    a schedule or state between steps (non-persistent buffers) that changed. Otherwise an older file is removed.
 
     Args:
         injection: the adapter.
@@ -54,7 +58,7 @@ def load_training_state(injection: Injection, folder: Path) -> bool:
 
     Raises:
         CheckpointError: the file is damaged.
-        SwapError: the state belongs to another adapter. Nothing is changed then.
+        SwapError: the state belongs to another adapter. Nothing was changed.
     """
     if not (folder / FILE).is_file():
         return False

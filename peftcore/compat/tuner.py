@@ -1,4 +1,4 @@
-"""The module between peft's model and the adapted one: ``base_model`` in ``peft_model.base_model.model``."""
+"""The module between a `PeftModel` and the adapted model: ``base_model`` in ``peft_model.base_model.model``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 from peftcore.layers.adapter_modules import ADAPTER_MODULES
 
 ON = 0.5
-"""The probability of `Tuner.switch` as long as dropout is not switched off; any number but 0."""
+"""The probability of `Tuner.switch` while dropout is not switched off. The value has no meaning, but must not be 0."""
 
 
 class Tuner(nn.Module):
-    """Holds the adapted model as ``model``, so that the names of its parameters start with ``base_model.model.``, as in
-    peft. The model's attributes are available on the tuner.
+    """Contains the adapted model as ``model``, so that the parameter names in a `PeftModel` start with
+    ``base_model.model.``, as in peft. The model's attributes are available on the tuner.
 
     Attributes:
         model: the adapted model.
         switch: a dropout module that is never called. Trainers switch dropout off by setting the probability of torch's
-            dropout modules to 0. Dropouts of adapters are not such modules; if the probability of `switch` is 0, they
-            are switched off too.
+            dropout modules to 0. Dropout in adapters does not use such modules. It is switched off separately if the
+            probability of `switch` is 0.
         prefix: a text that only the names of adapter parameters contain; trainers use it to exclude these parameters.
     """
 
@@ -41,7 +41,7 @@ class Tuner(nn.Module):
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the adapted model: peft promises all of them, whatever the model is."""
+        """Returns an attribute of the adapted model, as peft's own classes do."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -33,7 +33,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 def bytes_of(limit: int | str) -> int:
-    """Returns a limit as bytes.
+    """Returns a limit such as ``"2GB"`` as a number of bytes.
 
     Raises:
         ConfigError: `limit` is not an amount of memory.
@@ -62,9 +62,9 @@ def keep_within(
     files. An idle adapter is restored when `activate`, `route`, `using` or a composition names it, or when its `save`,
     `merge`, `optimizer`, `swap` or `state_dict` is called: the same parameter objects have the same bits again. An
     adapter cannot become idle while it is active in any thread or task, used by a running forward, merged, or in
-    training. If these adapters leave no room for the named one, the call raises `MemoryLimit` and the active adapters
-    stay as they are. A state dict of the model has the values of all adapters. `model.to` moves idle adapters when they
-    are restored. A model with idle adapters cannot be copied or pickled.
+    training. If such adapters leave no room for the named adapter, the call raises `MemoryLimit`, and the active
+    adapters do not change. A state dict of the model has the values of all adapters. `model.to` moves idle adapters
+    when they are restored. A model with idle adapters cannot be copied or pickled.
 
     When an adapter becomes idle again, its values are written only if they changed since they were restored. Reading a
     file that was changed by another program raises an error.
@@ -80,7 +80,7 @@ def keep_within(
             folder, in which the pool creates its own folder and removes it at the end.
 
     Returns:
-        The pool: it has the limit and the names of idle adapters, and `end()` removes the limit.
+        The pool, with the limit and the names of the idle adapters. Its `end()` removes the limit.
 
     Raises:
         ConfigError: the limit is not an amount of memory, the model already has a pool, its adapters belong to a
@@ -118,8 +118,9 @@ def keep_within(
 
 
 class AdapterPool:
-    """The memory limit of a model's adapters, returned by `keep_within`: it knows which adapters are on the model and
-    which are idle. The limit lasts as long as the model, even if the caller keeps no reference to the pool."""
+    """The memory limit of a model's adapters, returned by `keep_within`. It lists the adapters on the model's devices,
+    and the idle ones, whose values are on the CPU or in files. The limit applies until `end` is called, even if the
+    caller keeps no reference to the pool."""
 
     def __init__(self, model: nn.Module, state: HostState, limit: int, store: Store) -> None:
         numbers = iter(range(2**62))
@@ -134,8 +135,8 @@ class AdapterPool:
 
     @property
     def limit(self) -> int:
-        """The limit in bytes. Setting a lower limit makes adapters idle; it raises `MemoryLimit` if the adapters that
-        cannot become idle need more."""
+        """The limit in bytes. Setting a lower limit makes adapters idle. It raises `MemoryLimit` if the adapters that
+        cannot become idle need more memory."""
         return self.residency.limit
 
     @limit.setter
@@ -163,18 +164,18 @@ class AdapterPool:
         return self.residency.names(False)
 
     def wake(self, *names: str) -> None:
-        """Restore idle adapters before they are used, so that the first request does not wait.
+        """Restore the values of idle adapters in advance, so that the first forward that uses them is not delayed.
 
         Raises:
             UnknownInjection: the model has no injection of this name.
-            MemoryLimit: they do not fit next to the adapters that cannot become idle.
+            MemoryLimit: the memory limit is too low for these adapters together with those that cannot become idle.
             CheckpointError: a file with the values of one of them was changed or damaged.
         """
         self.residency.bring(self._known(names))
 
     def rest(self, *names: str) -> list[str]:
-        """Make adapters idle now; returns the names of those that cannot become idle, since they are active, in
-        training or merged.
+        """Make adapters idle now: their values are moved to the CPU or to files. Returns the names of adapters that
+        cannot become idle, since they are active, in training or merged.
 
         Raises:
             UnknownInjection: the model has no injection of this name.
@@ -182,7 +183,7 @@ class AdapterPool:
         return self.residency.rest(self._known(names))
 
     def end(self) -> None:
-        """Restore all adapters, and remove the limit."""
+        """Restore all idle adapters, and remove the limit."""
         state, model = self._state(), self._model()
         if state is None or model is None:
             return
@@ -209,15 +210,16 @@ class AdapterPool:
 
 
 class FolderStore(Store):
-    """Stores the values of idle adapters in a temporary folder, one safetensors file for each adapter. Values are
-    compared with the written ones when they are read, and are written again only if they changed."""
+    """Stores the values of idle adapters in a temporary folder, one safetensors file for each adapter. Reading raises
+    an error if another program changed the file. Values that did not change since they were read are not written
+    again."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="peftcore-idle-", dir=folder))
         self._written: dict[int, tuple[dict[str, bytes], tuple[int, int], Shapes]] = {}
-        """The written adapters, by number: the digests of the tensors, the size and time of the file, and the dtypes
-        and shapes of tensors that lie in it as bytes."""
+        """Three facts about each written adapter, keyed by its number: the digests of the tensors, the size and time of
+        the file, and the dtypes and shapes of tensors that are stored in it as raw bytes."""
         weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def keep(self, key: int, values: Values) -> None:

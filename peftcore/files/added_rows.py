@@ -38,12 +38,12 @@ class AddedRows:
 
 @torch.no_grad()
 def added_rows(injection: Injection) -> dict[str, AddedRows]:
-    """Returns the rows that the original base of an injection lacks, by path of the table: rows that were loaded with
-    the injection, and rows that were added since. Tables that train as a whole are left out, since they are saved whole
-    anyway.
+    """Returns the rows of token tables that the original base of an injection lacks, keyed by the table's path. They
+    were loaded with the injection, or added later. Tables that are trained as a whole are omitted, since all of their
+    rows are saved anyway.
 
     Raises:
-        MergeError: the injection is merged into a table, and the originals were not kept.
+        MergeError: the injection is merged into a table, and the table's original values were not kept.
     """
     found = _found(injection)
     changed = {site.module_path for graft in injection.grafts for site in graft.holders} if injection.merged else set()
@@ -78,8 +78,8 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _rows_of_base(injection: Injection) -> int:
-    """Returns the number of rows that the base has: by the file from which its config came, or as it was when the first
-    adapter came."""
+    """Returns the number of rows of the base's token tables: from the base's config file if it is available locally,
+    otherwise the number at the time when the first adapter was installed."""
     config: Any = vars(injection.model).get("config")
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(config, transformers.PretrainedConfig):
@@ -101,8 +101,8 @@ def _read(config: Any, folder: Path) -> Any:
 
 
 def _origin(name: str | None, commit: str | None) -> Path | None:
-    """Returns the folder of a model's own config: a folder of that name, or one in the cache of the hub. Nothing is
-    fetched."""
+    """Returns the folder that contains the config of a base: a local folder, or one in the hub's cache; None if there
+    is neither. Nothing is downloaded."""
     if not name:
         return None
     if (Path(name) / "config.json").is_file():
@@ -118,15 +118,15 @@ def _origin(name: str | None, commit: str | None) -> Path | None:
 
 
 def spans(rows: Mapping[str, AddedRows]) -> dict[str, tuple[int, int]]:
-    """Returns the range of the added rows of each table as (first, last + 1), sorted by path."""
+    """Returns the range (first, last + 1) of the added rows of each table, keyed by the table's path and sorted."""
     return {path: (rows[path].start, rows[path].stop) for path in sorted(rows)}
 
 
 def check_no_rows(injection: Injection, format: str, held: Mapping[str, Collection[int]] = {}) -> None:
-    """Raise an error if a file would lack rows that were added to the base.
+    """Raise an error if a file in this format would lack rows that were added to the base.
 
     Args:
-        held: the rows that the file has, by path of the table.
+        held: the rows that the file has, keyed by the table's path.
 
     Raises:
         ExportError: rows were added to tables of the base, and the format cannot hold them.

@@ -44,8 +44,8 @@ AUTO_CLASSES: dict[str, tuple[str, str]] = {
     "AutoModelForTextEncoding": ("MODEL_FOR_TEXT_ENCODING_MAPPING", ""),
     "AutoModelForPreTraining": ("MODEL_FOR_PRETRAINING_MAPPING", ""),
 }
-"""Names of transformers' Auto classes, in the order in which they are tried, each with the name of the mapping that
-lists its models, and the hub's name for their task; that is empty for classes of several tasks."""
+"""Maps the name of each Auto class of transformers to two names: that of the mapping that lists its models, and the
+hub's name for their task. The latter is empty for classes of several tasks. The classes are tried in this order."""
 TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -54,11 +54,11 @@ TASKS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""The Auto class of each task of peft."""
+"""The Auto class for each task type of peft."""
 
 
 def auto_classes(config: Any, name: str) -> Iterator[str]:
-    """Yields the Auto classes that list a model class of this name for a configuration of transformers."""
+    """Yields the names of the Auto classes that list the model class `name` for a configuration of transformers."""
     transformers = sys.modules["transformers"]
     for auto, (mapping, _) in AUTO_CLASSES.items():
         listed = getattr(transformers, mapping, {}).get(type(config), ())

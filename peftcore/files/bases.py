@@ -36,7 +36,7 @@ OWN = (
     "adapter_kwargs", "code_revision", "config", "gguf_file", "ignore_mismatched_sizes", "local_files_only",
     "output_loading_info", "state_dict", "subfolder", "trust_remote_code", "use_safetensors",
 )  # fmt: skip
-"""Arguments of ``from_pretrained`` that `load_base` sets itself and does not accept."""
+"""Arguments of ``from_pretrained`` that callers cannot pass to `load_base`, since it sets them itself."""
 
 
 def load_base(
@@ -54,7 +54,8 @@ def load_base(
 
     The base that a file names is downloaded only if `fetch` is True, and no code of a repository runs. The model's
     class has to be listed by an Auto class of transformers for the base's configuration. If the adapter contains a
-    head, the model's head gets the same size; token tables get the rows that had been added.
+    head, the model's head gets the same number of outputs. If the adapter was made on a base with added token rows, the
+    model's token tables get the same number of rows.
 
     Args:
         path: a folder, a file, or "owner/name" on the hub, as in `load`. The adapter itself is downloaded even if
@@ -64,7 +65,7 @@ def load_base(
         base_revision: the revision of the base's repository to use instead of the commit that the file names.
         fetch: True downloads the base from the hub if the cache lacks it: its configuration, and its weights as
             safetensors.
-        name: name of the injection; the method's by default.
+        name: name of the injection; the method's name by default.
         trainable: False loads the adapter frozen.
         options: further arguments of transformers' ``from_pretrained``: ``dtype``, ``device_map``,
             ``quantization_config`` and so on.
@@ -74,8 +75,9 @@ def load_base(
         commit differs from the one that the adapter was made on.
 
     Raises:
-        CheckpointError: the file is damaged, or names no base, a base that is not available locally, or a class that no
-            Auto class lists; or the base has no safetensors or needs its own code. The message says what to pass.
+        CheckpointError: the file is damaged; it names no base, or a base that is not available locally; no Auto class
+            lists the class that it names; the base has no safetensors, or needs its own code. The message says which
+            argument to pass.
         HubError: the hub has no such repository, refuses access, or does not answer.
         HostMismatch: the adapter belongs to another base, or both the base and the adapter lack some weights.
         NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as in `load`.
@@ -117,11 +119,11 @@ def load_base(
 
 
 def _folder(named: str, revision: str | None, fetch: bool, local: bool) -> Path:
-    """Returns the folder of a base: one of that name, or that in the cache of the hub, fetched first where that is
-    wanted.
+    """Returns the folder of a base: a local folder with the name `named`, or a folder in the hub's cache, which is
+    downloaded first if `fetch` is True.
 
     Args:
-        local: whether a folder may be meant.
+        local: whether `named` may be a local folder.
     """
     if local and Path(named).is_dir():
         folder = Path(named)
@@ -144,7 +146,7 @@ def _cached(named: str, revision: str | None) -> Path:
     """Returns the folder of a base in the cache of the hub.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: the cache does not contain the base.
     """
     at = f" at revision {revision}" if revision else ""
     pass_it = "pass fetch=True to download it, or base= with a folder that has it"
@@ -164,7 +166,8 @@ def _cached(named: str, revision: str | None) -> Path:
 
 
 def _config(transformers: Any, folder: Path, named: str) -> Any:
-    """Returns the configuration of a base, which asks for no kernels from a hub: these are code."""
+    """Returns the configuration of a base, without the fields for which transformers would download kernels (code) from
+    a hub."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a library raises about a configuration
@@ -179,11 +182,11 @@ def _config(transformers: Any, folder: Path, named: str) -> Any:
 
 
 def _chosen(about: Description, config: Any, named: str) -> tuple[str, str]:
-    """Returns the Auto class that builds the class on which an adapter was made, and the name of that; the class of
-    peft's task, and no name, where the file has a task alone.
+    """Returns two names: the Auto class that builds the base, and the class on which the adapter was made. If the file
+    contains only a task type of peft, the second name is empty.
 
     Raises:
-        CheckpointError: there is none in the closed list.
+        CheckpointError: no Auto class in `AUTO_CLASSES` lists the class, or the file has neither a class nor a task.
     """
     cls = about.host.rpartition(".")[2]
     by_hand = "build the model yourself, then peftcore.load(model, path)"
@@ -202,10 +205,11 @@ def _chosen(about: Description, config: Any, named: str) -> tuple[str, str]:
 def _built(
     transformers: Any, auto: str, cls: str, folder: Path, config: Any, about: Description, options: Mapping[str, Any]
 ) -> Any:
-    """Returns the base with its weights, and with a head of the size that the adapter brings.
+    """Returns the base with its weights. If the adapter contains a head, the base's head gets the same number of
+    outputs.
 
     Raises:
-        HostMismatch: it is of another class, or lacks weights that the adapter does not bring.
+        HostMismatch: the base is of another class, or some weights are neither in the base nor in the adapter.
     """
     assert auto in AUTO_CLASSES
     kind = getattr(transformers, auto)
@@ -238,7 +242,8 @@ def _built(
 
 
 def _labels(kind: Any, config: Any, trained: Mapping[str, Size]) -> int | None:
-    """Returns how many outputs the head has that an adapter brings, where the configuration says something else."""
+    """Returns the number of outputs of the head in an adapter, if it differs from the base's configuration; otherwise
+    None."""
     if not trained:
         return None
     with torch.device("meta"):

@@ -23,13 +23,14 @@ from peftcore.layers.model_locks import changing
 
 FILE = "composition.json"
 MOST = 1000
-"""The largest number of names, and of branches, that a composition in a file may have; nested branches multiply."""
+"""The largest number of names, and of branches, that a composition in a file may have. Nested branches could otherwise
+multiply without limit."""
 
 
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
     """Save the adapters of a composition into subfolders of `path` with their names, and the composition itself.
 
-    If the process is killed on the way, the folder lacks ``composition.json``, and `load_composition` says so.
+    If the process is killed before the end, the folder lacks ``composition.json``, and `load_composition` says so.
 
     Raises:
         UnknownInjection: the host has no injection of this name.

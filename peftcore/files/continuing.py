@@ -1,8 +1,8 @@
-"""Checks that a training continues with the adapter of its checkpoint.
+"""Checks that a training continues with the same adapter as in its checkpoint.
 
 Code that writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into each checkpoint, and
-compares that record with the installed adapter when training continues. Runs, comparisons and studies also compare
-their settings by `differences`.
+compares that record with the installed adapter when training continues. `differences` is also used to compare the
+settings of runs, comparisons and studies.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from peftcore.layers.pieces import is_cut
 from peftcore.targets.sites import Site
 
 COMPARED = ("method", "train", "rows", "dtype")
-"""Fields of the envelope that must be equal, in addition to the options and the target modules."""
+"""Fields of an adapter's envelope (its description) that must be equal, in addition to the options and the target
+modules."""
 SAMPLE = 64
-"""The number of values of each tensor of the base that go into the digest."""
+"""The number of values of each base tensor that the digest includes."""
 NAMED = 8
 """The largest number of differences that a message lists."""
 
@@ -78,9 +79,9 @@ def listed(lines: list[str]) -> str:
 
 
 def base_sample(sites: Iterable[Site]) -> str | None:
-    """Returns a digest of some values of each frozen, dense tensor at these sites; None if there are no such tensors,
-    or if they are sharded over processes. The digest distinguishes bases that were trained differently, but reads only
-    few of their values."""
+    """Returns a digest of some values of each frozen tensor at these sites; None if there are no such tensors.
+    Quantized tensors and tensors that are sharded over processes are left out. The digest distinguishes bases that were
+    trained differently, but reads only few of their values."""
     digest, found = hashlib.sha256(), dict[str, Tensor]()
     for site in sites:
         value = site.layer.read(site.module, site.tensor)
@@ -97,7 +98,7 @@ def base_sample(sites: Iterable[Site]) -> str | None:
 
 
 def _read_sites(injection: Injection) -> list[Site]:
-    """Returns the sites at which the adapter reads the base, and has no value of its own in the place of the base's."""
+    """Returns the adapter's sites, without tensors of the base that the adapter replaces with trained values."""
     return [graft.site for graft in injection.grafts if not graft.trained_along]
 
 
@@ -107,7 +108,7 @@ def _plain(envelope: Envelope) -> dict[str, Any]:
 
 
 def _other_places(held: Envelope, here: Envelope) -> list[str]:
-    """Returns a line where the target modules differ."""
+    """Returns one line that describes how the target modules differ; an empty list if they are the same."""
     then, now = ({json.dumps(each) for sites in _plain(it)["selections"].values() for each in sites} for it in
                  (held, here))  # fmt: skip
     gone, new = (sorted(json.loads(each)["module_path"] for each in it) for it in (then - now, now - then))

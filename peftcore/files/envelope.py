@@ -1,4 +1,4 @@
-"""The envelope of a saved adapter, which describes everything but its tensors: method, options, sites, base."""
+"""The envelope of a saved adapter: a description of its method, options, sites and base, without its tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("peftcore")
 
 FORMAT = 1
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-"""The endings of files of weights in a repository."""
+"""The suffixes of files with weights in a repository."""
 
 
 class SavedSite(BaseModel):
@@ -44,9 +44,11 @@ class SavedSite(BaseModel):
     tensor: str = "weight"
     """Name of the tensor in the module."""
     role: str | None = None
-    """Role of the part of the tensor that the site is, such as ``"attn.q"``; None for the whole tensor."""
+    """If the site is only a part of the tensor: the role of this part, such as ``"attn.q"``. None for the whole
+    tensor."""
     rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
-    """First and last + 1 row of each piece of the part; None for the whole tensor."""
+    """If the site is only a part of the tensor: the ranges of its rows as (first, last + 1). None for the whole
+    tensor."""
     shape: tuple[NonNegativeInt, ...] | None = None
     """Logical shape; empty for a module without its own weight, None if the file does not contain it."""
 
@@ -59,7 +61,7 @@ class SavedSite(BaseModel):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The arguments by which the resolver finds the site."""
+        """The arguments that find the site in a model again."""
         return {**self.model_dump(include={"module_path", "tensor", "role"}), "slices": self.rows}
 
 
@@ -78,7 +80,7 @@ class Envelope(BaseModel):
     config_version: NonNegativeInt
     """Version of the method's options."""
     part_versions: dict[str, NonNegativeInt] = {}
-    """Versions of the options of a hybrid's parts, by the names of parts: ``"0"``, ``"0/1"``."""
+    """The version of the options of each part of a hybrid, keyed by the part's name: ``"0"``, ``"0/1"``."""
     config: dict[str, Any]
     """Options of the method."""
     target: Any = None
@@ -94,11 +96,11 @@ class Envelope(BaseModel):
     """Paths of trained modules whose parameters have separate values in the file, even if other modules of the host
     hold the same tensors (`Wishes.untied`)."""
     ties: dict[str, tuple[str, ...]] | None = None
-    """By each operator's name in files: the paths of other parameters that were tied to the tensor of its site, so that
-    the operator acts on them too. None in files that do not record ties."""
+    """Maps the name of an operator in files to the paths of other parameters that were tied to the tensor of its site.
+    The operator acts on them too. None in files that do not record ties."""
     rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
-    """By path of a token table: the range (first, last + 1) of rows that the original base lacks, and that the file
-    contains although they were not trained."""
+    """Maps the path of a token table to a range of its rows (first, last + 1). The original base lacks these rows, so
+    the file contains them although they were not trained."""
     dtype: str = "float32"
     """Dtype of the operators' parameters."""
     host: str = ""
@@ -106,16 +108,16 @@ class Envelope(BaseModel):
     base: str | None = None
     """The name of the weights in the host's own config: a folder, or a repository on a hub."""
     base_revision: str | None = None
-    """The commit of that repository from which the host was loaded."""
+    """The commit of the base's repository from which the host was loaded."""
     weights: str | None = None
     """Digest of the host's tensors at the sites; None unless the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
-    """The sites of each selection of the method, by the selection's name."""
+    """The sites of each selection of the method, keyed by the selection's name."""
 
     @property
     def wishes(self) -> Wishes:
-        """The arguments with which the method is applied again; the sites are those of the file, and are not resolved
-        again.
+        """The arguments for applying the method to a model again. They contain the sites in the file, so that no
+        targets are searched for.
 
         Raises:
             CheckpointError: operators cannot have the dtype.
@@ -146,11 +148,11 @@ class Envelope(BaseModel):
         return request
 
     def check(self, surgeon: RecordingSurgeon) -> None:
-        """Check that a model matches the one on which the adapter was made, by the operators that were recorded for the
-        model. A different class name is only logged.
+        """Check that a model matches the one on which the adapter was made. `surgeon` has the operators that a dry run
+        recorded for the model. Different class names of a classification head are only logged.
 
         Raises:
-            HostMismatch: shapes or ties differ, or weights, if the file has a digest of them.
+            HostMismatch: shapes or ties differ, or the weights differ from a digest in the file.
         """
         made = f"the adapter belongs to another base (it was made on {self.host})"
         if wrong := mismatched(self, surgeon.selections):
@@ -199,7 +201,7 @@ def spelled(target: Any) -> Any:
 
 def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, tuple[int, int]] = {}) -> Envelope:
     """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites. `rows` are
-    the rows that its base lacks, by path of the token table."""
+    the rows that the original base lacks, keyed by the path of the token table."""
     name = injection.method.name
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
@@ -277,7 +279,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
 
     Raises:
         NewerFormat: it was written by a newer peftcore.
-        CheckpointError: it is not an envelope.
+        CheckpointError: the object is not a valid envelope.
     """
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:
@@ -308,7 +310,7 @@ def method_of(envelope: Envelope) -> type[Method]:
 
 
 def _part_versions(injection: AppliedMethod, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yields the version of each part's options, by name."""
+    """Yields the name of each part of a hybrid, and the version of its options."""
     for name, part in injection.parts.items():
         yield prefix + name, part.method.config_version
         yield from _part_versions(part, f"{prefix}{name}/")
@@ -322,8 +324,8 @@ def _migrated(
     plugin: str = "its plugin",
     prefix: str = "",
 ) -> dict[str, Any]:
-    """Returns options of a version as the installed one has them, and so those of parts that a hybrid lists under
-    "parts"; parts without a version are as old as files can be."""
+    """Returns options of an old `version`, migrated to the version of the installed method. The options under "parts"
+    of a hybrid are migrated too. A part without a version has version 1."""
     if version > cls.config_version:
         raise NewerFormat(
             f"the adapter has version {version} of {cls.name}'s options, the installed plugin reads up "

@@ -1,4 +1,4 @@
-"""Applies configurations of peft: the adapter is the fresh one that peft itself would make and save.
+"""Applies configurations of peft. The result is the same fresh adapter that peft itself would make.
 
 peft makes and saves the adapter on a twin of the model, whose tensors share the model's memory. `load` then reads this
 file like any other one, so a configuration has the same meaning as a file of peft.
@@ -27,7 +27,7 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
     Args:
         model: the host; changed in place.
         config: a configuration of any class of peft whose files `load` reads.
-        name: name of the injection; the method's by default.
+        name: name of the injection; the method's name by default.
         seed: the seed with which peft initializes the adapter. The state of torch's global generator is restored.
 
     Raises:
@@ -50,7 +50,8 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
 
 
 def _writes(config: Any) -> bool:
-    """Whether peft starts it by writing to the base, as OLoRA and LoftQ do: every start that has a name of its own."""
+    """Whether peft changes the base's weights when it initializes the adapter, as for OLoRA and LoftQ. True for every
+    initialization with a name except "gaussian"."""
     starts = [value for key, value in vars(config).items() if key.startswith("init")]
     return any(isinstance(start, str) and start != "gaussian" for start in starts)
 
@@ -68,8 +69,8 @@ def twin(model: nn.Module, copied: bool = False) -> nn.Module:
 
 
 def _beside(parameter: nn.Parameter) -> nn.Parameter:
-    """Returns another parameter over the same memory: of the same class, with all that one of a class of its own has
-    beside its values, such as the scales of a quantized weight."""
+    """Returns another parameter of the same class that shares the memory of `parameter`. Attributes of a subclass are
+    copied, such as the scales of a quantized weight."""
     kind = type(parameter)
     if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
         return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

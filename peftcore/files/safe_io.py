@@ -2,8 +2,8 @@
 
 Reading accepts only JSON and safetensors, and checks sizes, structure and names before it allocates memory. Writing
 replaces each file as a whole: if the process is killed, the power fails or the disk is full, the old file still exists.
-When a function that writes returns, the file and its name are on the disk, if the file system keeps what `fsync`
-promises and renames at once.
+When a function that writes returns, the file and its name are on the disk, provided that the file system implements
+`fsync` and atomic renames.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ MAX_VALUES = 500_000
 MAX_DEPTH = 64
 """The deepest nesting of values in a JSON file."""
 SAFE_CALLS = 5_000
-"""The recursion limit of Python up to which its JSON parser, which recurses in C for nested values, raises an error in
-time. Some libraries set the limit so high that the stack would overflow and the process would die: above this limit,
-nesting is checked before parsing."""
+"""The largest recursion limit with which Python's JSON parser is certain to raise an error for deeply nested values.
+Some libraries set a higher limit, with which the C stack would overflow and the process would crash. Nesting is then
+checked before parsing."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-"""The dtypes of tensors that adapters have, by their names in safetensors."""
+"""The dtypes that tensors of adapters may have, keyed by their names in safetensors."""
 
 
 def _regular(path: Path) -> int:
-    """Returns the size of a regular file (links are followed: caches are made of them)."""
+    """Returns the size of a regular file. Links are followed, since the hub's cache consists of links."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -194,7 +194,7 @@ class TensorFile:
         return {key: DTYPES[name] for key, name in named.items()}
 
     def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Returns the values of tensors by name, copied into memory.
+        """Returns the values of tensors, keyed by name and copied into memory.
 
         Raises:
             CheckpointError: they cannot be read, or some are not finite; all such tensors are named.
@@ -212,7 +212,7 @@ class TensorFile:
 
 
 Write = Callable[[Path], Any]
-"""Fills a new file."""
+"""A function that writes the content of a new file to a path."""
 
 
 def _put(path: Path, write: Write) -> None:
@@ -221,13 +221,13 @@ def _put(path: Path, write: Write) -> None:
 
 def put_files(files: Mapping[Path, Write], together: Collection[Path] = ()) -> None:
     """Fill new files, then rename all of them to their paths. The contents are flushed to the disk before the first
-    rename, and the names after the last one: a power cut leaves each file as it was, or the new one.
+    rename, and the names after the last one: after a power cut, each path has either the old file or the new one.
 
     Args:
-        files: what fills the file of each path, in the order of the renames.
+        files: the function that writes each path's new file. The files are renamed in this order.
         together: paths of files that are read together. If several of them are replaced, the old ones are moved away
-            first: a process that is killed between two renames leaves files missing, never a mixture. If a rename
-            fails, the old files are put back.
+            first: a process that is killed between two renames leaves files missing, never a mixture of old and new
+            ones. If a rename fails, the old files are put back.
     """
     tied = [path for path in files if path in together]
     tied = tied if len(tied) > 1 else []
@@ -257,8 +257,8 @@ def put_files(files: Mapping[Path, Write], together: Collection[Path] = ()) -> N
 
 @contextmanager
 def _filled(path: Path, write: Write) -> Iterator[Path]:
-    """Context manager with a new file, filled and flushed, in a folder of its own next to its path: other libraries put
-    their own files next to it meanwhile. The folder is removed at the end."""
+    """Context manager that writes a new file, flushes it to the disk and yields its path. The file is in a temporary
+    folder next to its destination, since libraries may write more files beside it. The folder is removed at the end."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         try:
@@ -276,9 +276,9 @@ def _filled(path: Path, write: Write) -> Iterator[Path]:
 
 @contextmanager
 def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Context manager that holds the lock of a folder: one process writes, or several read with `shared`; others wait.
-    The system drops the lock of a process that is killed. Without locks in the system or the file system, nothing
-    waits."""
+    """Context manager that locks a folder for one process that writes, or with `shared` for several processes that
+    read. Other processes wait. The operating system releases the lock of a process that is killed. On systems without
+    file locks, nothing is locked."""
     if fcntl is None or not folder.is_dir():
         yield
         return
@@ -314,7 +314,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, with those above it, unless it is there; their names are on the disk afterwards."""
+    """Create a folder and its parents, unless they exist, and flush their names to the disk."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -323,8 +323,7 @@ def make_folder(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a temporary folder, whether or not its content was moved to its destination; try a second time if the
-    first try fails or is interrupted."""
+    """Remove a temporary folder and its remaining content. If the first try fails or is interrupted, try again."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -338,13 +337,12 @@ def is_text(path: Path, text: str) -> bool:
 
 
 def of_text(text: str) -> Write:
-    """Returns a function that writes a text file."""
+    """Returns a function that writes `text` to a path."""
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, or not at all. A file that already has this text is not written again, for example the
-    options of an adapter that is saved again after more training."""
+    """Write a text file completely, or not at all. A file that already has this text is not written again."""
     if is_text(path, text):
         sync_folder(path.parent)  # the process that wrote it may have been killed before
         return
@@ -352,7 +350,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Returns a function that writes a safetensors file; equal tensors give equal bytes.
+    """Returns a function that writes tensors to a safetensors file. Equal tensors give equal bytes.
 
     Args:
         tensors: the tensors by name. Tensors that share memory, as after ``vector_to_parameters`` and in the flat
@@ -375,13 +373,13 @@ def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Wr
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole, or not at all, as `of_tensors` fills it."""
+    """Write tensors to a safetensors file, completely or not at all. The arguments are those of `of_tensors`."""
     _put(path, of_tensors(tensors, metadata))
 
 
 def clear_partial(folder: Path, name: str = "") -> None:
-    """Remove partial files that are at least an hour old, which killed processes left in a folder: all of them, or only
-    those of one file."""
+    """Remove temporary files that killed processes left in a folder, if they are older than an hour. With `name`,
+    remove only those of the file with this name."""
     for path in folder.glob(f".{glob.escape(name)}*.partial"):
         if path.is_dir() and not path.is_symlink() and time.time() - path.lstat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)

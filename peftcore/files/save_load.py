@@ -67,13 +67,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("peftcore")
 
 SUFFIX = ".safetensors"
-"""The suffix by which a path to save to is a file, not a folder."""
+"""An adapter is saved as one file, and not as a folder, if the path ends with this suffix."""
 SPARE = 2**28
-"""Bytes that an adapter may need in addition to its file and the size of the host, for bases that are drawn from a
-seed."""
+"""The number of bytes that an adapter may need in addition to its file and the size of the host, for example for random
+matrices that are generated from a seed."""
 CALLS, CALLS_EACH = 10_000, 300
 """The largest number of torch calls in a dry run, and the number allowed in addition for each parameter of the host.
-The method with the most calls, fact_tk, makes a hundred."""
+The method with the most calls for each parameter, fact_tk, makes a hundred."""
 
 
 def save(
@@ -129,10 +129,10 @@ def save(
 
 
 def _only_file(path: Path, formats: Sequence[str]) -> str:
-    """Returns the name that the only file to write has in a folder, where `path` names a file; empty for a folder.
+    """Returns the name of the format's only file, if `path` is the path of a file; empty if `path` is a folder.
 
     Raises:
-        ExportError: an adapter of these formats is not one file of this kind.
+        ExportError: `path` is a file, but these formats need several files or another suffix.
     """
     if path.is_dir() or path.suffix not in (SUFFIX, *PICKLES):
         return ""
@@ -181,8 +181,8 @@ def _writing(content: Tensors | str | Made) -> Write:
 def push(
     injection: Injection, repository: str, formats: Sequence[str], metrics: Metrics | None, **options: Any
 ) -> CommitInfo | None:
-    """Save an adapter into a temporary folder, and upload that to a repository on the hub; returns the commit in the
-    process that writes, and None in other processes.
+    """Save an adapter into a temporary folder, and upload the folder to a repository on the hub. Returns the commit in
+    the process that writes, and None in other processes.
 
     Args:
         options: arguments of `formats.hub.upload`.
@@ -212,15 +212,15 @@ def load(
     Args:
         model: the host. It may be on the meta device; the adapter's tensors have values even then.
         path: a folder or file that `Injection.save` wrote, or one of another library, or "owner/name" on a model hub,
-            also "owner/name@revision"; the format is recognized. An adapter of a bare encoder also fits a host that
-            contains the encoder as a submodule, and the other way round. From files for whole pipelines, the part for
+            also "owner/name@revision"; the format is recognized. An adapter of an encoder without a head also fits a
+            host that contains the encoder as a submodule, and vice versa. From files for whole pipelines, the part for
             `model` is loaded.
         revision: a branch, a tag or a commit of a repository on a hub; the main branch by default.
-        name: name of the injection on this host; the method's by default.
+        name: name of the injection on this host; the method's name by default.
         trainable: False loads it frozen.
         active: True activates the adapter in addition to the active ones, in the same threads and tasks as `activate`
-            does. Inside of a `route` or a composition, rows and parts do not change: the adapter is added to the
-            adapters that are active outside of it. False leaves the active adapters unchanged until `activate`, `route`
+            does. Within a `route` or a composition, the adapters of rows and parts do not change. The adapter is added
+            to those that are active outside of it. False leaves the active adapters unchanged until `activate`, `route`
             or `using` names the new one: useful for hosts that serve requests meanwhile, and for many adapters.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are ignored).
         room: options that make the tensors larger than those of the file, ``{"rank": 64}``, so that adapters of up to
@@ -235,7 +235,7 @@ def load(
             errors); or a revision is passed with a local path, or two different revisions are passed.
         HubError: the hub has no such repository or revision, refuses access, or does not answer.
         HostMismatch: the adapter belongs to another base.
-        NewerFormat: it was written by a newer version.
+        NewerFormat: the file was written by a newer version of peftcore or of the method's plugin.
         UnknownMethod: no installed plugin has its method.
         DuplicateInjection: the name is taken or cannot be used.
         NoWeights: the host is on the meta device, and the adapter depends on values of the host's weights.
@@ -269,12 +269,12 @@ def load(
 
 
 def values_of(injection: Injection, path: Path) -> Injection:
-    """Returns a saved adapter with its values, checked against the model of `injection` as `load` does, but not
-    installed.
+    """Returns a saved adapter with its values, without installing it. It is checked against the model of `injection`,
+    as in `load`.
 
     Raises:
         CheckpointError, HostMismatch, NewerFormat, UnknownMethod, NoWeights: as `load`.
-        MergeError: it depends on weights into which another injection is merged.
+        MergeError: the saved adapter depends on weights into which another injection is merged.
     """
     with changing(injection.model):
         found = _read(injection.model, path, True)
@@ -293,7 +293,7 @@ class _Read:
     tensors: Mapping[str, Tensor]
 
     def filled(self) -> Injection:
-        """Returns it with its values, not installed."""
+        """Returns the adapter with its values, without installing it."""
         source = Injection(self.request.method.name, record(self.request), HostState())
         fill(source, self.tensors)
         return source
@@ -329,7 +329,7 @@ def _read_at(model: nn.Module, place: Path, strict: bool, words: Mapping[str, Se
 
 
 def describe(path: str | os.PathLike[str], revision: str | None = None) -> Description:
-    """Returns the description in a saved adapter, in any format that `load` recognizes; no host is needed.
+    """Returns the description of a saved adapter, in any format that `load` recognizes. No host is needed.
 
     Args:
         path: as in `load`.
@@ -346,7 +346,7 @@ def describe(path: str | os.PathLike[str], revision: str | None = None) -> Descr
 
 @contextmanager
 def _values_wanted(model: nn.Module) -> Iterator[None]:
-    """Context manager that turns torch's errors on the meta device into `NoWeights`."""
+    """Context manager that turns errors of torch into `NoWeights`, if the host is on the meta device."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -361,8 +361,8 @@ def _values_wanted(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _about(where: Path) -> Iterator[None]:
-    """Context manager in which every error names the file. Errors that a method raises because options of the file make
-    no sense become errors of ours too."""
+    """Context manager that adds the file's path to the message of each error. Python errors that a method raises for
+    wrong options in the file become a `CheckpointError`."""
     try:
         yield
     except PeftcoreError as error:
@@ -376,7 +376,7 @@ def _about(where: Path) -> Iterator[None]:
 
 
 class _Bounded(TorchFunctionMode):
-    """Ends a dry run that an option of a file makes endless."""
+    """Raises an error in a dry run that makes too many torch calls because of the options in a file."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -390,7 +390,7 @@ class _Bounded(TorchFunctionMode):
 
 
 def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
-    """Check values that only the method understands; all wrong ones are named."""
+    """Let the operators check their values. The error names all wrong values."""
     modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
     modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]
     wrong = []
@@ -405,7 +405,7 @@ def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
-    """Check that the tensors built beyond the file's own are no larger than the host."""
+    """Check that the adapter's tensors that are not in the file are together not much larger than the host."""
     modules = [graft.operator for graft in surgeon.grafts] + [shared.module for shared in surgeon.owned.values()]
     held = {id(each): each for module in modules for each in (*module.parameters(), *module.buffers())}
     needed = sum(each.numel() * each.element_size() for each in held.values())
@@ -418,7 +418,8 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_room(surgeon: Surgeon) -> None:
-    """Check that the operators fit into the memory of their devices, unless others can be offloaded for them."""
+    """Check that the operators fit into the memory of their devices. Nothing is checked for a model with a memory limit
+    (`keep_within`), which can make other adapters idle."""
     state = state_of(surgeon.model)
     if state is not None and state.residency is not None:
         return
@@ -433,12 +434,13 @@ def _check_room(surgeon: Surgeon) -> None:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the tensors of an operator that was made without values."""
+    """Yields the tensors of an operator that are on the meta device."""
     yield from (each for each in (*module.parameters(), *module.buffers()) if each.is_meta)
 
 
 class _Files:
-    """What the verbs of an injection call, which is in a layer below."""
+    """The functions of this module that `Injection` calls. Its own module is in a layer below, and cannot import this
+    one."""
 
     save, push = staticmethod(save), staticmethod(push)
     located, values_of = staticmethod(located), staticmethod(values_of)

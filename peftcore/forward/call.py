@@ -1,9 +1,10 @@
-"""One call of an adapted module: the base forward with the operators inside it and around it, per row and per branch.
+"""One call of an adapted module: the base forward with the operators inside and around it, for each row of the batch
+and each branch of a composition.
 
-1. Observers see the inputs that the model passes and the finished output. 2. Input operators change the arguments. 3.
-Weight operators compute effective tensors, and the base forward runs on a view with these tensors; or the operators act
-on activations instead. 4. Other operators wrap the result, the first applied innermost. 5. A route joins the outputs of
-its rows, a composition those of its branches.
+1. Observers see the inputs and the finished output. 2. Input operators change the arguments. 3. Weight operators
+compute effective tensors, and the base forward runs with these tensors; or the operators act on activations instead. 4.
+Other operators wrap the result, the first applied innermost. 5. A route combines the outputs of its rows, a composition
+the outputs of its branches.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from peftcore.forward.state.slot import Edits, Slot, slot_of
 from peftcore.forward.tensors.mount import Mount
 from peftcore.forward.tensors.recompute import RecomputedTensors, Unwritten
 from peftcore.forward.tensors.view import view
+from peftcore.layers.adapter_modules import base_modules, has_submodules
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kinds import is_linear
@@ -57,12 +59,12 @@ class ModuleCall:
         plain: the forward of the module's class.
         slot: the module's slot.
         module: the adapted module.
-        plan: the module's plan under the present choice.
-        route: the adapter of each row of the batch, where rows use different adapters.
-        args: the module's positional inputs, including those that operators act on.
-        kwargs: the module's keyword inputs.
-        acting: the operators that act in this call, if it is a part of another call: a branch of a composition, or the
-            rows of one adapter. By default all operators of the plan.
+        plan: the module's plan for the active adapters.
+        route: the adapter of each row of the batch; None if all rows use the same adapters.
+        args: the module's positional arguments.
+        kwargs: the module's keyword arguments.
+        acting: the operators of this call, if it is a part of another call (one branch of a composition, or the rows of
+            one adapter). By default all operators of the plan.
     """
 
     __slots__ = ("acting", "args", "edits", "kwargs", "module", "plain", "plan", "route", "slot")
@@ -84,18 +86,18 @@ class ModuleCall:
         self.edits = Edits(acting.attention, slot, route) if acting.attention else None
 
     def part(self, acting: ActivePlan, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> ModuleCall:
-        """Returns a partial call in which only the operators of `acting` act, on the given inputs."""
+        """Returns a call with only the operators of `acting`, on the given arguments."""
         return ModuleCall(self.plain, self.slot, self.module, self.plan, None, args, kwargs or {}, acting)
 
     def observed(self) -> Any:
-        """Returns the module's output; observers see the inputs and the output."""
+        """Returns the module's output, and lets observers see the inputs and the output."""
         call: Forward = self.output_for
         for observer in self.acting.observers:
             call = observer.around(call, self.module)
         return call(*self.args, **self.kwargs)
 
     def output_for(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the module's output for inputs that an observer passes on."""
+        """Returns the module's output for the arguments that an observer passes on."""
         self.args, self.kwargs = args, kwargs
         return self.output()
 
@@ -115,7 +117,7 @@ class ModuleCall:
             return restore(self.rows())
 
     def _change_inputs(self, mount: Mount) -> None:
-        """Let an operator change the arguments; with a route, the arguments of its adapter's rows."""
+        """Let an input operator change the arguments. With a route, it changes only the rows of its adapter."""
         operator, route = mount.operator, self.route
         assert isinstance(operator, InputOperator)
 
@@ -136,8 +138,7 @@ class ModuleCall:
         return HERE.calls[-1].one_module(self.module, self.args, self.kwargs)
 
     def around(self, call: Forward, acting: ActivePlan | None = None) -> Forward:
-        """Returns a forward wrapped in the operators that wrap the module: the operators of this call, or of
-        `acting`."""
+        """Returns `call`, wrapped in the operators that wrap the module: those of this call, or those of `acting`."""
         for mount in (self.acting if acting is None else acting).onion:
             call = mount.around(call, self.module)
         return call
@@ -145,18 +146,20 @@ class ModuleCall:
     # The base forward, with what acts on the module's tensors, attributes and attention
 
     def inner(self) -> Forward:
-        """Returns the base forward with the operators that act inside it; without such operators, the plain forward of
-        the module."""
+        """Returns the base forward with the operators that act inside it. Without such operators, this is the module's
+        plain forward."""
         acting = self.acting
         if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
             return self.base
         return functools.partial(self.plain, self.module)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output of the base forward with effective tensors, or of an activation form.
+        """Returns the output of the base forward with effective tensors (changed by the operators), or of an operator's
+        activation form (a forward that leaves the weight unchanged).
 
-        In training an effective weight does not outlive its use: backward computes it again. Where the module can read
-        a lazy weight, the effective weight is computed only when it is read."""
+        In training, an effective weight is freed after its use, and backward computes it again. If the module can use a
+        lazy weight (a stand-in for W + BA), the effective weight is computed only when its values are read.
+        """
         acting, module = self.acting, self.module
         if acting.activation_form is not None and self._is_cheaper(acting.activation_form, args):
             form = acting.activation_form
@@ -188,7 +191,8 @@ class ModuleCall:
         return self.on_view(self.acting.effective(self.module), args, kwargs)
 
     def on_view(self, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the base forward on a view of the module with other tensors."""
+        """Returns the output of the base forward on a view: an object with the module's attributes and other
+        tensors."""
         acting, module, edits = self.acting, self.module, self.edits
         if acting.product is not None and len(args) == 1 and not kwargs:  # a token: a view takes longer
             bias: Any = tensors.get("bias", module.bias)
@@ -203,8 +207,8 @@ class ModuleCall:
         return first.calls.run(stand_in, edits, args, kwargs)
 
     def _without_gradients(self) -> Mapping[str, Tensor | None]:
-        """Returns the tensors that the module reads without gradients: effective tensors, in evaluation from the cache
-        that is open, or lazy weights."""
+        """Returns the tensors for a forward without gradients: effective tensors (changed by the operators), or lazy
+        weights, which represent W + BA. In evaluation they are read from the open cache, if one is open."""
         acting, module, slot = self.acting, self.module, self.slot
         managed = MANAGED in vars(module)
         keeps = slot.cache is not None and not (
@@ -217,13 +221,13 @@ class ModuleCall:
         return slot.effective(module, acting) if keeps else acting.effective(module)
 
     def _forget(self) -> None:
-        """Clear an open cache: a forward with gradients precedes an optimizer step, which changes the weights."""
+        """Clear an open cache, because an optimizer step usually follows a forward with gradients."""
         if (cache := self.slot.cache) is not None:
             cache.clear()
 
     def _is_cheaper(self, form: ActivationForm, args: tuple[Any, ...]) -> bool:
-        """Whether to run an operator's activation form. In evaluation with an open cache, the operator acts on the
-        weight instead, which is computed once, unless the effective weight may not be kept."""
+        """Whether to run an operator on activations (its activation form) instead of on the weight. In evaluation with
+        an open cache the effective weight is used, which is computed only once, unless it must not be kept."""
         acting = self.acting
         if self._trains():
             wanted = not acting.low_memory
@@ -232,13 +236,13 @@ class ModuleCall:
         return wanted and not _is_offloaded(form.operator, *args) and form.operator.prefers_activation_form(*args)
 
     def _trains(self) -> bool:
-        """Whether the module trains. The first forward of a checkpoint runs without gradients and must do the same as
-        the second, so the mode of the module counts too."""
+        """Whether the module trains. In a checkpoint, the first forward runs without gradients and must do the same as
+        the second, so a module in training mode counts too."""
         return torch.is_grad_enabled() or self.module.training
 
     def prepared(self, form: ActivationForm) -> Any:
-        """Returns the prepared values of an activation form, which do not depend on the input. In evaluation it reads
-        them from the open cache."""
+        """Returns the result of an operator's `prepare` for its activation form (on activations instead of the weight).
+        It does not depend on the input, so in evaluation it is read from the open cache."""
         if torch.compiler.is_compiling() or transformed() or MANAGED in vars(self.module):
             return form.prepare(self.module)
         if self._trains():
@@ -249,10 +253,11 @@ class ModuleCall:
     # Rows of a batch that go to different adapters
 
     def rows(self) -> Any:
-        """Run each adapter of a route on its rows, and join the outputs row by row.
+        """Run each adapter of a route on its rows, and combine the outputs row by row.
 
         Adapters that only wrap the module share one base forward. Compiled graphs must be the same for all assignments
-        of rows, so in compiled code each adapter runs on all rows."""
+        of rows. So in compiled code each adapter runs on all rows.
+        """
         route, args, kwargs, routed = self._route, self.args, self.kwargs, self.plan.routed
         whole = OneForward(self.inner(), self.module)
         if not any(acting.effects or acting.onion for acting in routed):
@@ -306,8 +311,8 @@ class ModuleCall:
         return self.part(acting).inner()
 
     def _of_its_rows(self, bare: Forward) -> Forward:
-        """Returns the forward for the rows of one adapter: in the activation form where there is one, also in
-        evaluation, where one base forward serves all rows."""
+        """Returns the forward for the rows of one adapter. If the operator can act on activations instead of the
+        weight, it does so, also in evaluation, because then one base forward is enough for all rows."""
         form = self.form_taken(self.acting)
         if form is not None:
             return self.around(form.around(bare, self.prepared(form)))
@@ -326,10 +331,12 @@ class ModuleCall:
         return output
 
     def _factors(self, count: int | None) -> list[tuple[int, Mount, Factors]] | None:
-        """Returns the factors of all low-rank updates if one product can add them all, otherwise None. The conditions:
-        no input dropout; the factors are parameters, so their gradients need no further product; little padding of
-        ranks; and the route is not of single tokens, each of which would need separate factors. Compiled code in
-        evaluation ignores the conditions on parameters and padding; compiled code in training gets None."""
+        """Returns the factors of all low-rank updates if one batched product can add them all; otherwise None.
+
+        Conditions: no operator has input dropout; the factors are parameters, so their gradients need no further
+        product; few ranks are padded; and the route assigns whole rows, not single tokens. In compiled code, evaluation
+        ignores the conditions about parameters and padding, and training returns None.
+        """
         updates, compiling = self.plan.updates, torch.compiler.is_compiling()
         if (
             not updates
@@ -355,20 +362,21 @@ class ModuleCall:
         return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
 
     def _is_one_map(self) -> bool:
-        """Whether the module is called with one tensor, is without submodules and is not managed by FSDP, so that equal
-        operators can run on it as one."""
-        whole = not self.module._modules and MANAGED not in vars(self.module) and not transformed()
+        """Whether equal operators of several adapters can run on this module as one operator. It must be called with a
+        single tensor, have no submodules, and not be managed by FSDP."""
+        whole = not has_submodules(self.module) and MANAGED not in vars(self.module) and not transformed()
         return whole and len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 
     def form_taken(self, acting: ActivePlan) -> ActivationForm | None:
-        """Returns the activation form that an adapter of a route takes for its rows; None where it takes none. The
-        activation form is taken in evaluation too, where one base forward serves all adapters."""
+        """Returns the activation form for the rows of one adapter of a route: its operator then acts on activations
+        instead of the weight. None if its operators act on the weight. The activation form is used in evaluation too,
+        because then one base forward is enough for all adapters."""
         form = acting.activation_form
         alone = len(self.args) == 1 and not self.kwargs and not (acting.low_memory and self._trains())
         return form if form is not None and alone and form.operator.prefers_activation_form(*self.args) else None
 
     def _wants_rows_alone(self, acting: ActivePlan) -> bool:
-        """Whether an adapter does not need the bare base model's output for its rows."""
+        """Whether an adapter does not need the output of the base model for its rows."""
         form = self.form_taken(acting)
         if form is not None:
             return form.operator.changes_inputs
@@ -396,8 +404,8 @@ class ModuleCall:
 
 
 PADDING = 0.02
-"""The maximum cost of padding lower ranks to the highest one, when one product adds the updates of all adapters; as a
-share of the cost of the base product."""
+"""Lower ranks are padded to the highest rank if one product adds the updates of all adapters. This is the maximum cost
+of the padding, relative to the cost of the base product."""
 
 
 def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
@@ -405,18 +413,18 @@ def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
 
 
 def _is_offloaded(operator: nn.Module, x: Tensor) -> bool:
-    """Whether the operator's values are offloaded until the operator is called (accelerate's offload)."""
+    """Whether accelerate has offloaded the operator's tensors until the operator is called."""
     return not x.is_meta and any(each is not None and each.is_meta for each in operator._parameters.values())
 
 
 def _acting(plan: ActivePlan) -> ActivePlan | None:
-    """Returns the plan if any operator acts in it, else None: then the rows are those of the bare base model."""
+    """Returns the plan if it contains operators, else None, for rows that run the base model."""
     return plan if plan.effects or plan.onion else None
 
 
 def _runs_on_some_rows(module: nn.Module) -> bool:
-    """Whether a module can run on some rows of a batch by themselves: no operator acts on its submodules, which would
-    take these rows for the whole batch, and it computes no batch statistics."""
-    inside = [*module.modules()]
-    acts_within = any(slot_of(each) is not None for each in inside[1:])
+    """Whether a module can run on some rows of a batch. It can if no operator acts on its submodules (which would take
+    these rows for the whole batch) and it computes no batch statistics."""
+    inside = base_modules(module)
+    acts_within = any(slot_of(each) is not None for each in inside if each is not module)
     return not acts_within and not (module.training and any(each._buffers for each in inside))

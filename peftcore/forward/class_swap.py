@@ -1,9 +1,9 @@
-"""The class swap, the one mechanism by which peftcore changes a module of the host.
+"""The class swap: the only way in which peftcore changes a module of the host.
 
-A grafted module keeps its identity: its class is replaced by a cached subclass with the same name, so parameter names,
-`isinstance`, signature and ties stay as they were. The subclass adds one forward, which asks the module's slot for the
-plan under the current choice and runs a `ModuleCall` with it. A forward on the instance, such as the one that
-accelerate sets, is replaced too.
+An adapted module gets a new class: a cached subclass of its class, with the same name. So parameter names,
+`isinstance`, signature and tied parameters do not change. The subclass has a different forward. It gets the plan for
+the active adapters from the module's slot, and runs a `ModuleCall` with it. A forward that is set on the instance, such
+as accelerate's, is replaced too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from peftcore.layers.pieces import is_cut
 from peftcore.utils.journal import Journal
 
 FORWARDS = ("forward", "_old_forward")
-"""The attributes of an instance that may hold a forward: `forward`, and accelerate's copy of the forward that its hook
-calls."""
+"""The instance attributes that may contain a forward: `forward`, and accelerate's copy of the original forward."""
 
 
 def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -75,7 +74,8 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def grafted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """Returns the grafted subclass of `base`: one for each class, so that torch.compile and FSDP see few types."""
+    """Returns the subclass of `base` for adapted modules. There is one per class, so that torch.compile and FSDP see
+    few types."""
     if base not in _CLASSES:
         members = {
             GRAFTED: base,
@@ -96,7 +96,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def attach(journal: Journal, module: nn.Module, state: HostState) -> Slot:
-    """Returns the module's slot. If the module is not grafted yet, creates the slot and replaces the module's class."""
+    """Returns the module's slot. If it is missing, creates it and replaces the module's class."""
     slot = slot_of(module)
     if slot is None:
         slot = Slot(state)
@@ -109,8 +109,8 @@ def attach(journal: Journal, module: nn.Module, state: HostState) -> Slot:
 
 
 def detach(journal: Journal, module: nn.Module, state: HostState, name: str) -> None:
-    """Remove the mounts of this host's injection `name`. When the last mount is removed, the module gets its original
-    class back."""
+    """Remove the operators of this host's injection `name` from a module. After the last one, the module gets its
+    original class back."""
     slot = slot_of(module)
     if slot is None or slot.state is not state:
         return
@@ -122,7 +122,8 @@ def detach(journal: Journal, module: nn.Module, state: HostState, name: str) -> 
 
 
 def ungraft(journal: Journal, module: nn.Module) -> None:
-    """Restore the module's original class, and remove its slot. The caller removes that from the host's slots."""
+    """Restore the module's original class and remove its slot. The caller must also remove the slot from the host's
+    `slots`."""
     plain = vars(type(module)).get(GRAFTED, type(module))
     for cls in (_CLASSES[plain], plain) if plain in _CLASSES else ():
         if type(module) is not cls:  # it is the first one, unless other code has set the plain class alone
@@ -131,12 +132,13 @@ def ungraft(journal: Journal, module: nn.Module) -> None:
 
 
 def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class of a module; a grafted module stays grafted."""
+    """Change the class of a module. An adapted module gets the subclass for adapted modules of the new class."""
     journal.call(change_class, module, type(module), cls if slot_of(module) is None else grafted_class(cls))
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Replace the class of a module, and each forward on the instance that is a method of the old class."""
+    """Replace the class of a module. If a forward on the instance is a method of the old class, it becomes the method
+    of the new class."""
     before = type(module).forward
     object.__setattr__(module, "__class__", cls)  # torch's own checks whether it is a parameter or a module
     for key in FORWARDS:
@@ -152,8 +154,8 @@ def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
 
 
 def _cells(module: nn.Module) -> Iterator[CellType]:
-    """Yields the closure cells in which the tensor parallelism of transformers keeps the module's original forward:
-    those of the forward that it sets on the instance. Other forwards on instances may not call the original one."""
+    """Yields the closure cells that contain the module's original forward, in a forward that transformers' tensor
+    parallelism sets on the instance. Other forwards on instances may not call the original one."""
     forward, weight = module.__dict__.get("forward"), module._parameters.get("weight")
     if isinstance(forward, FunctionType) and weight is not None and is_cut(weight):
         for cell in forward.__closure__ or ():
@@ -163,8 +165,8 @@ def _cells(module: nn.Module) -> Iterator[CellType]:
 
 
 def is_reached(module: nn.Module) -> bool:
-    """Whether a call of the module reaches the forward of its class, also through accelerate's hooks, which set a
-    forward on the instance and store the original forward that they call."""
+    """Whether a call of the module reaches the forward of its class. It does so through accelerate's hooks too, which
+    set a forward on the instance and call the original one."""
     own = module.__dict__
     if own.keys().isdisjoint(FORWARDS):
         return True  # as nearly always

@@ -45,6 +45,25 @@ class AdapterModules(nn.Module):
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
 
+def base_modules(*models: nn.Module) -> set[nn.Module]:
+    """Returns the modules of models without those of adapters, of which there may be many. Other threads may add
+    modules meanwhile."""
+    found: set[nn.Module] = set()
+    left: list[nn.Module | None] = [*models]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found and not isinstance(module, AdapterModules):
+            found.add(module)
+            left += module._modules.values()
+    return found
+
+
+def has_submodules(module: nn.Module) -> bool:
+    """Whether a module has submodules of the base model. The adapter modules of an ``nn.Sequential`` are inside of the
+    target modules, since it runs all of its own children."""
+    return any(not isinstance(each, AdapterModules) for each in module._modules.values())
+
+
 def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
                  missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
     """Hook that runs when an adapted model has loaded a state dict. If the state dict contains adapters, all other

@@ -14,13 +14,12 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol
 
 from torch import nn
 
-from peftcore.layers.adapter_modules import AdapterModules
+from peftcore.layers.adapter_modules import base_modules
 
 
 class Lock(Protocol):
@@ -49,7 +48,7 @@ def changing(*models: nn.Module) -> Lock:
     itself. Usually it is a lock of Python itself, which is released after every error and interrupt. If parts of the
     models were changed separately before, it takes several locks.
     """
-    modules = _base_modules(models)
+    modules = base_modules(*models)
     with _GUARD:
         found = dict(held for module in modules if (held := _LOCKS.get(module)) is not None)
         first = min(found.items()) if found else (next(_NUMBERS), threading.RLock())
@@ -58,18 +57,6 @@ def changing(*models: nn.Module) -> Lock:
     if len(found) > 1:
         return _Several([lock for _, lock in sorted(found.items())])
     return first[1]
-
-
-def _base_modules(models: Iterable[nn.Module]) -> set[nn.Module]:
-    """Returns the modules of models, without adapter modules. Other threads may add adapter modules meanwhile."""
-    found: set[nn.Module] = set()
-    left: list[nn.Module | None] = [*models]
-    while left:
-        module = left.pop()
-        if module is not None and module not in found and not isinstance(module, AdapterModules):
-            found.add(module)
-            left += module._modules.values()
-    return found
 
 
 class _Several:

@@ -1,17 +1,17 @@
-"""Surgery: installs operators in a model and removes them, all or nothing.
+"""Surgery: installs the operators of a method in a model, and removes them. If an error occurs, nothing is installed.
 
-It may import `forward` and the layers below. In the order of reading:
+It may import `forward` and the packages below it. In the order of reading:
 
 - `defaults`: default targets of a method, and notices for the user about them.
-- `seeding`: random numbers by seed and path.
+- `seeding`: random numbers that depend on a seed and a path.
 - `table_rows`: rows of token tables that are saved with an adapter.
-- `adapted_models`: models that share modules; a shared module may have the operators of one of them.
-- `parallel_models`: the operators that are allowed in tensor-parallel models, which compute with pieces of their
+- `adapted_models`: a check of models that share modules. The operators in a shared module belong to one of the models.
+- `parallel_models`: checks which operators are allowed in tensor-parallel models, which compute with pieces of their
   weights.
-- `surgeon`: the verbs of `Method.inject`, which record operators.
+- `surgeon`: the object that `Method.inject` receives, which records operators.
 - `forced_attributes`: attributes that some modules must have while a model is adapted.
 - `installation`: installs and removes recorded operators.
-- `watched_sites`: an error for target modules that were taken out of the model, or that never ran.
-- `sharding`: the memory that each process needs if a planned model is sharded.
+- `watched_sites`: an error for target modules that were removed from the model, or that never ran.
+- `sharding`: the memory per process if a planned model is sharded.
 - `planning`: the result of `plan`, a dry run of `apply`.
 """

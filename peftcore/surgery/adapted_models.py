@@ -1,9 +1,9 @@
-"""Adapted models that share modules: one may be a part of another as long as the outer one has no operator inside the
-inner one.
+"""A check of adapted models that share modules.
 
-A module follows the active adapters and the forward context of a single adapted model. So if two adapted models share a
-module (an actor and a critic on one backbone, a model and a part of it), that module is adapted through only one of
-them.
+A module uses the active adapters and the forward context of a single adapted model. So if two adapted models share a
+module (an actor and a critic on one backbone, or a model and a part of it), only one of them may have operators in this
+module. One adapted model may be a part of another as long as the operators of the outer model are all outside of the
+inner model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADVICE = (
 
 
 def check_apart(surgeon: Surgeon) -> None:
-    """Check that no module would have recorded operators and operators of another adapted model.
+    """Check that no module would have operators of two adapted models: the recorded ones and those of another model.
 
     Raises:
         UnsupportedHost: a module would have both.

@@ -1,4 +1,5 @@
-"""Default targets of a method: the first of its alternatives that a host has, and notices for the user about it."""
+"""Default targets of a method: the first of its alternatives that is present in the host, and notices for the user
+about it."""
 
 from __future__ import annotations
 
@@ -20,16 +21,16 @@ class Defaults(NamedTuple):
     sites: list[Site]
     target: Target
     unknown: TargetError | None = None
-    """The error of an earlier alternative that the host has but that cannot be used."""
+    """The error of an earlier alternative that is present in the host but cannot be used; otherwise None."""
 
 
 def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target | None = None) -> Defaults:
-    """Returns the sites of the first target of which the host has any part, without those of `exclude`. The sites are
-    in the host's main tower, unless the main tower lacks all the targets.
+    """Returns the sites of the first target that is present in the host, at least in part, without the sites of
+    `exclude`. The sites are in the host's main tower, unless the main tower lacks all targets.
 
     Raises:
-        TargetError: the host lacks all the targets; its targets are slices of fused weights, which are not known
-            without a forward; or everything was excluded.
+        TargetError: the host lacks all targets; a target is a slice of fused weights whose slices are known only after
+            a forward; or all sites were excluded.
     """
     unknown: TargetError | None = None
     host = resolver.host
@@ -47,8 +48,8 @@ def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target
 
 
 def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str]:
-    """Yields notices about the default targets of a method that has alternatives: the chosen target, and the parts of
-    the host without a site."""
+    """Yields notices about the default target of a method with alternatives: which one was chosen, and which parts of
+    the host lack sites."""
     host, name = resolver.host, type(resolver.model).__name__
     paths, listed = [site.module_path for site in taken.sites], _listed(taken.target)
     if taken.target != method.target:
@@ -61,8 +62,8 @@ def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str
 
 
 def _left_out(host: HostMap, paths: Sequence[str]) -> Iterator[str]:
-    """Yields descriptions of the towers and blocks that have weights but no site; nothing if all sites are outside of
-    blocks."""
+    """Yields descriptions of the towers and blocks with weights but without a site. Yields nothing if all sites are
+    outside of blocks."""
     block_of = {entry.module: entry.block for entry in host.entries}
     acted = {block for path in paths if (block := block_of.get(path)) is not None}
     if not acted:

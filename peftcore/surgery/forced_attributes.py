@@ -1,7 +1,9 @@
-"""Forced attributes of modules that would bypass adapters, or change a frozen base, while a host is adapted.
+"""Attributes that are forced on some modules while a host is adapted, because these modules would otherwise bypass
+adapters or change a frozen base.
 
-They are attributes of the module's view: no flag is set on the module itself. Those of torch's own modules are listed
-here; plugins add theirs with the hook `peftcore_forced_attributes`.
+The forward runs on a view, an object with the module's tensors and the forced attributes, so the module itself does not
+change. The attributes for torch's own modules are listed here. Plugins add others with the hook
+`peftcore_forced_attributes`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def _of_class(cls: Any) -> ForcedAttributes | None:
 
 
 def forced_attributes_of(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, ForcedAttributes]]:
-    """Yields the modules that have forced attributes while the host is adapted, with these attributes."""
+    """Yields the modules that need forced attributes while the host is adapted, each with these attributes."""
     known: dict[Any, ForcedAttributes | None] = {}
     for module in modules:
         cls: Any = type(module)

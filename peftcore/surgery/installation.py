@@ -1,8 +1,10 @@
-"""Installs the operators that a surgeon recorded, all or none, and removes them again, bit for bit.
+"""Installs the operators that a surgeon recorded, all or none, and removes them again. Afterwards the host is bitwise
+the same as before.
 
-Operators are registered in adapter modules next to their site, one level up: ``self_attn.peft.q_proj.<injection>``. So
-the site stays a leaf module, and code that relies on this (containers that iterate, layerwise casting, parallel plans)
-still works.
+Operators are registered in adapter modules, which are children of the changed module's parent:
+``self_attn.peft.q_proj.<injection>``. So the changed module is still without submodules, unless all modules around it
+are containers. Code that relies on this keeps working: containers that iterate over children, layerwise casting,
+parallel plans.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Returns the module at a path, or the nearest one above it that is no container, and its path."""
+    """Returns the module at a path, or its nearest parent that is not a container, and the path of the result."""
     found = model, ""
     module, parts = model, path.split(".") if path else []
     for depth, part in enumerate(parts, 1):
@@ -42,14 +44,14 @@ def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _key(site: Site, path: str) -> str:
-    """Returns the name of the site's adapter modules in a module at a path."""
+    """Returns the name of a site's adapter modules in their parent module, which is at `path`."""
     inside = site.path[len(path) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
     return f"{key}_" if _has(nn.Module, key) else key
 
 
 def _has(cls: type, name: str) -> bool:
-    """Whether a class gives its instances an attribute."""
+    """Whether instances of a class have an attribute of this name from the class."""
     return any(name in vars(each) for each in cls.__mro__)
 
 
@@ -87,7 +89,8 @@ def _remove(journal: Journal, holder: nn.Module, key: str, name: str) -> None:
 
 
 def shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yields the module that will hold each recorded operator, the operator's name in it, and the operator."""
+    """Yields three items for each recorded operator: the module in which it will be registered, its name there, and the
+    operator."""
     places: dict[str, tuple[nn.Module, str]] = {}
     for graft in surgeon.grafts:
         site = graft.site
@@ -122,7 +125,8 @@ def install(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> 
 
 
 def _check_trains(surgeon: Surgeon) -> None:
-    """Check that gradients go through every quantized module, where some are adapted: others lie behind these."""
+    """If quantized modules are adapted, check that gradients flow through every quantized module, since there may be
+    adapted modules before it."""
     if any(site.layer.packed for graft in surgeon.grafts for site in graft.holders):
         for module in surgeon.resolver.modules.values():
             layer_of(module, "weight").check_trains(module)
@@ -164,8 +168,8 @@ def uninstall(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -
 
 
 def release(journal: Journal, model: nn.Module, state: HostState) -> None:
-    """Give every module of this host its own class back, after the last injection was removed; an adapted model inside
-    it keeps its own."""
+    """Restore the original class of every module of this host, after the last injection was removed. If an adapted
+    model is a part of the host, its modules do not change."""
     for module in model.modules():
         if (slot := slot_of(module)) is not None and slot.state is state:
             ungraft(journal, module)

@@ -1,8 +1,8 @@
-"""Tensor-parallel models, which compute with pieces of their weights: checks of the operators that are allowed in them,
-and equal initial values in all processes.
+"""Tensor-parallel models, which compute with pieces of their weights: checks which operators are allowed in them, and
+gives operators equal initial values in all processes.
 
-Layers gather a weight for operators that act on weights (`layers.tensor_parallel`). An operator on the input or the
-output of a layer would get only this process's piece of the tensor, so it is refused before anything changes.
+For operators that act on weights, the layers gather the weight (`layers.tensor_parallel`). An operator on the input or
+output of a layer would get only the piece of this process, so it raises an error before anything changes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ADVICE = (
 
 
 def computes_with_pieces(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether some of a model's parameters are distributed tensors that are not gathered before their use.
+    """Whether some parameters of a model are distributed tensors that are not gathered before their use.
 
     Raises:
-        UnsupportedHost: FSDP2 has sharded tensors that tensor parallelism had already cut.
+        UnsupportedHost: the model is both tensor-parallel and sharded by FSDP2.
     """
     # Looked up, not imported: in a process that never imported torch.distributed.tensor no weight is distributed.
     tensors = sys.modules.get("torch.distributed.tensor")
@@ -42,7 +42,8 @@ def computes_with_pieces(model: nn.Module, parameters: Iterable[nn.Parameter]) -
 
 
 def _is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    """Whether the model has distributed tensors for another reason than FSDP2, which gathers tensors before each
+    use."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -59,14 +60,14 @@ def _is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def _cuts(tensor: Any) -> int:
-    """Returns along how many dimensions of the mesh of processes a distributed tensor is cut."""
+    """Returns the number of mesh dimensions along which a distributed tensor is split."""
     return sum(not placement.is_replicate() for placement in tensor.placements)
 
 
 @contextmanager
 def explaining(method: str) -> Iterator[None]:
-    """Context manager for recording a method: replaces torch's error about distributed tensors by an error that says
-    what to do.
+    """Context manager that replaces torch's error about distributed tensors by an error with a solution. `method` is
+    the name of the method that is recorded.
 
     Raises:
         UnsupportedHost: in place of torch's error.
@@ -80,7 +81,7 @@ def explaining(method: str) -> Iterator[None]:
 
 
 def check_operators(surgeon: Surgeon) -> None:
-    """Check that the recorded operators act on weights alone, which are gathered for them.
+    """Check that all recorded operators act only on weights, which are gathered for them.
 
     Raises:
         UnsupportedHost: an operator acts on a module's input or output, or on another tensor of which this process may
@@ -102,18 +103,18 @@ def check_operators(surgeon: Surgeon) -> None:
 
 
 def check_looks_at_no_data(surgeon: Surgeon) -> None:
-    """Check that no recorded operator is at a layer that receives pieces of tensors; for methods that look at data
-    before training.
+    """Check that all layers with operators receive whole tensors. For methods that read the inputs of layers before
+    training.
 
     Raises:
-        UnsupportedHost: an operator is at such a layer.
+        UnsupportedHost: a layer with an operator receives only pieces of tensors.
     """
     if any(graft.site.layer.in_pieces for graft in surgeon.grafts):
         raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} reads layer inputs, which are only pieces here")
 
 
 def start_alike(surgeon: Surgeon) -> None:
-    """Copy the initial tensors of the first process's operators to all processes."""
+    """Copy the initial values of the operators from the first process to all others."""
     layers = [graft.site.layer for graft in surgeon.grafts if isinstance(graft.site.layer, ParallelLinear)]
     modules = [*(shared.module for shared in surgeon.owned.values()), *(graft.operator for graft in surgeon.grafts)]
     for module in modules if layers else ():

@@ -1,4 +1,4 @@
-"""The plan of an injection: its sites, shapes, parameters and bytes, computed before anything is changed."""
+"""The result of `plan`: the sites, shapes, parameters and bytes of an adapter that is not installed yet."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def size_of(modules: Iterable[nn.Module]) -> int:
-    """Returns the number of values in the modules' parameters, each counted once; a quantized weight counts as the
-    dense one."""
+    """Returns the number of values in the modules' parameters. A parameter that several modules share is counted once.
+    A quantized weight counts as many values as the dense weight."""
     sizes: dict[int, int] = {}
     for module in modules:
         own = {name: each for name, each in module._parameters.items() if each is not None}
@@ -40,37 +40,35 @@ class Plan:
     sites: tuple[Site, ...]
     """The sites at which operators would be installed."""
     shapes: dict[str, Size]
-    """The tensors of the adapter, by their name in its file."""
+    """The shapes of the adapter's tensors, by their names in the adapter's file."""
     dtypes: dict[str, torch.dtype]
-    """The dtypes of the tensors in `shapes`, by the same names."""
+    """The dtypes of the adapter's tensors, by the names of `shapes`."""
     trainable: int
-    """Number of values that would train; frozen values of the adapter are not counted."""
+    """The number of trainable values. Frozen values of the adapter are not counted."""
     total: int
-    """Values in the host, each parameter counted once."""
+    """The number of values in the host. Shared parameters are counted once."""
     bytes: int
     """Size of the adapter's tensors in its file, in bytes."""
     host: HostMap
     """The host map that was used."""
     notes: tuple[str, ...] = ()
-    """Lines about the method's default targets: the alternative that was taken, and the parts of the host that are left
-    out.
-    """
+    """Lines about the method's default targets: the chosen alternative, and the parts of the host without a site."""
     parameters: int = 0
-    """Number of values in the adapter's parameters, those that would stay frozen included."""
+    """The number of values in the adapter's parameters, including frozen ones."""
     resident: int = 0
-    """Bytes that one adapter takes on the model: all its parameters and buffers, including those that are not saved in
-    files. Each further adapter takes the same again."""
+    """The bytes of one adapter on the model: all its parameters and buffers, including those that are not saved in
+    files. A second adapter takes the same amount again."""
     shards: tuple[Shard, ...] = ()
-    """The bytes that each process holds, if a number of processes was given; otherwise empty."""
+    """The memory of each process, if a number of processes was passed; otherwise empty."""
 
     @classmethod
     def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:
-        """Make the plan from the operators that a surgeon recorded. Their parameters that require gradients now count
-        as trainable.
+        """Returns the plan for the operators that a surgeon recorded. Parameters that require gradients now count as
+        trainable.
 
         Raises:
             ConfigError: `shards` is not a valid number of processes.
-            UnsupportedHost: some parameter cannot be sharded.
+            UnsupportedHost: one of the parameters cannot be sharded.
         """
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]
@@ -94,8 +92,8 @@ class Plan:
     def differences(
         self, shapes: Mapping[str, Size], dtypes: Mapping[str, torch.dtype], strict: bool = True
     ) -> list[str]:
-        """Returns the differences of a file's tensors from the plan, in words; with `strict` also missing and unknown
-        ones."""
+        """Returns descriptions of the differences between the tensors of a file and the plan. With `strict`, missing
+        and unknown tensors are differences too."""
         wrong = []
         if strict:
             wrong += [f"missing {key}" for key in sorted(self.shapes.keys() - shapes.keys())]
@@ -109,16 +107,16 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Trainable values over values of the host: 0.01 is one percent."""
+        """The trainable values as a fraction of the values of the host: 0.01 is one percent."""
         return self.trainable / max(self.total, 1)
 
     @property
     def frozen(self) -> int:
-        """Number of values in the adapter's parameters that would not train."""
+        """The number of values in the adapter's parameters that do not train."""
         return self.parameters - self.trainable
 
     def tree(self) -> str:
-        """Returns the host's map as a tree, and below it the sites that would change."""
+        """Returns the host map as a tree, followed by the sites, with the numbers of values and bytes."""
         frozen = f", {self.frozen:,} frozen in the adapter" if self.frozen else ""
         lines = [
             self.host.tree(),

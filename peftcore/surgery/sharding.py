@@ -1,5 +1,5 @@
-"""The bytes of a planned model that each of several processes holds: under FSDP2, with each block as one unit and all
-other modules as another unit, and AdamW."""
+"""The memory per process, in bytes, of a planned model that is sharded. It assumes FSDP2 with AdamW. Each block is one
+unit, and all modules outside of blocks are another unit."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ STATES = 2
 """The number of values that AdamW keeps for each trainable value."""
 
 Units = Mapping[Tensor, str]
-"""For each parameter the path of its block; empty for a parameter outside all blocks."""
+"""For each parameter, the path of its block; "" if it is outside of all blocks."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The bytes that one process holds, without activations and unreduced gradients, which depend on its batch."""
+    """The bytes of one process, without activations and unreduced gradients, which depend on the batch of the
+    process."""
 
     weights: int
-    """The process's pieces of the base's parameters, and the base's buffers, which are not sharded."""
+    """The process's shards of the base's parameters, and all of the base's buffers, which are not sharded."""
     adapter: int
-    """The process's pieces of the adapter's parameters, and the adapter's buffers."""
+    """The process's shards of the adapter's parameters, and all of the adapter's buffers."""
     gradients: int
-    """The process's pieces of the gradients of all parameters that train."""
+    """The process's shards of the gradients of all trainable parameters."""
     optimizer: int
-    """AdamW's states for these pieces."""
+    """AdamW's states for the process's shards of trainable parameters."""
     gathered: int
-    """The parameters that are gathered while the largest block runs: the parameters of this block, and those outside
-    all blocks. Prefetching the next block may take more."""
+    """The parameters that are gathered while the largest block runs: those of this block, and those outside of all
+    blocks. If the next block is prefetched, this is more."""
 
     def __str__(self) -> str:
         return (
@@ -49,11 +50,11 @@ class Shard:
 
 
 def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
-    """Returns the memory that each process needs for a model that is sharded after the recorded operators are applied.
+    """Returns the memory of each process for a model that is sharded after the recorded operators are installed.
 
     Raises:
         ConfigError: `processes` is not a valid number of processes.
-        UnsupportedHost: FSDP2 cannot cut some parameter.
+        UnsupportedHost: FSDP2 cannot shard one of the parameters.
     """
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
         raise ConfigError(f"shards= must be a number of processes, 1 or more, not {shown(processes)}")
@@ -68,7 +69,7 @@ def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
 
 
 def units_of(model: nn.Module, host: HostMap) -> Units:
-    """Returns the units of a model's parameters."""
+    """Returns the unit of each parameter of a model."""
     owners = _owners(model, host)
     return {each: owner for module, owner in owners.items() for each in module.parameters(recurse=False)}
 
@@ -76,17 +77,18 @@ def units_of(model: nn.Module, host: HostMap) -> Units:
 def cut(
     base: Units, buffers: Iterable[Tensor], added: Units, kept: Iterable[Tensor], trained: Iterable[Tensor], n: int
 ) -> tuple[Shard, ...]:
-    """Returns what each of `n` processes holds.
+    """Returns the memory of each of `n` processes.
 
     Args:
         base: the base's parameters.
-        buffers: its buffers.
+        buffers: the base's buffers.
         added: the adapter's parameters.
-        kept: its buffers.
-        trained: parameters of both that train.
+        kept: the adapter's buffers.
+        trained: the trainable parameters of base and adapter.
+        n: the number of processes.
 
     Raises:
-        UnsupportedHost: FSDP2 cannot cut some parameter.
+        UnsupportedHost: FSDP2 cannot shard one of the parameters.
     """
     for each in (*base, *added):
         if not each.ndim or not is_dense(each):
@@ -111,9 +113,8 @@ def cut(
 
 
 def piece(tensor: Tensor, process: int, processes: int) -> int:
-    """Returns the bytes of a process's piece: rows of the first dimension in chunks of equal size, of which the last
-    ones may be smaller or empty.
-    """
+    """Returns the bytes of one process's shard of a tensor. The first dimension is split into chunks of equal size. The
+    last chunks may be smaller or empty."""
     rows = tensor.shape[0]
     each = -(-rows // processes)
     mine = max(0, min(each, rows - process * each))
@@ -121,7 +122,7 @@ def piece(tensor: Tensor, process: int, processes: int) -> int:
 
 
 def _owners(model: nn.Module, host: HostMap) -> dict[nn.Module, str]:
-    """Returns the innermost block that each module is in, or is."""
+    """Returns, for each module, the path of the innermost block that contains it or is it; "" if there is none."""
     blocks = {entry.path for entry in host.entries if entry.role == "block"}
     found: dict[nn.Module, str] = {}
     for path, module in model.named_modules():

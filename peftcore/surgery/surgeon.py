@@ -1,7 +1,7 @@
-"""The surgeon: the verbs of a method's `inject`.
+"""The surgeon: the object that a method's `inject` receives. Its methods record operators.
 
-The verbs only record; `peftcore.surgery.installation` then changes the host. `plan` is the same recording with
-operators on the meta device and no installation.
+They do not change the host. `peftcore.surgery.installation` installs the recorded operators afterwards. `plan` records
+in the same way, with operators on the meta device, and installs nothing.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from peftcore.utils.progress import Progress
 
 @dataclass
 class RecordingSurgeon(Surgeon):
-    """Records the operators that a method puts into a host. Nothing is changed until `inject` has returned.
+    """Records the operators of a method for a host. The host does not change.
 
     Attributes:
-        ties: the other parameters that share the tensor of an operator's site, by key of the operator; only for tensors
-            that several modules hold.
+        ties: by key of an operator, the other parameters that share the tensor of its site. Only for tensors that
+            several modules contain.
     """
 
     model: nn.Module
@@ -75,13 +75,13 @@ class RecordingSurgeon(Surgeon):
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def record(self) -> None:
-        """Let the method record its operators, and record the token table rows of a file and the modules that train
-        along; the host is not changed.
+        """Let the method record its operators. Also record the rows of token tables in a file, and the modules that the
+        user trains in full. The host does not change.
 
         Raises:
-            TargetError: nothing to act on.
-            UnsupportedHost: layers lack shapes; or an operator would be in a module of two adapted models, or would get
-                pieces of tensors in a tensor-parallel model.
+            TargetError: no site matches.
+            UnsupportedHost: the shapes of some layers are not known; a module already has operators of another adapted
+                model; or an operator would receive only pieces of tensors in a tensor-parallel model.
         """
         method, config = self.method, self.config
         parameters = self.resolver.parameters()
@@ -107,7 +107,7 @@ class RecordingSurgeon(Surgeon):
             )
 
     def idle_overrides(self) -> list[str]:
-        """Returns the overrides of single sites that match none."""
+        """Returns the entries of the config's `overrides` that match no site."""
         if not self.config.overrides:
             return []
         paths = {graft.site.path for graft in self.grafts}
@@ -276,7 +276,7 @@ class RecordingSurgeon(Surgeon):
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
 
     def note_ties(self) -> None:
-        """Note which operators act on a tensor at several modules."""
+        """Find the operators that act on a tensor of several modules, and set `ties`."""
         for graft in self.grafts:
             own = graft.site.module._parameters.get(graft.site.tensor)
             if own is not None and graft.holders[1:]:
@@ -292,7 +292,7 @@ class RecordingSurgeon(Surgeon):
             yield from part.with_parts()
 
     def stored_anew(self, module: nn.Module) -> None:
-        """Update how the tensors of the recorded sites are stored, after their module was quantized or made dense."""
+        """Update the layers of the recorded sites of a module that was quantized or made dense after the recording."""
 
         def anew(site: Site) -> Site:
             return replace(site, layer=site.layer_of(module, site.tensor)) if site.module is module else site
@@ -305,10 +305,10 @@ class RecordingSurgeon(Surgeon):
             part.stored_anew(module)
 
     def table_rows(self) -> None:
-        """Record the rows of token tables that a file holds; all other operators act on these rows.
+        """Record the rows of token tables that a file contains. All other operators are applied after these rows.
 
         Raises:
-            HostMismatch: the host lacks the table, or has one of another length.
+            HostMismatch: the host lacks the table, or its table has another length.
             UnsupportedSite: a table cannot be read.
         """
         for path, (start, stop) in self.wishes.rows.items():
@@ -359,7 +359,8 @@ class RecordingSurgeon(Surgeon):
         self._paths.add(path)
 
     def _refuse_overridden(self, grafts: Sequence[Graft]) -> None:
-        """Refuse operators of one part that would override what those of an earlier one do."""
+        """Raise CompositionError if an operator of a new part would override the effect of an operator of an earlier
+        part."""
         earlier: dict[tuple[str, str], list[tuple[Graft, Site]]] = {}
         for graft in self.grafts:
             for site in graft.holders if is_mergeable(graft.operator) else ():
@@ -380,7 +381,8 @@ class RecordingSurgeon(Surgeon):
         return f"part {part} ({self.parts[part].method.name})" if part in self.parts else self.method.name
 
     def _defaults(self, target: Target | None) -> list[Site]:
-        """Returns the sites of a role that the method asks for, or without one, of its default targets."""
+        """Returns the sites of `target`, a role that the method passes; or those of the method's default targets if it
+        is None."""
         # The targets in a file are for people to read: their patterns are matched nowhere.
         exclude = self.wishes.exclude if self.wishes.saved is None else None
         targets = (self.method.target, *self.method.alternatives) if target is None else (target,)
@@ -399,14 +401,15 @@ class RecordingSurgeon(Surgeon):
                     yield self._as_stored(holder)
 
     def _untied(self, site: Site) -> str:
-        """Returns the module with values of its own in which a site is; "" for one that is in none."""
+        """Returns the path of the module in `wishes.untied` that contains a site; "" if there is none. Tied tensors in
+        such a module get separate values."""
         path = f"{site.module_path}.{site.tensor}"
         return next((unit for unit in self.wishes.untied if path.startswith(f"{unit}.")), "")
 
     @staticmethod
     def _as_stored(site: Site) -> Site:
-        """Returns the site of a whole tensor with the layout in which it is stored, so that holders of different kinds
-        (table, head) share one value."""
+        """Returns the site of a whole tensor with the layout in which it is stored. So modules of different kinds
+        (table, head) can share one value."""
         return replace(site, form="weight", layer=site.layer if site.slices else site.layer.as_stored)
 
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
@@ -429,14 +432,13 @@ class RecordingSurgeon(Surgeon):
 
     @cached_property
     def _where(self) -> tuple[torch.device, AbstractContextManager[Any]]:
-        """The device on which operators are built, and the context manager that makes torch build there."""
+        """The device on which operators are built, and a context manager that makes torch use this device."""
         where = torch.device("meta" if self.dry else "cpu")
         # A device that is the default already needs no mode, which would intercept each call of torch.
         return where, contextlib.nullcontext() if torch.get_default_device() == where else where
 
     def _moved(self, built: nn.Module, where: torch.device, goal: torch.device | None) -> nn.Module:
-        """Returns an operator built on one device, moved to another in the wished dtype. Most are there already, and
-        are not walked."""
+        """Returns an operator on the device `goal` and in the requested dtype. Most operators are there already."""
         dtype = self.wishes.dtype
         parameters, buffers = tables(built)
         there = (goal is None or goal == where) and not built._modules and not buffers
@@ -460,6 +462,7 @@ def _exactly(path: str) -> Callable[[str, nn.Module], bool]:
 
 
 def _meant(name: str, site: Site) -> str:
-    """Returns the module of a matched site, or the one tensor that the name ends with: ``classifier.bias``."""
+    """Returns the path of a matched module. If the name ends with a tensor, such as ``classifier.bias``, returns the
+    path of this tensor."""
     parameter = f"{site.module_path}.{site.tensor}".lstrip(".")
     return parameter if f".{name}".endswith(f".{site.tensor}") else site.module_path

@@ -1,4 +1,5 @@
-"""Rows of a token table that were added to the base model: saved with an adapter although they did not train."""
+"""Rows of a token table that the user added to the base model. They are saved with an adapter although they did not
+train."""
 
 from __future__ import annotations
 
@@ -14,9 +15,8 @@ from peftcore.targets.sites import Site
 
 
 class RowsSite(Site):
-    """A table as a site for its rows, separate from other sites on it. The tensor is seen as it is stored, ``[tokens,
-    width]``.
-    """
+    """The rows of a token table as a site, separate from other sites at the table. The tensor has the layout in which
+    it is stored, ``[tokens, width]``."""
 
     def _make_path(self) -> str:
         return f"{super()._make_path()}:rows"
@@ -28,7 +28,8 @@ class RowsSite(Site):
 
 
 class TableRows(Operator):
-    """The last rows of a table, frozen: they replace the table's own rows in lookups and products."""
+    """The last rows of a token table, frozen. They replace the same rows of the host's table in lookups and
+    products."""
 
     value: Tensor
     bias: Tensor | None

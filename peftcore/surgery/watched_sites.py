@@ -1,15 +1,16 @@
-"""Watches adapted sites: a forward of the host raises an error if a site was removed from the model or resized, or does
-not run.
+"""Watches adapted sites. A forward of the host raises an error if a site was removed from the model, was resized, or
+does not run.
 
-After `resize_token_embeddings`, with a new head or an exchanged layer, the new module would run without the adapter.
-Modules that were wrapped (compiled, checkpointed) or moved to another path are still in the model, and their adapters
-act.
+A site may be removed by `resize_token_embeddings`, by a new head or by an exchanged layer. The new module would run
+without the adapter. Modules that were wrapped (compiled, checkpointed) or moved to another path are still in the model,
+and their adapters act.
 
-Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
-models' qkv, dead layers) would otherwise carry adapters that train nothing. Training and evaluation are checked
-separately: a head may be called in one mode, while a fused loss reads its weight in the other. For some sites that have
-to run once per forward (`Site.once`), the host's code does not show whether they do; if the first forward runs such a
-site more often, it raises an error.
+Some modules are never called, because other modules read their weights (attention output projections, some vision
+models' qkv), or because they are not used at all. Their adapters would train nothing. Training and evaluation are
+checked separately: a head may be called in one mode, while a fused loss reads its weight in the other.
+
+Some sites must run once per forward (`Site.once`), but the host's code does not show whether they do. If the first
+forward runs such a site more often, it raises an error.
 """
 
 from __future__ import annotations
@@ -49,40 +50,39 @@ class Expected:
 
     path: str
     modules: tuple[tuple[Slot, nn.Module], ...]
-    """The modules at which its operator acts, with their slots (`Slot`); it is enough if one of them runs."""
+    """The modules at which the site's operator acts, with their slots. One of them must run."""
     tower: str
     name: str
     holder: nn.Module
     """The parent module of the site's module."""
     siblings: frozenset[str]
-    """The names of the children of `holder` when the site was last expected to run; a new child makes it expected
-    again."""
+    """The names of the children of `holder` at the time when the site was last expected to run. If `holder` gets a new
+    child, the site is expected to run again."""
 
     def runs(self) -> bool:
         """Whether the site ran in the current mode of its modules, training or evaluation."""
         return any(slot.ran[module.training] for slot, module in self.modules)
 
     def ran(self, training: bool) -> bool:
-        """Whether the site ran in training, or in evaluation."""
+        """Whether the site ran in the given mode: True for training, False for evaluation."""
         return any(slot.ran[training] for slot, _ in self.modules)
 
 
 class WatchedSites:
     """Checks the sites of a host: before each forward that they are in the model, and after the forward that they ran.
-    The second check ends when all sites have run, separately in training and in evaluation. When a module is added next
-    to a site, the site is expected to run again, since the new module may replace it (a fused projection that reads the
-    weights of several).
+    The second check ends when all sites have run. It is separate for training and evaluation. If a module is added to
+    the parent of a site, the site is expected to run again, since the new module may replace it (a fused projection
+    that reads the weights of several).
 
-    Sites are checked in groups that differ only in numbers (layers, experts): if one site of a group ran, all of them
-    count as run, since layers may be dropped and experts may get no tokens. If no site of a tower of a multimodal host
-    ran, the tower was not used yet, so its sites are checked later; so are the sites of an injection that was not
-    active.
+    Sites are checked in groups whose paths differ only in numbers (layers, experts). If one site of a group ran, all of
+    them count as run, since layers may be dropped and experts may get no tokens. Two kinds of sites are checked later:
+    those in a tower of a multimodal host that was not used yet, and those of an injection that was not active.
     """
 
     def __init__(self) -> None:
         self.ways: dict[str, list[tuple[nn.Module, dict[str, nn.Module | None]]]] = {}
-        """For each injection that has acted: all modules on the paths to its modules, with their children at the last
-        check."""
+        """For each injection that was active: all modules on the paths from the root to its modules, with their
+        children at the last check."""
         self.tables: dict[str, list[tuple[Site, torch.Size]]] = {}
         """The token tables of each injection, with their shapes when it was applied: resizing changes a table in
         place."""
@@ -91,12 +91,12 @@ class WatchedSites:
         adapters stays fast."""
         self.sites: dict[str, list[Expected]] = {}
         self.waiting: dict[bool, dict[str, dict[str, list[Expected]]]] = {False: {}, True: {}}
-        """Sites that have not run yet in evaluation, and in training, by group and injection."""
+        """Sites that have not run yet, for evaluation (False) and training (True), by group and injection."""
         self.once: dict[str, list[tuple[str, Slot]]] = {}
-        """Sites that have to run once, by injection, until a forward has run them."""
+        """By injection, sites that must run once per forward, as long as no forward has run them."""
 
     def expect(self, journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
-        """Expect the sites of a new injection to be in the model and to run, from the host's next forward on."""
+        """From the next forward on, expect the sites of a new injection to be in the model and to run."""
         sites = (site for graft in surgeon.grafts for site in graft.holders if site.form in ("activation", "weight"))
         tables = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
         journal.put(self, "tables", name, tables)
@@ -112,7 +112,7 @@ class WatchedSites:
         journal.call(WatchedSites._expect_runs, self, (name, surgeon), (name, None))
 
     def _expect_runs(self, injection: tuple[str, Surgeon | None]) -> None:
-        """Expect the sites of an injection to run; without its surgeon, stop it."""
+        """Expect the sites of an injection to run. If its surgeon is None, stop expecting this."""
         name, surgeon = injection
         if surgeon is None:
             self._forget_runs(name)
@@ -132,7 +132,7 @@ class WatchedSites:
                     del waiting[group]
 
     def forget_runs(self) -> None:
-        """Stop expecting sites to run."""
+        """Stop expecting sites to run, for all injections."""
         for name in [*self.once]:
             self._count_no_more(name)
         self.new, self.sites, self.waiting = {}, {}, {False: {}, True: {}}
@@ -152,10 +152,10 @@ class WatchedSites:
         self.check(model, state, acting)
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
-        """Check that the modules of the named injections are still in the model, at their old place or at another.
+        """Check that the modules of the named injections are still in the model, at the same or another path.
 
         Raises:
-            InactiveSite: a module is not in the model any more, a token table was resized, or a tensor was cut over
+            InactiveSite: a module is not in the model any more; a token table was resized; or a tensor was split over
                 processes (tensor parallelism) by code that does not gather it for the forward.
         """
         for name in acting:
@@ -175,7 +175,7 @@ class WatchedSites:
                     )
 
     def _look_again(self, site: Expected) -> None:
-        """Expect a site to run again if a module was added next to it."""
+        """Expect a site to run again if its parent got a new child."""
         before, site.siblings = site.siblings, frozenset(site.holder._modules)
         if not site.siblings <= before | {ADAPTER_MODULES}:
             for slot, _ in site.modules:
@@ -188,12 +188,12 @@ class WatchedSites:
             waiting.setdefault(group, {}).setdefault(site.name, []).append(site)
 
     def judge(self, state: HostState, training: bool) -> None:
-        """Check, after a forward of the host in this mode, that all active sites ran in it.
+        """Check, after a forward of the host, that all active sites have run. `training` is the mode of the forward.
 
         Raises:
-            InactiveSite: active sites did not run. In evaluation this is raised only if they did not run in training
-                either, since auxiliary heads run in training alone.
-            UnsupportedSite: a site that has to run once per forward ran more often.
+            InactiveSite: active sites did not run. After a forward in evaluation, this is raised only if they did not
+                run in training either, since auxiliary heads run only in training.
+            UnsupportedSite: a site that must run once per forward ran more often.
         """
         if not self.new and not self.waiting[training] and not self.once:
             return
@@ -251,7 +251,7 @@ def watched_sites(state: HostState) -> WatchedSites:
 
 
 def _expected(surgeon: Surgeon, name: str) -> Iterator[Expected]:
-    """Yields the sites of an injection that should run, each with the tower of a multimodal host in which it is."""
+    """Yields the sites of an injection that must run."""
     modules = surgeon.resolver.modules
     towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
     siblings: dict[nn.Module, frozenset[str]] = {}  # one set for all children of a module
@@ -267,7 +267,7 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[Expected]:
 
 
 def _check_whole(name: str, injection: AppliedMethod) -> None:
-    """Check that an injection computes with whole tensors where it was made for whole ones."""
+    """Raise InactiveSite if a tensor was split over processes after the adapter was made for the whole tensor."""
     for graft in injection.grafts:
         for site in graft.holders:
             held = site.module._parameters.get(site.tensor)
@@ -279,15 +279,15 @@ def _check_whole(name: str, injection: AppliedMethod) -> None:
 
 
 def _is_table(site: Site) -> bool:
-    """Whether a site's tensor is a table by tokens. The layer of a tensor that is replaced does not say so."""
+    """Whether a site's tensor is a token table. If an operator replaces the tensor, the host's layer is checked."""
     return site.layer.one_hot or (site.form == "weight" and site.layer_of(site.module, site.tensor).one_hot)
 
 
 def _ways(model: nn.Module, injection: AppliedMethod) -> Iterator[tuple[nn.Module, dict[str, nn.Module | None]]]:
-    """Yields the modules on the ways to the injection's modules, with their children.
+    """Yields the modules on the paths from the root to the injection's modules, with their children.
 
     Raises:
-        InactiveSite: some are not in the model.
+        InactiveSite: some of the injection's modules are not in the model.
     """
     modules = {site.module: site.path for graft in injection.grafts for site in graft.holders}
     with saving_base():  # operators are no target modules, and there may be many

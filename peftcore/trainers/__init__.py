@@ -1,4 +1,4 @@
-"""Trainers: integrations with the trainers of other libraries, which users import from `peftcore.training`.
+"""Integrations with the trainers of other libraries. Users import them from `peftcore.training`.
 
 It may import `fleets` and the layers below. In the order of reading:
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what `peftcore.training` hands out, when it is first asked for."""
+    """Returns a class that `peftcore.training` exports, imported at its first use."""
     if name in ("Fleet", "Member"):
         from peftcore.fleets import fleet, member
 

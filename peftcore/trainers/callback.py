@@ -5,8 +5,8 @@ method's schedule.
     optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-3)
     trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[PeftcoreCallback()])
 
-Leave ``optimizers`` out for methods that do not need a special one; the callback raises an error if one is needed.
-Models that transformers has quantized are trained in the same way.
+Omit ``optimizers`` for methods that need no special optimizer; the callback raises an error if one is needed. Models
+that transformers has quantized can be trained in the same way.
 """
 
 from __future__ import annotations
@@ -49,21 +49,23 @@ from peftcore.utils.journal import Journal
 
 
 class PeftcoreCallback(transformers.TrainerCallback):
-    """A callback for the Trainer of a model that was adapted in place.
+    """A callback for training a model that was adapted in place, with transformers' ``Trainer``.
 
-    * Checkpoints contain the trained tensors and those of adapters, but not the frozen base, and training resumes
-    exactly. If a Trainer saves models in a custom way (sentence-transformers), these tensors are stored in an extra
-    file. * ``trainer.save_model(folder)`` saves the base without adapters, and the adapter in the same folder, from
-    which `peftcore.load` reads it. Checkpoints and folders that are pushed to a hub contain the adapter too. This holds
-    for models of transformers; for other models the Trainer's file has all tensors, and `Injection.save` saves the
-    adapter. * The schedules of methods are advanced. * If the optimizer or the parameters do not follow the method's
-    rules, an error is raised before the first step.
+    - Checkpoints contain the trained tensors and those of adapters, but not the frozen base. Training resumes exactly.
+      If a Trainer saves models in a custom way (sentence-transformers), these tensors are stored in an extra file.
+    - ``trainer.save_model(folder)`` saves the base without adapters, and the adapter in the same folder, from which
+      `peftcore.load` reads it. Checkpoints and folders that are pushed to a hub contain the adapter too. This applies
+      to models of transformers. For other models the Trainer's file has all tensors, and `Injection.save` saves the
+      adapter.
+    - The schedules of methods are advanced.
+    - If the optimizer or the parameters do not follow the method's rules, an error is raised before the first step.
 
-    After a failed training the callback leaves no changes on the model; after a complete one, only the changed
-    ``save_pretrained``.
+    After a failed training the callback leaves no changes on the model. After a complete training, only the changed
+    ``save_pretrained`` remains.
 
     Args:
-        model: the model that is trained; only needed if transformers has quantized it and only a submodule is adapted.
+        model: the model that is trained. It is only needed if transformers has quantized the model and only a submodule
+            is adapted.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -72,25 +74,25 @@ class PeftcoreCallback(transformers.TrainerCallback):
             replace_methods(Journal(), [model], Admitted, self)
         self._frozen: set[str] = set()
         self._state: Any = None
-        """The Trainer's state, of the training that goes on."""
+        """The Trainer's state in the current training."""
         self.asked = False
-        """Whether the Trainer asks for what a checkpoint holds."""
+        """Whether the Trainer calls `keep` for its checkpoints."""
         self._told = False
-        """Whether the model's ``save_pretrained`` asks for that."""
+        """Whether the model's ``save_pretrained`` calls `keep` for checkpoints."""
         self._armed = Journal()
         self._hooks: list[RemovableHandle] = []
         self._evaluating = False
         self._training: list[Injection] = []
         self._stepped: list[AppliedMethod] = []
         self._before: dict[str, bytes] = {}
-        """Digests of state between steps, as it was before training."""
+        """Digests of the state between steps (non-persistent buffers) before training."""
         self._own: AppliedMethod | None = None
         """The injection whose optimizer saves its state between steps."""
         self._read: set[str] | None = None
-        """Keys of the checkpoint that was read since one was expected."""
+        """Keys of the checkpoint that was loaded since `_await_checkpoint` was called; None if none was loaded."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prepare to load a checkpoint: the Trainer loads it before `on_train_begin`."""
+        """Prepare to load a checkpoint, which the Trainer does before `on_train_begin`."""
         model = kwargs["model"]
         has_trainer()
         give_methods_back(Journal(), model, self)
@@ -99,7 +101,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._await_checkpoint(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Prepare to load the best checkpoint: the Trainer loads it after it logged the run time."""
+        """Prepare to load the best checkpoint, which the Trainer does after logging the run time."""
         if "train_runtime" in (logs or {}):
             self._await_checkpoint(kwargs["model"])
 
@@ -138,10 +140,10 @@ class PeftcoreCallback(transformers.TrainerCallback):
             optimizer.total_steps = state.max_steps
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the Trainer's loss contains the losses of methods.
+        """Check that the Trainer's loss contains the losses that methods add.
 
         Raises:
-            TrainingError: it does not contain them, since it is not the model's loss.
+            TrainingError: the Trainer's loss does not contain them, since it is not the model's loss.
         """
         for injection in self._training:
             if injection.state.recorder.losses.waits(injection.state, injection.name):
@@ -156,7 +158,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self.on_substep_end(args, state, control, **kwargs)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance the schedules of methods, except for one whose own optimizer does it."""
+        """Advance the schedules of methods, except for a method whose `MethodOptimizer` does this."""
         optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:  # a gradient scaler's overflow
             return
@@ -167,7 +169,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         return self._state is not None and Path(folder).name == f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
 
     def keep(self, model: nn.Module, whole: dict[str, Any], prefix: str = "") -> None:
-        """Remove frozen tensors from a state dict of the model, and add the state between steps."""
+        """Remove frozen tensors from a state dict of the model, and add the state between steps (non-persistent
+        buffers)."""
         self._frozen &= frozen_keys(model)  # another callback may have let more train
         for key in self._frozen:
             whole.pop(prefix + key, None)
@@ -178,7 +181,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
     # than that: a failure anywhere else finds it as it was.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prepare to write a checkpoint, now or after an evaluation."""
+        """Prepare to write a checkpoint, unless the Trainer evaluates first."""
         self._evaluating = control.should_evaluate
         if control.should_save and not control.should_evaluate:
             self._arm(kwargs["model"])
@@ -190,15 +193,15 @@ class PeftcoreCallback(transformers.TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Prepare to write a checkpoint, unless the metric for the best model is missing, for which the Trainer will
-        raise an error."""
+        """Prepare to write a checkpoint after an evaluation. Nothing is done if the metric for the best model is
+        missing, since the Trainer then raises an error."""
         wanted = args.metric_for_best_model
         found = wanted is None or any(key in (metrics or {}) for key in (wanted, f"eval_{wanted}"))
         if self._evaluating and found and (control.should_save or args.save_strategy == "best"):
             self._arm(kwargs["model"])
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Undo the preparation for a checkpoint: another evaluation runs first."""
+        """Undo the preparation for a checkpoint, since another evaluation runs first."""
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -241,7 +244,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
             save_adapters(kwargs["model"], args.output_dir)
 
     def _arm(self, model: nn.Module) -> None:
-        """Let the next state_dict(), and no other, leave out frozen tensors, and have state between steps."""
+        """Change only the next call of the model's `state_dict`: its result has no frozen tensors, and has the state
+        between steps."""
         self._disarm(self._evaluating)
         if self.asked or self._told:
             return
@@ -255,21 +259,21 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._armed.put(model, "", "state_dict", state_dict)
 
     def _note_state(self, model: nn.Module) -> None:
-        """Note what state between steps is like that was not there before."""
+        """Record digests of the state between steps that has no recorded digest yet."""
         for held in state_between_steps(model):
             self._before.setdefault(held.key, digest(held.buffer))
 
     def _wanted(self, held: TransientBuffer) -> bool:
-        """Whether a checkpoint has to have state between steps: no optimizer saves it, and it is not what comes out the
-        same each time."""
+        """Whether a checkpoint has to contain a non-persistent buffer: no `MethodOptimizer` saves it, and it changed or
+        belongs to a schedule."""
         if held.injection is self._own:
             return False
         changed = held.key in (self._read or ()) or self._before.get(held.key) != digest(held.buffer)
         return changed or any(True for _ in scheduled(held.injection))
 
     def _await_checkpoint(self, model: nn.Module) -> None:
-        """Let a checkpoint of the adapters load, with state between steps, and without a warning of all the keys that
-        it leaves out."""
+        """Register hooks for loading a checkpoint. They load the state between steps, and suppress warnings about
+        frozen tensors that the checkpoint omits."""
         self._stop_waiting()
         self._read = None
         frozen = frozen_keys(model)
@@ -293,14 +297,14 @@ class PeftcoreCallback(transformers.TrainerCallback):
         ]
 
     def _stop_waiting(self) -> None:
-        """Expect no checkpoint any more."""
+        """Remove the hooks of `_await_checkpoint`."""
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
 
     def _check_read(self, model: nn.Module, find: Callable[[], Path | None]) -> None:
-        """Check that the checkpoint, if one was read, had all tensors of the adapters that train, and what their
-        schedules know; of one that has none of them, read what lies beside it in its folder."""
+        """If a checkpoint was loaded, check that it had all tensors of the trainable adapters and the state of their
+        schedules. If it had no tensors of adapters, they are read from the extra file in its folder."""
         if self._read is None:
             return
         none = not is_sharded(model) and keys_of(model, within(model)).isdisjoint(self._read)
@@ -322,14 +326,14 @@ class PeftcoreCallback(transformers.TrainerCallback):
 
 
 def _inside(optimizer: Any) -> Any:
-    """Returns the optimizer that accelerate wrapped."""
+    """Returns the optimizer inside the wrappers of accelerate."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _check_plain(injection: Injection) -> None:
-    """Check that an injection can train with an optimizer that is not its own."""
+    """Check that an injection can be trained with a plain torch optimizer."""
     if gradient_rules(injection):
         raise TrainingError(
             f"{injection.name!r} has a rule for gradients that this optimizer does not apply: pass "

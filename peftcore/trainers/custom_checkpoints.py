@@ -1,6 +1,6 @@
-"""Checkpoints of a Trainer that saves the model in a custom way (sentence-transformers).
+"""Completes the checkpoints of a Trainer that saves the model in a custom way (sentence-transformers).
 
-The tensors that it omits are stored in an extra file, which is read from the folder of the checkpoint.
+Tensors that such a Trainer omits are stored in an extra file in the checkpoint's folder, and read from there.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def save_beside(tensors: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_beside(model: nn.Module, folder: Path) -> set[str]:
-    """Read the tensors in the extra file of a checkpoint into the model, and return their keys; an empty result if the
-    file is missing.
+    """Load the tensors in the extra file of a checkpoint into the model. Returns their keys, or an empty set if the
+    checkpoint has no such file.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -54,8 +54,8 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
 
 
 def of_run(args: Any, state: TrainerState, optimizer: Any) -> Path | None:
-    """Returns the folder of the checkpoint that the Trainer loaded, whose path callbacks do not get: the folder of the
-    current step in `output_dir`, if its state and its optimizer state equal those of the Trainer; otherwise None.
+    """Returns the folder of the checkpoint that the Trainer loaded. Callbacks do not get its path, so the folder of the
+    current step in `output_dir` is returned if its state and its optimizer state equal the Trainer's; otherwise None.
     """
     folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     if not (folder / TRAINER_STATE_NAME).exists():

@@ -1,7 +1,7 @@
-"""Gradients of single examples, which differential privacy needs for clipping. The model runs under `torch.vmap`, in
-which each row of the batch has its own copy of the parameters.
+"""Computes the gradients of single examples, which differential privacy needs for clipping. The model runs under
+`torch.vmap`, in which each row of the batch has its own copy of the parameters.
 
-The copies are expanded parameters, which take no additional memory until backward. For any loss that is the mean or the
+The copies are expanded parameters, which need no additional memory until backward. For any loss that is the mean or the
 sum over the rows, one backward computes the same gradients as a loop over the rows.
 """
 
@@ -44,12 +44,12 @@ class PerExample(nn.Module):
         self._forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output for a batch; outputs that are scalars for a single row become one number for each
-        row.
+        """Returns the model's output for a batch. An output that is a scalar for a single row, such as a loss, has one
+        number for each row.
 
         Raises:
-            TrainingError: inputs differ in the number of rows; `torch.vmap` cannot run the model, since it reads values
-                or other rows; or a method adds a loss, but the output has none.
+            TrainingError: inputs differ in the number of rows; `torch.vmap` cannot run the model, since the model reads
+                values or other rows; or a method adds a loss, but the output has no loss to add it to.
         """
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **kwargs)
@@ -91,7 +91,8 @@ class PerExample(nn.Module):
         return pytree.tree_unflatten(values, spec)
 
     def _own(self, parameter: nn.Parameter, rows: int) -> Tensor:
-        """Returns the parameter once for each row, as a leaf that shares its memory and hands on its gradient."""
+        """Returns a leaf tensor that repeats the parameter for each row and shares its memory. A hook of the leaf
+        stores its gradient in the parameter's `grad_sample`."""
         leaf = parameter.detach().expand(rows, *parameter.shape).requires_grad_()
         leaf.register_hook(partial(self._take, parameter, self._forwards))  # type: ignore[no-untyped-call]
         return leaf
@@ -117,7 +118,7 @@ class PerExample(nn.Module):
 
 
 def _rows(leaves: list[Any]) -> int:
-    """Returns the number of rows, on which all inputs agree."""
+    """Returns the number of rows, which has to be the same in all input tensors."""
     found = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
     if len(found) != 1:
         raise TrainingError(
@@ -135,7 +136,7 @@ def _of_row(value: Tensor) -> Tensor:
 
 
 def _keep(parameter: nn.Parameter, gradients: Tensor) -> None:
-    """Put gradients of rows beside those of earlier batches, as Opacus keeps them."""
+    """Append the gradients of a batch's rows to those of earlier batches, in the form that Opacus uses."""
     earlier = getattr(parameter, "grad_sample", None)
     kept = gradients if earlier is None else [*(earlier if isinstance(earlier, list) else [earlier]), gradients]
     parameter.grad_sample = kept  # type: ignore[attr-defined]

@@ -1,8 +1,10 @@
-"""transformers' ``Trainer`` for adapted models, also if the Trainer does not use the model's own loss.
+"""A subclass of transformers' ``Trainer`` for adapted models, also if the Trainer does not use the model's own loss:
 
-trainer = PeftcoreTrainer(model, args, ..., label_smoothing_factor=0.1)
+    trainer = PeftcoreTrainer(model, args, ..., label_smoothing_factor=0.1)
 
-class Mine(PeftcoreTrainer, trl.SFTTrainer): ...
+    class Mine(PeftcoreTrainer, trl.SFTTrainer): ...
+
+The second line combines it with another Trainer.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ from peftcore.trainers.trainer_checkpoints import STATE, check_records, save_ada
 
 
 class PeftcoreTrainer(transformers.Trainer):
-    """The Trainer with `PeftcoreCallback`, and with three things that a callback cannot do:
+    """transformers' ``Trainer`` with `PeftcoreCallback`, and with three features that a callback cannot have:
 
-    * Losses of methods (adalora, hra, adapter_fusion) are added to the Trainer's loss, also if that is not the model's:
-    with label smoothing, a ``compute_loss_func``, ``return_dict=False``, or an adapted model inside of another model. *
-    A checkpoint of an adapter with other options, or of another base, is refused before any of its tensors are read. *
-    Models of other libraries are saved like those of transformers: the base, and the adapter in the same folder.
+    - Losses of methods (adalora, hra, adapter_fusion) are added to the Trainer's loss, even if the Trainer does not use
+      the model's loss: with label smoothing, a ``compute_loss_func``, ``return_dict=False``, or an adapted model inside
+      of another model.
+    - A checkpoint of an adapter with other options, or of another base, is refused before any of its tensors are read.
+    - Models of other libraries are saved like those of transformers: the base, and the adapter in the same folder.
 
-    In a subclass that combines it with another Trainer, it has to be the first base class. The arguments are those of
-    the Trainer.
+    In a subclass with several base classes, `PeftcoreTrainer` has to be the first one. The arguments are those of the
+    ``Trainer``.
     """
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -74,12 +77,13 @@ class PeftcoreTrainer(transformers.Trainer):
         return self.model
 
     def _scale(self, labels: Any, told: bool, items: Tensor | int | None) -> Tensor | float:
-        """Returns the factor of own losses in one of the batches of a step, so that they count once in the step.
+        """Returns the factor for the losses of methods in one batch of a step. With this factor, they count once in the
+        whole step.
 
         Args:
-            labels: of the batch.
-            told: whether the model got them, and has scaled its losses by their number.
-            items: how many labels the step has, in all processes.
+            labels: the labels of the batch.
+            told: whether the model got the labels, and has scaled its losses by their number.
+            items: the number of labels of the step, in all processes.
         """
         divided = self.loss_is_scaled_for_ga
         if divided is None:

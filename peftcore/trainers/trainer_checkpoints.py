@@ -1,5 +1,5 @@
-"""Writes the files of transformers' Trainer for an adapted model: the base without adapters, the adapters in separate
-files, and in checkpoints all tensors that training changes, by their names in the model.
+"""Writes the files of transformers' Trainer for an adapted model: the base without adapters, and the adapters in
+separate files. Checkpoints contain all tensors that training changes, by their names in the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
 STATE = "peftcore"
-"""The prefix of keys for state between steps, which the model's own state dict does not have."""
+"""The prefix of the checkpoint's keys for state between steps (non-persistent buffers), which the model's own state
+dict does not contain."""
 
 
 def within(model: nn.Module) -> list[Injection]:
@@ -51,7 +52,7 @@ def frozen_keys(model: nn.Module) -> set[str]:
     """Returns the keys of the model's state dict that cannot change in training: frozen parameters of the base, and all
     tensors of a quantized weight.
 
-    Buffers of the base are not among them, since the host may write into them.
+    The base's buffers are not included, since the host may write into them.
     """
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     packed = [path for path, module in model.named_modules() if layer_of(module, "weight").packed]
@@ -83,7 +84,8 @@ def state_between_steps(model: nn.Module) -> list[TransientBuffer]:
 
 
 def records(model: nn.Module) -> dict[str, Any]:
-    """Returns a record of each adapter that trains, by its path and name, with which a resumed training is checked."""
+    """Returns a record of each trainable adapter, keyed by the adapter's path and name. When training resumes, the
+    adapters are compared with these records."""
     found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
     wanted = {id(injection) for injection in training(model)}
     return {_place(path, each): record_of(each) for path, each in found if id(each) in wanted}
@@ -113,8 +115,8 @@ def digest(tensor: Tensor) -> bytes:
 def save_adapters(
     model: nn.Module, folder: str | os.PathLike[str], everything: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Save the adapters that train into a folder, from which `peftcore.load` can read them: a single adapter into the
-    folder itself, several into subfolders with their names.
+    """Save the trainable adapters that are not merged into a folder, in a form that `peftcore.load` reads. A single
+    adapter is saved into the folder itself, and several into subfolders with their names.
 
     Args:
         everything: a state dict with whole values, for a model that is sharded over processes. If it is None for such a
@@ -131,7 +133,8 @@ def save_adapters(
 
 @contextmanager
 def _without_quantizer(model: nn.Module) -> Iterator[None]:
-    """Let the model save plain tensors: a quantizer would refuse, or look for codes in its place."""
+    """Context manager in which a quantized model of transformers saves plain tensors. Its quantizer is removed, since
+    it would raise an error or look for quantized weights."""
     with Journal(temporary=True) as journal:
         if "hf_quantizer" in vars(model):
             journal.put(model, "", "hf_quantizer", None)
@@ -139,19 +142,19 @@ def _without_quantizer(model: nn.Module) -> Iterator[None]:
 
 
 class CheckpointWriter(Protocol):
-    """A training that writes checkpoints; `PeftcoreCallback` implements it."""
+    """A running training that writes checkpoints. `PeftcoreCallback` implements this protocol."""
 
     def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
-        """Returns True if a folder is that of the checkpoint of the current step."""
+        """Returns True if a folder is the checkpoint of the current step."""
 
     def keep(self, model: nn.Module, whole: dict[str, Any]) -> None:
-        """Remove tensors that a checkpoint does not contain from a state dict of the model, and add the state between
-        steps."""
+        """Change a state dict of the model into that of a checkpoint: remove the frozen tensors, and add the state
+        between steps (non-persistent buffers)."""
 
 
 class SavesAdapters(SavesBase):
-    """A ``save_pretrained`` that recognizes calls of the Trainer by their argument `state_dict`: for these calls it
-    saves the base, and the adapters in the same folder.
+    """A ``save_pretrained`` that recognizes calls of transformers' Trainer by the argument `state_dict`. For these
+    calls it saves the base, and the adapters in the same folder.
 
     Attributes:
         run: the current training. Checkpoints contain the tensors that change in training, by their names in the model,
@@ -164,7 +167,7 @@ class SavesAdapters(SavesBase):
         self.run: CheckpointWriter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the training out of copies of the model, which are nothing to it."""
+        """Returns the state for copies and pickles, without the current training."""
         return {**vars(self), "run": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,10 +190,11 @@ class SavesAdapters(SavesBase):
         return found
 
     def _base_or_none(self, call: inspect.BoundArguments) -> Any:
-        """Save the base, or say why it is not beside the adapter: training is done, and must not be lost for it.
+        """Save the base. If it cannot be saved, log the reason instead of raising an error, so that the trained adapter
+        can still be saved.
 
         Raises:
-            ExportError: it is not, and no adapter either: it is merged.
+            ExportError: neither the base nor an adapter can be saved, since all adapters are merged.
         """
         try:
             self.check_form()

@@ -1,7 +1,7 @@
 """Training: optimizers with a method's parameter groups, gradient rule and schedule, and calibration with data.
 
-It may import `surgery` and the layers below; the fleet, the Trainer, its callback and `PerExample`, which are in layers
-above, are imported on demand. In the order of reading:
+It may import `surgery` and the layers below; `Fleet`, `Member`, `PeftcoreTrainer`, `PeftcoreCallback` and `PerExample`
+are in layers above, and are imported on demand. In the order of reading:
 
 - `calibration`: the steps in which a method reads the user's data before training.
 - `optimizer`: torch optimizers that apply a method's rules.
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is above when it is first asked for: base classes of the Trainer's are of transformers."""
+    """Returns a class of a layer above, imported at its first use, since some of these classes need transformers."""
     if name in ("Fleet", "Member", "PeftcoreCallback", "PeftcoreTrainer", "PerExample"):
         from peftcore import trainers
 

@@ -1,5 +1,5 @@
-"""Runs the steps in which a method reads the user's data before training: to choose options for each site, and to
-initialize values."""
+"""Runs the two steps in which a method reads the user's data before training. In one it chooses options for each site,
+in the other it initializes values."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ C = TypeVar("C", bound="MethodConfig")
 
 
 def calibrate(injection: AppliedMethod, data: Data, base: Iterable[nn.Module], acting: Iterable[AppliedMethod]) -> None:
-    """Let the method initialize its values from the data; for a hybrid, each of its methods that needs data. Gradients,
+    """Let a method initialize its values from the data. In a hybrid, each method that needs data does this. Gradients,
     training modes, `requires_grad` and the random generator are restored afterwards.
 
     Args:
         injection: the adapter.
         data: the user's data.
         base: the host's own modules.
-        acting: the adapters that are active meanwhile, whose parameters get gradients too.
+        acting: the active adapters. Their parameters get gradients too, and these are also restored.
 
     Raises:
         CalibrationError: a method cannot use the data.
@@ -64,8 +64,8 @@ def find_structure(
 
     Raises:
         CalibrationError: the method cannot use the data.
-        ConfigError: an option that it chose is invalid.
-        PluginError: it returned options for a path that is not a site.
+        ConfigError: an option that the method chose is invalid.
+        PluginError: the method returned options for a path that is not a site.
     """
     with _as_it_was([*model.modules()], []):
         found = method.structure(model, Batches(model, data, f"{method.name} looks at the data"), config, sites)
@@ -80,7 +80,8 @@ def find_structure(
 
 @contextmanager
 def _as_it_was(modules: Iterable[nn.Module], others: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Leaves the modes of modules, gradients and flags of their parameters, and the random generator as they were."""
+    """Context manager that restores the training modes of modules, the gradients and `requires_grad` of their
+    parameters, and the state of the random generator."""
     held = list(dict.fromkeys(modules))
     parameters = dict.fromkeys(parameter for module in held for parameter in module.parameters(recurse=False))
     with Journal(temporary=True) as journal, torch.random.fork_rng(_generators(parameters)):
@@ -94,5 +95,5 @@ def _as_it_was(modules: Iterable[nn.Module], others: Iterable[nn.Parameter]) -> 
 
 
 def _generators(parameters: Iterable[nn.Parameter]) -> list[int]:
-    """Returns the CUDA devices whose generators dropout may advance (the CPU's is always restored)."""
+    """Returns the indices of the CUDA devices of the parameters, whose random generators have to be restored."""
     return sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})

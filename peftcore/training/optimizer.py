@@ -1,8 +1,8 @@
-"""Optimizers for an injection, with the method's parameter groups, its rule for gradients, and its schedule.
+"""Creates optimizers for an injection, with the method's parameter groups, its rule for gradients, and its schedule.
 
-If parameter groups are enough, this is a plain torch optimizer. Otherwise it is a `MethodOptimizer` that wraps one.
-That is a subclass of torch's `Optimizer`, so it works with schedulers, `transformers.Trainer`, accelerate and gradient
-scalers.
+If the method has neither a rule nor a schedule, the optimizer is a plain torch optimizer. Otherwise it is a
+`MethodOptimizer` that wraps one. `MethodOptimizer` is a subclass of torch's `Optimizer`, so it works with schedulers,
+`transformers.Trainer`, accelerate and gradient scalers.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ KEY = "peftcore"
 
 
 class MethodOptimizer(Optimizer):
-    """A torch optimizer that applies a method's rules. Its state, parameter groups and options are those of the wrapped
-    optimizer.
+    """An optimizer that wraps a torch optimizer, and applies a method's rules for gradients and its schedule. Its
+    state, parameter groups and options are those of the wrapped optimizer.
 
     Attributes:
-        injection: the injection that it trains.
+        injection: the injection whose parameters are trained.
         inner: the wrapped torch optimizer.
-        rules: the rules for gradients of the method; for a hybrid, those of its parts.
+        rules: the method's rules for gradients; for a hybrid, those of all its parts.
         total_steps: the total number of steps; None until it is known (the Trainer's callback sets it).
         steps: the number of steps so far.
     """
@@ -56,7 +56,7 @@ class MethodOptimizer(Optimizer):
         """Run one step of the wrapped optimizer, then advance the method's schedule.
 
         Raises:
-            TrainingError: the method has a schedule, and the total number of steps is not known.
+            TrainingError: the method has a schedule, and `total_steps` is None.
         """
         if self.total_steps is None and any(True for _ in scheduled(self.injection)):
             raise TrainingError(
@@ -71,10 +71,10 @@ class MethodOptimizer(Optimizer):
         return loss
 
     def _check_groups(self) -> None:
-        """Verify that the optimizer inside steps on the adapter's own parameters.
+        """Check that the wrapped optimizer has the adapter's own parameters.
 
         Raises:
-            TrainingError: it steps on others, and what the method changes would be lost at the next step.
+            TrainingError: it has other parameters, so that the method's changes would be lost at the next step.
         """
         held = {parameter for group in self.param_groups for parameter in group["params"]}
         if held.isdisjoint(self.injection.parameters()):
@@ -109,8 +109,9 @@ class MethodOptimizer(Optimizer):
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Context manager in which whole parameters replace sharded ones in the groups: a rule needs whole gradients.
-        It and the optimizer inside see the same whole parameters at each step, and their state is whole."""
+        """Context manager in which whole parameters replace sharded ones in the parameter groups, since rules need
+        whole gradients. Rules and the wrapped optimizer see the same whole parameters at each step, so their state is
+        whole too."""
         if self.rules and not self._stand_ins:
             self._stand_ins = stand_ins_for(param for _, param in self._parameters())
             with standing(self.injection.model, self._stand_ins):
@@ -126,7 +127,8 @@ class MethodOptimizer(Optimizer):
             group["params"] = [others.get(param, param) for param in group["params"]]
 
     def _set_aside(self, group: dict[str, Any], aside: list[_Aside]) -> None:
-        """Replace gradients by projected ones, and parameters by zeros of their shape where updates are restored."""
+        """Replace the gradients in a group by projected gradients. If a rule restores updates, the parameter's values
+        are also replaced by zeros in the projected shape."""
         in_place = 0
         for param in group["params"]:
             grad = param.grad
@@ -148,7 +150,8 @@ class MethodOptimizer(Optimizer):
             group["weight_decay"] = 0.0  # an optimizer that decays last would shrink the update
 
     def _projected(self, param: nn.Parameter, grad: Tensor) -> tuple[GradientRule | None, Tensor]:
-        """Returns the rule that changes the gradient, and the projected gradient."""
+        """Returns the first rule that changes a parameter's gradient, and the projected gradient; None and the same
+        gradient if no rule changes it."""
         for rule in self.rules:
             projected = rule.project(grad, param)
             if projected is not grad:
@@ -156,7 +159,8 @@ class MethodOptimizer(Optimizer):
         return None, grad
 
     def _shrink_state(self, param: nn.Parameter, whole: torch.Size) -> None:
-        """Give state the projected shape where the optimizer made it when it was built, the same in every entry."""
+        """Change the optimizer's state of a parameter to the projected shape, if the optimizer created the state when
+        it was built. Such state has the same value in all entries."""
         for key, value in self.inner.state.get(param, {}).items():
             if isinstance(value, Tensor) and value.shape == whole != param.shape:
                 self.inner.state[param][key] = value.flatten()[:1].expand(param.shape).clone()
@@ -173,10 +177,10 @@ class MethodOptimizer(Optimizer):
             return {**self.inner.state_dict(), KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, from which training continues exactly.
+        """Load a saved state. Training then continues exactly.
 
         Raises:
-            TrainingError: the state belongs to another kind of optimizer or another injection.
+            TrainingError: the state was not saved by a `MethodOptimizer`, or belongs to another injection.
         """
         ours = state_dict.get(KEY)
         buffers = dict(transient(self.injection))
@@ -203,17 +207,17 @@ class MethodOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class _Aside:
-    """A parameter for which the optimizer sees another gradient, or a whole other tensor."""
+    """A parameter for which the wrapped optimizer temporarily gets another gradient, and possibly another tensor."""
 
     param: nn.Parameter
     rule: GradientRule
     data: Tensor | None
-    """The parameter's own tensor, where another one replaces it; else None."""
+    """The parameter's own tensor, if another one replaces it; otherwise None."""
     grad: Tensor
     group: dict[str, Any]
 
     def put_back(self) -> Tensor:
-        """Put the parameter and its gradient back; returns the tensor that replaced it."""
+        """Restore the parameter's tensor and gradient. Returns the tensor that replaced the former."""
         stood, self.param.grad = self.param.data, None
         if self.data is not None:
             self.param.data = self.data
@@ -223,7 +227,7 @@ class _Aside:
 
 @contextmanager
 def _decay_kept(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Context manager that restores the weight decay of each group."""
+    """Context manager that restores the weight decay of each parameter group at the end."""
     kept = [(group, group["weight_decay"]) for group in groups if "weight_decay" in group]
     try:
         yield
@@ -237,8 +241,8 @@ def _copied(value: Any, device: torch.device) -> Any:
 
 
 def transient(injection: AppliedMethod) -> Iterator[tuple[str, Tensor]]:
-    """Yields the non-persistent buffers of the operators, which are a method's state between steps; files of adapters
-    do not contain them."""
+    """Yields the name and the tensor of each non-persistent buffer of an injection. These buffers are a method's state
+    between training steps, and are not saved in adapter files."""
     for path, module in injection.modules():
         for prefix, inner in module.named_modules():
             for name in sorted(inner._non_persistent_buffers_set):
@@ -266,14 +270,14 @@ def method_optimizer(
 
 
 def gradient_rules(injection: AppliedMethod) -> list[GradientRule]:
-    """Returns the rule for gradients of the method, if it has one; for a hybrid, those of its parts."""
+    """Returns the method's rule for gradients, if it has one; for a hybrid, the rules of its parts."""
     rules = [each.method.gradient_rule(each) for each in injection.family()]
     return [rule for rule in rules if rule is not None]
 
 
 @torch.no_grad()
 def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
-    """Call the methods' `on_step`, after one step of the optimizer."""
+    """Call `on_step` of each method after one step of the optimizer."""
     for each in family:
         with gathered(each.model, each.parameters):
             each.method.on_step(each, step, total)
@@ -281,7 +285,7 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
 
 
 def scheduled(injection: AppliedMethod) -> Iterator[AppliedMethod]:
-    """Returns the methods with a schedule: the injection itself, or the parts of a hybrid that have one."""
+    """Returns an iterator over those methods that have a schedule: the injection itself, or parts of a hybrid."""
     return (each for each in injection.family() if each.method.follows_steps(each.config))
 
 
@@ -297,8 +301,8 @@ def check_steps(injection: AppliedMethod, total: int) -> None:
 
 @contextmanager
 def whole_step(injection: AppliedMethod, optimizer: Optimizer, schedule: LRScheduler | None) -> Iterator[None]:
-    """Context manager for one step of an adapter's optimizer, method and learning rate scheduler, which is undone on an
-    error: the adapter's values and all state between steps are then restored."""
+    """Context manager for one step of an adapter's optimizer, method and learning rate scheduler. If the step raises an
+    error, the adapter's values and the state of all three are restored."""
     rules = optimizer.rules if isinstance(optimizer, MethodOptimizer) else []
     states = [optimizer.state, *(rule.state for rule in rules)]
     remembered = [{key: dict(held) for key, held in each.items()} for each in states]
@@ -361,7 +365,7 @@ def whole_state(optimizer: Optimizer) -> Iterator[None]:
 
 
 def cut_state(optimizer: Optimizer) -> None:
-    """Cut an optimizer's state of sharded parameters into the same pieces as the parameters."""
+    """Shard an optimizer's state of sharded parameters in the same way as the parameters."""
     for parameter, held in optimizer.state.items():
         for key, each in held.items():
             if is_cut(parameter) and isinstance(each, Tensor) and each.shape == parameter.shape:

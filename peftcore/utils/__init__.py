@@ -2,15 +2,15 @@
 
 It may import `peftcore.errors` only. In the order of reading:
 
-- `progress`: bars for long work.
-- `notices`: single lines for the user, each once.
+- `progress`: progress bars for long work.
+- `notices`: logs lines for the user, each only once.
 - `threads`: identifies threads by objects.
-- `autocast`: the dtype under autocast.
-- `packages`: which Python packages are installed.
-- `numbers`: formats numbers for people.
+- `autocast`: helpers for torch's autocast.
+- `packages`: finds installed Python packages.
+- `numbers`: formats numbers as text.
 - `device_memory`: checks that new tensors fit into the memory of their devices.
 - `quiet`: silences other libraries.
-- `yaml_values`: values that users write in YAML.
-- `journal`: writes that are undone together, after an error or later.
-- `variables`: context variables that have a value until the end of a block.
+- `yaml_values`: parses values that users write in YAML.
+- `journal`: records changes of a model, and undoes them after an error or later.
+- `variables`: sets context variables until the end of a block.
 """

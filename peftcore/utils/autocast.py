@@ -15,8 +15,8 @@ def autocasts(device: str) -> bool:
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """Context manager in which autocast does not round products, for small tensors that are computed from parameters
-    only."""
+    """Context manager that disables autocast on the device of `like`. It is used for small tensors that are computed
+    only from parameters."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 

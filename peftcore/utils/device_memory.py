@@ -12,10 +12,10 @@ from peftcore.utils.numbers import size
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns how many bytes can still be allocated on a device; None where that is not known.
+    """Returns the number of bytes that can still be allocated on a device; None if it is unknown.
 
-    On CUDA devices the blocks count as free that torch has cached. The memory of a CPU is shared with other processes,
-    and the system can swap: no number there is certain.
+    On CUDA devices, unused blocks in torch's cache count as free. The result is None for a CPU, since its memory is
+    shared with other processes and the system can swap.
     """
     if device.type != "cuda":
         return None
@@ -24,7 +24,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def totals(sizes: Iterable[tuple[torch.device, int]]) -> Mapping[torch.device, int]:
-    """Returns the bytes on each device."""
+    """Returns the sum of the sizes on each device, in bytes."""
     found: Counter[torch.device] = Counter()
     for device, count in sizes:
         found[device] += count
@@ -32,8 +32,8 @@ def totals(sizes: Iterable[tuple[torch.device, int]]) -> Mapping[torch.device, i
 
 
 def check_room(needed: Mapping[torch.device, int], what: str, advice: str) -> None:
-    """Check that bytes which are certainly needed are free. What an operation needs in passing is not counted, so the
-    allocator may still fail.
+    """Check that each device has the needed bytes free. Temporary memory of operations is not counted, so an allocation
+    may still fail.
 
     Raises:
         MemoryLimit: a device has too little free memory.

@@ -1,12 +1,12 @@
-"""The journal: records each write to a model before it is made, so that all writes can be undone together.
+"""Records each change of a model before it is made, so that all changes can be undone together:
 
     with Journal() as journal:
         journal.put(module, "_parameters", "weight", new)
         journal.drop(module, "_buffers", "codes")
 
-If the block raises, also by Ctrl-C, all writes are undone; with `temporary`, in any case. A journal can also be kept
-and undone later; entries that other code has added to the same tables in between stay. It holds only modules and
-values, so it can be copied and pickled with the model.
+If the block raises an error or is interrupted, all changes are undone; with `temporary`, they are always undone at the
+end. A journal can also be kept and undone later. Entries that other code has added to the same dictionaries in between
+are not removed. A journal contains only modules and values, so it can be copied and pickled with the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Missing(Enum):
-    """The value of a missing key. An enum, so that copies and pickles have the same one."""
+    """The type of the value for a missing key. It is an enum, so that copies and pickles have the same object."""
 
     MISSING = 0
 
@@ -33,30 +33,30 @@ MISSING = Missing.MISSING
 
 @dataclass(eq=False, slots=True)
 class Entry(ABC):
-    """One write: its place, the value before and the value after."""
+    """One recorded change: its place, the value before and the value after."""
 
     before: Any
     after: Any
 
     @abstractmethod
     def put(self, value: Any) -> None:
-        """Write a value. Writing the present value changes nothing, so that undoing a recorded write that was never
-        made is harmless."""
+        """Set the value at the place of this entry. Setting the present value changes nothing, so undoing a recorded
+        change that was never made is harmless."""
 
     @abstractmethod
     def again(self, journal: Journal) -> None:
-        """Write the value before, as a write of another journal."""
+        """Restore the value before, as a change that another journal records."""
 
 
 @dataclass(eq=False, slots=True)
 class InTable(Entry):
-    """A write to a dictionary: an attribute of the holder, or with an empty name its own ``__dict__``."""
+    """A change of a dictionary: the holder's attribute `name`, or the holder's ``__dict__`` if `name` is empty."""
 
     holder: Any
     name: str
     key: Any
     order: tuple[Any, ...]
-    """The order of keys into which the table is sorted when the key is restored; keys that are not in it follow."""
+    """The order of the dictionary's keys after the key is restored. Keys that are not in `order` are last."""
 
     def put(self, value: Any) -> None:
         table = table_of(self.holder, self.name)
@@ -80,7 +80,7 @@ class InTable(Entry):
 
 @dataclass(eq=False, slots=True)
 class Attribute(Entry):
-    """A write by ``setattr``, for classes that update other state when the attribute is set."""
+    """A change by ``setattr``, for classes that update other state when the attribute is set."""
 
     holder: Any
     name: str
@@ -94,7 +94,7 @@ class Attribute(Entry):
 
 @dataclass(eq=False, slots=True)
 class Values(Entry):
-    """A write to the values of a tensor, which stays the same object."""
+    """A change of the values of a tensor, which remains the same object."""
 
     tensor: Tensor
 
@@ -108,7 +108,7 @@ class Values(Entry):
 
 @dataclass(eq=False, slots=True)
 class Call(Entry):
-    """A write by a function of the holder and a value."""
+    """A change by calling a function with the holder and a value."""
 
     function: Callable[[Any, Any], object]
     holder: Any
@@ -121,7 +121,8 @@ class Call(Entry):
 
 
 class Journal:
-    """The writes of one change. As a context manager, it undoes them if the block raises; with `temporary`, always."""
+    """A list of recorded changes. As a context manager, it undoes them if the block raises an error; with `temporary`,
+    always."""
 
     def __init__(self, temporary: bool = False) -> None:
         self.temporary = temporary
@@ -129,48 +130,50 @@ class Journal:
         self._afterwards: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     def put(self, holder: Any, table: str, key: Any, value: Any, order: tuple[Any, ...] = ()) -> None:
-        """Put a value into a dictionary of the holder: its attribute `table`, or with "" its own ``__dict__``. A new
-        key becomes the last, or the first when `order` is only that key."""
+        """Put a value into a dictionary: the holder's attribute `table`, or the holder's ``__dict__`` if `table` is
+        empty. A new key becomes the last one, or the first one if `order` contains only this key."""
         there = table_of(holder, table)
         before = there.get(key, MISSING)
         if before is not value:
             self._do(InTable(before, value, holder, table, key, order or tuple(there if before is not MISSING else ())))
 
     def drop(self, holder: Any, table: str, key: Any) -> None:
-        """Remove a key from a dictionary of the holder, if it is there; undoing restores it at its position."""
+        """Remove a key from a dictionary of the holder, if the dictionary has it. Undoing restores the key at its
+        position."""
         self.put(holder, table, key, MISSING)
 
     def set(self, holder: Any, name: str, value: Any) -> None:
-        """Set an attribute that the holder has."""
+        """Set an existing attribute of the holder."""
         self._do(Attribute(getattr(holder, name), value, holder, name))
 
     def note(self, holder: Any) -> None:
-        """Record the attributes of an object, before code without a journal sets them."""
+        """Record the present attributes of an object, before code that does not use the journal changes them."""
         self.entries += [InTable(value, value, holder, "", key, ()) for key, value in vars(holder).items()]
 
     def write(self, tensor: Tensor, values: Tensor, before: Tensor | None = None) -> None:
-        """Write values into a tensor; `before` is a copy of the present values, made here if it is not given."""
+        """Write values into a tensor. `before` is a copy of the present values; if it is None, the copy is made
+        here."""
         self._do(Values(tensor.clone() if before is None else before, values, tensor))
 
     def call(self, function: Callable[[Any, Any], object], holder: Any, before: Any, after: Any) -> None:
-        """Call ``function(holder, after)``, which ``function(holder, before)`` undoes."""
+        """Call ``function(holder, after)``. Undoing calls ``function(holder, before)``."""
         self._do(Call(before, after, function, holder))
 
     def afterwards(self, function: Callable[..., object], *args: Any) -> None:
-        """Register a function to call after undoing, such as one that recomputes values derived from the written
+        """Register a function to call after undoing, such as one that recomputes values which depend on the changed
         ones."""
         self._afterwards.append((function, args))
 
     def part(self) -> Journal:
-        """Returns a journal whose writes are undone with those of this one. It can also be kept and undone
+        """Returns a new journal whose changes are undone together with those of this journal. It can also be undone
         separately."""
         part = Journal()
         self.entries.append(part)
         return part
 
     def undo(self, journal: Journal | None = None) -> None:
-        """Undo the writes, the last one first. With another journal, which records the undoing, that can be undone
-        too."""
+        """Undo the changes, the last one first. If another journal is passed, it records the undoing, so that this can
+        be undone too."""
         if journal is not None:
             journal._afterwards += self._afterwards
         for each in reversed(self.entries):

@@ -1,4 +1,4 @@
-"""Notices: single lines for the user, which the logger "peftcore" logs as warnings, each once in a process."""
+"""Logs single lines for the user as warnings of the logger "peftcore". Each line is logged only once in a process."""
 
 from __future__ import annotations
 

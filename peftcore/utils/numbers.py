@@ -9,12 +9,12 @@ SPACE = "\N{NO-BREAK SPACE}"
 
 
 def digits(value: float) -> str:
-    """Format a number in three digits: 0.210, 1.50, 100."""
+    """Format a number with three significant digits: 0.210, 1.50, 100."""
     return f"{value:#.3g}".rstrip(".")
 
 
 def size(count: float) -> str:
-    """Format bytes: three digits and a decimal unit."""
+    """Format a number of bytes with three digits and a decimal unit, such as MB."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -22,7 +22,7 @@ def size(count: float) -> str:
 
 
 def work(count: float) -> str:
-    """Format floating-point operations: three digits and a decimal unit."""
+    """Format a number of floating-point operations with three digits and a decimal unit, such as GFLOP."""
     value, units = float(count), ["", "k", "M", "G", "T", "P", "E"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -38,7 +38,7 @@ def short(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share in percent with three digits, however small."""
+    """Format a share in percent, with three significant digits even if it is very small."""
     return f"{digits(100 * share)}%"
 
 
@@ -51,7 +51,8 @@ def decimals(values: Iterable[float]) -> int:
 
 
 def fixed(value: float, places: int) -> str:
-    """Format a number with `places` digits after the point; infinities as signs, NaN as "not a number"."""
+    """Format a number with `places` digits after the point; infinities become "∞" or "−∞", and NaN becomes "not a
+    number"."""
     return (
         f"{value:,.{places}f}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     )

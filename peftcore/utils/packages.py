@@ -9,14 +9,14 @@ from pathlib import Path
 from peftcore.errors import MissingPackage
 
 PACKAGE = "package:"
-"""The prefix by which arguments that accept a folder recognize the name of an installed package instead."""
+"""The prefix for the name of an installed package, in arguments that otherwise accept a folder."""
 LAB = "peftcore-lab"
 """The name of the distribution with the commands that train, compare and search."""
 
 
 def package_folder(name: str) -> Path | None:
-    """Return the folder of an installed package without importing it. Names with a dot are not accepted: Python would
-    import the package before the dot."""
+    """Return the folder of an installed package without importing it. Returns None for names with a dot, since Python
+    would import the package before the dot."""
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # imported already, by no file: __main__
@@ -26,10 +26,14 @@ def package_folder(name: str) -> Path | None:
 
 
 def require(packages: Mapping[str, str], options: str = "") -> None:
-    """Raise `MissingPackage` unless every module is installed.
+    """Raise an error if one of the packages is not installed.
 
-    Arguments: packages: import name -> the requirement that pip must install for it. options: options of pip in the
-    suggested command, in front of the requirements.
+    Args:
+        packages: the requirement that pip has to install for each package, by the package's import name.
+        options: options of pip in the suggested command, in front of the requirements.
+
+    Raises:
+        MissingPackage: a package is not installed; the message has the command that installs it.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -44,7 +48,7 @@ def has_lab() -> bool:
 
 
 def lab_is_missing(what: str) -> MissingPackage:
-    """Return the error for a function or command of peftcore-lab when peftcore-lab is not installed."""
+    """Return the error to raise if `what`, a function or command of peftcore-lab, is not available."""
     if has_lab():
         return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: run peftcore doctor")
     return MissingPackage(f"{what} is part of {LAB}, which is not installed. Run: pip install {LAB}")

@@ -11,7 +11,7 @@ DELAY = 2.0
 
 
 def through(data: Iterable[Any], title: str) -> Iterable[Any]:
-    """Returns an iterator over the data that shows a progress bar."""
+    """Returns an iterable over the data that shows a progress bar."""
     tqdm = _tqdm()
     if tqdm is None:
         return data
@@ -20,14 +20,14 @@ def through(data: Iterable[Any], title: str) -> Iterable[Any]:
 
 
 class Progress:
-    """A progress bar over steps that its owner counts; it appears only if they take long."""
+    """A progress bar over steps that the caller counts. It appears only if the steps take more than `DELAY` seconds."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._bar: Any = None
 
     def expect(self, more: int) -> None:
-        """Add further steps to the total."""
+        """Add `more` steps to the total."""
         tqdm = _tqdm()
         if tqdm is not None and more > 1:
             if self._bar is None:
@@ -40,7 +40,7 @@ class Progress:
             self._bar.update()
 
     def close(self) -> None:
-        """Remove the bar; copies and pickles of the owner do not contain it."""
+        """Remove the bar from the terminal and from this object, so that the object can be copied and pickled."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,5 +1,4 @@
-"""Silences other libraries, whose logs and warnings about each other and about configurations do not help users who
-only inspect models."""
+"""Silences the logs and warnings of other libraries, which do not help users who only inspect models."""
 
 from __future__ import annotations
 
@@ -11,12 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 LOUD_IMPORTS = ("bitsandbytes.backends", "diffusers.quantizers", "torch.utils._pytree", "torchao")
-"""Loggers of libraries that report missing optional parts while they are imported: kernels of other devices and
-versions, which the user did not request."""
+"""Loggers of libraries that report missing optional parts when they are imported, such as kernels for other devices."""
 
 
 def hush_imports() -> None:
-    """Let the loggers of `LOUD_IMPORTS` log only errors, for the rest of the process.
+    """Make the loggers in `LOUD_IMPORTS` log only errors for the rest of the process.
 
     The command line calls it once, before it imports any library. ``peftcore doctor`` reports which schemes cannot work
     on this machine, and why.
@@ -45,8 +43,8 @@ def quiet() -> Iterator[None]:
 
 
 def no_bars() -> None:
-    """Switch off progress bars of transformers and datasets, if these are installed, and their advice, which would
-    appear between peftcore's own lines."""
+    """Switch off the progress bars of transformers and datasets and the warnings of transformers, if these libraries
+    are installed. They would appear between peftcore's own lines."""
     if importlib.util.find_spec("datasets") is not None:
         import datasets
 

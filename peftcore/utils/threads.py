@@ -6,7 +6,7 @@ import threading
 
 
 class Token:
-    """Identifies a thread; unique while the thread runs or a reference to the token exists."""
+    """An object that identifies a thread. It is unique while the thread runs or a reference to the object exists."""
 
 
 class _This(threading.local):
@@ -18,5 +18,5 @@ _THIS = _This()
 
 
 def this_thread() -> Token:
-    """Returns the token of the current thread."""
+    """Returns the object that identifies the current thread."""
     return _THIS.token

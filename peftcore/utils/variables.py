@@ -1,4 +1,4 @@
-"""Context variables that have a value until the end of a block."""
+"""Sets context variables until the end of a block."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 @contextmanager
 def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
-    """Context manager in which a context variable has a value. The value is set inside of the ``try``, so that it is
-    reset even after an interrupt."""
+    """Context manager in which a context variable has the passed value. The previous value is restored at the end, even
+    after an interrupt."""
     before = variable.get()
     try:
         variable.set(value)

@@ -19,7 +19,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWERS, list("-+0123456
 
 
 def parse(text: str, where: object) -> Any:
-    """Parse YAML, of plain values only.
+    """Parse a text as YAML that contains only plain values. `where` names the text in error messages.
 
     Raises:
         BadInput: the text is not valid YAML.

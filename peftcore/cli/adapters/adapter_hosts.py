@@ -18,7 +18,7 @@ from peftcore.models.opening import MadeOn, OpenedModel, components, open_model
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The user's options for the model."""
+    """The user's options that select the model."""
 
     model: Named
     component: str | None = None
@@ -49,11 +49,11 @@ class AdapterFile:
 
 
 def find_source(wanted: ModelOptions, adapter: AdapterFile) -> ModelSource:
-    """Return the folder of the model that an adapter is for; for a pipeline, the folder of the only component that it
-    fits.
+    """Return the folder of the model that an adapter is for. In a pipeline, this is the folder of the only component
+    that the adapter fits.
 
     Raises:
-        BadInput: it fits no component, or several.
+        BadInput: the adapter fits no component, or several.
     """
     model, made_on, component = wanted.model.place(), adapter.made_on(wanted), wanted.component
     if not (model / PIPELINE).is_file():
@@ -85,8 +85,8 @@ def misfit(folder: Path, made_on: MadeOn, adapter: AdapterFile) -> str:
 
 
 def base_of(adapter: AdapterFile) -> Named:
-    """Return the model that an adapter's file names, if it is a local folder; nothing is downloaded because a file
-    names it."""
+    """Return the base model that an adapter's file names, if it is a local folder; otherwise raise an error. Nothing is
+    downloaded."""
     base = adapter.about.base
     if base and Path(base).is_dir():
         return find(Path(base))
@@ -97,8 +97,8 @@ def base_of(adapter: AdapterFile) -> Named:
 def check_complete(
     opened: OpenedModel, folder: Path, injections: Sequence[Injection], weights: Sequence[float]
 ) -> None:
-    """Raise an error unless the adapters contain all parameters that the model's folder lacks, each in only one
-    adapter."""
+    """Raise an error if the model's folder lacks parameters that no adapter contains, or if two adapters contain the
+    same parameter of the model."""
     brought: dict[str, float] = {}
     for injection, weight in zip(injections, weights, strict=True):
         for path in injection.trained_along:
@@ -115,7 +115,7 @@ def check_complete(
 
 
 def write(opened: OpenedModel, source: ModelSource, folder: Path) -> None:
-    """Save a model; if it belongs to a pipeline, save the whole pipeline, with the other components unchanged."""
+    """Save a model. If it belongs to a pipeline, save the whole pipeline, with the other components unchanged."""
     if source.pipeline is None:
         opened.write(folder)
         return

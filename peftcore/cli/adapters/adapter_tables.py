@@ -1,4 +1,4 @@
-"""The output of the commands on adapter files: tables for people, JSON for programs."""
+"""The output of the commands on adapter files, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ MOST = 20
 
 
 def plain(value: object, most: int = 200) -> Text:
-    """Return a text from a file so that it is not read as markup; very long texts are cut."""
+    """Return a value as unformatted text: markup and control characters in it have no effect. Very long texts are
+    cut."""
     text = str(value)
     return Text(printable(text if len(text) <= most else f"{text[:most]}..."))
 
@@ -166,7 +167,7 @@ def show_exported(done: Exported, console: Console) -> None:
 
 
 def report_data(report: ReaderReport) -> dict[str, Any]:
-    """Return the report of what a program reads from a file, as JSON values."""
+    """Return the report on how a program reads a file, as JSON values."""
     reader = report.reader
     return {
         "for": reader.name,

@@ -40,7 +40,8 @@ class JobDisplay(Protocol):
 
 
 def read(path: str) -> AdapterFile:
-    """Read the description of an adapter file; a file that cannot be loaded is refused before any model is loaded."""
+    """Read the description of an adapter file. Raises an error for a file that cannot be loaded, before any model is
+    loaded."""
     about = describe(path)
     if about.problem:
         raise CheckpointError(about.problem).about(about.files[0].path)
@@ -56,7 +57,7 @@ def merge(
     max_error: float,
     display: JobDisplay,
 ) -> list[MergedAdapter]:
-    """Merge adapters into a model, in this order, and save the model."""
+    """Merge adapters into a model, in the order of `adapters`, and save the model."""
     check_mergeable(adapters)
     source = find_source(wanted, adapters[0])
     if source.pipeline is not None and source.pipeline.resolve() in output.path.parents:
@@ -135,7 +136,7 @@ def load_whole(wanted: ModelOptions, adapter: AdapterFile, display: JobDisplay) 
 def export_lora(
     injection: Injection, adapter: AdapterFile, rank: int, to: str, output: AdapterOutput, max_error: float | None
 ) -> Exported:
-    """Save the LoRA that is nearest to an adapter's change of the weights."""
+    """Convert an adapter to the LoRA that is nearest to its change of the weights, and save this LoRA."""
     lora, errors = peftcore.to_lora(injection, rank)
     worst = max(errors, key=errors.__getitem__)
     if max_error is not None and not errors[worst] <= max_error:
@@ -157,7 +158,8 @@ class NearestLoraOptions:
     rank: int | None = None
     """The rank of the nearest LoRA; None accepts only adapters that are equal to a LoRA."""
     texts: Path | None = None
-    """A file of texts; if it is set, the LoRA is nearest in the outputs for these texts instead of in the weights."""
+    """A text file with one example on each line. If it is set, the nearest LoRA is computed for the outputs on these
+    examples, instead of for the weights."""
     max_error: float | None = None
     """The largest accepted relative error of a site."""
 
@@ -170,7 +172,8 @@ def export(
     projection: NearestLoraOptions,
     display: JobDisplay,
 ) -> ForReader:
-    """Save an adapter for another program; the model's weights are loaded only if its configuration is not enough."""
+    """Save an adapter in a form that another program reads. The model's weights are loaded only if they are needed to
+    convert the adapter."""
     if projection.texts is not None and projection.rank is None:
         raise BadInput("--data only changes which LoRA is nearest; pass --project RANK too")
     display.phase("reading", None)
@@ -202,7 +205,7 @@ def _check_error(done: Export, most: float | None) -> None:
 
 
 def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
-    """Return the lines of a text file, one a batch, tokenized by the tokenizer in the model's folder."""
+    """Return one batch for each line of a text file, tokenized with the tokenizer in the model's folder."""
     try:
         lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
@@ -217,8 +220,8 @@ def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
 
 
 def check_mergeable(adapters: Sequence[AdapterFile]) -> None:
-    """Raise an error, before a model is loaded, for methods that cannot be merged; cases that depend on options are
-    found later."""
+    """Raise an error for methods that can never be merged, before a model is loaded. Whether other methods can be
+    merged depends on their options, and is checked later."""
     for adapter in adapters:
         for name in adapter.about.methods:
             if not peftcore.method(name).tags.mergeable:
@@ -226,7 +229,8 @@ def check_mergeable(adapters: Sequence[AdapterFile]) -> None:
 
 
 def save(injection: Injection, to: str, folder: Path, output: AdapterOutput) -> None:
-    """Save an adapter. If the output is a single file, the adapter must be complete in it."""
+    """Save an adapter in the format `to`. If the output is a single file, raise an error if this file is not a complete
+    adapter."""
     save_folder(injection, folder, (to,), False, home=output.path)
     if output.single:
         [file] = folder.glob("*.safetensors")

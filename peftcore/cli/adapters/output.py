@@ -1,5 +1,5 @@
-"""The output of a command on adapter files: it is moved to its path as a whole when the command ends, and never
-replaces files that the command reads."""
+"""Writes the output of a command on adapter files. The complete output is moved to its path when the command ends, and
+never replaces files that the command reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdapterOutput:
         sources: the files and folders that the command reads.
 
     Raises:
-        BadInput: it cannot be written to this path, or would replace other files.
+        BadInput: the output cannot be written to this path, or would replace other files.
     """
 
     def __init__(self, path: Path, overwrite: bool, sources: Sequence[Path]) -> None:
@@ -78,8 +78,8 @@ class AdapterOutput:
         return found
 
     def _check_earlier(self, ready: Path) -> None:
-        """Check that what is overwritten is the result of an earlier run: it has one of the files that are written
-        now."""
+        """Check that the folder to overwrite is the result of an earlier run: it has at least one file with the name of
+        a new file."""
         if not self.path.is_dir() or not self._filled():
             return
         names = {each.name for each in ready.iterdir()} - set(SHARED)

@@ -1,4 +1,5 @@
-"""Results of the jobs on adapter files; the module imports no heavy libraries, for the code that prints results."""
+"""Results of the jobs on adapter files. The module imports no heavy libraries, so that code that prints results starts
+quickly."""
 
 from __future__ import annotations
 

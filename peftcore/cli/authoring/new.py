@@ -1,8 +1,8 @@
-"""The work of ``peftcore new``: writes a new plugin package, whole or not at all.
+"""The work of ``peftcore new``: writes a new plugin package, completely or not at all.
 
-The files are in `templates/`, in the folder `common` and a folder for each template, with the same structure as the
-result. PACKAGE and NAME in their paths are replaced by the plugin's names. `steps.txt`, the next steps for the author,
-is printed instead of written.
+The templates of the files are in `templates/`: in the folder `common`, and in one folder for each kind of plugin. The
+folders have the same structure as the package. PACKAGE and NAME in their paths are replaced by the plugin's names.
+`steps.txt`, the next steps for the author, is printed instead of written.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ class NewPlugin:
 
     @property
     def name(self) -> str:
-        """The name in Python, of the method, its module and the entry point."""
+        """The name as a Python identifier. The method, its module and the entry point have it."""
         return self.given.replace("-", "_")
 
     @property
     def distribution(self) -> str:
-        """The name for pip."""
+        """The name of the distribution, for pip."""
         return f"peftcore-{self.scheme}"
 
     @property
     def scheme(self) -> str:
-        """The name for `peftcore.quantize`."""
+        """The name of the quantization scheme, as passed to `peftcore.quantize`."""
         return self.name.replace("_", "-")
 
     @property
     def package(self) -> str:
-        """The name to import."""
+        """The name of the Python package, to import."""
         return f"peftcore_{self.name}"
 
     def check(self) -> None:
@@ -100,7 +100,7 @@ class NewPlugin:
             raise BadInput(f"a package called {self.package} is installed already; choose another name")
 
     def files(self) -> Mapping[str, str]:
-        """Return the texts of all files, by path in the folder."""
+        """Return the texts of all files of the package, keyed by path."""
         trees = [TREES / "common", TREES / self.template]
         environment = Environment(loader=FileSystemLoader(trees), undefined=StrictUndefined, keep_trailing_newline=True)
         environment.trim_blocks = environment.lstrip_blocks = True
@@ -124,7 +124,7 @@ class NewPlugin:
 
 
 def _clashes(text: str) -> bool:
-    """Whether a module calls a class of its own like something that it imports."""
+    """Whether a module defines a class with the same name as something that it imports."""
     body = ast.parse(text).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.name for node in imports for alias in node.names}
@@ -132,7 +132,8 @@ def _clashes(text: str) -> bool:
 
 
 def _installed() -> Iterator[tuple[str, str, set[str]]]:
-    """Yield who has names already: a distribution, of what, and which."""
+    """Yield the names that are taken, with the distribution and the kind of thing (plugin, method or scheme) that has
+    them."""
     for plugin in registry().plugins.values():
         yield plugin.distribution, "plugin", {plugin.name}
     for info in peftcore.methods():
@@ -142,7 +143,7 @@ def _installed() -> Iterator[tuple[str, str, set[str]]]:
 
 
 def _author() -> str:
-    """Return the name that git signs with; empty without one."""
+    """Return the user's name in git's configuration; empty if there is none."""
     git = shutil.which("git")
     if git is None:
         return ""

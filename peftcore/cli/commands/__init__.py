@@ -1,5 +1,5 @@
-"""The commands of the core, in one module for each kind: each command parses options, calls its job and prints the
-result.
+"""The commands of the core, in one module for each kind. Each command parses its options, calls the function that does
+the work, and prints the result.
 
 They may import all of the command line and the layers below it, but inside of their functions, so that the command line
 starts quickly. In the order of reading: `listing`, `inspecting`, `adapters`, `program_exports`, `authoring`;

@@ -21,8 +21,8 @@ Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; 
 
 @contextmanager
 def at_work() -> Iterator[Any]:
-    """Context manager that prints an error as one message and warnings as one line each; yields a function that creates
-    the progress display."""
+    """Context manager that prints an error as one message, and each warning as one line. It yields a function that
+    creates the progress display."""
 
     def told(message: Warning | str, *place: Any, **more: Any) -> None:
         print(f"Warning: {printable(message)}", file=sys.stderr)

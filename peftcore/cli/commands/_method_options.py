@@ -44,18 +44,19 @@ class WithMethodOptions(TyperCommand):
 def for_methods(
     context: typer.Context, methods: Sequence[Mapping[str, Any]], bare: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Return for each method the passed flags that are options of it, with values parsed as YAML; a flag that is passed
-    several times becomes a list. A message reports flags that a method lacks; the method is then used without them.
+    """Return the passed flags that are options of each method, with values parsed as YAML. The values of a flag that is
+    passed several times become a list. If only some of the methods have an option, a message names the others, which
+    are used without it.
 
     Args:
         context: the click context of the command.
         methods: mappings with the key "name", as in files.
-        bare: names that are not methods and take no options, such as that of full fine-tuning.
+        bare: names in `methods` that are not methods and have no options, such as the name for full fine-tuning.
 
     Raises:
         BadInput: a flag belongs neither to the command nor to any of the methods.
-        ConfigError: the same for a single method; the message may suggest the option's name if the flag is a name of
-            another library.
+        ConfigError: the same for a single method. If the flag is another library's name for an option, the message may
+            suggest peftcore's name.
     """
     from peftcore.utils.yaml_values import parse
 
@@ -76,7 +77,7 @@ def for_methods(
 
 
 def _options_of(method: str) -> set[str]:
-    """Return the names of what a method takes."""
+    """Return the names of a method's options, and of the arguments that all methods have."""
     import peftcore
 
     return set() if not method else {*peftcore.method(method).Config.model_fields, *PLACES} - {"method"}

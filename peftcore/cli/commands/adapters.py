@@ -154,7 +154,7 @@ def export_lora(
 
 
 def _format(name: str) -> str:
-    """Return the name by which `save` knows a format."""
+    """Return the name of a format as `Injection.save` accepts it."""
     from peftcore.cli.adapters.results import NATIVE, OURS, shown_format
     from peftcore.files.formats.format import format_named, formats
 
@@ -166,7 +166,7 @@ def _format(name: str) -> str:
 
 
 def _weights(text: str | None, count: int) -> list[float]:
-    """Return one weight for each adapter."""
+    """Return one weight for each adapter, parsed from `text`; 1 for each if `text` is None."""
     if text is None:
         return [1.0] * count
     try:

@@ -1,4 +1,5 @@
-"""The commands ``peftcore plan`` and ``peftcore tree``: a method's changes to a model. No weights are loaded."""
+"""The commands ``peftcore plan`` and ``peftcore tree``: the changes that methods would make to a model. No weights are
+loaded."""
 
 from __future__ import annotations
 

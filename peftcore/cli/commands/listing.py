@@ -1,4 +1,5 @@
-"""The commands ``peftcore methods``, ``show``, ``schema`` and ``doctor``: methods and plugins that are installed."""
+"""The commands ``peftcore methods``, ``show``, ``schema`` and ``doctor``: information about the installed methods and
+plugins."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def schema(
         typer.Argument(help="A command with a file, such as train; or a method; all methods, if left out."),
     ] = None,
 ) -> None:
-    """Print the JSON schema of a file that a command reads, of a method's options, or of all methods'."""
+    """Print the JSON schema of a file that a command reads, of a method's options, or of the options of all methods."""
     with answered():
         from peftcore.cli import pages
         from peftcore.registry import catalogue

@@ -1,4 +1,4 @@
-"""The commands on adapters for other programs: ``peftcore check`` and ``export``."""
+"""The commands ``peftcore check`` and ``peftcore export``, for programs that read adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output of ``peftcore plan`` for people: the target modules of a method, and its costs compared with full
+"""The page that ``peftcore plan`` prints: the target modules of a method, and its costs compared with full
 fine-tuning."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def heading(costs: Costs) -> Text:
 
 
 def sites(recorded: Recorded) -> Table:
-    """Return a table of the target modules, with one row for equal ones."""
+    """Return a table of the target modules. Equal modules have one common row."""
     table = columns("target module", "", "weight", "adapter", "trainable", right=frozenset({"", "trainable"}))
     for name, alike in rows((*recorded.places, *recorded.shared)):
         number = f"×{len(alike)}" if len(alike) > 1 else ""
@@ -56,8 +56,8 @@ def sites(recorded: Recorded) -> Table:
 
 
 def rows(places: Sequence[PlannedSite]) -> Iterator[tuple[str, list[PlannedSite]]]:
-    """Yield groups of equal target modules whose paths differ only in numbers, in the order of the first module of
-    each."""
+    """Yield groups of equal target modules whose paths differ only in numbers. The groups are in the order of their
+    first modules."""
     alike: dict[tuple[object, ...], dict[str, PlannedSite]] = {}
     for place in places:
         kind = (place.shape, tuple(place.tensors.items()), place.trainable)
@@ -86,8 +86,8 @@ def step(costs: Costs) -> str:
 
 
 def memory(costs: Costs) -> Table:
-    """Return a table of the memory and operations of a training step: a column for the method, one for full
-    fine-tuning, and with several processes also one for the first process, which needs the most memory."""
+    """Return a table of the memory and operations of a training step: a column for the method, and one for full
+    fine-tuning. With several processes, another column has the first process, which needs the most memory."""
     name, passes = costs.recorded.name, [costs.counted.adapted, costs.counted.full]
     shown = {name: costs.memory, FULL: costs.full}
     if costs.sharded:
@@ -112,7 +112,7 @@ def operations(flops: int | None) -> str:
 
 
 def residents(costs: Costs) -> str:
-    """Return the memory of several adapters that serve together."""
+    """Return text with the memory of several adapters that are on the model at the same time."""
     each = costs.recorded.plan.resident
     return (
         f"{costs.adapters:,} adapters resident: {size(costs.resident)} ({size(each)} each), "

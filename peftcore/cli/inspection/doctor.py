@@ -47,7 +47,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Ambiguous:
-    """A name that means several methods."""
+    """A name that several methods have."""
 
     name: str
     write: tuple[str, ...]
@@ -91,8 +91,8 @@ class Findings:
 
     @property
     def healthy(self) -> bool:
-        """True if methods are installed, no plugin, method or scheme is broken, and every name means only one
-        method."""
+        """True if methods are installed, no plugin, method or scheme is broken, and no two methods have the same
+        name."""
         return self.methods > 0 and not self.broken and not self.ambiguous
 
     @property
@@ -106,7 +106,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Collect all findings; failures are reported, not raised."""
+    """Collect all findings. Errors become part of the findings, and are not raised."""
     with quiet():
         found = registry()
         plugins = tuple(
@@ -137,7 +137,7 @@ def unimportable() -> Iterator[Broken]:
 
 
 def ambiguous() -> Iterator[Ambiguous]:
-    """Yield the names, and alternative names, that mean more than one method."""
+    """Yield the names and aliases that more than one method has."""
     owners: dict[str, list[str]] = {}
     for info in peftcore.methods():
         for name in (info.name, *info.aliases):
@@ -146,8 +146,8 @@ def ambiguous() -> Iterator[Ambiguous]:
 
 
 def packings() -> tuple[tuple[SchemeStatus, ...], list[Broken]]:
-    """Return the quantization schemes, and those that cannot be imported. If two schemes have the same name, there is
-    only one entry, for this error."""
+    """Return two lists: the quantization schemes, and those that cannot be imported. If two schemes have the same name,
+    only this error is returned."""
     found, broken = [], []
     try:
         names = sorted(peftcore.schemes())
@@ -180,15 +180,15 @@ def version_of(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of the libraries that define models, and of our distributions; None for those that
-    are not installed."""
+    """Return the versions of Python, of the libraries that define models, and of peftcore and its plugins; None for
+    those that are not installed."""
     installed = {name: version_of(name) for name in (*LIBRARIES, *distributions())}
     return {"python": platform.python_version(), **installed}
 
 
 def needs() -> Iterator[MissingRequirements]:
-    """Yield each distribution of peftcore with missing requirements, and each of its extras with the requirements that
-    are missing for it, if any."""
+    """Yield a record for each distribution of peftcore that lacks requirements, and one for each of its extras, even if
+    the extra lacks none."""
     for name in distributions():
         if version_of(name) is None:
             continue
@@ -201,7 +201,7 @@ def needs() -> Iterator[MissingRequirements]:
 
 
 def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:
-    """Yield the requirements that an extra adds, or without an extra the unconditional requirements."""
+    """Yield the requirements that `extra` adds. If `extra` is empty, yield the requirements without an extra."""
     for each in wanted:
         always = each.marker is None or each.marker.evaluate({"extra": ""})
         if always != bool(extra) and (each.marker is None or each.marker.evaluate({"extra": extra})):
@@ -231,7 +231,7 @@ def devices() -> Iterator[str]:
 
 
 def page(found: Findings) -> RenderableType:
-    """Return the report for people; problems are last."""
+    """Return the findings as a page. Problems are at the end."""
     parts: list[RenderableType] = [
         *titled("Versions", versions_table(found)),
         *titled("Plugins", plugins_table(found)),

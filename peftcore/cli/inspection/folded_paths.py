@@ -1,4 +1,4 @@
-"""Joins paths that differ only in numbers into one: ``layers.{0..23}.self_attn.q_proj``."""
+"""Combines paths that differ only in numbers into one pattern: ``layers.{0..23}.self_attn.q_proj``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ Numbers = tuple[frozenset[int], ...]
 
 
 def fold(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the paths by their joined form. Only path components that are numbers are joined, and a joined form never
-    covers paths that are missing."""
+    """Return a mapping from patterns to the paths that each combines. Only path components that are numbers are
+    combined, and a pattern never matches a path that is not in `paths`."""
     alike: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for path in paths:
         steps = path.split(".")
@@ -23,8 +23,8 @@ def fold(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _boxes(points: list[tuple[int, ...]]) -> list[Numbers]:
-    """Return products of sets that cover the points, each once: joined along one place after the other, from the
-    last."""
+    """Return products of sets that together contain each point exactly once. Points are combined along one component
+    after the other, starting with the last."""
     boxes: list[Numbers] = [tuple(frozenset({number}) for number in point) for point in points]
     for place in reversed(range(len(points[0]))):
         joined: dict[Numbers, frozenset[int]] = {}

@@ -1,4 +1,4 @@
-"""The work of ``peftcore tree``: shows a model as a tree with roles and the changes that methods would make; equal
+"""The work of ``peftcore tree``: shows a model as a tree, with roles and the changes that methods would make. Equal
 modules are one line."""
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ModelTree:
         }
 
     def page(self) -> RenderableType:
-        """Return the tree for people; changed lines have the colour of the method."""
+        """Return the tree as a table. Lines that a method changes have the method's colour."""
         colours = dict(zip((recorded.name for recorded in self.methods), cycle(COLOURS), strict=False))
         table = columns("module", "role", "weight", "")
         for line in tree_lines(self.host, self._marks()):
@@ -59,7 +59,7 @@ class ModelTree:
 
 
 def shown(source: str, wanted: Sequence[RequestedMethod]) -> ModelTree:
-    """Return the tree of a model, whose weights are not loaded.
+    """Return the tree of a model. Its weights are not loaded.
 
     Raises:
         BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite: the model does not exist, or a method cannot
@@ -77,8 +77,8 @@ def entry_as_dict(entry: HostEntry) -> dict[str, Any]:
 
 
 def mark(method: str, place: PlannedSite) -> str:
-    """Return the tensors of a method at a site as text, ``lora A 8×64, B 64×8``; for slices of a fused weight, with
-    their role."""
+    """Return the tensors of a method at a site as text, ``lora A 8×64, B 64×8``; for slices of a fused weight, the text
+    also has their role."""
     part = f" [{place.role}]" if place.rows else ""
     return f"{method}{part} {tensors(place.tensors)}"
 

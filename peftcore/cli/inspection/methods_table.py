@@ -15,8 +15,8 @@ from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS, MethodInfo
 
 
 def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
-    """Return one record for each method; for a method that cannot be imported, it has the error. With `sizes`, each
-    method is planned on the reference hosts."""
+    """Return one record for each method. If a method cannot be imported, its record has the error. With `sizes`, the
+    trainable parameters of each method on the reference hosts are counted."""
     listed = list(infos)
     shown = track(listed, "planning", transient=True, disable=not sizes)
     return [_record(info, sizes) for info in shown]
@@ -51,8 +51,8 @@ def as_json(found: list[dict[str, Any]]) -> str:
 
 
 def tally(found: list[dict[str, Any]]) -> str:
-    """Return text with the number of methods of each kind and ability; presets, which are names for options of methods,
-    are not counted."""
+    """Return text with the number of methods of each kind and with each ability. Presets (names for options of a
+    method) are not counted."""
     methods = [record for record in found if "error" not in record and "preset" not in record]
     kinds = Counter(record["kind"] for record in methods)
     merges, rows, data, checked = (
@@ -66,8 +66,8 @@ def tally(found: list[dict[str, Any]]) -> str:
 
 
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
-    """Return a table for people. The number of parameters is that on the first reference host to which the method can
-    be applied."""
+    """Return the records as a table. The number of parameters is counted on the first reference host to which the
+    method can be applied."""
     checked = Column("checked against", min_width=len("equation only"))
     table = Table("method", "category", "paper", "merges", "per sample", "data", checked)
     if sizes:

@@ -102,13 +102,13 @@ class MethodDescription:
 
     @property
     def sections(self) -> dict[str, str]:
-        """Return the text below each heading of the docstring, by heading; the part before the first heading has the
-        key ``""``."""
+        """Return the text below each heading of the docstring, keyed by heading. The part before the first heading has
+        the key ``""``."""
         return sections(self.text)
 
     @property
     def link(self) -> str:
-        """Return the link to the paper; or its reference, if it is not on arXiv."""
+        """Return the link to the method's paper; if the paper is not on arXiv, its reference."""
         paper = self.cls.tags.paper
         return f"https://arxiv.org/abs/{paper}" if ARXIV.fullmatch(paper) else paper
 
@@ -122,7 +122,7 @@ class MethodDescription:
 
     @property
     def _overridable(self) -> str:
-        """Return the rule of `overrides`: the options that may change, if these are not all."""
+        """Return the rule of the option `overrides`: the options that it may change; empty if it may change all."""
         names = self.cls.Config.overridable
         return "" if names is None else f"of {', '.join(names)} alone" if names else "takes none"
 
@@ -141,8 +141,8 @@ class MethodDescription:
 
     @property
     def alternatives(self) -> list[list[str]]:
-        """Return the default targets that are tried, in this order, on models that have none of the roles in
-        `targets`."""
+        """Return the default targets for models that have none of the roles in `targets`. They are tried in this
+        order."""
         return [[each] if isinstance(each, str) else list(each) for each in self.cls.alternatives]
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class MethodDescription:
         }
 
     def page(self) -> RenderableType:
-        """Return the page for people."""
+        """Return the description as a page."""
         tags = self.cls.tags
         return Group(
             Text.assemble((self.info.name, "bold"), f"  {tags.category}, {self.info.distribution}"),
@@ -203,7 +203,7 @@ class MethodDescription:
         return table
 
     def remarks(self) -> Iterator[tuple[str, str]]:
-        """Yield the tags that are not booleans."""
+        """Yield the label and the text of each property that is not a boolean."""
         tags = self.cls.tags
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
@@ -212,8 +212,8 @@ class MethodDescription:
         yield "checked against", ", ".join(self.sources()) or "no other code: equation only"
 
     def sources(self) -> Iterator[str]:
-        """Yield the sources of the numbers with which tests compare, and the compared parts unless only outputs are
-        compared."""
+        """Yield the implementations with which tests compare the method. Each is followed by the compared parts, unless
+        only outputs are compared."""
         for source, parts in self.info.compared.items():
             yield source if parts == ("outputs",) else f"{source} ({', '.join(parts)})"
 
@@ -226,8 +226,8 @@ def section(heading: str, text: str) -> Iterator[RenderableType]:
 
 
 def paragraphs(text: str) -> Iterator[RenderableType]:
-    """Yield paragraphs of prose, to be wrapped to the width of the console; indented lines, such as equations, are kept
-    as lines."""
+    """Yield the paragraphs of a text, each as one line that the console wraps. Indented lines, such as equations, stay
+    separate lines."""
     for paragraph in text.split("\n\n"):
         for indented, lines in groupby(paragraph.splitlines(), lambda line: line.startswith(" ")):
             if indented:
@@ -238,7 +238,8 @@ def paragraphs(text: str) -> Iterator[RenderableType]:
 
 
 def preset_lines(info: MethodInfo) -> list[str]:
-    """Return lines with the meaning of a preset and the parts of its paper that it leaves out; empty for a method."""
+    """Return lines that describe a preset: the method and options that it means, and the parts of its paper that are
+    missing; empty for a method."""
     if info.preset is None:
         return []
     return [f"a preset: {info.preset}", *([info.preset.note] if info.preset.note else [])]
@@ -294,7 +295,7 @@ NAMED = {
 
 
 def rule_of(schema: Mapping[str, Any]) -> str:
-    """Return the rules for a value as short text; for alternatives, the rules of each."""
+    """Return the rules for a value as short text. If the schema has alternatives, the rules of each are listed."""
     own = [text.format(schema[rule]) for rule, text in RULES.items() if rule in schema]
     inner = [rule_of(each) for each in (*schema.get("anyOf", ()), schema.get("items")) if isinstance(each, Mapping)]
     return ", ".join(dict.fromkeys(filter(None, (*own, *inner))))

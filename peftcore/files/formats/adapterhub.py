@@ -2,9 +2,9 @@
 
 A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has four parts: the path of the module
 that the library wraps, the holder (``adapters``), the adapter's name, and the tensor. A `HubArchitecture` translates
-one of its architectures into one of our methods; the plugin of the method registers it under
-``"adapterhub/ARCHITECTURE"`` in the hook `peftcore_translations`. The architectures of a union are distinguished by
-their holders, and read as our method `config_union`.
+one architecture of the library into a method of peftcore. The plugin of the method registers it under
+``"adapterhub/ARCHITECTURE"`` in the hook `peftcore_translations`. A union of several architectures is read as the
+method `config_union`; its architectures are distinguished by their holders.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PLAIN, UNION = "bottleneck", "union"
 
 @dataclass(frozen=True)
 class HubPlace:
-    """One of our sites, with the tensors of the file that belong to it."""
+    """One site of the host, with the tensors of the file that belong to it."""
 
     site: Site
     """The target module."""
     names: Mapping[str, str]
-    """Full names of the tensors, by the rest of each name after the adapter's name."""
+    """Full names of the tensors, keyed by the part of the name that follows the adapter's name."""
     index: int = 0
     """The index of the site among the sites that share these tensors of the file."""
     count: int = 1
@@ -52,18 +52,18 @@ class HubPlace:
 
 
 class HubArchitecture(ABC):
-    """The translation of one architecture of AdapterHub's files into one of our methods."""
+    """The translation of one architecture of AdapterHub's files into a method of peftcore."""
 
     holder: ClassVar[str]
     """The name in front of the adapter's name in the names of tensors: ``"adapters"``."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
-        """Returns our options, with "method", from the options in the file, the shapes of the tensors at one place, and
-        the host.
+        """Returns the options of peftcore's method at one place, including its name under "method". They are translated
+        from the options in the file (`keys`), the shapes of the tensors at the place, and the host.
 
         Raises:
-            CheckpointError: our method cannot compute the same.
+            CheckpointError: peftcore's method cannot compute the same.
         """
 
     def module(self, place: str) -> str:
@@ -71,16 +71,18 @@ class HubArchitecture(ABC):
         return place
 
     def role(self, place: str) -> str | None:
-        """Returns the role of our site in the block that contains the place; None if the place is the module itself."""
+        """Returns the role of the site in the block that contains the place; None if the place is the site's module
+        itself."""
         return None
 
     def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
-        """Returns our sites with their tensors, from the tensors' names grouped by place. By default each place is one
-        site; architectures whose tensors are stored differently override this method.
+        """Returns the host's sites with the tensors that belong to them. `groups` has the names of the tensors, grouped
+        by place. By default each place is one site; architectures whose tensors are stored differently override this
+        method.
 
         Raises:
             HostMismatch: the host lacks the modules.
-            CheckpointError: the options install the adapter at places that our method does not support.
+            CheckpointError: the options install the adapter at places that peftcore's method does not support.
         """
         roles = {place: self.role(place) for place in groups}
         modules = {place: self.module(place) if roles[place] is None else _block(place) for place in groups}
@@ -103,7 +105,7 @@ class HubArchitecture(ABC):
 
     @abstractmethod
     def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of one operator by our names, read from the file."""
+        """Returns the tensors of one operator, read from the file, keyed by their names in peftcore."""
 
 
 class AdapterHub(Format):
@@ -160,7 +162,7 @@ class AdapterHub(Format):
 
 
 def _read(path: Path) -> tuple[Keys, list[tuple[Keys, str]]]:
-    """Returns the options of the whole file, and those of each architecture in it with its name."""
+    """Returns the options of the whole file, and a list of its architectures: the options and the name of each."""
     whole = Keys(read_json(path / CONFIG), path / CONFIG)
     whole.pass_over("model_class", "model_name", "model_type", "hidden_size", "version", "config_id")
     keys = Keys(whole.take("config", dict), whole.where)
@@ -174,7 +176,7 @@ def _read(path: Path) -> tuple[Keys, list[tuple[Keys, str]]]:
 
 
 def _kind(keys: Keys) -> str:
-    """Returns the name of an architecture, with how it composes where that is not by adding."""
+    """Returns the name of an architecture, followed by its composition mode if this is not "add"."""
     kind, mode = keys.take("architecture", str, PLAIN), keys.take("composition_mode", str, "add")
     return kind if mode == "add" else f"{kind} {mode}"
 
@@ -183,7 +185,7 @@ def _architecture(kind: str, where: Path) -> HubArchitecture:
     """Returns the translation of one architecture.
 
     Raises:
-        CheckpointError: no installed plugin does.
+        CheckpointError: no installed plugin translates the architecture.
     """
     places = named_places("peftcore_translations", "translation")
     if f"adapterhub/{kind}" not in places:
@@ -194,7 +196,7 @@ def _architecture(kind: str, where: Path) -> HubArchitecture:
 
 
 class HubContent(Content):
-    """An adapter of AdapterHub for one host."""
+    """The content of an AdapterHub folder for one host."""
 
     def __init__(
         self,
@@ -232,10 +234,11 @@ class HubContent(Content):
         super().__init__(envelope, file.path)
 
     def _groups(self, holders: Sequence[str], name: str, where: Path) -> dict[str, dict[str, dict[str, str]]]:
-        """Returns the full names of tensors by holder, place and name behind the adapter's.
+        """Returns the full names of the file's tensors, keyed by holder, then by place, then by the part of the name
+        that follows the adapter's name.
 
         Raises:
-            CheckpointError: a holder has none, or two architectures share one.
+            CheckpointError: there are no tensors with a holder's name, or two architectures have the same holder.
         """
         if len(set(holders)) < len(holders):
             raise CheckpointError(f"{where}: parts of this union use the same tensor names, {sorted(holders)}")
@@ -280,13 +283,12 @@ class HubContent(Content):
 
 
 def _above(site: Site, paths: Iterable[str]) -> str:
-    """Returns which of the selected modules an operator's site is, or is in: an attention is inside of the module that
-    was selected."""
+    """Returns the path of the selected module that contains the site of an operator, or is its module."""
     return max((path for path in paths if f"{site.module_path}.".startswith(f"{path}.".lstrip("."))), key=len)
 
 
 def _block(place: str) -> str:
-    """Returns the path up to its first number: the block that a place is in."""
+    """Returns the path of the block that contains a place: the part up to the first number."""
     steps = place.split(".")
     last = next((index for index, step in enumerate(steps) if step.isdecimal()), len(steps) - 1)
     return ".".join(steps[: last + 1])

@@ -26,7 +26,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "t5": ("lora_te3", "text_encoders.t5xxl.transformer"),
     ANY: ("lora_te",),
 }
-"""By the last part of a tensor's name: the names of the models that its vectors are for."""
+"""Maps the last part of a tensor's name to the prefixes of the models for which the tensor has vectors."""
 OUTPUTS = "_out"
 """The suffix of vectors that OneTrainer inserts into the output of an encoder instead of its input."""
 PICTURES = frozenset({"lora_unet", "lora_transformer", "oft_unet", "diffusion_model"})
@@ -45,7 +45,7 @@ def taken_apart(name: str) -> tuple[str, str]:
 
 
 def is_known(name: str) -> bool:
-    """True if the tensor's name has the name of a known encoder."""
+    """True if the tensor's name ends with the name of a known encoder."""
     kind = taken_apart(name)[1]
     return kind in ENCODERS or kind.removesuffix(OUTPUTS) in ENCODERS
 
@@ -136,7 +136,7 @@ def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[in
 
 
 def bundled(part: str, tokens: Iterable[tuple[str, int]], vectors: Tensor) -> dict[str, Tensor]:
-    """Returns the tensors to write for words, by their names in the file.
+    """Returns the tensors to write for words, keyed by their names in the file.
 
     Args:
         part: the name of the host in files.

@@ -27,7 +27,7 @@ SOME, OTHER = "unknown", "other"
 
 
 def is_ours(path: Path) -> bool:
-    """True if peftcore may write the card: the folder has none, or one that still contains our mark."""
+    """True if peftcore may write the card: the folder has no card, or its card still contains `MARK`."""
     return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -70,7 +70,7 @@ def card(injection: Injection, formats: Sequence[str], metrics: Metrics | None =
 
 
 def _is_of_a_hub(base: str) -> bool:
-    """Whether a base's name is one on a hub, and not that of a folder here: hubs refuse cards with others."""
+    """Whether a base's name is a repository on a hub and not a local folder. Hubs refuse cards with other names."""
     return NAME.fullmatch(base) is not None and not Path(base).exists()
 
 
@@ -98,7 +98,8 @@ def metric_rows(metrics: Metrics) -> list[tuple[str, str, float]]:
 
 
 def _index(title: str, task: str, rows: Sequence[tuple[str, str, float]]) -> list[str]:
-    """Returns the lines of a model index, as hubs show results. Strings are as in JSON, which YAML reads."""
+    """Returns the lines of a card's model index, from which hubs show results. Strings are written as JSON, which is
+    valid YAML."""
     lines = ["model-index:", f"- name: {json.dumps(title)}", "  results:"]
     for data in dict.fromkeys(data for data, _, _ in rows):
         lines += ["  - task:", f"      type: {task}", "    dataset:"]
@@ -110,6 +111,6 @@ def _index(title: str, task: str, rows: Sequence[tuple[str, str, float]]) -> lis
 
 
 def _number(value: float) -> str:
-    """Returns a number as YAML 1.1 reads it as one: with a dot before an exponent."""
+    """Returns a number as text that YAML 1.1 reads as a number: with a dot before the exponent."""
     mantissa, exponent, power = repr(value).partition("e")
     return f"{mantissa if '.' in mantissa else f'{mantissa}.0'}{exponent}{power}"

@@ -20,8 +20,8 @@ def literally(path: str) -> str:
 
 
 def with_overrides(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a method's options from the options of each place, by path: the most frequent values, and overrides for
-    places with other values."""
+    """Returns options for a whole method: the most frequent value of each option, and overrides for places with other
+    values. `options` has the options of each place, keyed by path."""
     values: dict[str, Counter[str]] = {}
     for each in options.values():
         for name, value in each.items():

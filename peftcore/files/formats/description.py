@@ -23,7 +23,8 @@ class Description:
     files: tuple[TensorFile, ...]
     """The files of its tensors."""
     methods: tuple[str, ...] = ()
-    """Names of our methods that compute the adapter; empty if no method does, or if that depends on the host."""
+    """Names of peftcore's methods that compute the adapter; empty if there is no such method, or if it depends on the
+    host."""
     kind: str = ""
     """The other library's name for the method."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -33,24 +34,25 @@ class Description:
     base_revision: str = ""
     """The commit or branch of the base's repository; empty if the file does not name it."""
     tokens: int = 0
-    """The number of rows of the token tables if rows were added to them; 0 if the file does not contain it."""
+    """The number of rows of the token tables if rows were added to them; otherwise, or if the file does not contain the
+    number, 0."""
     host: str = ""
-    """The class of the model that it was made on; empty if the file does not name it."""
+    """The class of the model that the adapter was made on; empty if the file does not name it."""
     classes: tuple[str, ...] = ()
-    """Class names of the classification head that it was trained with, in the order of their ids; empty if the file has
-    none."""
+    """Class names of the classification head that the adapter was trained with, in the order of their ids; empty if the
+    file has none."""
     task: str = ""
-    """Peft's task type of the model that it was made on, such as "CAUSAL_LM"."""
+    """Peft's task type of the model that the adapter was made on, such as "CAUSAL_LM"."""
     parts: tuple[str, ...] = ()
     """The models of a pipeline that the file is for; empty if it is not for a pipeline."""
     sites: tuple[str, ...] = ()
-    """The paths of its operators, as the file spells them; empty if the method chooses its sites itself."""
+    """The paths of the adapter's operators, as the file spells them; empty if the method chooses its sites itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that the adapter replaces, with their shapes."""
+    """The shapes of the host's parameters that the adapter replaces, keyed by path."""
     words: Mapping[str, int] = field(default_factory=dict)
-    """New words in the file, whose token ids have to be passed to `load`, with the number of vectors of each."""
+    """The number of vectors of each new word in the file. The token ids of these words have to be passed to `load`."""
     problem: str = ""
-    """The reason why it cannot be loaded, if that is known without a host; otherwise empty."""
+    """The reason why the adapter cannot be loaded, if that is known without a host; otherwise empty."""
 
     @property
     def values(self) -> int:

@@ -2,9 +2,9 @@
 pipeline.
 
 Tensors have peft's names, with the name of a model in front (``unet.``, ``text_encoder.``) or without it. Since 2025
-the header also has peft's options, which are read as in a folder of peft. Files without these options have tensors
-named alpha, or else alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down`` and, in
-text encoders, ``q_proj.lora_linear_layer.down``.
+the header also has peft's options, which are read as in a folder of peft. In files without these options, alpha is a
+tensor; if that is missing, alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down``
+and, in text encoders, ``q_proj.lora_linear_layer.down``.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ LEAVES = {
     "lora_linear_layer.down.weight": A,
     "lora_linear_layer.up.weight": B,
 }
-"""Names of tensors below a module, with peft's names for them."""
+"""Maps the names of tensors below a module to peft's names."""
 OF_PROCESSORS = {"down.weight": A, "up.weight": B, ALPHA: ALPHA}
-"""Older names of tensors below ``processor.to_q_lora``, with peft's names for them."""
+"""Maps older names of tensors below ``processor.to_q_lora`` to peft's names."""
 LAYERS: tuple[dict[str, str], ...] = (
     {"to_out": "to_out.0"},
     {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 )
-"""The layers that ``to_q_lora`` and its siblings belong to: in diffusers' attention, and in the attention of text
-encoders."""
+"""The layers that ``to_q_lora``, ``to_k_lora`` and so on belong to: first in diffusers' attention, then in the
+attention of text encoders."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,18 @@ class DiffusersTensorName:
 
     path: str
     layer: str
-    """The layer that a processor's name means, ``to_q``; empty for other names."""
+    """The layer in an old name with a processor: ``to_q`` in ``processor.to_q_lora``. Empty for other names."""
     leaf: str
 
     def at(self, layers: Mapping[str, str]) -> tuple[str, str]:
-        """Returns the module's path and the name below it, with other names for layers."""
+        """Returns the module's path and the tensor's name below the module. `layers` has the path of each layer that an
+        old name means."""
         last = layers.get(self.layer, self.layer)
         return f"{self.path}.{last}".strip("."), self.leaf
 
 
 def understood(name: str) -> DiffusersTensorName | None:
-    """Returns the parsed name; None if it is not the name of a tensor of a LoRA."""
+    """Returns the parsed name of a tensor of a LoRA; None for any other name."""
     name = name.replace(".processor.", ".")
     for leaf, ours in LEAVES.items():
         if name.endswith(f".{leaf}") and not name.removesuffix(f".{leaf}").endswith("_lora"):
@@ -86,7 +87,7 @@ def understood(name: str) -> DiffusersTensorName | None:
 
 
 def _is_pefts(name: str) -> bool:
-    """Whether a name is one of a folder of peft, whose options are in another file."""
+    """Whether a tensor's name has peft's prefix, as in folders of peft, whose options are in another file."""
     return name.startswith(PREFIXES)
 
 
@@ -162,13 +163,14 @@ class Diffusers(Format):
 
 
 def _model_of(name: str) -> str | None:
-    """Returns the model in front of a tensor's name."""
+    """Returns the name of the pipeline's model at the start of a tensor's name; None if there is none."""
     first, dot, _ = name.partition(".")
     return first if dot and first in Diffusers.parts else None
 
 
 def _said(file: TensorFile, part: PipelinePart) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
-    """Returns peft's options for a part, its tensors by peft's names, and other options at some modules."""
+    """Returns three mappings for one model of the pipeline: peft's options; the names of its tensors in the file, keyed
+    by peft's names; and options of single modules, keyed by path."""
     said = parse_json(file.metadata[METADATA], file.path) if METADATA in file.metadata else {}
     prefix = f"{part.name}." if part.name else ""
     options = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
@@ -179,8 +181,8 @@ def _said(file: TensorFile, part: PipelinePart) -> tuple[dict[str, Any], dict[st
 
 
 def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[PipelinePart], list[str]]:
-    """Returns the models of a pipeline for which a file has adapters, once for each possible reading of old names; and
-    the names that belong to no model."""
+    """Returns two lists: the models of a pipeline for which a file has adapters, and the tensor names that belong to no
+    model. Old names are ambiguous, so a model appears once for each of their possible meanings."""
 
     full = list(file.shapes)
     whole = _part("", full, file, LAYERS[0])
@@ -212,8 +214,8 @@ def _part(name: str, held: Sequence[str], file: TensorFile, layers: Mapping[str,
 
 
 def _inferred(file: TensorFile, names: dict[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns peft's options from shapes and tensors called alpha, which are taken out of `names`; and those of each
-    module."""
+    """Returns peft's options for the adapter and for each module, inferred from shapes and from tensors named alpha.
+    The latter are removed from `names`."""
     alphas = {name.removesuffix(f".{ALPHA}"): names.pop(name) for name in list(names) if name.endswith(f".{ALPHA}")}
     values = file.read(alphas.values())
     exact: dict[str, dict[str, Any]] = {}

@@ -18,7 +18,7 @@ REQUIRED: Any = ...
 
 
 class Keys:
-    """The options of one file. Each is read by a method such as `take`; `check_known` finds options that nothing
+    """The options of one file. Methods such as `take` read them, and `check_known` finds options that were never
     read."""
 
     def __init__(self, data: Mapping[str, Any], where: Path) -> None:
@@ -63,7 +63,7 @@ class Keys:
         return found
 
     def table(self, key: str) -> dict[str, Any]:
-        """Returns the values by name of an option that is a JSON object; an empty dictionary if it is missing.
+        """Returns an option that is a JSON object, as a dictionary; an empty dictionary if the option is missing.
 
         Raises:
             CheckpointError: it holds something else.
@@ -99,13 +99,14 @@ class Keys:
             )
 
     def patched(self, changes: Mapping[str, Any]) -> Keys:
-        """Returns a copy of the options with the values in `changes`; both count the same options as read."""
+        """Returns a copy of the options with the values in `changes`; options that are read from one of them count as
+        read in both."""
         found = Keys({**self.data, **changes}, self.where)
         found.known, found.told = self.known, self.told
         return found
 
     def check_known(self) -> None:
-        """Raise an error if the file has options that nothing read and that are not switched off.
+        """Raise an error if the file has options that were never read and are not switched off.
 
         Raises:
             CheckpointError: there are such options; the message names them.

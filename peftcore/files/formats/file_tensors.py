@@ -15,11 +15,11 @@ class Found:
     """The tensors that a file has for one place: a module, or the whole adapter."""
 
     names: Mapping[str, str]
-    """Full names of the tensors in the file, by their names below the place: ``"lora_A.weight"``."""
+    """Full names of the tensors in the file, keyed by the part of the name below the place: ``"lora_A.weight"``."""
     shapes: Mapping[str, Size]
-    """Shapes of all tensors in the file, by full name."""
+    """Shapes of all tensors in the file, keyed by full name."""
     read: Callable[[str], Tensor]
-    """Returns the values of a tensor, by its full name."""
+    """Returns the values of the tensor with this full name."""
     wrong: list[str]
     """The errors found in the file so far; all places share this list."""
     used: set[str] = field(default_factory=set)

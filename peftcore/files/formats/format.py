@@ -41,8 +41,8 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Placed:
-    """The content of a text file that has to contain the path of its own folder, for programs that look up the names in
-    it from another folder."""
+    """The content of a text file that has to contain the path of its own folder, since programs do not look up the
+    paths in it relative to the file."""
 
     text: Callable[[Path], str]
     """Returns the text, given the final folder of the adapter."""
@@ -60,8 +60,8 @@ Files = Mapping[str, str | Tensors | Placed | Made]
 
 
 class Content(ABC):
-    """The content of an adapter file in peftcore's terms: the envelope, and the tensors, which are read once the
-    operators are known."""
+    """The content of an adapter file, translated for peftcore: the envelope (method, options and sites), and the
+    tensors, which are read after the operators were built."""
 
     def __init__(self, envelope: Envelope, where: Path) -> None:
         self.envelope = envelope
@@ -70,10 +70,10 @@ class Content(ABC):
 
     @abstractmethod
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
-        """Returns the adapter's tensors by our own names.
+        """Returns the adapter's tensors, keyed by their names in peftcore.
 
         Args:
-            surgeon: has the operators that were recorded for the host, on the meta device.
+            surgeon: the record of a dry run, with the operators for the host on the meta device.
             strict: False accepts missing and unknown tensors.
 
         Raises:
@@ -93,7 +93,7 @@ class Format(ABC):
 
     def __init__(self, part: str = "") -> None:
         self.part = part
-        """The one of `parts` that a saved adapter is for; empty: guessed from the host."""
+        """The one of `parts` for which an adapter is saved; if it is empty, the host determines it."""
 
     @classmethod
     @abstractmethod
@@ -108,13 +108,13 @@ class Format(ABC):
         Raises:
             CheckpointError: it is damaged, or has unknown options.
             HostMismatch: it belongs to another base.
-            NewerFormat: it was written by a newer version.
+            NewerFormat: it was written by a newer version of peftcore or of the method's plugin.
             UnknownMethod: no installed plugin has its method.
         """
 
     def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
-        """Open a folder or file as `open` does, with the new words that it contains; `ids` are the token ids of each
-        word in the tokenizer.
+        """Open a folder or file as `open` does, with the new words in it. `words` has the token ids of each word in the
+        tokenizer.
 
         Raises:
             CheckpointError: as `open`; or it has no such words.
@@ -128,7 +128,7 @@ class Format(ABC):
 
         Raises:
             CheckpointError: it is damaged.
-            NewerFormat: it was written by a newer version.
+            NewerFormat: it was written by a newer version of peftcore or of the method's plugin.
         """
         return Description(self.name, tensor_files(path))
 
@@ -142,21 +142,22 @@ class Format(ABC):
         return {}
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        """Returns the contents of the files to write for an injection, by name, in the order in which they are written;
-        a name may contain a folder, ``"0/adapter.json"``.
+        """Returns the contents of the files to write for an injection, keyed by file name, in the order of writing. A
+        name may contain a folder, ``"0/adapter.json"``.
 
         Args:
             weights: record a digest of the base's values at the sites, if the format can hold it.
 
         Raises:
-            ExportError: the format cannot hold it.
+            ExportError: the format cannot store the adapter.
             PluginError: the adapter's tensors cannot be saved by name, since one of them has two names.
         """
         raise ExportError(f"peftcore reads files of {self.name}, but does not write them; choose another format")
 
 
 def formats() -> dict[str, type[Format]]:
-    """Returns the formats of the core and of all plugins, by name, in the order in which `recognize` tries them."""
+    """Returns the formats of the core and of all plugins, keyed by name, in the order in which `recognize` tries
+    them."""
     return {name: imported(place) for name, place in named_places("peftcore_formats", "format").items()}
 
 

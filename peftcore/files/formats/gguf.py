@@ -1,8 +1,8 @@
 """Writes and describes LoRA files of llama.cpp, ``adapter.gguf``. They cannot be loaded.
 
-A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
-file has one alpha for all: the scale of each matrix is alpha / rank. So lower ranks are padded to the largest one, and
-scales are multiplied into ``lora_b``.
+For a matrix of the base, such as ``blk.0.attn_q.weight``, the file has the factors ``….lora_a`` ``[rank, in]`` and
+``….lora_b`` ``[out, rank]``. The file has one alpha for all matrices: the scale of each is alpha / rank. Therefore
+lower ranks are padded to the largest rank, and scales are multiplied into ``lora_b``.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ class GGUF(Format):
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Returns the rows ``[heads * width, ...]`` of a projection reordered for llama.cpp: two rows that rotary
-    embeddings rotate together are half a head apart in the input, and next to each other in the result."""
+    """Returns the rows ``[heads * width, ...]`` of a projection in llama.cpp's order. Rotary embeddings rotate pairs of
+    rows. In the input, the two rows of a pair are half a head apart; in the result, they are adjacent."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, width / 2, ...]
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Returns how llama.cpp has a model, and the model's configuration.
+    """Returns the entry of a model in the table of llama.cpp's architectures, and the model's configuration.
 
     Raises:
-        ExportError: it is not in the table.
+        ExportError: the table has no entry for the model.
     """
     known = tomllib.loads(ARCHITECTURES.read_text(encoding="utf-8"))
     config = getattr(model, "config", None)
@@ -109,10 +109,10 @@ def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _names(architecture: str, blocks: int, paths: Mapping[str, LowRankPair]) -> dict[str, str]:
-    """Returns the names in GGUF of modules.
+    """Returns the names of modules in GGUF files, keyed by the modules' paths.
 
     Raises:
-        ExportError: one has none, or the package gguf is missing.
+        ExportError: a module has no such name, or the package gguf is missing.
     """
     gguf = _package()
     [arch] = [each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]

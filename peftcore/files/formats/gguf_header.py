@@ -1,7 +1,7 @@
 """Reads the header of a file of llama.cpp: its options, and names, shapes and dtypes of its tensors, without values.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, in little-endian. Each length in the file
-is checked against the size of the file before it is used.
+The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Versions 2 and 3 are read, in
+little-endian. Each length in the file is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from peftcore.files.safe_io import TensorFile
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""The types of options that are numbers, with their format characters of `struct`."""
+"""Maps the types of options that are numbers to format characters of `struct`."""
 TEXT, LIST = 8, 9
 DEPTH = 4
-"""How deep lists may be nested."""
+"""The maximum depth of nested lists."""
 DIMS = 4
 DTYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
-"""Dtypes of tensors, with their names in safetensors; all other dtypes are packed."""
+"""Maps dtypes of tensors to their names in safetensors. All other dtypes are packed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GGUFFile(TensorFile):
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """The header in the form that safetensors files have.
+        """The header, converted to the form of a safetensors header.
 
         Raises:
             CheckpointError: it is damaged, or of another version.
@@ -51,7 +51,7 @@ class GGUFFile(TensorFile):
 
 
 class _Cursor:
-    """Reads a file from its beginning, and no further than it goes."""
+    """Reads a file from its beginning, and raises a `ValueError` at its end."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left = file, size

@@ -22,7 +22,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 IDENTIFIER = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 PATIENCE = 10.0
 """The timeout of the first request to the hub, in seconds, unless ``HF_HUB_ETAG_TIMEOUT`` sets another. Most other
-requests of the package have no timeout."""
+requests of ``huggingface_hub`` have no timeout."""
 BELOW = ("httpx", "httpx2", "requests", "urllib3")
 """The libraries that make the requests of ``huggingface_hub``."""
 LOGIN = "log in (hf auth login), or set HF_TOKEN"
@@ -38,8 +38,8 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         revision: a branch, a tag or a commit of the repository, instead of ``@revision``.
 
     Raises:
-        CheckpointError: the package is missing, two different revisions are passed, or a revision is passed with a
-            local path.
+        CheckpointError: the package ``huggingface_hub`` is missing, two different revisions are passed, or a revision
+            is passed with a local path.
         HubError: the hub has no such repository, refuses access, or does not answer.
     """
     place, name = Path(path), os.fspath(path)
@@ -73,7 +73,7 @@ def fetched(repository: str, revision: str | None, files: Sequence[str], failed:
         failed: the first part of error messages.
 
     Raises:
-        CheckpointError: the package is missing.
+        CheckpointError: the package ``huggingface_hub`` is missing.
         HubError: the hub has no such repository, refuses access, or does not answer, and the cache lacks the files.
     """
     try:
@@ -111,7 +111,7 @@ def upload(
     token: str | bool | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """Upload the files of a folder to a repository, which is created if it does not exist; returns the commit. If the
+    """Upload the files of a folder to a repository, which is created if it does not exist. Returns the commit. If the
     repository has a model card that peftcore did not write, that card is kept.
 
     Args:
@@ -124,8 +124,7 @@ def upload(
         create_pr: create a pull request with the commit.
 
     Raises:
-        CheckpointError: the package is missing.
-        HubError: the hub refuses access, or does not answer.
+        HubError: the package ``huggingface_hub`` or a token is missing, or the hub refuses access, or does not answer.
     """
     failed = f"cannot push to {repository}"
     try:
@@ -158,7 +157,7 @@ def upload(
 
 
 def _text_of(api: Any, repository: str, name: str, revision: str | None) -> str | None:
-    """Returns a text file of a repository, or None where it has none."""
+    """Returns the text of a file in a repository; None if the repository lacks the file."""
     from huggingface_hub.errors import EntryNotFoundError
 
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +177,7 @@ def _patience() -> float:
 
 
 def _status(error: BaseException) -> int | None:
-    """Returns the status with which the hub answered, or None where it did not."""
+    """Returns the HTTP status of the hub's answer; None if the hub did not answer."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
@@ -190,15 +189,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """Whether the hub was not reached: by errors of the libraries below the package, another one in each of its
-    generations."""
+    """Whether an error means that the hub was not reached. This is recognized by the library that raised it; versions
+    of ``huggingface_hub`` use different ones."""
     own = (ConnectionError, TimeoutError)
     return any(isinstance(each, own) or type(each).__module__.partition(".")[0] in BELOW for each in _chain(error))
 
 
 @contextmanager
 def _explained(failed: str, repository: str, revision: str | None, writing: bool = False) -> Iterator[None]:
-    """Context manager in which what the package raises becomes one error that says what to do."""
+    """Context manager that turns errors of ``huggingface_hub`` into a `HubError` that says what to do."""
     try:
         yield
     except (CheckpointError, MemoryError):
@@ -208,7 +207,7 @@ def _explained(failed: str, repository: str, revision: str | None, writing: bool
 
 
 def _reason(error: Exception, repository: str, revision: str | None, writing: bool) -> str:
-    """Returns why the hub gave or took nothing, and what to do about it."""
+    """Returns the reason why a download or an upload failed, and what to do about it, for an error message."""
     from huggingface_hub import constants, errors
 
     address = f"{constants.ENDPOINT}/{repository}"

@@ -1,12 +1,12 @@
 """Reads and writes files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or a
 pipeline.
 
-A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
-underscores for dots, the tensor. Which underscores stand for dots is found by comparing with the host's modules, or
-with their names in the original code (`original_names`). Files have no options: the rank and the variant follow from
-shapes, and each module has an ``alpha``, so that its scale is alpha / rank. Only the dropouts used in training may be
-in the header. A `KohyaMethod` translates the tensors of a method; the plugin of the method registers it under
-``"kohya/NAME"``.
+A name such as ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`` has three parts: the model, the
+module's path with underscores instead of dots, and the tensor. To find which underscores replace dots, names are
+compared with the host's modules, or with their names in the original code (`original_names`). Files have no options:
+the rank and the variant follow from shapes, and each module has an ``alpha``, so that its scale is alpha / rank. Only
+the dropouts used in training may be in the header. A `KohyaMethod` translates the tensors of a method; the plugin of
+the method registers it under ``"kohya/NAME"``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from peftcore.registry.plugins import layer_of
 TENSORS = "kohya.safetensors"
 """The name of the file that `save` writes into a folder. When reading, any name is accepted if it is the only file."""
 UNET, OURS = "lora_unet", "lycoris"
-"""The prefix for a diffusion model in which modules have names of the original code, if these are known; and the prefix
-for any model in which modules have the host's own names."""
+"""Two prefixes of tensor names. The first is for diffusion models: their modules have the names of the original code,
+if these are known. The second is for any model: modules have the host's own names."""
 
 
 class Kohya(Format):
@@ -165,17 +165,17 @@ class Kohya(Format):
 
 
 def _guessed(model: nn.Module) -> str:
-    """Returns the name in files for a host."""
+    """Returns the prefix of tensor names for a host."""
     if is_unet(model) or is_transformer([path for path, _ in model.named_modules()]):
         return UNET
     return "lora_te" if is_text_encoder(model) else OURS
 
 
 def _add(held: dict[str, tuple[KohyaMethod, Piece]], graft: Graft) -> None:
-    """Put what trained along into what is at its module.
+    """Add the change of a host's tensor that was trained with the adapter to the tensors of its module.
 
     Raises:
-        ExportError: there is no place for it.
+        ExportError: kohya files cannot store this tensor.
     """
     site = graft.site
     method, piece = held.get(site.module_path, (None, Piece(None, {})))
@@ -195,10 +195,11 @@ def _named(
     modules: Mapping[str, nn.Module],
     originals: Mapping[str, OriginalModule],
 ) -> dict[str, Piece]:
-    """Returns what is to be written by original names, those of several modules as one.
+    """Returns the tensors to write, keyed by the modules' names in the original code. If several modules of the host
+    are one module of the original code, their tensors are combined.
 
     Raises:
-        ExportError: these do not do what one does.
+        ExportError: the modules cannot be combined.
     """
     theirs, found = written_names(originals), dict[str, Piece]()
     for name in dict.fromkeys(theirs.get(path, path) for path in held):

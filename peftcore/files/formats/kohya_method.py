@@ -2,8 +2,8 @@
 classes of its arguments.
 
 One module of a file can be several modules of the host whose outputs are concatenated, such as q, k and v of Flux. The
-attributes `rows` and `factors` tell which tensors are split when such a module is read, and how tensors are combined
-when it is written.
+attributes `rows` and `factors` determine which tensors are split when such a module is read, and how tensors are
+combined when it is written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Held:
     """The tensors that a file has for one module."""
 
     shapes: Mapping[str, Size]
-    """Shapes of the tensors by their names below the module, without alpha."""
+    """Shapes of the tensors except alpha, keyed by the part of the name below the module."""
     given: float | None
     """The value of alpha; None if the file has none for the module."""
     weight: Size
@@ -41,7 +41,7 @@ class Held:
     where: str
     """The file and the module's name in it, for error messages."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """The values of tensors that are single numbers, by their names below the module."""
+    """The values of tensors that are single numbers, keyed by the part of the name below the module."""
     bias: bool = False
     """Whether the host's module has a bias."""
     tokens: Sequence[tuple[str, int]] = ()
@@ -71,24 +71,24 @@ class Piece:
     alpha: float | None
     """The module's alpha; None if the file does not contain it."""
     tensors: Mapping[str, Tensor]
-    """The module's other tensors, by their names below it."""
+    """The module's tensors except alpha, keyed by the part of the name below the module."""
 
 
 class KohyaMethod(ABC):
-    """Base class of translations of one method between these files and peftcore."""
+    """Base class of translations of one method between files of kohya or LyCORIS and peftcore."""
 
     methods: ClassVar[tuple[str, ...]]
-    """Names of our methods that can be written this way; files are read as the first of them."""
+    """Names of peftcore's methods that can be written this way. Files are read as the first of them."""
     below: ClassVar[tuple[str, ...]]
     """Names of the method's tensors in the file, below a module, without alpha."""
     telling: ClassVar[tuple[str, ...]]
-    """The names that identify the method: a module's tensors belong to it only if they have at least one of these
-    names."""
+    """The tensor names that identify the method. The tensors of a module belong to it only if at least one has such a
+    name."""
     tensors: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of the tensors of a host's module that the method can change."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """Names of additional tensors in the file that are added to other tensors of the host's module, with the names of
-    these host tensors, which then train with the adapter."""
+    """Maps the names of additional tensors in the file to names of tensors of the host's module. An additional tensor
+    is added to the host's tensor, which then trains with the adapter."""
     rows: ClassVar[tuple[str, ...]] = ()
     """Names of tensors whose first dimension is the module's outputs, so that they can be split by outputs: each output
     depends only on its row of these tensors, and on the other tensors. If empty, the method cannot be used for a module
@@ -97,14 +97,14 @@ class KohyaMethod(ABC):
     """The names (A, B) of the two factors if the method adds B A · alpha / rank; B has to be in `rows`. None for
     methods without such factors."""
     dropouts: ClassVar[tuple[str, ...]] = ()
-    """Names of the dropout options that our method supports; the header uses the same names."""
+    """Names of the dropout options that peftcore's method supports. The file's header uses the same names."""
 
     @abstractmethod
     def options(self, held: Held) -> dict[str, Any]:
-        """Returns our options for one module.
+        """Returns the options of peftcore's method for one module.
 
         Raises:
-            CheckpointError: our method cannot compute the same.
+            CheckpointError: peftcore's method cannot compute the same.
         """
 
     @abstractmethod
@@ -114,14 +114,15 @@ class KohyaMethod(ABC):
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """Returns the tensors of one operator by our names, read from the file."""
+        """Returns the tensors of one operator, read from the file, keyed by their names in peftcore."""
 
     @abstractmethod
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
-        """Returns the alpha to write (None for no alpha), and the tensors of one operator by the file's names.
+        """Returns the alpha to write (None for no alpha), and the tensors of one operator, keyed by their names in the
+        file.
 
         Raises:
-            ExportError: the file cannot hold it.
+            ExportError: the file cannot store the operator.
         """
 
     def tokens(self, place: Place) -> Sequence[tuple[str, int]]:
@@ -134,13 +135,13 @@ class KohyaMethod(ABC):
         return ()
 
     def writes(self, place: Place) -> bool:
-        """True if the translation can write the operator at a place. If no translation of a method can, the error of
-        the last one's `write` gives the reason."""
+        """True if the translation can write the operator at a place. If no translation of a method can write it, the
+        error that `write` of the last translation raises gives the reason."""
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
-        """True if a module's tensors belong to this method; `shapes` has their shapes by their names below the
-        module."""
+        """True if a module's tensors belong to this method. `shapes` has the shapes of the tensors, keyed by the part
+        of the name below the module."""
         names = set(shapes) - {ALPHA}
         return names <= set(self.below) and not names.isdisjoint(self.telling)
 
@@ -150,8 +151,9 @@ class KohyaMethod(ABC):
         return self.reads(held.shapes)
 
     def cut(self, piece: Piece, sizes: Sequence[int]) -> list[Piece | None]:
-        """Returns one `Piece` for each of several modules, whose concatenated outputs `piece` has; `sizes` are their
-        numbers of outputs. None is returned for a module that `piece` does not change.
+        """Returns the tensors of one module, split among several modules of the host whose outputs are concatenated in
+        it. There is one `Piece` for each module, or None for a module that `piece` does not change. `sizes` are the
+        modules' numbers of outputs.
 
         If each rank of the factors belongs to one module only, as in files that `joined` writes, each module gets only
         its own ranks: an equal number of ranks in the order of the modules, as sd-scripts writes them, or the ranks
@@ -188,8 +190,8 @@ class KohyaMethod(ABC):
         return Piece(piece.alpha, {**piece.tensors, **halves})
 
     def joined(self, parts: Sequence[Piece | None], sizes: Sequence[int]) -> Piece:
-        """Returns the tensors of several modules combined into one module whose outputs are concatenated. None in
-        `parts` is a module without an adapter; `sizes` are the numbers of outputs.
+        """Returns the tensors of several modules combined into one module whose outputs are concatenated. A module
+        without an adapter is None in `parts`. `sizes` are the modules' numbers of outputs.
 
         If the modules do not share their first factor, ranks are concatenated, and the second factor is block-diagonal.
 
@@ -236,7 +238,7 @@ class KohyaMethod(ABC):
 
 
 def _owners(parts: Sequence[Piece], first: str, second: str) -> list[Tensor] | None:
-    """Returns the ranks of each module where each rank acts at one of them alone; None where they are shared."""
+    """Returns the indices of each module's ranks, if each rank acts on only one module; None if modules share ranks."""
     shape, below = parts[0].tensors[first].shape, [part.tensors[second] for part in parts]
     rank = shape[0] if len(shape) > 1 else 0
     if not rank or any(each.dim() < 2 or each.shape[1] != rank for each in below):
@@ -260,8 +262,8 @@ def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def added(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> Mapping[str, str]:
-    """Returns the names of a module's additional tensors (`KohyaMethod.beside`), with the names of the host tensors to
-    which they are added, if the remaining tensors belong to a method that allows them."""
+    """Returns a mapping from the names of a module's additional tensors (`KohyaMethod.beside`) to the host tensors to
+    which they are added. It is empty unless the remaining tensors belong to a method that allows them."""
     if any(method.reads(shapes) for method in methods):
         return {}
     for method in methods:

@@ -1,4 +1,5 @@
-"""Parses names of tensors in files of kohya, LyCORIS and ComfyUI: the model, the module's path, the tensor.
+"""Parses names of tensors in files of kohya, LyCORIS and ComfyUI. A name consists of the model, the module's path and
+the tensor.
 
 Files of kohya have underscores instead of dots, ``lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight``. Files for
 ComfyUI have dots, ``diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight``, and so do files that name no
@@ -21,7 +22,7 @@ PEFTS = "base_model.model"
 DOTTED = (DIFFUSION, PEFTS, *(f"text_encoders.{name}.transformer" for name in ("clip_l", "clip_g", "t5xxl")))
 """Prefixes for models in names with dots. Only the first is used for writing."""
 BARE = re.compile(r"(base_model\.model\.)?(double_blocks|single_blocks)\.\d+\.|[^.]+\..*\.lora_(down|up)\.weight$")
-"""Matches names by which a file without names of models is recognized."""
+"""Matches tensor names that identify a file in which names contain no model."""
 LEAVES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
@@ -30,7 +31,7 @@ LEAVES = {
     "down.weight": "lora_down.weight",
     "up.weight": "lora_up.weight",
 }
-"""Names of tensors used by other programs (peft, XLabs), with kohya's names for them."""
+"""Maps names of tensors in other programs (peft, XLabs) to kohya's names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def part_of(name: str) -> str | None:
 
 
 def understood(name: str, part: str) -> KohyaTensorName:
-    """Returns the parsed name of a tensor of a model."""
+    """Returns the parsed name of a tensor. `part` is the name's prefix for the model; empty if it has none."""
     if part in PARTS:
         stem, _, leaf = name.partition(".")
         return KohyaTensorName(part, stem, stem.removeprefix(f"{part}_").replace("_", "."), LEAVES.get(leaf, leaf))
@@ -67,10 +68,10 @@ def understood(name: str, part: str) -> KohyaTensorName:
 
 
 def are_known(names: Collection[str]) -> bool:
-    """True if a file with these names of tensors was written by one of these programs."""
+    """True if a file with these tensor names has the format of kohya, LyCORIS or ComfyUI."""
     return any(part_of(name) not in (None, PEFTS) or BARE.match(name) or is_word(name) for name in names)
 
 
 def stem_of(part: str, path: str) -> str:
-    """Returns the name of a module in a file, which is the prefix of the names of its tensors."""
+    """Returns the prefix of the names of a module's tensors in a file."""
     return f"{part}.{path}" if part in DOTTED else f"{part}_{path}".replace(".", "_")

@@ -1,8 +1,7 @@
 """Reads a kohya file for one host: finds the method for each module, and the operator for each tensor.
 
-Paths in the file are spelled by the host's module names or by their names in the original code; both are tried. A
-method is recognized by the names of a module's tensors. Fused modules of the original code are split into the host's
-modules.
+Paths in the file use the host's module names or the names in the model's original code; both are tried. A method is
+recognized by the names of a module's tensors. Fused modules of the original code are split into the host's modules.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class ModuleTensors:
 
     path: str
     names: Mapping[str, str]
-    """Full names by their names below the module."""
+    """Full names of the tensors, keyed by the part of the name below the module."""
     held: Held
 
 
@@ -85,7 +84,7 @@ class KohyaContent(Content):
         self.file = file
         self.methods = kohya_methods()
         self.cuts: dict[str, Tensor] = {}
-        """Tensors that were cut out of tensors of the file, by names made for them."""
+        """Tensors that were split from tensors of the file, each for one module of the host. The keys are new names."""
         modules = dict(model.named_modules())
         originals = original_names(modules)
         stems = split([full for full in file.shapes if not is_word(full)], part_of)
@@ -112,7 +111,7 @@ class KohyaContent(Content):
             meant[name.stem] = spelling.only(move(name.path))
         numbers = self._numbers(names)
         self.added: dict[str, str] = {}
-        """Names of tensors that are added to tensors of the host, by the path of these."""
+        """Maps the path of a tensor of the host to the name of the tensor in the file that is added to it."""
         groups = []
         for stem, below in names.items():
             for path in meant[stem].paths:
@@ -149,8 +148,8 @@ class KohyaContent(Content):
         super().__init__(envelope, file.path)
 
     def _words(self, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> list[ModuleTensors]:
-        """Returns what the words of the file are at the host's table; what is not read of them is strange, where it
-        may be for this host."""
+        """Returns the vectors of the file's words as tensors of the host's token embedding; empty without `ids`. Words
+        that are not read are recorded in `self.strange`, if they may be for this host."""
         held = [full for full in self.file.shapes if is_word(full)]
         unread = [full for full in held if not is_known(full)]
         if not ids:
@@ -176,7 +175,7 @@ class KohyaContent(Content):
         ]
 
     def _own(self, path: str, below: Mapping[str, str], module: nn.Module) -> dict[str, str]:
-        """Returns the names of a module's tensors without those that are added to the host's.
+        """Returns the names of a module's tensors, without those that are added to tensors of the host.
 
         Raises:
             HostMismatch: the host has no such tensor.
@@ -206,10 +205,10 @@ class KohyaContent(Content):
         original: OriginalModule,
         modules: Mapping[str, nn.Module],
     ) -> list[ModuleTensors]:
-        """Returns what the tensors at one module of the original code are at the host's.
+        """Returns the tensors of one module of the original code, split into those of the host's modules.
 
         Raises:
-            CheckpointError: no installed plugin reads them, or they cannot be cut.
+            CheckpointError: no installed plugin reads them, or they cannot be split.
         """
         full = {leaf: name for leaf, name in below.items() if leaf != ALPHA}
         method = method_of(self.methods, {leaf: self.file.shapes[name] for leaf, name in full.items()})
@@ -247,8 +246,8 @@ class KohyaContent(Content):
         return PipelinePart(name, {full: full for full in held}, outputs, spelling.places)
 
     def _dropouts(self, method: KohyaMethod) -> dict[str, Any]:
-        """Returns the dropouts with which the file says that it was trained, as our options. Where ours has none of the
-        kind, a warning is given."""
+        """Returns the dropout options that were used in training according to the file. A warning is shown for dropouts
+        that peftcore's method does not support."""
         told = _trained_with(self.file)
         lacking = [f"{name} = {told[name]}" for name in told if name in DROPOUTS and name not in method.dropouts]
         if lacking:
@@ -261,7 +260,8 @@ class KohyaContent(Content):
         return {name: value for name, value in told.items() if name in method.dropouts}
 
     def _numbers(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, float]]:
-        """Returns the values of what is one number, alpha among them, by their names below each module."""
+        """Returns the values of all tensors with a single number, such as alpha. They are keyed by module, then by the
+        part of the name below the module."""
         shapes = self.file.shapes
         for full in (below[ALPHA] for below in names.values() if ALPHA in below):
             if shapes[full].numel() != 1:
@@ -272,7 +272,8 @@ class KohyaContent(Content):
         return {stem: {leaf: float(values[full]) for leaf, full in below.items()} for stem, below in single.items()}
 
     def _shares(self, groups: Sequence[ModuleTensors]) -> list[MethodGroups]:
-        """Returns as few methods as can read all modules, the one that reads most first.
+        """Returns the methods that read the modules, each with its modules. The method that reads most modules is
+        first.
 
         Raises:
             CheckpointError: no installed plugin reads the tensors of a module.
@@ -327,7 +328,7 @@ def _how_to_load(words: Mapping[str, int]) -> str:
 
 
 def _trained_with(file: TensorFile) -> dict[str, float | bool]:
-    """Returns the dropouts that the training program noted in the header, those that are on."""
+    """Returns the dropouts that the training program recorded in the header, if they are above 0."""
     noted = {"dropout": file.metadata.get("ss_network_dropout")}
     with suppress(CheckpointError):  # it is nothing that an adapter is made of
         noted |= parse_json(file.metadata.get(ARGUMENTS, "{}"), file.path)

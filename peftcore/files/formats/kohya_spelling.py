@@ -12,8 +12,8 @@ from peftcore.registry.plugins import layer_of
 
 
 class Spelling:
-    """A host's modules by their paths, or by their names in the original code. Dots and underscores count as the
-    same."""
+    """Finds a host's modules by path, or by their names in the model's original code. Dots and underscores are treated
+    as equal."""
 
     def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, OriginalModule] = {}) -> None:
         self.modules = modules
@@ -24,7 +24,8 @@ class Spelling:
 
     @property
     def places(self) -> dict[str, str]:
-        """By each spelling: the path of the first module with it. `only` also checks that there is no second one."""
+        """Maps each spelling of a path to the first module with this spelling. `only` also checks that no second module
+        has the same spelling."""
         return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
 
     def only(self, path: str) -> OriginalModule:

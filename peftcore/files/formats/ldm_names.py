@@ -32,7 +32,8 @@ AROUND = {
 
 
 def ldm_names(paths: Collection[str]) -> dict[str, str]:
-    """Returns the paths of a UNet's modules by their original names; empty for hosts that are not UNets."""
+    """Returns the paths of a UNet's modules, keyed by their names in the original code; empty for hosts that are not
+    UNets."""
     if "up_blocks.0.resnets.0" not in paths:
         return {}
     blocks = dict(AROUND)
@@ -68,7 +69,7 @@ def ldm_names(paths: Collection[str]) -> dict[str, str]:
 
 
 def _list(path: str, paths: Collection[str]) -> list[str]:
-    """Returns the entries of a module list."""
+    """Returns the paths of the entries of a module list."""
     found: list[str] = []
     while f"{path}.{len(found)}" in paths:
         found.append(f"{path}.{len(found)}")

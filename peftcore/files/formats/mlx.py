@@ -1,9 +1,9 @@
-"""Writes folders of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` that differs from peft's. They
-cannot be loaded.
+"""Writes folders of mlx-lm: ``adapters.safetensors``, and an ``adapter_config.json`` that differs from peft's. peftcore
+cannot load them.
 
-In the last ``num_layers`` blocks, all modules with a given name have a LoRA, all with the same rank and scale:
-``lora_a`` ``[in, rank]`` and ``lora_b`` ``[rank, out]``; modules without tensors in the file have zeros in ``lora_b``.
-So lower ranks are padded with zeros, and scales are multiplied into ``lora_b``.
+In the last ``num_layers`` blocks, all modules with a given name have a LoRA with the factors ``lora_a`` ``[in, rank]``
+and ``lora_b`` ``[rank, out]``. Modules without tensors in the file have zeros in ``lora_b``. All modules have the same
+rank and scale, so lower ranks are padded, and scales are multiplied into ``lora_b``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class MLX(Format):
 
 
 def _blocks(model: nn.Module, indices: list[int]) -> int:
-    """Returns how many of the last blocks have adapters, at most.
+    """Returns the smallest number n such that the last n blocks include all adapted blocks.
 
     Raises:
         ExportError: the model's blocks are not found.

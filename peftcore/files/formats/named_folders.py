@@ -1,5 +1,4 @@
-"""For adapters whose file lists the folders of other adapters: finds these folders, and renames their tensors for the
-whole adapter.
+"""Finds the folders of other adapters that an adapter's file lists, and renames their tensors as parts of that adapter.
 
 A name in a file is only looked up as a local folder: nothing is downloaded, imported or executed. The folder is read
 like any other adapter.
@@ -19,8 +18,8 @@ from peftcore.files.formats.hub import IDENTIFIER, is_fetched
 
 
 def named_folder(name: str, beside: Path, where: Path) -> Path:
-    """Returns the folder with the path `name`, which may be relative to the file's folder or to the working directory.
-    If the file was moved together with the folders, it is the folder next to the file with the last part of `name`.
+    """Returns the folder with the path `name`, relative to the file's folder or to the working directory. If there is
+    none, since the file and the folders were moved, returns the folder next to the file with the last part of `name`.
 
     Args:
         beside: the folder that contains the file.
@@ -56,8 +55,8 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
 
 
 def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[str, Tensor]:
-    """Returns the tensors of one part of a hybrid by their names in a file of the hybrid, from their names in a file of
-    the part alone. The part's operators may be submodules of the hybrid's operators.
+    """Returns the tensors of one part of a hybrid, keyed by their names in a file of the whole hybrid. In `tensors`,
+    they have the names of a file of the part alone. The part's operators may be submodules of the hybrid's operators.
 
     Args:
         part: the name of the part.

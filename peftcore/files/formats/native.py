@@ -1,6 +1,6 @@
-"""The file format of peftcore. ``adapter.safetensors`` has the tensors, and the envelope (the description) in its
-header, so that one file is enough, and a save that is killed leaves no half of an adapter. ``adapter.json`` repeats the
-envelope for people and tools to read."""
+"""The file format of peftcore. ``adapter.safetensors`` has the tensors, and in its header the envelope (method, options
+and sites). So this file is a complete adapter, even if a save is interrupted. ``adapter.json`` repeats the envelope for
+people and tools to read."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Native(Format):
 
 
 def _tensors_of_rows(rows: Mapping[str, AddedRows], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns rows that were added to tables by the names that `TableRows` has for them."""
+    """Returns the rows that were added to token tables as tensors, keyed by their names in files."""
     held = {f"{path}:rows.value": each.weight[each.start :] for path, each in rows.items()}
     held |= {f"{path}:rows.bias": each.bias[each.start :] for path, each in rows.items() if each.bias is not None}
     return {name: value.to(dtype) for name, value in held.items()}
@@ -99,7 +99,7 @@ def _read(path: Path) -> tuple[TensorFile, Envelope]:
 
 
 def _place(site: SavedSite) -> str:
-    """Returns a site as messages spell it."""
+    """Returns the path of a site as it is shown to the user."""
     tensor = "" if site.tensor == "weight" else site.tensor
     path = f"{site.module_path}.{tensor}".strip(".")
     return path if site.rows is None else f"{path}:{site.role or site.rows[0][0]}"
@@ -113,7 +113,7 @@ class NativeContent(Content):
         self.file = file
         self.move = move
         self.left = left
-        """Beginnings of the names of tensors that belong to no module here."""
+        """Prefixes of the names of tensors that belong to no module of the host."""
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
         names = {_moved_key(key, self.move): key for key in self.file.shapes if not key.startswith(self.left)}
@@ -128,7 +128,7 @@ class NativeContent(Content):
 
 
 def moved(envelope: Envelope, move: Move) -> Envelope:
-    """Returns the envelope with its paths moved to those of the host."""
+    """Returns a copy of the envelope in which `move` has changed all paths into the host's paths."""
     if move == Move():
         return envelope
     selections = {
@@ -152,12 +152,13 @@ def moved(envelope: Envelope, move: Move) -> Envelope:
 
 
 def _moved_ties(ties: Mapping[str, tuple[str, ...]], move: Move) -> dict[str, tuple[str, ...]]:
-    """Returns which operators act on a tensor at several modules, with the host's own paths; those that are above what
-    the file and the host have in common are left out."""
+    """Returns `Envelope.ties` with the host's paths. Paths of modules outside of the part that the file's model and the
+    host have in common are left out."""
     return {_moved_key(key, move): tuple(map(move, filter(move.covers, paths))) for key, paths in ties.items()}
 
 
 def _moved_key(key: str, move: Move) -> str:
-    """Returns a tensor's name on the host: ``part/part/path.tensor``; shared state has no path."""
+    """Returns the host's name for a tensor ``part/part/path.tensor`` in the file. Names of shared state have no path
+    and do not change."""
     part, slash, name = key.rpartition("/")
     return key if name.startswith("shared:") else f"{part}{slash}{move(name)}"

@@ -1,7 +1,8 @@
 """Names of modules in the original code of Flux, Wan and Stable Diffusion, which files of LoRA use.
 
 Several modules of diffusers can be one module of the original code, whose outputs are concatenated: ``to_q``, ``to_k``
-and ``to_v`` of Flux are ``img_attn.qkv``, and in single blocks, with ``proj_mlp``, ``linear1``.
+and ``to_v`` of Flux are ``img_attn.qkv`` in double blocks. In single blocks, these three and ``proj_mlp`` are
+``linear1``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from peftcore.files.formats.ldm_names import ldm_names
 
 @dataclass(frozen=True)
 class OriginalModule:
-    """A module of the original code, as the modules of the host that it corresponds to."""
+    """A module of the original code, described by the corresponding modules of the host."""
 
     paths: tuple[str, ...]
     """The host's modules; the original module's output is the concatenation of their outputs in this order."""
@@ -24,13 +25,13 @@ class OriginalModule:
 
     @property
     def whole(self) -> bool:
-        """True if it is exactly one module of the host."""
+        """True if the original module is exactly one module of the host."""
         return len(self.paths) == 1 and not self.swapped
 
 
 Names = Mapping[str, str]
-"""Original names, with the host's names for them: several names are separated by spaces, and a ``~`` in front means
-that the halves are swapped."""
+"""Maps original names to the host's names. If one original module is several modules of the host, their names are
+separated by spaces. A ``~`` in front means that the two halves of the outputs are swapped."""
 IMAGE, TEXT = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 FLUX_DOUBLE: Names = {
     "img_attn.qkv": IMAGE,
@@ -112,8 +113,8 @@ QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q
 
 
 def original_names(paths: Collection[str]) -> dict[str, OriginalModule]:
-    """Returns the modules of the original code by their names, for a host with these paths; names that are used for
-    writing are first. Empty if the original code is unknown, or has the same names as the host."""
+    """Returns the modules of the original code, keyed by name, for a host whose modules have these paths. Names that
+    are used for writing are first. Empty if the original code is unknown, or has the same names as the host."""
     if _is_flux(paths):
         double, single = ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")
         found = [
@@ -151,7 +152,8 @@ def written_names(names: Mapping[str, OriginalModule]) -> dict[str, str]:
 
 
 def _in_blocks(lists: tuple[str, str], names: Names, paths: Collection[str]) -> Iterator[tuple[str, OriginalModule]]:
-    """Yields the names in each block of a list, which is called otherwise on the host."""
+    """Yields the original names in all blocks. `lists` are the names of the list of blocks: in the original code, and
+    on the host."""
     theirs, here = lists
     for index in count():
         if f"{here}.{index}" not in paths:
@@ -160,7 +162,7 @@ def _in_blocks(lists: tuple[str, str], names: Names, paths: Collection[str]) -> 
 
 
 def _within(theirs: str, here: str, names: Names, paths: Collection[str]) -> Iterator[tuple[str, OriginalModule]]:
-    """Yields the names of what the host has."""
+    """Yields the original modules whose corresponding modules all exist on the host."""
     for name, modules in names.items():
         found = tuple(here + path.lstrip("~") for path in modules.split())
         if all(path in paths for path in found):

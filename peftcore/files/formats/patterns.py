@@ -1,5 +1,5 @@
-"""Matches module paths with names and regular expressions, as in peft's files. Expressions from files are untrusted, so
-all expressions of a file share a time limit of one second."""
+"""Matches module paths with names and regular expressions, as in peft's files. Expressions in files are untrusted, so
+matching all expressions of a file has a time limit of one second."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore.errors import CheckpointError, shown
 from peftcore.utils.variables import holding
 
 SECONDS = 1.0
-"""The time limit, in seconds, of one expression on all paths of a host, and of all expressions of one file."""
+"""The time limit in seconds: for one expression on all paths of a host, and for all expressions of one file."""
 LONGEST = 100_000
 """The largest number of characters in an expression."""
 GROUPS = 500
@@ -31,12 +31,12 @@ def one_file() -> Iterator[None]:
 
 
 def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool = False) -> set[str]:
-    """Returns the paths that match a regular expression in full; with `endings`, also paths in which the part after
-    some dot matches in full.
+    """Returns the paths that a regular expression matches completely. With `endings`, it is enough that it matches the
+    part after one of the dots.
 
     Raises:
-        CheckpointError: it is not a regular expression, takes too long, or the package ``regex``, which supports a time
-            limit, is not installed.
+        CheckpointError: the pattern is not a regular expression, or takes too long; or the package ``regex`` is not
+            installed, which is needed for the time limit.
     """
     if re.fullmatch(r"[\w.-]+", pattern):  # a name: its dots are meant as dots
         return {path for path in paths if path == pattern or (endings and path.endswith(f".{pattern}"))}

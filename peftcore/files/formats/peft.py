@@ -1,7 +1,8 @@
 """Reads and writes folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-This module and `peft_writing` handle the parts that all of peft's types have in common: names of tensors, targets,
-patterns, and modules that train with the adapter. A `PeftMethod` translates the options and tensors of one type.
+This module and `peft_writing` handle the parts that all adapter types of peft have in common: names of tensors,
+targets, patterns, and modules that train with the adapter. A `PeftMethod` translates the options and tensors of one
+type.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ TABLES = ("embed_tokens", "lm_head")
 """Names of the token tables that peft saves with the adapters of any model."""
 
 COUNT = "num_batches_tracked"
-"""The buffer of a norm that does not change its outputs."""
+"""The name of a norm's buffer that has no influence on the norm's outputs."""
 
 
 class Peft(Format):
@@ -120,10 +121,11 @@ class Peft(Format):
 
 
 def _named(method: PeftMethod, keys: Keys) -> dict[str, Path]:
-    """Returns the folders of the adapters that a file names, by name.
+    """Returns the folders of other adapters that an adapter's file lists, keyed by the name in the list.
 
     Raises:
-        CheckpointError: a folder is missing, or holds no adapter of peft of a type that may be named.
+        CheckpointError: a folder is missing, or contains no adapter of peft, or one of a type that `method` does not
+            allow.
     """
     found = {}
     for name, path in method.named(keys).items():
@@ -174,7 +176,7 @@ def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] 
 
 
 def _class_of(keys: Keys) -> str:
-    """Returns the class of the base that peft's options name, where they name one."""
+    """Returns the class of the base in peft's options; empty if they do not name it."""
     names = keys.table("auto_mapping")
     found = [names.get("parent_library"), names.get("base_model_class")]
     return ".".join(map(str, found)) if all(isinstance(each, str) for each in found) else ""
@@ -182,7 +184,7 @@ def _class_of(keys: Keys) -> str:
 
 @dataclass
 class PeftPart:
-    """The part of a file that one of our methods reads; nearly always the whole file."""
+    """The part of a file that is read as one method of peftcore; nearly always the whole file."""
 
     method: PeftMethod
     keys: Keys
@@ -195,8 +197,8 @@ class PeftContent(Content):
     """The content of a peft adapter for one host.
 
     Args:
-        names: the names of the adapter's tensors in the file, by the names that peft itself would use.
-        exact: values of options that differ at some modules, by the modules' paths in `names`.
+        names: maps the name that peft itself would use for a tensor to its name in the file.
+        exact: values of options that differ at some modules, keyed by the module's path in `names`.
     """
 
     def __init__(
@@ -259,10 +261,10 @@ class PeftContent(Content):
         super().__init__(envelope, file.path)
 
     def _as_part(self, name: str, content: Content) -> Envelope:
-        """Returns the envelope of an adapter that the file names.
+        """Returns the envelope of another adapter that the file uses as a part.
 
         Raises:
-            CheckpointError: it has more than a part can have.
+            CheckpointError: the adapter also has values for other modules of the host, which a part cannot have.
         """
         held = content.envelope
         if beside := [*held.train, *held.rows]:
@@ -272,7 +274,7 @@ class PeftContent(Content):
         return held
 
     def _options(self, part: PeftPart) -> dict[str, Any]:
-        """Returns options for most places, and overrides where a pattern has other ones."""
+        """Returns the options of peftcore's method, with overrides for places at which a pattern changes options."""
         method, keys, groups = part.method, part.keys, part.groups
         names = self.sorted.root or (groups[0].names if groups else {})
         plain = method.options(keys, {name: self.file.shapes[full] for name, full in names.items()})
@@ -289,8 +291,8 @@ class PeftContent(Content):
         return {**plain, "overrides": overrides} if overrides else plain
 
     def _trained(self, keys: Keys, method: PeftMethod) -> list[str]:
-        """Returns the host's parameters that the file brings and its options announce. Copies of others must equal the
-        host's, unless they are of token tables, which peft saves where rows were added."""
+        """Returns the host's parameters that the adapter replaces according to its options. Other parameters in the
+        file have to be equal to the host's. Token tables may differ, since peft saves them if rows were added."""
         ensured = bool(method.ties) and keys.take(method.ties, bool, False)
         announced, biases = keys.names("modules_to_save"), keys.take("bias", str, "none")
         found, owned = [], {group.path for part in self.parts for group in part.groups}
@@ -317,8 +319,8 @@ class PeftContent(Content):
         return found
 
     def _copied(self, path: str, names: Collection[str]) -> str | None:
-        """Returns the module with a parameter that peft copied, since its path ends with one of the names; None where
-        there is none."""
+        """Returns the path of the module with the parameter `path` that peft copied, since one of `names` is the end of
+        the module's path; None if peft copied no such module."""
         written = written_path(path, self.sorted.move)
         ends = [f".{written}.".find(f".{name}.") + len(name) for name in names if f".{name}." in f".{written}."]
         if not ends:
@@ -327,7 +329,7 @@ class PeftContent(Content):
         return path.removesuffix(below).removesuffix(".")
 
     def _check_buffers(self) -> None:
-        """Verify that the buffers that come with a trained module, such as a norm's statistics, are the host's."""
+        """Record an error if a buffer in the file, such as a norm's statistics, differs from the host's."""
         for path, full in self.sorted.buffers.items():
             owner, _, leaf = path.rpartition(".")
             own = self.model.get_submodule(owner)._buffers[leaf]
@@ -346,8 +348,8 @@ class PeftContent(Content):
         return weight is not None and weight.dim() == 2 and (named or layer_of(module, "weight").one_hot)
 
     def _rows_of_tables(self) -> dict[str, AddedRows]:
-        """Returns the rows in which tables of the file differ from the host's, by path of the table; of those that are
-        tied, all."""
+        """Returns the rows in which token tables in the file differ from the host's, keyed by the table's path. If
+        tables of the host are tied, all of them are returned."""
         found: dict[str, AddedRows] = {}
         for path, names in self._tables.items():
             held = {leaf: self.file.read([full])[full] for leaf, full in names.items()}
@@ -425,8 +427,8 @@ class PeftContent(Content):
 
 
 def _first_difference(held: Tensor, own: Tensor) -> int:
-    """Returns the first row in which two tensors differ, the number of rows where they are equal; 0 where the second
-    has no values."""
+    """Returns the index of the first row in which two tensors differ; the number of rows if they are equal. Returns 0
+    if `own` is on the meta device."""
     if own.is_meta:
         return 0
     other = (held.to(own) != own).flatten(1).any(1) if own.dim() > 1 else held.to(own) != own

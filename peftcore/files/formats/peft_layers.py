@@ -13,15 +13,16 @@ from peftcore.layers.layer import plain_class
 
 
 def is_one_of(site: Any, kinds: Iterable[type]) -> bool:
-    """True if a site is the whole weight of a layer of one of `kinds`, which are classes of modules or of our
-    layers."""
+    """True if a site is the whole weight of a layer of one of `kinds`, which are module classes or peftcore's layer
+    classes."""
     plain = site.slices is None and not site.batch and site.tensor == "weight"
     return plain and (isinstance(site.module, tuple(kinds)) or type(site.layer) in kinds)
 
 
 def not_added(site: Any) -> str:
-    """Returns the reason why, for a layer, the sum of its output and the update's output differs from the output with
-    the updated weight; empty if both are equal. peft's additive types compute the former, our methods the latter.
+    """Returns the reason why peft and peftcore compute different outputs for a layer; empty if they are equal. Additive
+    types of peft add the update's output to the layer's output. peftcore's methods run the layer with the updated
+    weight.
     """
     module, forward = site.module, plain_class(site.module).forward
     if isinstance(module, _ConvNd) and module.padding_mode != "zeros":

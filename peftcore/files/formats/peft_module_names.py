@@ -1,4 +1,4 @@
-"""Names in peft's files: finds the host's modules for tensors, and the modules that options target."""
+"""Finds the host's modules for the tensor names in peft's files, and the modules that peft's options target."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peftcore.files.formats.rebasing import Move, find_move
 from peftcore.files.safe_io import TensorFile
 
 PREFIXES = ("base_model.model.", "base_model.")
-"""The prefixes of names in peft's files: for modules of the host, and for shared state of the adapter."""
+"""Two prefixes of names in peft's files: for modules of the host, and for shared state of the adapter."""
 WRAPPER = "base_layer"
-"""Peft's name for the module inside of its wrapper; if several parameters of a module are adapted, the wrappers are
-nested."""
+"""The attribute under which peft's wrapper has the adapted module. If several parameters of a module are adapted, their
+wrappers are nested."""
 
 TOKENS = "token_adapter"
-"""Peft's name for the wrapper of a token table by which LoRA trains single tokens."""
+"""Peft's name for the module that wraps a token table, so that LoRA can train single tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Group:
     """The tensors of the file that belong to one module, or to one parameter of a module."""
 
     site: SavedSite
-    """The site, as recorded in our own files."""
+    """The site, as recorded in peftcore's own files."""
     written: str
     """The module's path in the file."""
     names: Mapping[str, str]
-    """Full names by their names below the module."""
+    """Full names of the tensors in the file, keyed by the part of the name below the module."""
     parameter: bool = False
-    """True if it is a parameter, targeted by `target_parameters`."""
+    """True if peft's option `target_parameters` targets the parameter."""
 
     @property
     def path(self) -> str:
@@ -45,12 +45,12 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The path to match with patterns of peft."""
+        """The path that patterns of peft are matched with."""
         return f"{self.written}.{self.site.tensor}" if self.parameter else self.written
 
     @property
     def site_path(self) -> str:
-        """The path that our own patterns match."""
+        """The path that patterns of peftcore are matched with."""
         plain = self.site.tensor == "weight"
         return self.path if plain else f"{self.path}.{self.site.tensor}".lstrip(".")
 
@@ -61,17 +61,17 @@ class Sorted:
 
     groups: list[Group]
     root: dict[str, str]
-    """Full names of tensors of the adapter as a whole, by name."""
+    """Full names of tensors that belong to the whole adapter, keyed by their names without prefix."""
     replaced: dict[str, str]
-    """Full names of tensors that replace a parameter of the host, by its path there."""
+    """Full names of tensors that replace a parameter of the host, keyed by the parameter's path."""
     wrong: list[str]
     move: Move
     buffers: dict[str, str]
-    """Full names of tensors that are buffers of the host, such as a norm's statistics, by their path there."""
+    """Full names of tensors that are buffers of the host, such as a norm's statistics, keyed by the buffer's path."""
 
 
 def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
-    """Returns the names of tensors in a file of peft, by the same names without peft's prefix.
+    """Returns the names of the tensors in a file of peft. The keys are the same names without peft's prefix.
 
     Args:
         stem: the prefix of the host's paths.
@@ -83,7 +83,7 @@ def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
 
 
 def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
-    """Returns the names of tensors in a file by their translated names, which have to be unique.
+    """Returns `pairs` of (translated name, name in the file) as a dictionary. Translated names have to be unique.
 
     Raises:
         CheckpointError: two tensors have one name.
@@ -107,8 +107,9 @@ Grouped = tuple[dict[tuple[str, int], dict[str, str]], dict[str, str], dict[str,
 
 
 def grouped_names(names: Mapping[str, str], below: Iterable[str], root: Iterable[str]) -> Grouped:
-    """Returns the full names of tensors in three groups: of modules, by the module's path and the number of wrappers in
-    it, and by the name below; of the whole adapter, by name; and all others, by name.
+    """Returns three mappings to the full names of tensors. The first is for tensors of modules: its keys are a module's
+    path with the number of wrappers in it, then the part of the name below the module. The second is for tensors of the
+    whole adapter, and the third for all others; both are keyed by name.
 
     The arguments are those of `sort_names`.
     """
@@ -141,7 +142,7 @@ def sort_names(
     """Sort a file's tensors by the modules of the host.
 
     Args:
-        names: the names of the tensors in the file, by the names that peft itself would use.
+        names: maps the name that peft itself would use for a tensor to its name in the file.
         below: the names that tensors of modules can have below their module.
         root: the names of tensors that belong to the whole adapter.
 
@@ -193,7 +194,8 @@ def written_paths(found: Sorted, model: nn.Module) -> list[str]:
 
 
 def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sorted, groups: Iterable[Group]) -> None:
-    """Record an error for each place that the options target and that has no tensors in the file, or the reverse.
+    """Record an error for each module or parameter that the options target but that has no tensors in the file, and for
+    each that has tensors but is not targeted.
 
     Peft adapts every place that the options target. A place without tensors in the file would keep its random initial
     values, so such a file is damaged.
@@ -214,8 +216,8 @@ def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sort
 
 
 def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
-    """Returns the parameters of the host that `target_parameters` matches, by the paths that they would have in the
-    file."""
+    """Returns the parameters of the host that peft's option `target_parameters` matches, as the paths that they would
+    have in the file."""
     paths = [
         f"{written_path(path, found.move)}.{name}"
         for path, module in model.named_modules()
@@ -247,8 +249,8 @@ def modules_meant(keys: Keys, paths: Iterable[str]) -> set[str] | None:
 
 
 def _layer(path: str, lists: list[str], keys: Keys) -> int | None:
-    """Returns the number of the layer that a module is in: the first number behind a name, or behind one of these
-    names."""
+    """Returns the index of the layer that contains a module: the first number in the path after one of `lists`, or if
+    `lists` is empty, after any two names. None if there is no such number."""
     steps = path.split(".")
     for index in range(1, len(steps)):
         inside = index + 1 < len(steps) and steps[index].isdecimal()

@@ -1,5 +1,5 @@
-"""Translates soft prompts in folders of peft, which have one tensor for the whole adapter, and sizes of the host in
-their options."""
+"""Translates soft prompts in folders of peft. Such a folder has one tensor for the whole adapter, and sizes of the host
+in its options."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ TASKS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
     "FEATURE_EXTRACTION": "MODEL_MAPPING",
 }
-"""Peft's task types, with the Auto classes' mappings in which transformers lists the models for each."""
+"""Peft's task types. Each has the name of the mapping in which transformers lists the models for the task."""
 
 
 class SoftPrompt(PeftMethod):
     """Base class for types of peft whose tensors extend the sequence instead of changing modules.
 
-    With a classifying encoder, peft pools the first row of the prompt, and peftcore the first token. Prompts of such
-    encoders are refused.
+    For classification by an encoder, peft pools the first row of the prompt, and peftcore pools the first token.
+    Therefore such prompts are refused.
     """
 
     stem = PREFIXES[-1]
     root: ClassVar[tuple[str, ...]] = (ROWS,)
     """Names of the type's tensors that belong to the whole adapter."""
     most_stacks: ClassVar[int] = 1
-    """The largest number of stacks: 2 if peft supports a prompt for the decoder in addition to the encoder."""
+    """The largest number of stacks (encoder, decoder) that get a prompt: 2 if peft supports both."""
 
     def shared_options(self, keys: Keys) -> int:
-        """Read the options that all soft prompts have; returns the number of rows of the prompt."""
+        """Read the options that all soft prompts have. Returns the number of rows of the prompt."""
         keys.pass_over("token_dim", "num_layers", "num_attention_heads")
         halves(keys)
         length: int = keys.take("num_virtual_tokens", int)
         return length
 
     def check_rows(self, keys: Keys, shapes: Mapping[str, Size]) -> None:
-        """Verify that the file has as many rows as its options say.
+        """Check that the prompt in the file has the number of rows that its options say.
 
         Raises:
             CheckpointError: the file has another number of rows.
@@ -72,7 +72,8 @@ class SoftPrompt(PeftMethod):
         """Returns the stacks of blocks (encoder, decoder) that get the prompt, one for each of `roles`.
 
         Raises:
-            HostMismatch: the host has other stacks, or peft computes something else with the prompt.
+            HostMismatch: the host has other stacks, or peft and peftcore would compute different outputs with the
+                prompt.
         """
         resolver = resolver_of(model)
         sites = [site for role in roles for site in _at(resolver, role)]
@@ -153,7 +154,8 @@ def _at(resolver: Resolver, role: str) -> list[Site]:
 
 
 def _sizes(model: nn.Module, below: str) -> tuple[int | None, int | None]:
-    """Returns the heads of a stack's attentions and how many there are; None where they are not known."""
+    """Returns the number of heads of each attention in a stack, and the number of attentions; None for both if they are
+    unknown."""
     resolver = resolver_of(model)
     try:
         found = [site for site in resolver.sites("attn.core") if f"{site.module_path}.".startswith(f"{below}.")]

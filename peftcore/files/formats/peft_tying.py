@@ -21,7 +21,7 @@ UNTIED = (
 
 
 def holders_of(model: nn.Module) -> dict[int, list[str]]:
-    """Returns all paths of each parameter of a host, by the parameter's `id`."""
+    """Returns all paths of each parameter of a host, keyed by the parameter's `id`."""
     found: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), []).append(path)
@@ -29,7 +29,8 @@ def holders_of(model: nn.Module) -> dict[int, list[str]]:
 
 
 def kept_tied(model: nn.Module, held: Collection[str], ensured: bool) -> set[str]:
-    """Returns the paths of tied parameters that a file keeps tied: it has values for all modules that share them.
+    """Returns the paths of tied parameters that stay tied: the file's options keep ties, and the file has values for
+    all modules that share the parameter.
 
     Args:
         held: the paths of the parameters that the file has.
@@ -40,8 +41,8 @@ def kept_tied(model: nn.Module, held: Collection[str], ensured: bool) -> set[str
 
 
 def one_update_for_several(model: nn.Module, paths: Collection[str], option: str) -> list[str]:
-    """Returns the errors of a file whose options keep ties and which adapts modules that are tied: peft trains one
-    update for all of these modules, peftcore one for each.
+    """Returns an error if a file adapts several modules that are tied; otherwise an empty list. With options that keep
+    ties, peft trains one update for all of these modules, and peftcore trains one for each.
 
     Args:
         paths: the modules that the file adapts.
@@ -76,11 +77,11 @@ def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection
 def tying(
     model: nn.Module, grafts: Collection[Graft], ties: Mapping[str, tuple[str, ...]], option: str
 ) -> dict[str, Any]:
-    """Returns the option of peft that keeps the trained parameters tied; empty if no trained parameters are tied.
+    """Returns the option of peft that keeps the trained parameters tied, with the value True; empty if none are tied.
 
     Args:
         grafts: the records of the trained parameters of modules.
-        ties: the paths of other parameters tied to them, by the graft's key.
+        ties: the paths of other parameters that are tied to a trained one, keyed by the key of its record.
         option: the option of peft's type that keeps ties; empty if it has none.
 
     Raises:
@@ -95,8 +96,8 @@ def tying(
 
 
 def _ties_again(model: nn.Module, paths: set[str]) -> bool:
-    """Whether peft ties these modules again where it is told to: an embedding of a model of transformers, and heads
-    without a bias. It makes a linear layer of all that is tied to an embedding."""
+    """Whether peft's option ties these modules again. It does so for an embedding of a model of transformers and its
+    heads without a bias, since peft makes a linear layer of each module that is tied to an embedding."""
     transformers, tables = sys.modules.get("transformers"), token_tables(model)
     if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not tables:
         return False

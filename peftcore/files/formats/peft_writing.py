@@ -45,8 +45,8 @@ def module_key(site: Site) -> str:
 
 
 def is_parameter(site: Site) -> bool:
-    """True if peft can adapt the site only by `target_parameters`, as for a tensor of a module that peft does not treat
-    as a layer."""
+    """True if peft can adapt the site only with its option `target_parameters`, since peft does not treat the module as
+    a layer."""
     name, module = site.tensor.rpartition(".")[2], site.module
     if site.slices is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
         return site.slices is None
@@ -59,8 +59,8 @@ def is_parameter(site: Site) -> bool:
 
 
 def stem_of(site: Site, all_sites: Iterable[Site]) -> str:
-    """Returns the prefix of the names of a site's tensors; peft nests the wrappers of several parameters of one
-    module."""
+    """Returns the prefix of the names of a site's tensors. If several parameters of one module are adapted, peft nests
+    their wrappers, so that their prefixes differ."""
     if not is_parameter(site):
         inside = [WRAPPER, "out_proj"] if site.tensor == "out_proj.weight" else []
         return ".".join([module_key(site), *inside])
@@ -74,14 +74,14 @@ def common(
     patterns: Mapping[str, str],
     name_of: Callable[[str, Collection[str]], str],
 ) -> dict[str, Any]:
-    """Returns peft's options for the whole file from the options of each place, by path; values that differ are written
-    as patterns.
+    """Returns peft's options for the whole file. `options` has the options of each place, keyed by path. Values that
+    differ between places are written as patterns.
 
     Args:
         name_of: returns a pattern that matches only one of the paths.
 
     Raises:
-        ExportError: options differ for which peft has no patterns.
+        ExportError: an option for which peft has no pattern differs between places.
     """
     names = {name for each in options.values() for name in each}
     found: dict[str, Any] = {}
@@ -101,8 +101,8 @@ def common(
 
 
 def targets(applied: AppliedMethod, grafts: Iterable[Graft]) -> dict[str, Any]:
-    """Returns `target_modules`: the last name of each path if it matches no other module, and the whole path
-    otherwise."""
+    """Returns peft's option `target_modules`: the last parts of the adapted modules' paths, if they match no other
+    modules; otherwise the whole paths. Adapted parameters are in `target_parameters`."""
     sites = [graft.site for graft in grafts]
     parameters = sorted({f"{s.module_path}.{s.tensor}".lstrip(".") for s in sites if is_parameter(s)})
     paths = {module_key(site) for site in sites if not is_parameter(site)}
@@ -121,10 +121,10 @@ def _adapted(injection: Injection) -> set[str]:
 
 def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns peft's options `modules_to_save` and `bias` for the modules and biases that train with the adapter, and
-    their tensors by peft's names.
+    the tensors of these modules and biases, keyed by peft's names.
 
     Raises:
-        ExportError: only parts of modules or some biases train, or tied modules that peft would untie.
+        ExportError: only a part of a module or only some biases are trained, or peft would untie modules.
     """
     only, stem = method.bias, method.stem
     grafts = [graft for graft in injection.grafts if graft.trained_along]
@@ -156,7 +156,7 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
 
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
-    """Returns the whole token tables to which rows were added, by peft's names; peft saves such tables with any
+    """Returns the whole token tables to which rows were added, keyed by peft's names. peft saves such tables with any
     adapter."""
     adapted = _adapted(injection)
     found = {}
@@ -169,7 +169,7 @@ def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
 
 
 def whole(injection: AppliedMethod, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all options of the file: `options`, and those that every type of peft has."""
+    """Returns all options of the file: `options`, and the options that every adapter type of peft has."""
     return {
         "peft_type": kind,
         "base_model_name_or_path": base_name(injection.model),
@@ -181,8 +181,8 @@ def whole(injection: AppliedMethod, kind: str, options: Mapping[str, Any]) -> di
 
 
 def with_class(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Returns the options with the class of the base, which peft's ``AutoPeftModel`` needs if they have no task type,
-    and the commit from which the base was loaded."""
+    """Returns the options, with the class of the base and the commit from which the base was loaded. peft's
+    ``AutoPeftModel`` needs the class if the options have no task type."""
     cls = plain_class(model)
     named = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     commit = base_revision(model)
@@ -197,7 +197,7 @@ def text_of(options: Mapping[str, Any]) -> str:
 
 @dataclass
 class WrittenPeftType:
-    """One type of peft as written for an injection, or for a part of one."""
+    """An injection, or a part of one, translated into one adapter type of peft."""
 
     kind: str
     method: PeftMethod
@@ -211,8 +211,8 @@ class WrittenPeftType:
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Returns the type's tensors by peft's names: as in a separate file, or with `beside`, as in a file whose main
-        type is another one."""
+        """Returns the tensors, keyed by peft's names. With `beside`, the names are those for a file whose main type is
+        another one."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
             stem = f"{method.stem}{stem_of(place.site, sites)}." if method.below else ""
@@ -224,10 +224,10 @@ class WrittenPeftType:
 
 
 def _written(applied: AppliedMethod) -> WrittenPeftType:
-    """Returns one method as peft would have it.
+    """Returns one applied method, translated into an adapter type of peft.
 
     Raises:
-        ExportError: it cannot, or not all of it.
+        ExportError: peft cannot store it, or only a part of it.
     """
     kind, method = _writer_of(applied)
     places = places_of(applied)
@@ -256,7 +256,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the contents of the two files of a peft folder: the options, and the tensors.
 
     Raises:
-        ExportError: peft cannot hold this injection.
+        ExportError: peft cannot store this injection.
     """
     each = [_written(applied) for applied in (injection.parts.values() if _apart(injection) else [injection])]
     main, options = _joined(each)
@@ -276,11 +276,11 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]]:
-    """Returns the option with which a file lists the folders of other adapters, and by name the contents of the two
-    files in each folder; empty for methods whose files list no folders.
+    """Returns the name of the option that lists the folders of other adapters, and the contents of the two files in
+    each folder, keyed by the adapter's name. Both are empty for methods whose files list no folders.
 
     Raises:
-        ExportError: peft cannot hold a part.
+        ExportError: peft cannot store a part.
     """
     folders: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     _, method = _writer_of(injection) if injection.parts and not _apart(injection) else ("", None)
@@ -299,12 +299,12 @@ def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, 
 
 
 def _apart(injection: Injection) -> bool:
-    """Whether the operators of a hybrid are those of its parts, side by side."""
+    """Whether an injection is a hybrid whose operators all belong to its parts."""
     return bool(injection.parts) and all(graft.part for graft in injection.grafts if graft.by_method)
 
 
 def _joined(each: list[WrittenPeftType]) -> tuple[WrittenPeftType, dict[str, Any]]:
-    """Returns the type whose file holds all the others, and its options."""
+    """Returns the main type of a file that contains all types in `each`, and the options of the file."""
     if len(each) == 1:
         return each[0], each[0].options
     for main in each:

@@ -1,5 +1,5 @@
-"""Files with adapters of several models of one pipeline, which are distinguished by the prefixes of names: finds the
-part of a file that is for a host."""
+"""Finds the part of a file that is for a host, if the file has adapters for several models of a pipeline. The models
+are distinguished by prefixes of tensor names."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ class PipelinePart:
     name: str
     """The model's name in the pipeline; empty if names have no prefix."""
     names: Mapping[str, str]
-    """Names in the file, by their names after parsing."""
+    """Maps the parsed names of tensors to their names in the file."""
     outputs: Mapping[str, int]
-    """The number of outputs of each module, by path; -1 if the tensors do not determine it."""
+    """The number of outputs of each module, keyed by path; -1 if the tensors do not determine it."""
     places: Mapping[str, str] = field(default_factory=dict)
-    """Paths on the host, by their spelling in the file; empty if the file has the host's own spelling."""
+    """Maps the spelling of a module's path in the file to the path on the host; empty if the file uses the host's
+    spelling."""
 
 
 def fitting(parts: Sequence[PipelinePart], model: nn.Module, file: Path) -> tuple[PipelinePart, Move]:
-    """Returns the part of a file that is for `model`, and the move from its paths to the host's. Parts are compared
-    with the host by the names of modules, and if several fit, as for two text encoders, by the modules' sizes.
+    """Returns the part of a file that is for `model`, and the function (`Move`) that translates paths in the file into
+    paths of the host. Parts are compared with the host by the names of modules, and if several fit, as for two text
+    encoders, by the modules' sizes.
 
     Raises:
         HostMismatch: no part fits, or several do.
@@ -80,13 +82,13 @@ def is_unet(model: nn.Module) -> bool:
 
 
 def is_text_encoder(model: nn.Module) -> bool:
-    """True if a host is a text encoder, with token ids as input."""
+    """True if a host contains a stack of blocks that reads token ids, as text encoders do."""
     return "stack" in registry().hook.peftcore_map(model=model).roles()
 
 
 def clip_prefix(model: nn.Module) -> str:
-    """Returns the prefix that modules of a CLIP text encoder have in files, if the host's modules lack it, as in newer
-    versions of transformers."""
+    """Returns the prefix of a CLIP text encoder's modules in files, if the host's modules do not have it, as in newer
+    versions of transformers; otherwise empty."""
     modules = dict(model.named_modules())
     return "text_model." if {"encoder.layers.0.self_attn.q_proj", "final_layer_norm"} <= modules.keys() else ""
 

@@ -28,7 +28,7 @@ class LowRankPair:
 
     def filled(self, rank: int) -> tuple[Tensor, Tensor]:
         """Returns A and B padded to a rank that is at least as large. B is padded with zeros, so the product is the
-        same; A is padded with the initial values of a new LoRA (always the same ones), so that all ranks can be trained
+        same. A is padded with initial values of LoRA, drawn from a fixed seed, so that all ranks can be trained
         further."""
         bound = 1 / math.sqrt(self.A.shape[1])
         drawn = torch.rand(rank, self.A.shape[1], generator=torch.Generator().manual_seed(0))
@@ -39,13 +39,13 @@ class LowRankPair:
 
 @torch.no_grad()
 def plain_lora(injection: Injection, program: str) -> dict[str, LowRankPair]:
-    """Returns the updates of an adapter by the paths of their modules.
+    """Returns the update of each module that an adapter changes, keyed by the module's path.
 
     Args:
         program: the program that reads only LoRA, for messages.
 
     Raises:
-        ExportError: the adapter is another method, adapts a convolution, or has other trained tensors.
+        ExportError: the adapter is not a plain LoRA, adapts a convolution, or has other trained tensors.
     """
     options, tensors = written(injection)
     beside = [name for name in tensors if not name.endswith(FACTORS)]

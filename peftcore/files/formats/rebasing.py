@@ -1,4 +1,5 @@
-"""Moves the paths of an adapter between a bare encoder and a host that contains the encoder as a submodule."""
+"""Translates the module paths of an adapter between an encoder without a head and a host that contains the encoder as a
+submodule."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class Move:
     new: str = ""
 
     def __call__(self, path: str) -> str:
-        """Returns the path of a module, or of something below one, on the host."""
+        """Returns the host's path for a path in the file."""
         if self.old:
             return path.removeprefix(self.old).removeprefix(".")
         return f"{self.new}.{path}".strip(".")
@@ -28,7 +29,7 @@ class Move:
 
 
 def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
-    """Returns the move from the paths of modules in a file to the host's.
+    """Returns the `Move` that translates the module paths in a file into the host's paths.
 
     A whole prefix is removed or added, but never replaced by another one, so that an adapter of one tower cannot be
     loaded into another tower.

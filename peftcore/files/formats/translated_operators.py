@@ -1,4 +1,4 @@
-"""Records of our operators, from which translations read and to which they write."""
+"""Records of peftcore's operators, for translations that read their tensors from a file or write them to one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peftcore.contract.surgeon_protocol import Graft, Surgeon
 
 @dataclass(frozen=True)
 class Place:
-    """One of our operators, whose tensors a translation reads from a file or writes to one."""
+    """One operator, whose tensors a translation reads from a file or writes to one."""
 
     graft: Graft
     """The record of the operator and the tensors that it acts on."""
     index: int
-    """The index of the operator among the operators of its kind."""
+    """The index of the operator among the operators of its class."""
     count: int
-    """How many operators of its kind there are."""
+    """The number of operators of its class."""
     config: Any
     """The options of the operator."""
 
@@ -35,7 +35,7 @@ class Place:
 
 
 def places_of(owner: AppliedMethod | Surgeon) -> list[Place]:
-    """Returns the operators that a method recorded."""
+    """Returns the operators that a method installed."""
     own = [graft for graft in owner.grafts if graft.by_method]
     counts, seen = Counter(type(graft.operator) for graft in own), Counter[type]()
     places = []

@@ -31,7 +31,7 @@ RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.wei
 
 @dataclass(frozen=True)
 class ReaderReportRow:
-    """A part of a file, and how the program treats it."""
+    """One part of a file, and how the program treats it."""
 
     what: str
     """The name of an option or a tensor, or of a module whose tensors are read."""
@@ -81,7 +81,7 @@ class _File:
     options: Mapping[str, Any]
     tensors: Mapping[str, Size]
     made: bool
-    """Whether it is written and not read here, so that it was made of another."""
+    """Whether peftcore only writes this format, so that the file was exported from another adapter."""
 
 
 def check(path: str | Path, reader: Reader) -> ReaderReport:
@@ -144,7 +144,8 @@ def _tensors(file: _File, reader: Reader) -> Iterator[ReaderReportRow]:
 
 
 def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[ReaderReportRow]:
-    """Yields modules that the program reads only beside others, which are not adapted."""
+    """Yields a row for each module that the program reads only together with another module, if the other module is not
+    adapted."""
     for rule in reader.beside:
         for path, names in modules.items():
             other = rule.other(path)
@@ -154,7 +155,7 @@ def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[R
 
 
 def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[ReaderReportRow]:
-    """Yields modules that are adapted in some blocks alone, where the program wants all of them."""
+    """Yields a row for each module that is adapted in only some blocks, if the program requires all blocks."""
     if reader.some_blocks is None:
         return
     kinds: dict[str, dict[int, str]] = {}
@@ -172,7 +173,7 @@ def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> I
 
 
 def _rank(file: _File) -> int:
-    """Returns the largest rank of a file's options and tensors; 0 where it has none."""
+    """Returns the largest rank in a file's options and tensors; 0 if there is none."""
     said = [file.options.get("r"), *_values(file.options.get("rank_pattern"))]
     seen = [shape[0] for name, shape in file.tensors.items() if name.endswith(RANKS) and shape]
     return max([*seen, *(each for each in said if isinstance(each, int))], default=0)

@@ -55,11 +55,11 @@ class TensorRule:
     the match if there is no such group."""
     rule: Rule
     dims: int | None = None
-    """The number of dimensions that the tensor must have; None: any."""
+    """The number of dimensions that the tensor must have; None accepts any number."""
     first: int | None = None
-    """The size that the tensor's first dimension must have; None: any."""
+    """The size that the tensor's first dimension must have; None accepts any size."""
     format: str | None = None
-    """The format that the file must have; None: any."""
+    """The format that the file must have; None accepts any format."""
 
     def fits(self, shape: Sequence[int], format: str) -> bool:
         """True if the rule applies to a tensor of this shape in a file of this format."""
@@ -79,7 +79,7 @@ class CompanionRule:
     filled: bool = False
     """True if an export also adapts the other module, with an update of zero."""
     within: re.Pattern[str] = re.compile("")
-    """A regular expression to search for in the path of their parent."""
+    """A regular expression to search for in the path of the two modules' parent."""
 
     def other(self, path: str) -> str | None:
         """Returns the path of the other module for an adapted one; None for modules that need no other."""
@@ -102,11 +102,11 @@ class Ranks:
 
     most: int
     default: int
-    """The largest rank that it accepts without the flag; 0: any rank up to `most`."""
+    """The largest rank that the program accepts without the flag. 0 means any rank up to `most`."""
     flag: str = ""
     """The flag for larger ranks."""
     sizes: tuple[int, ...] = ()
-    """The values that the flag accepts; empty: any."""
+    """The values that the flag accepts; empty if it accepts any value."""
 
     def needed(self, rank: int) -> str:
         """Returns the flag with which a server has to be started for this rank; empty if it needs none."""
@@ -126,21 +126,21 @@ class Reader:
     files: tuple[str, ...]
     """The source files in that repository; ``path@commit`` for files that were read at another commit."""
     formats: tuple[str, ...]
-    """The formats of adapters that it reads, by our names."""
+    """The formats of adapters that the program reads, by peftcore's names."""
     writes: tuple[str, ...]
     """The formats to export an adapter in; the first one that can hold the adapter is used."""
     types: tuple[str, ...]
-    """The types of peft that it reads."""
+    """The values of peft's option `peft_type` that the program reads."""
     other_types: Rule
     """The rule for files of types that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
-    """The rules for peft's options, by name."""
+    """The rules for peft's options, keyed by name."""
     other_options: Rule
     """The rule for options that are not in `options` and are switched on."""
     tensors: tuple[TensorRule, ...]
     """The rules for tensors: the first one that fits is used; the last one fits all tensors."""
     more_types: Mapping[str, Rule] = field(default_factory=dict)
-    """The rules, by type, for files of types that the program does not know but reads anyway."""
+    """The rules for files of types that the program does not support but reads anyway, keyed by type."""
     beside: tuple[CompanionRule, ...] = ()
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
@@ -148,7 +148,8 @@ class Reader:
     """Remarks on behaviour that depends on the base or on how the program is started, and not on the file."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
-        """Returns the module's path from a tensor's name in a file of this format, and the rule for the tensor."""
+        """Returns the path of the module to which a tensor belongs, and the rule for the tensor. `format` is the format
+        of the file."""
         for each in self.tensors:
             found = each.name.search(name)
             if found is not None and each.fits(shape, format):
@@ -173,19 +174,19 @@ class Reader:
         return [path for path in held if path not in adapted]
 
     def _wanted(self, held: Iterable[str]) -> Iterator[str]:
-        """Yields the modules beside which the program reads those that are adapted."""
+        """Yields the modules that must be adapted too so that the program reads the modules in `held`."""
         for path in held:
             yield from (other for rule in self.beside if rule.filled and (other := rule.other(path)))
 
 
 def _kind(path: str) -> tuple[str, str] | None:
-    """Returns what is in front of the number of a block in a path and what is behind it; None where it has none."""
+    """Returns the parts of a path before and after the index of a block; None if the path has no index."""
     found = BLOCK.search(path)
     return None if found is None else (path[: found.start()], found["rest"])
 
 
 def readers() -> dict[str, Reader]:
-    """Returns all programs by name."""
+    """Returns the rules of all programs, keyed by the program's name."""
     return dict(_readers())
 
 

@@ -1,9 +1,9 @@
-"""Edits inside attention, and the ways in which attention modules call them.
+"""Operators inside attention ("edits"), and how attention modules call them.
 
 In the order of reading:
 
-- `attention`: edits inside attention.
-- `transformers_attention`: edits in attentions of transformers.
-- `multihead_attention`: edits in torch's own attention.
-- `attention_calls`: the ways in which attention modules call edits.
+- `attention`: edits: operators inside attention.
+- `transformers_attention`: edits in attention modules of transformers.
+- `multihead_attention`: edits in torch's `nn.MultiheadAttention`.
+- `attention_calls`: finds how an attention module computes attention, so that it can call edits.
 """

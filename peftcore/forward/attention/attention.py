@@ -1,7 +1,6 @@
-"""Edits: operators inside attention that add keys and values to the softmax, add a second softmax, or change queries.
+"""Edits: operators inside attention. They add keys and values to the softmax, add a second softmax, or change queries.
 An edit wraps the function with which an attention module computes ``softmax(q k^T) v``. The module
-`peftcore.forward.attention.attention_calls` makes attention modules call the edits.
-"""
+`peftcore.forward.attention.attention_calls` makes attention modules call the edits."""
 
 from __future__ import annotations
 
@@ -31,15 +30,15 @@ Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionOperator(_Base):
-    """Acts inside an attention: between its projections and the softmax.
+    """An operator inside an attention module, between its projections and the softmax.
 
     ``forward(attend, query, key, value)`` returns the output of the attention: ``[batch, heads, queries, value_dim]``.
-    `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and
-    include cached ones. `attend` is the next inner attention, the innermost is the host's; see `Attend`.
+    `query` is ``[batch, heads, queries, head_dim]``. `key` and `value` are ``[batch, kv_heads, keys, width]`` and
+    include cached ones. `attend` computes the attention that this operator wraps; see `Attend`.
     """
 
     calls: AttentionCalls
-    """The way in which the module calls its attention function."""
+    """How the module calls its attention function."""
 
     def __init__(self, site: AttentionSite) -> None:
         super().__init__(site)
@@ -65,31 +64,40 @@ class AttentionOperator(_Base):
 
 
 class Attend:
-    """The next inner attention, which an edit calls: the attention of another edit, or the host's."""
+    """The attention that an edit (an operator inside attention) wraps: the host's attention, or another edit around it.
+    Edits call this object."""
 
     def __init__(self, host: HostAttention, inner: Compute, operator: AttentionOperator) -> None:
         self._host, self._inner, self._operator = host, inner, operator
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the output of the attention inside, causality and padding included: ``[batch, heads, queries,
-        value_dim]``. Every query sees the keys that the edit adds in front of the given keys. Shapes are those of
-        `AttentionOperator`."""
+        """Returns the output of the wrapped attention, with causality and padding: ``[batch, heads, queries,
+        value_dim]``. If the edit (an operator inside attention) adds keys before the given keys, every query sees them.
+        Shapes are those of `AttentionOperator`."""
         return self._inner(query, key, value)
 
     def hiding(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the output of the attention with some keys hidden: `hidden` ``[batch or 1, 1, queries, keys]``, is
-        True where a query does not see one of the host's keys, which are the last of the given keys."""
+        """Returns the output of the wrapped attention with some keys masked.
+
+        Args:
+            hidden: ``[batch or 1, 1, queries, keys]`` of bool, True where a query must not see one of the host's keys.
+                They are the last of the given keys.
+            query: as in `AttentionOperator`.
+            key: as in `AttentionOperator`.
+            value: as in `AttentionOperator`.
+        """
         return self._host.hiding(hidden, query.dtype, lambda: self._inner(query, key, value))
 
     @property
     def keys(self) -> int:
-        """The number of the host's keys, cached keys included. They are the last keys that the edit receives."""
+        """The number of the host's keys, cached keys included. They are the last keys that the edit (an operator inside
+        attention) receives."""
         return self._host.keys
 
     def among(self, start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the output of the attention computed on the tokens from `start` to `stop` alone: ``[batch, heads,
-        stop - start, value_dim]``. Keys in front of the host's keys stay. Only for self-attention without cached keys,
-        which has as many queries as `keys`."""
+        """Returns the output of the attention on the tokens from `start` to `stop` only: ``[batch, heads, stop - start,
+        value_dim]``. All keys before the host's keys are used too. Only for self-attention without cached keys, which
+        has as many queries as `keys`."""
         front = key.shape[2] - self.keys
         key, value = (
             torch.cat([each[:, :, :front], each[:, :, front + start : front + stop]], dim=2) for each in (key, value)
@@ -97,13 +105,14 @@ class Attend:
         return self._host.among(start, stop, lambda: self._inner(query[:, :, start:stop], key, value))
 
     def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the output of a separate softmax over `key` ``[batch, kv_heads, any, width]``, all of which every
-        query sees, with the host's scale: ``[batch, heads, queries, value_dim]``."""
+        """Returns the output of a separate softmax over other keys: ``[batch, heads, queries, value_dim]``. `key` and
+        `value` are ``[batch, kv_heads, any, width]``. Every query sees all of them, and the scale is the host's."""
         return self._host.apart(query, key, value)
 
     def project(self, part: str, states: Tensor) -> Tensor:
-        """Returns `states` ``[length, in]`` through the attention's frozen projection `part` ("q", "k", "v"), by heads:
-        ``[heads of that part, length, width]``. No positions are applied."""
+        """Returns `states` ``[length, in]``, projected by the frozen projection `part` ("q", "k" or "v") of the
+        attention and split into heads: ``[heads of that part, length, width]``. Positional encodings are not
+        applied."""
         with forward_context().aside():
             made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
         heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
@@ -133,13 +142,13 @@ class HostAttention:
 
     @property
     def others(self) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """The arguments that may or may not have a row for each row of the batch: all except queries, keys and values,
-        and a mask ``[rows or 1, heads or 1, queries, keys]``."""
+        """The arguments for which it is not certain that they have one row per row of the batch. Queries, keys, values
+        and a four-dimensional mask certainly have it."""
         unsaid = None if self._mask is None or self._mask.dim() == 4 else self._mask
         return unsaid, self._options
 
     def of(self, rows: OwnRows) -> HostAttention:
-        """Returns the host's attention function for some rows of the batch."""
+        """Returns the same attention function with the mask and options of some rows of the batch."""
         own = copy.copy(self)
         own._mask, own._options = rows.of(self._mask), rows.of(dict(self._options))
         return own
@@ -162,8 +171,8 @@ class HostAttention:
         return transposed
 
     def among(self, start: int, stop: int, run: Callable[[], Tensor]) -> Tensor:
-        """Returns the output of `run`, which calls this attention, while the attention is restricted to some tokens.
-        Sets `weights` to None, since weights for all tokens do not exist."""
+        """Returns the output of `run`, which calls this attention, restricted to the tokens from `start` to `stop`.
+        Sets `weights` to None, since weights for all tokens are not computed."""
         outer = self.keys, self._mask, self._options
         cut = {name: _cut(self._options.get(name), start, stop) for name in _PER_KEY if name in self._options}
         self.keys, self._mask = stop - start, _cut(self._mask, start, stop)
@@ -175,7 +184,7 @@ class HostAttention:
             self.weights = None
 
     def hiding(self, hidden: Tensor, dtype: torch.dtype, run: Callable[[], Tensor]) -> Tensor:
-        """Returns the output of `run`, which calls this attention, while some of its keys are hidden; `dtype` is the
+        """Returns the output of `run`, which calls this attention, with the keys of `hidden` masked. `dtype` is the
         dtype of the queries."""
         outer = self._mask
         self._mask = self._without(hidden, dtype)
@@ -185,8 +194,8 @@ class HostAttention:
             self._mask = outer
 
     def _without(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the mask with the hidden keys removed. Without a mask it makes an additive one, which every function
-        accepts."""
+        """Returns the mask with the `hidden` keys masked too. Without a mask, returns an additive one, which every
+        attention function accepts."""
         mask, queries = self._mask, hidden.shape[2]
         if mask is not None and mask.dtype == torch.bool:
             return mask & ~hidden
@@ -197,8 +206,8 @@ class HostAttention:
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:
-        """Returns the mask with a visible column for each key in front; makes a mask where the function would rely on
-        causality alone."""
+        """Returns the mask with a visible column for each of the `front` added keys. Without a mask, makes a causal one
+        if the attention is causal."""
         mask, queries = self._mask, query.shape[2]
         if front == 0:
             return mask
@@ -216,20 +225,21 @@ class HostAttention:
 
 
 def _later(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Returns a boolean mask, True where a key is later than a query, aligned at the top left as in sdpa: a static
-    cache has room for keys that are not written yet."""
+    """Returns ``[queries, keys]`` of bool, True where a key is later than a query. Query 0 is aligned with key 0, as in
+    torch's sdpa, because a static cache has space for keys that are not written yet."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
 def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Returns the rows and columns of some tokens of ``[..., queries or 1, keys]``."""
+    """Returns the part of a mask ``[..., queries or 1, keys]`` for the tokens from `start` to `stop`; None if the mask
+    is None."""
     if each is None:
         return None
     return (each if each.shape[-2] == 1 else each[..., start:stop, :])[..., start:stop]
 
 
 def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
-    """Returns the host's attention with the edits around it, the first applied innermost."""
+    """Returns the host's attention wrapped by the edits (operators inside attention), the first edit innermost."""
     compute: Compute = host
     for mount in mounts:
         operator = mount.operator
@@ -241,8 +251,8 @@ def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
 def run_edits(
     edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns output ``[batch, heads, queries, value_dim]`` and weights; with a route, each row gets only the edits of
-    its injection.
+    """Returns the output ``[batch, heads, queries, value_dim]`` of the host's attention with edits (operators inside
+    attention), and the attention weights or None. With a route, each row gets only the edits of its injection.
 
     Raises:
         UnsupportedSite: the sizes of the tensors differ from those of the site.

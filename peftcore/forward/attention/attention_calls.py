@@ -1,7 +1,8 @@
-"""The ways in which attention modules call the function that computes ``softmax(q k^T) v``, which edits replace.
+"""Finds how an attention module calls the function that computes ``softmax(q k^T) v``, and makes it call edits
+(operators inside attention) instead.
 
-Where edits act, the module's forward runs on a view (see `peftcore.forward.tensors.view`). Nothing global changes, and
-the module stays as it is.
+Where edits act, the module's forward runs on a view: a second object with the same tensors and other attributes (see
+`peftcore.forward.tensors.view`). Neither the module nor any global function changes.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ from peftcore.targets.sites import Site
 
 
 class AttentionCalls(Protocol):
-    """One way in which attention modules call the function that computes ``softmax(q k^T) v``. Two objects are equal if
-    the way is the same."""
+    """How a kind of attention module calls the function that computes ``softmax(q k^T) v``. Two objects are equal if
+    they describe the same kind of call."""
 
     @property
     def view_class(self) -> type[nn.Module] | None:
-        """The class of the module's view, where it differs from the module's class."""
+        """The class of the object on which the forward runs (the module's view); None for the module's own class."""
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite if the module's configuration bypasses edits."""
+        """Raise UnsupportedSite if the module's configuration makes it bypass edits (operators inside attention)."""
 
     def prepare(self) -> None:
         """Prepare this process for a forward; never called while a compiler traces."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Returns the attributes of the module's view that replace the module's own."""
+        """Returns the attributes that the module's view has in place of the module's own."""
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the forward of the module's view, in which edits are called."""
+        """Returns the output of the forward of `stand_in`, the module's view. Edits run in it."""
 
 
 def calls_of(module: nn.Module) -> AttentionCalls | None:
-    """Returns the way in which a module calls its attention, found from the module's code; None where edits cannot be
-    called."""
+    """Returns how a module calls its attention function, determined from the module's code; None if edits (operators
+    inside attention) cannot be called."""
     if plain_class(module).forward is nn.MultiheadAttention.forward:
         return MultiheadCalls()
     names = {name for code in _codes(module) for name in code.co_names}
@@ -63,13 +64,13 @@ def calls_of(module: nn.Module) -> AttentionCalls | None:
 
 
 _OWN_CHOICE = frozenset(("_attn_implementation", "config"))
-"""Names by which a forward of transformers chooses its implementation."""
+"""Names in the code of modules of transformers that choose their attention implementation."""
 _TORCHS = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn"))
-"""The function of torch, and the function of diffusers that calls it."""
+"""The names of torch's attention function, and of the function of diffusers that calls it."""
 
 
 def _codes(module: nn.Module) -> Iterator[CodeType]:
-    """Yields the code of the module's forward, and the code of the processor to which diffusers' modules delegate."""
+    """Yields the code of the module's forward, and the code of the processor that runs inside diffusers' modules."""
     processor = vars(module).get("processor")
     for function in (plain_class(module).forward, *([type(processor).__call__] if callable(processor) else [])):
         unwrapped = inspect.unwrap(function)
@@ -79,8 +80,9 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
 
 @dataclass
 class TorchCalls:
-    """For modules that call `F.scaled_dot_product_attention`, directly (timm) or through a processor (diffusers): the
-    forward runs under a torch function mode that intercepts this call."""
+    """Makes edits (operators inside attention) act in modules that call `F.scaled_dot_product_attention`, directly
+    (timm) or through a processor (diffusers). The forward runs under a torch function mode that intercepts this
+    call."""
 
     plain: type[nn.Module]
     """The module's own class."""
@@ -90,20 +92,21 @@ class TorchCalls:
         return {"plain": self.plain, "view_class": None}
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Does nothing: `run` checks in each forward how the module calls attention."""
+        """Does nothing, because `run` checks each forward."""
 
     def prepare(self) -> None:
-        """Create the class of the module's views. It is a new class because torch.compile treats modules of diffusers'
-        own classes as single operations, in which edits cannot act."""
+        """Create the class of the module's views. A new class is needed because torch.compile treats modules of
+        diffusers' classes as single operations, in which edits (operators inside attention) cannot act."""
         plain: Any = self.plain
         self.view_class = _traced(plain)
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Returns the attribute that makes timm's modules call torch's function instead of their own code."""
+        """Returns the attribute that makes timm's modules call torch's function instead of timm's code."""
         return {"fused_attn": True}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the forward under the mode.
+        """Returns the output of the forward, in which edits (operators inside attention) replace
+        `F.scaled_dot_product_attention`.
 
         Raises:
             UnsupportedSite: the forward did not call `F.scaled_dot_product_attention` exactly once.
@@ -125,11 +128,11 @@ def _traced(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 _SDPA = F.scaled_dot_product_attention
-"""The function of torch, even if another function replaces it under this name later."""
+"""The original function of torch, since other code may replace it in `torch.nn.functional`."""
 
 
 class _SeesAttention(TorchFunctionMode):
-    """Runs edits in place of torch's function."""
+    """Torch function mode that runs edits (operators inside attention) in place of `F.scaled_dot_product_attention`."""
 
     def __init__(self, module: nn.Module, edits: Edits) -> None:
         super().__init__()
@@ -179,12 +182,12 @@ def _attention(
 
 
 def locate_attention(site: Site, resolver: Resolver) -> AttentionSite:
-    """Returns the attention at a site: the site's module, or the module inside it that computes attention (BERT's
-    ``attention.self``).
+    """Returns the attention at a site: the site's module, or the module inside it that computes attention (such as
+    BERT's ``attention.self``).
 
     Raises:
-        UnsupportedSite: the site contains no attention module or several, or the module does not use the attention
-            interface.
+        UnsupportedSite: the site contains several attention modules or none, or the module computes attention in an
+            unsupported way.
     """
     known_calls = {path: calls_of(resolver.modules[path]) for path in _paths(site, resolver)}
     inside = {path: calls for path, calls in known_calls.items() if calls is not None}
@@ -223,13 +226,14 @@ _REASON = (
 
 
 def _paths(site: Site, resolver: Resolver) -> Iterator[str]:
-    """Returns the paths of the site's module and of those below it."""
+    """Returns the paths of the site's module and its submodules."""
     top = site.module_path
     return (path for path in resolver.modules if under(path, top))
 
 
 def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
-    """Returns the attention's own matrix (or its slices of a fused one) for a part, None if the host map lacks it."""
+    """Returns the matrix of the attention for one part ("q", "k" or "v"), or its slices of a fused matrix. None if the
+    host map does not contain it."""
     for family in ("attn", "cross"):
         try:
             places = resolver.host.select(f"{family}.{part}")
@@ -245,12 +249,12 @@ def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
 
 
 def _size(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Returns the first of the named attributes that the module has as an integer."""
+    """Returns the value of the first of the named attributes that is an integer; None if there is none."""
     return next((size for name in names if isinstance(size := getattr(module, name, None), int)), None)
 
 
 def _geometry(path: str, module: Any, projections: Mapping[str, Projection]) -> Geometry:
-    """Returns the sizes from the module's attributes, checked against its projections."""
+    """Returns the sizes of an attention, read from the module's attributes and checked against its projections."""
     heads = _size(module, _HEADS) or int(module.config.num_attention_heads)
     kv_heads = heads // (_size(module, _GROUPS) or 1)
     made = {part: projection.out_features for part, projection in projections.items()}

@@ -1,6 +1,7 @@
-"""Edits in torch's own `nn.MultiheadAttention`, whose forward computes attention in one or two fused functions.
+"""Edits (operators inside attention) in torch's `nn.MultiheadAttention`, whose forward computes attention in one or two
+fused functions.
 
-This module reimplements its forward; inputs, masks and outputs are as torch documents them.
+This file reimplements that forward. Inputs, masks and outputs are the same as in torch's documentation.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from peftcore.forward.state.slot import Edits
 
 @dataclass(frozen=True)
 class MultiheadCalls:
-    """For modules of the class `nn.MultiheadAttention` whose forward is the forward of that class."""
+    """Makes edits (operators inside attention) act in modules that use the forward of `nn.MultiheadAttention`."""
 
     view_class: ClassVar[None] = None
 
     def check(self, path: str, module: Any) -> None:
-        """Raise UnsupportedSite if the module adds keys to the softmax."""
+        """Raise UnsupportedSite if the module itself adds keys to the softmax."""
         if module.bias_k is not None or module.add_zero_attn:
             raise UnsupportedSite(
                 f"{path} adds keys of its own (add_bias_kv or add_zero_attn), which operators inside attention do not "
@@ -33,14 +34,15 @@ class MultiheadCalls:
             )
 
     def prepare(self) -> None:
-        """Does nothing: these edits need no preparation."""
+        """Does nothing: these edits (operators inside attention) need no preparation."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns an empty mapping: the view keeps all attributes."""
         return {}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns output and attention weights (None if they were not requested), as the class's forward does."""
+        """Returns the output and the attention weights, as `nn.MultiheadAttention.forward` does; the weights are None
+        if they were not requested."""
         return _forward(stand_in, edits, *args, **kwargs)
 
 
@@ -94,8 +96,9 @@ def _bias(module: Any, part: int) -> Tensor | None:
 
 
 def _visible(attn_mask: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
-    """Returns one mask ``[batch or 1, heads or 1, queries or 1, keys]`` for both of torch's, in which True is hidden or
-    numbers are added: True where a key is seen, or numbers."""
+    """Returns one mask ``[batch or 1, heads or 1, queries or 1, keys]`` that combines the two masks of
+    `nn.MultiheadAttention`. If both are boolean, it is True where a key is visible; otherwise its numbers are added to
+    the scores."""
     batch, heads = query.shape[:2]
     masks = []
     if attn_mask is not None:

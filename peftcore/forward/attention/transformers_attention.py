@@ -1,9 +1,10 @@
-"""Edits in attentions of transformers, which look up their attention function by the name of an implementation.
+"""Edits (operators inside attention) in attention modules of transformers, which look up their attention function by
+the name in their config.
 
-The view of such a module (see `peftcore.forward.tensors.view`) has a different config: it behaves like the real one,
-but names a function of peftcore, which runs the edits around the real function. Nothing global changes: the model makes
-its masks for the implementation that the user chose, a later `set_attn_implementation` counts at once, and saved
-configs are as they were.
+Such a module runs on a view: a second object with the same tensors (see `peftcore.forward.tensors.view`). The config of
+the view contains the name of a function of peftcore, which runs the edits around the real function. Nothing global
+changes. The model makes its masks for the implementation that the user chose, a later `set_attn_implementation` takes
+effect at once, and saved configs do not change.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from peftcore.forward.state.slot import Edits
 from peftcore.layers.layer import plain_class
 
 SUPPORTED = ("eager", "sdpa")
-"""The implementations around which edits run: both take any mask."""
+"""The attention implementations that edits (operators inside attention) support. Both accept any mask."""
 _PER_KEY_INDICES = {"indices", "block_indices"}
-"""Arguments by which an attention picks keys by position: keys in front would shift them."""
+"""Arguments by which an attention selects keys by position. Added keys would shift these positions."""
 _DETOURS = ("reorder_and_upcast_attn",)
-"""Options of configs with which an attention bypasses its interface."""
+"""Config options that make an attention bypass transformers' attention interface."""
 
 
 @dataclass(frozen=True)
 class TransformersCalls:
-    """For modules that get their attention function from transformers' attention interface."""
+    """Makes edits (operators inside attention) act in modules that use transformers' attention interface."""
 
     view_class: ClassVar[None] = None
     eager: Callable[..., Any]
@@ -38,14 +39,15 @@ class TransformersCalls:
 
     @classmethod
     def of(cls, module: nn.Module) -> TransformersCalls:
-        """Returns the `TransformersCalls` of a module whose forward passes the eager function of its file to the
-        interface."""
+        """Returns the `TransformersCalls` of a module. Its forward must use transformers' attention interface, with the
+        function `eager_attention_forward` of its file as default."""
         forward = inspect.unwrap(plain_class(module).forward)
         name = next(name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
         return cls(forward.__globals__[name])
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite for implementations and options that edits do not support."""
+        """Raise UnsupportedSite for implementations and options that edits (operators inside attention) do not
+        support."""
         implementation_of(module.config)
         constants = inspect.unwrap(plain_class(module).forward).__code__.co_consts
         named = {name for each in constants for name in (each if isinstance(each, tuple) else (each,))}
@@ -70,7 +72,8 @@ class TransformersCalls:
                 ALL_ATTENTION_FUNCTIONS.register(_named(implementation), function)
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Returns the config that names peftcore's function, and the attributes that this function reads."""
+        """Returns the attributes of the module's view: a config with the name of peftcore's attention function, and the
+        values that this function reads."""
         return {"config": ConfigStandIn(module.config), "_peftcore_edits": edits, "_peftcore_eager": self.eager}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,7 +82,8 @@ class TransformersCalls:
 
 
 def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
-    """Returns peftcore's attention function for one implementation of the host."""
+    """Returns peftcore's attention function, which runs edits (operators inside attention) around one of transformers'
+    implementations."""
 
     def attention(
         module: nn.Module,
@@ -104,8 +108,8 @@ def _named(implementation: str) -> str:
 
 
 class ConfigStandIn:
-    """A config that differs from the real one only in the name of its attention implementation. The real name is read
-    at each access."""
+    """A config that differs from the real one only in the name of its attention implementation. The real config is read
+    at each access, so later changes of it take effect."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -121,10 +125,10 @@ class ConfigStandIn:
 
 
 def implementation_of(config: Any) -> str:
-    """Returns the implementation that a config names.
+    """Returns the name of the attention implementation in a config.
 
     Raises:
-        UnsupportedSite: edits cannot run around it.
+        UnsupportedSite: edits (operators inside attention) do not support this implementation.
     """
     name: str = config._attn_implementation or "eager"
     if name not in SUPPORTED:

@@ -1,10 +1,10 @@
-"""Which adapters are active, on which rows, in which threads and tasks, and until when.
+"""Which adapters are active, for which rows of the batch, in which threads and tasks, and for how long.
 
 In the order of reading:
 
-- `active_adapters`: active adapters, and the adapter of each row of a batch.
-- `merged_choice`: which choices are correct while adapters are merged.
-- `unused_parameters`: refuses inactive adapters with trainable parameters under DistributedDataParallel.
-- `residency`: which adapters keep their values on the model, within a limit of bytes.
-- `scopes`: threads or asyncio tasks that see a choice, and when it ends.
+- `active_adapters`: the object that describes a choice: active adapters, and the adapter of each row of a batch.
+- `merged_choice`: checks whether a choice is correct while adapters are merged.
+- `unused_parameters`: an error for inactive adapters with trainable parameters under DistributedDataParallel.
+- `residency`: offloads adapters, so that those on the model stay within a limit of bytes.
+- `scopes`: the threads or asyncio tasks in which a choice is in force, and when it ends.
 """

@@ -1,5 +1,5 @@
-"""A choice: which injections are active, on which rows of a batch, with which context and composition. A choice is
-immutable: its methods return changed copies."""
+"""A choice: which injections are active, for which rows of a batch, and with which context and composition. A choice is
+immutable. Its methods return changed copies."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ Key = tuple[Active, Active | None, Composition | None]
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """A different injection for each row of a batch."""
+    """Assigns an injection to each row of a batch."""
 
     names: Active
     """The injections in the route, in the order in which they were applied."""
     index: Tensor
-    """[rows] int64: the row's position in `names`, -1 for the bare base model."""
+    """``[rows]`` int64: for each row, the position of its injection in `names`; -1 for the base model."""
     copies: int = 1
-    """The number of adjacent rows of the batch that may belong to one entry of `index` (beams)."""
+    """How many adjacent rows of the batch may share one entry of `index`, such as the beams of a prompt."""
     positions: tuple[int, ...] = ()
-    """`index` as Python numbers, so that reading them needs no synchronization with the device."""
+    """The values of `index` as Python integers, which can be read without synchronizing with the device."""
     since: tuple[int, ...] | None = None
-    """For each row, the first column of tokens on which its injection acts; earlier tokens run the bare base model.
-    None: it acts on all tokens."""
+    """For each row, the first column of tokens on which its injection acts. Earlier tokens run the base model. None if
+    it acts on all tokens."""
     tokens: int = 0
-    """The number of tokens in each row of the batch, in a route of single tokens; otherwise 0."""
+    """The number of tokens per row of the batch, if the route assigns single tokens instead of whole rows; otherwise
+    0."""
     seeds: tuple[int | None, ...] = ()
-    """The seeds from which injections draw random numbers for their rows, by position in `names`; None: they draw from
-    the model's generators."""
+    """For each position in `names`, the seed from which the injection draws random numbers for its rows. None if it
+    draws from torch's generators."""
     drew: set[str] = field(default_factory=set, repr=False)
     """The injections that have drawn from their seeds since the route was made."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
@@ -48,29 +49,29 @@ class Route:
     _last: dict[str, tuple[Any, Route]] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
-        """Whether a batch of the host has this many rows."""
+        """Whether a batch with this many rows matches the route, with or without copies of each row."""
         return batch in (len(self.index), len(self.index) * self.copies)
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """Returns `index` for `count` rows; each entry is repeated if a module sees several rows for each row of the
-        batch (windows, flat tokens).
+        """Returns `index` for `count` rows. If a module receives several rows for each row of the batch (windows, flat
+        tokens), each entry is repeated.
 
         Raises:
-            RouteError: `count` is not a multiple of the rows.
+            RouteError: `count` is not a multiple of the number of rows.
         """
         times, index = self._times(count), self.index.to(device)
         return index if times == 1 else index.repeat_interleave(times)
 
     def of(self, name: str, count: int, device: torch.device) -> Tensor:
-        """Returns a mask ``[count]`` of bool: True for the rows of an injection.
+        """Returns a mask ``[count]`` of bool, True for the rows of an injection.
 
         Raises:
-            RouteError: as `rows`.
+            RouteError: `count` is not a multiple of the number of rows.
         """
         return self.rows(count, device) == self.names.index(name)
 
     def without(self, name: str) -> Route:
-        """Returns the route in which the rows of an injection run the bare base model; all others stay the same."""
+        """Returns the route in which the rows of one injection run the base model. All other rows are the same."""
         if name not in self.names:
             return self
         gone = self.names.index(name)
@@ -82,12 +83,13 @@ class Route:
         return Route(left, index, self.copies, positions, self.since, seeds=seeds, drew=self.drew)
 
     def only(self, positions: Positions) -> Route:
-        """Returns the route in which only the rows of one position use their injection, and all others run the bare
-        base model; computed once."""
+        """Returns the route in which only some injections act. The rows of all others run the base model. `positions`
+        contains their positions in `names`. The result is cached."""
         return self._with(("only", positions), tuple(each if each in positions else -1 for each in self.positions))
 
     def part(self, positions: Positions) -> Route:
-        """Returns the route of the rows of some positions alone, in their order; computed once."""
+        """Returns the route for the rows of some injections, without all other rows. `positions` contains their
+        positions in `names`. The result is cached."""
         return self._with(("part", positions), tuple(each for each in self.positions if each in positions))
 
     def _with(self, key: tuple[str, Positions], positions: Positions) -> Route:
@@ -102,13 +104,13 @@ class Route:
         return self._routes[key]
 
     def by_tokens(self, held: int, new: int, batch: int) -> Route:
-        """Returns the route of the single tokens of a forward, row by row; the route of whole rows where all tokens of
-        each row use the same injection.
+        """Returns a route of the single tokens of a forward, row by row. If all tokens of each row use the same
+        injection, returns a route of whole rows.
 
         Args:
             held: the number of token columns in the cache.
             new: the number of token columns in this forward.
-            batch: the rows of the batch, with copies.
+            batch: the number of rows of the batch, including copies.
         """
         assert self.since is not None
         starts = [min(max(start - held, 0), new) for start in self.since]
@@ -143,21 +145,28 @@ class Route:
 
     @cached_property
     def present(self) -> Positions:
-        """The positions that have rows, in order; -1 is the bare base model."""
+        """The positions in `names` of the injections that have rows, in order; -1 for the base model."""
         return tuple(sorted(set(self.positions)))
 
     @cached_property
     def sizes(self) -> Mapping[int, int]:
-        """The number of rows of the batch for each position."""
+        """The number of rows of each injection, by its position in `names`."""
         return Counter(self.positions)
 
     def own(self, positions: Positions, count: int, device: torch.device) -> Tensor | None:
-        """Returns the indices ``[rows]`` int64, among `count` rows, of the rows of some positions, one position after
-        the other; None if these are all rows in their order. In a route of single tokens, `count` may also be the rows
-        of the batch: then each token has the index of its row.
+        """Returns the indices ``[rows]`` int64 of the rows of some injections, among `count` rows. The rows of the
+        first injection are first, then those of the next. None if the result would be all rows in order.
+
+        In a route of single tokens, `count` may also be the number of rows of the batch. Then each token has the index
+        of its row.
+
+        Args:
+            positions: the positions of the injections in `names`.
+            count: the number of rows.
+            device: the device of the result.
 
         Raises:
-            RouteError: `count` is not a multiple of the rows.
+            RouteError: `count` is not a multiple of the number of rows of the route.
         """
         if (positions, count, device) not in self._known:
             tokens = self.tokens if self.tokens and count * self.tokens == len(self.index) else 1
@@ -167,8 +176,9 @@ class Route:
         return self._known[positions, count, device]
 
     def order(self, parts: tuple[Positions, ...], count: int, device: torch.device) -> Tensor | None:
-        """Returns the index ``[count]`` int64 of each of `count` rows in the concatenation of the rows of all parts;
-        None if the concatenation is already in order."""
+        """Returns, for each of `count` rows, its index in the concatenation of some parts of the batch: ``[count]``
+        int64. None if the concatenation is already in order. Each part contains the rows of one or more injections,
+        given by their positions in `names`."""
         if (parts, count, device) not in self._known:
             joined = [*chain.from_iterable(self._lines(count)[each] for part in parts for each in part)]
             order = sorted(range(count), key=joined.__getitem__)
@@ -192,19 +202,21 @@ class Route:
 class Choice:
     """The active injections, with a route, context and composition.
 
-    A route or composition determines all acting injections. With a route, `active` holds the injections that act
-    outside the route; with a composition, the parts of a name that is not in `active` run the bare base model.
+    If there is a route or a composition, it determines which injections act. With a route, `active` contains the
+    injections of the enclosing choice, which do not act. With a composition, a name that is not in `active` is ignored.
     """
 
     active: Active = ()
     route: Route | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
     composition: Composition | None = None
-    """The way in which the active injections are combined; None: they act in the order in which they were applied."""
+    """How the active injections are combined. None if they act one after the other, in the order in which they were
+    applied."""
     key: Key = field(init=False)
-    """The key of plans: it leaves out the assignment of rows, so that all assignments share one compiled graph."""
+    """The key under which plans are stored. It does not contain the assignment of rows, so all assignments share one
+    compiled graph."""
     named: Active = field(init=False)
-    """All names in the choice: the injections that may act in any forward under it."""
+    """All names in the choice: the injections that may act in a forward with this choice."""
 
     def __post_init__(self) -> None:
         routed = None if self.route is None else self.route.names
@@ -221,17 +233,18 @@ class Choice:
 
     @property
     def bound(self) -> Active:
-        """The names in the route or composition: removing one of them from the model would break it."""
+        """The names in the route or composition. If one of them were removed from the model, the route or composition
+        would fail."""
         if self.route is not None:
             return self.route.names
         return () if self.composition is None else tuple(self.composition.names())
 
     def without(self, name: str) -> Choice:
-        """Returns the choice without an injection: its rows of a route and its parts of a composition run the bare base
-        model, and all others stay the same."""
+        """Returns the choice without one injection. Its rows of a route, or its parts of a composition, run the base
+        model. All other injections act as before."""
         active = tuple([each for each in self.active if each != name])
         return replace(self, active=active, route=None if self.route is None else self.route.without(name))
 
     def same(self, other: Choice) -> bool:
-        """Whether two forwards under these choices compute the same result."""
+        """Whether a forward computes the same result with either choice."""
         return self.key == other.key and self.route is other.route and self.context is other.context

@@ -1,5 +1,5 @@
-"""Checks which choices are correct while injections are merged: a merged injection is in the weights, so it acts under
-every choice."""
+"""Checks whether a choice of active injections is correct while injections are merged. A merged injection is in the
+weights, so it acts in every forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Injections = Mapping[str, AppliedMethod]
 
 
 def check_choice(injections: Injections, merged: Active, choice: Choice) -> None:
-    """Verify that forwards under a choice compute the right result while injections are merged.
+    """Check that forwards with a choice of active adapters compute the right result while injections are merged.
 
     Args:
         injections: the injections of the host, in the order in which they were applied.
@@ -23,7 +23,8 @@ def check_choice(injections: Injections, merged: Active, choice: Choice) -> None
         choice: the choice to check.
 
     Raises:
-        MergeError: a merged injection would act although it is not chosen, or at another place in the order.
+        MergeError: a merged injection would act although the choice excludes it, or before an injection that was
+            applied earlier.
     """
     for name, why, _ in _conflicts(injections, merged, choice):
         raise MergeError(
@@ -33,11 +34,11 @@ def check_choice(injections: Injections, merged: Active, choice: Choice) -> None
 
 
 def check_merge(injections: Injections, merged: Active, name: str, choice: Choice, where: str = "") -> None:
-    """Verify that an injection may be merged while a choice is in force; `where` describes the owner of the choice in
-    the error message.
+    """Check that an injection may be merged while a choice of active adapters is in force. `where` describes the owner
+    of the choice in the error message.
 
     Raises:
-        MergeError: forwards under the choice would no longer compute the right result.
+        MergeError: forwards with the choice would no longer compute the right result.
     """
     for _, why, remedy in _conflicts(injections, (*merged, name), choice):
         raise MergeError(
@@ -47,7 +48,7 @@ def check_merge(injections: Injections, merged: Active, name: str, choice: Choic
 
 
 def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterator[tuple[str, str, str]]:
-    """Yields the merged injections that conflict with a choice, the reason, and the remedy for a merge."""
+    """Yields (name, reason, remedy) for each merged injection that conflicts with a choice of active adapters."""
     for name in merged:
         if choice.route is not None:
             yield name, "rows of the batch go to different injections", "leave the route first"
@@ -63,7 +64,7 @@ def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterat
 
 
 def _before(injections: Injections, name: str, others: list[str]) -> Iterator[str]:
-    """Yields the `others` that were applied before an injection and act on one of its tensors."""
+    """Yields those of `others` that were applied before an injection and change a tensor that it changes too."""
     order = list(injections)
     mine: set[str] = set()
     for other in others:
@@ -84,7 +85,7 @@ def places(injection: AppliedMethod) -> set[str]:
 
 
 def check_unread(reader: Installed, merged: str, changed: Collection[str]) -> None:
-    """Verify that no operator of an injection computes with tensors into which another injection is merged.
+    """Check that no operator of an injection reads tensors of the base into which another injection is merged.
 
     Args:
         reader: the injection.

@@ -1,5 +1,5 @@
-"""Keeps the adapters on the model within a limit of bytes: offloads the least recently used ones, and restores them
-when a choice names them."""
+"""Keeps the adapters on the model within a limit of bytes. It offloads the least recently used ones, and restores an
+adapter when it is activated again."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class ResidentAdapter(Protocol):
     """An adapter as `Residency` uses it: its values can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
-        """Returns the bytes that the adapter's values take on the model, or would take there."""
+        """Returns the number of bytes of the adapter's values on the model, also if they are offloaded now."""
 
     def trains(self) -> bool:
         """Whether the adapter trains, so that an optimizer may change its values."""
 
     def fetch(self) -> Any:
-        """Returns the offloaded values, checked; the model does not change.
+        """Returns the offloaded values after checking them. The model does not change.
 
         Raises:
             CheckpointError: the values were changed while offloaded, or are damaged.
         """
 
     def put_back(self, values: Any) -> None:
-        """Restore values that `fetch` returned on the model."""
+        """Restore values on the model, given the result of `fetch`."""
 
     def take_out(self) -> None:
         """Offload the adapter's values, and free the memory on the model."""
@@ -50,15 +50,15 @@ class ResidentAdapter(Protocol):
 
 
 class PinningHost(Protocol):
-    """The state of a model, as the residency of its adapters needs it."""
+    """The state of a model, as `Residency` needs it."""
 
     def pinned(self, leaving: ChoiceBlock | None) -> set[str]:
-        """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
-        the choice of the block `leaving` does not count."""
+        """Returns the names of the adapters that cannot be offloaded: those that are merged, used by a running forward,
+        or named by a choice in force. Ignores the choice of the block `leaving`."""
 
 
 class _Record:
-    """One adapter: whether its values are on the model, and when it was last used."""
+    """The record of one adapter: whether its values are on the model, and when it was last used."""
 
     __slots__ = ("adapter", "here", "used")
 
@@ -67,14 +67,15 @@ class _Record:
 
 
 class Residency:
-    """Keeps the values of a model's adapters within a limit.
+    """Keeps the values of a model's adapters within a limit of bytes.
 
-    An adapter is pinned if a choice in force names it in any thread or task, if a running forward uses it, if it is
-    merged, if it trains, or if `kept` or `joining` holds it. Threads that name resident adapters need no lock: they pin
-    first and then check residency, while an offload first marks the adapter and then checks for pins.
+    An adapter is pinned (never offloaded) in five cases: a choice in force names it in any thread or task; a running
+    forward uses it; it is merged; it trains; or `kept` or `joining` protects it. Threads that use adapters on the model
+    need no lock. Such a thread first pins the adapter and then checks that it is on the model, while an offload first
+    marks the adapter and then checks for pins.
 
     Attributes:
-        limit: the bytes that values of adapters may take on the model.
+        limit: the maximum number of bytes of adapter values on the model.
         lock: held while adapters are offloaded and restored.
     """
 
@@ -87,14 +88,14 @@ class Residency:
         self._clock = itertools.count()
 
     def names(self, here: bool) -> list[str]:
-        """Returns the names of the adapters on the model, or with `here` False of the offloaded ones; the least
-        recently used first."""
+        """Returns the names of the adapters on the model, or of the offloaded ones if `here` is False. The least
+        recently used is first."""
         with self.lock:
             found = [(record.used, name) for name, record in self._records.items() if record.here is here]
         return [name for _, name in sorted(found)]
 
     def bytes(self) -> int:
-        """Returns the bytes of the adapter values on the model."""
+        """Returns the total number of bytes of adapter values that are on the model now."""
         with self.lock:
             return sum(record.adapter.bytes() for record in self._records.values() if record.here)
 
@@ -111,12 +112,12 @@ class Residency:
 
     @contextmanager
     def joining(self, injection: AppliedMethod) -> Iterator[None]:
-        """Context manager in which a new injection is installed: makes room for it, and keeps it on the model
-        meanwhile.
+        """Context manager for installing a new injection: frees memory for it, and does not offload it until the end of
+        the block.
 
         Raises:
-            MemoryLimit: the pinned adapters leave too little room.
-            UnsupportedHost: its values cannot be offloaded.
+            MemoryLimit: the pinned adapters leave too little memory.
+            UnsupportedHost: the injection's values cannot be offloaded.
         """
         adapter = self._account(injection)
         key = next(self._clock)
@@ -133,15 +134,16 @@ class Residency:
             self._held.pop(key, None)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that was removed from the model."""
+        """Delete the record of an adapter that was removed from the model."""
         with self.lock:
             if (record := self._records.pop(name, None)) is not None:
                 record.adapter.forget()
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        """Context manager that holds the lock while adapters leave and come back. Where the block fails, each adapter
-        counts as where its values are: a move fails as a whole."""
+        """Context manager that holds the lock while adapters are offloaded and restored. If the block fails, the
+        records are corrected to where the values really are. A single offload or restore happens completely or not at
+        all."""
         with self.lock:
             try:
                 yield
@@ -151,7 +153,8 @@ class Residency:
                 raise
 
     def make_room(self, wanted: int = 0, what: str = "") -> None:
-        """Offload adapters until `wanted` bytes are free.
+        """Offload adapters until `wanted` bytes are free within the limit. `what` names the adapter in the error
+        message.
 
         Raises:
             MemoryLimit: the pinned adapters take too many bytes.
@@ -162,10 +165,10 @@ class Residency:
     # ----------------------------------------------------------------------------------------------- what is named
 
     def admit(self, choice: Choice) -> None:
-        """Restore the adapters of a choice on the model; resident ones count as used now.
+        """Restore the adapters of a choice on the model, and mark them as used now.
 
         Raises:
-            MemoryLimit: they do not fit next to the pinned adapters.
+            MemoryLimit: they do not fit within the limit together with the pinned adapters.
             CheckpointError: the values of an adapter were changed or damaged while offloaded.
         """
         records = self._records
@@ -182,8 +185,8 @@ class Residency:
         """Restore adapters on the model, as `admit` does.
 
         Args:
-            names: the adapters; unknown names are ignored.
-            leaving: a block whose choice is about to be replaced: the adapters that it names may be offloaded.
+            names: the adapters. Unknown names are ignored.
+            leaving: a block whose choice is about to be replaced. The adapters of this choice may be offloaded.
         """
         if torch.compiler.is_compiling():
             return
@@ -203,7 +206,8 @@ class Residency:
                 record.here = True
 
     def rest(self, names: Iterable[str]) -> list[str]:
-        """Offload the adapters that are not pinned and do not train; returns the names of the others."""
+        """Offload the given adapters, except for those that are pinned or train. Returns the names of the adapters that
+        were not offloaded."""
         with self._moving():
             chosen = {name: self._records[name] for name in names if self._records[name].here}
             for record in chosen.values():
@@ -217,7 +221,7 @@ class Residency:
 
     @contextmanager
     def kept(self, names: Collection[str], leaving: ChoiceBlock | None = None) -> Iterator[None]:
-        """Context manager in which adapters are on the model and are not offloaded."""
+        """Context manager that restores adapters on the model and does not offload them until the end of the block."""
         key = next(self._clock)
         try:
             self._held[key] = names
@@ -236,8 +240,8 @@ class Residency:
     def _victims(
         self, wanted: int, keep: Collection[str], what: str, leaving: ChoiceBlock | None = None
     ) -> dict[str, _Record]:
-        """Returns the adapters to offload so that `wanted` bytes are free, marked as offloaded: the least recently used
-        first.
+        """Returns the adapters to offload so that `wanted` bytes are free, the least recently used first, and marks
+        them as offloaded.
 
         Raises:
             MemoryLimit: the pinned adapters take too many bytes.
@@ -277,7 +281,8 @@ class Residency:
             record.adapter.take_out()
 
     def _pinned(self, leaving: ChoiceBlock | None) -> set[str]:
-        """Returns the names of pinned adapters, without those that are only pinned because they train."""
+        """Returns the names of the pinned adapters. Adapters that are pinned only because they train are not
+        included."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"
         pinned = state.pinned(leaving)

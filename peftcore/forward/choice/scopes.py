@@ -1,7 +1,7 @@
-"""Scopes of a choice: which threads or asyncio tasks see the active adapters, and when that ends.
+"""Which threads or asyncio tasks use a choice of active adapters, and when it ends.
 
-The choices of one thread or task are kept in a context variable, as an immutable stack for each model. So a task
-inherits the choices of the code that started it, a new thread inherits none, and choices are freed with their thread or
+The choices of one thread or task are stored in a context variable, as an immutable stack for each model. So a task
+inherits the choices of the code that started it, and a new thread inherits none. Choices are freed with their thread or
 task.
 """
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 _ADVICE = "choose the adapters for one call instead: peftcore.using(model, name)(function, ...)"
 _LOCK = threading.RLock()
-"""Held while the shared choices change: garbage collection in another thread may end a block."""
+"""Held while the shared choices change, because garbage collection in another thread may end a block at any time."""
 
 Place = tuple[object, Any]
-"""A thread, and a weak reference to the task that it runs, or None."""
+"""A pair of a thread and the asyncio task that it runs: a weak reference, or None outside of tasks."""
 
 
 def running_task() -> Any:
@@ -47,16 +47,17 @@ def _place() -> Place:
 
 
 class ChoiceBlock:
-    """The span of a choice: a ``with`` block, a call, or a thread that made a choice.
+    """The time in which a choice of active adapters is in force: a ``with`` block, a call, or the rest of a thread that
+    made a choice.
 
     Attributes:
         choice: the current choice in the block.
-        place: the thread and task in which the block began; None where other threads and tasks cannot see the block.
-        open: True until the block is exited.
-        before: the threads that already ran when the block began, since threads started later may work for the block;
-            None where threads do not matter.
-        of_owner: whether the block is in a task of the thread that adapted the model: then threads that already ran may
-            work for it too.
+        place: the thread and task in which the block began; None if other threads and tasks cannot see the block.
+        open: True until the block ends.
+        before: the threads that already ran when the block began. Only threads that started later may run code for the
+            block. None if threads that started later do not run code for it either.
+        of_owner: whether the block is in a task of the thread that adapted the model. Then threads that already ran may
+            run code for it too.
         calls: whether the block is a call (`using`), which is in use as long as it is open.
     """
 
@@ -73,19 +74,19 @@ class ChoiceBlock:
         self.open, self.calls = True, False
 
     def may_employ(self, thread: threading.Thread) -> bool:
-        """Whether a thread that made no choice may work for this block."""
+        """Whether a thread that made no choice may run code for this block, so that it may need the block's choice."""
         return self.open and (self.of_owner or (self.before is not None and thread not in self.before))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scope:
-    """A choice, with the block in which it was made."""
+    """A choice of active adapters, with the block in which it was made. Threads and tasks have stacks of scopes."""
 
     choice: Choice
     block: ChoiceBlock
     pin: ChoiceBlock | None = None
-    """Makes the injections that a task's statement names visible to other threads; for a statement in a block that
-    another task entered."""
+    """A second block, for a choice that a task makes inside a block of another task. It makes the injections of this
+    choice visible to other threads."""
 
 
 Scopes = tuple[Scope, ...]
@@ -94,8 +95,8 @@ Scopes = tuple[Scope, ...]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Statement:
-    """A choice made by `activate`, `route` or `call` without a block, and the replaced choices: the choice before it,
-    and the choices of blocks that were left elsewhere."""
+    """A choice of active adapters made by `activate`, `route` or `call` without a ``with`` block, and the choices that
+    it replaced: the choice before it, and the choices of blocks that ended in other threads or tasks."""
 
     made: Scope
     before: Scope | None
@@ -104,12 +105,12 @@ class Statement:
 
 _OWN: ContextVar[Mapping[weakref.ref[Choices], Scopes]] = ContextVar("peftcore_choices", default={})  # noqa: B039  # never written to
 _THREAD: ContextVar[object] = ContextVar("peftcore_thread", default=None)
-"""The thread in which this context began, if that thread adapted a model or chose for it: `asyncio.to_thread` copies
-this value."""
+"""The thread in which this context began, if that thread adapted a model or made a choice. `asyncio.to_thread` copies
+this value to its thread."""
 
 
 class ChoosingHost(Protocol):
-    """The state of a model, as the choices on it need it."""
+    """The state of a model, as `Choices` needs it."""
 
     @property
     def injections(self) -> Container[str]:
@@ -117,29 +118,29 @@ class ChoosingHost(Protocol):
 
     @property
     def residency(self) -> Residency | None:
-        """Keeps the values of adapters within a limit of bytes."""
+        """The object that keeps the values of adapters within a limit of bytes; None without a limit."""
 
     @property
     def choices(self) -> Choices:
-        """The choices themselves."""
+        """The choices on the model."""
 
     def check(self, choice: Choice) -> None:
-        """Raise UnknownInjection where a choice activates an injection that is not installed."""
+        """Raise UnknownInjection if a choice activates an injection that is not installed."""
 
     def check_merged(self, choice: Choice) -> None:
-        """Raise MergeError where a choice excludes a merged injection."""
+        """Raise MergeError if a choice excludes a merged injection."""
 
     def replan(self) -> None:
-        """Make every slot plan for the shared choice."""
+        """Compute the plan of every adapted module for the shared choice."""
 
 
 class Choices:
-    """The choices on one model: the shared choices, and the choices that single threads and tasks made.
+    """All choices of active adapters on one model: the shared choices, and those of single threads and tasks.
 
     Attributes:
-        choice: the shared choice, for all threads and tasks that made no choice. A plain attribute: torch.compile
+        choice: the shared choice, for all threads and tasks that made none. A plain attribute, because torch.compile
             guards on it.
-        own: the blocks of all threads and tasks that made a choice, as long as the blocks are referenced.
+        own: weak references to the blocks of all threads and tasks that made a choice.
         owner: the thread that adapted the model.
     """
 
@@ -163,30 +164,31 @@ class Choices:
         return host
 
     def own_scopes(self) -> Scopes:
-        """Returns the choices that this thread or task made."""
+        """Returns the stack of choices of this thread or task."""
         return _OWN.get().get(self.ref, ())
 
     def _live_scopes(self) -> Scopes:
-        """Returns the choices of this thread or task without the choices of blocks that it entered but that were left
-        elsewhere, such as in a generator that other code closes."""
+        """Returns the stack of choices of this thread or task. Choices at its end are left out if this thread or task
+        entered their block, but other code ended it, such as a generator that was closed elsewhere."""
         scopes = self.own_scopes()
         while scopes and not scopes[-1].block.open and scopes[-1].block.place == _place():
             scopes = scopes[:-1]
         return scopes
 
     def _open_scopes(self) -> Scopes:
-        """Returns the choices of this thread or task whose blocks are open."""
+        """Returns the stack of choices of this thread or task, without those at its end whose blocks have ended."""
         scopes = self.own_scopes()
         while scopes and not scopes[-1].block.open:
             scopes = scopes[:-1]
         return scopes
 
     def here(self) -> Choice:
-        """Returns the choice of this thread or task.
+        """Returns the choice of active adapters for this thread or task.
 
         Raises:
-            BlockOrderError: the choice belongs to a block that was left meanwhile in another thread or task.
-            AmbiguousChoice: this thread made no choice, and may work for a block that is open elsewhere.
+            BlockOrderError: the choice belongs to a block that has ended in another thread or task.
+            AmbiguousChoice: this thread made no choice, and may run code for a block that is open in another thread or
+                task.
         """
         if self.own:
             if scopes := self._live_scopes():
@@ -201,8 +203,9 @@ class Choices:
         return self.choice
 
     def _of_a_thread(self) -> Choice:
-        """Returns the choice for a thread that made no choice: the shared choice, or the choice of the only task of the
-        owner's thread in whose block this thread was started."""
+        """Returns the choice for a thread that made none. If a task of the thread that adapted the model started this
+        thread in its block, and it cannot run code for any other task, this is the choice of that task; otherwise the
+        shared choice."""
         thread = threading.current_thread()
         blocks = [block for each in list(self.own.values()) if (block := each()) is not None]
         employers = [block for block in blocks if block.may_employ(thread)]
@@ -221,7 +224,7 @@ class Choices:
         )
 
     def in_force(self) -> Iterator[tuple[str, Choice]]:
-        """Yields every choice that a forward may run under now, with its owner as text for messages."""
+        """Yields every choice that a forward may use now, each after a text for error messages that names its owner."""
         mine = {id(each.block) for each in self.own_scopes()}
         yield "", self.around()
         yield "", self.choice
@@ -231,8 +234,12 @@ class Choices:
                 yield "in another thread or task ", block.choice
 
     def pinning(self, leaving: ChoiceBlock | None = None) -> Iterator[Choice]:
-        """Yields every choice that is in force in any thread or task, or will be in force again when a ``with`` block
-        exits. Leaves out the choice of the block `leaving`, which is about to be replaced."""
+        """Yields every choice of active adapters that is in force in any thread or task, and every choice that will be
+        again when a ``with`` block ends.
+
+        Args:
+            leaving: the block whose choice is about to be replaced. This choice is not included.
+        """
         for scope in list(self.everybody):
             if scope.block is not leaving:
                 yield scope.choice
@@ -249,9 +256,10 @@ class Choices:
                 yield block.choice
 
     def traced(self) -> Choice:
-        """Returns the choice of this thread or task for code that torch.compile traces: one graph for each active set.
-        The compiler guards on attributes, including those of the thread, and breaks the graph where code reads a
-        context variable.
+        """Returns the choice of active adapters for this thread or task, in code that torch.compile traces.
+
+        The compiler guards on the attributes that are read here, and makes one graph for each active set. Reading a
+        context variable would break the graph.
         """
         call = HERE.traced
         if call is not None and call[0] is self:
@@ -259,15 +267,17 @@ class Choices:
         return self.choice if not self.own else self.here()
 
     def around(self) -> Choice:
-        """Returns the choice on which a new choice is based; it never fails."""
+        """Returns the choice of active adapters on which a new choice of this thread or task is based. It raises no
+        error."""
         scopes = self._open_scopes()
         return scopes[-1].choice if scopes else self.choice
 
     # ------------------------------------------------------------------------------------------ statements and blocks
 
     def set(self, choice: Choice) -> Statement:
-        """Set a choice until the end of the enclosing block or call. In the owner's thread it is the shared choice,
-        unless this thread or task already made a choice; in any other thread it holds for that thread."""
+        """Set a choice of active adapters until the end of the enclosing block or call. In the thread that adapted the
+        model, it becomes the shared choice, unless this thread or task already made a choice. In any other thread it
+        applies to that thread."""
         self.host.check_merged(choice)
         residency = self.host.residency
         with self._whole():
@@ -278,7 +288,7 @@ class Choices:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Context manager that restores the choices and plans if its block fails, also by Ctrl-C."""
+        """Context manager that restores the choices and plans if its block raises an exception, also for Ctrl-C."""
         saved = self.saved()
         try:
             yield
@@ -288,7 +298,7 @@ class Choices:
             raise
 
     def _replaced(self) -> ChoiceBlock | None:
-        """Returns the block whose choice a statement would replace."""
+        """Returns the block whose choice `set` would replace; None if it would replace none."""
         if scopes := self._open_scopes():
             return scopes[-1].block
         return self.everybody[-1].block if HERE.token is self.owner else None
@@ -324,7 +334,7 @@ class Choices:
         return Statement(made, before, over)
 
     def undo(self, statement: Statement) -> None:
-        """Undo a statement, unless another choice was made since."""
+        """Undo a statement (the result of `set`), unless another choice was made since."""
         made, before = statement.made, statement.before
         if before is not None:
             before = Scope(self._present(before.choice), before.block)
@@ -342,8 +352,9 @@ class Choices:
         self._publish()
 
     def open(self, choice: Choice) -> ChoiceBlock:
-        """Set a choice until the block is left. In the owner's thread it is the shared choice, unless this thread
-        already made a choice or runs a task; everywhere else it holds for this thread or task alone."""
+        """Set a choice of active adapters until `leave` is called with the returned block. In the thread that adapted
+        the model, it becomes the shared choice, unless this thread already made a choice or runs a task. Otherwise it
+        applies only to this thread or task."""
         self.host.check_merged(choice)
         residency = self.host.residency
         with self._whole():
@@ -377,8 +388,8 @@ class Choices:
 
     @contextmanager
     def block(self, choice: Choice) -> Iterator[None]:
-        """Context manager in which a choice holds for the same threads and tasks as in a ``with`` block of
-        `activate`."""
+        """Context manager that sets a choice of active adapters until the end of the block. It applies to the same
+        threads and tasks as in a ``with`` block of `activate`."""
         block = None
         try:
             block = self.open(choice)
@@ -388,18 +399,19 @@ class Choices:
                 self.leave(block)
 
     def leave(self, block: ChoiceBlock) -> None:
-        """End a block: the choice of the enclosing block holds again.
+        """End a block: the choice of the enclosing block is in force again.
 
         Raises:
             BlockOrderError: a block that was entered later is still open, or this thread or task never entered this
-                block. The block ends all the same.
+                block. The block ends in any case.
         """
         _disturb()
         self._end(block)
 
     @contextmanager
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
-        """Context manager in which a choice holds only for the code that this thread calls."""
+        """Context manager that sets a choice of active adapters only for the code that this thread calls in the
+        block."""
         with _LOCK:  # as in `_set`
             self.host.check_merged(choice)
             block = self._enlisted(ChoiceBlock(choice, _place(), before))
@@ -445,7 +457,7 @@ class Choices:
         return block
 
     def _write(self, scopes: Iterable[Scope]) -> None:
-        """Set the choices of this thread or task, and drop the choices on models that no longer exist."""
+        """Set the stack of choices of this thread or task, and delete stacks of models that no longer exist."""
         scopes = tuple(scopes)
         others = {ref: each for ref, each in _OWN.get().items() if ref is not self.ref and ref() is not None}
         _OWN.set({**others, self.ref: scopes} if scopes else others)
@@ -455,14 +467,15 @@ class Choices:
                 block.choice = choice
 
     def _publish(self) -> None:
-        """Make the innermost shared choice the current one, and plan for it."""
+        """Make the innermost shared choice the current one, and compute the plans for it."""
         with _LOCK:
             published = self._make_current()
         if published:
             self.host.replan()
 
     def _make_current(self) -> bool:
-        """Make the innermost shared choice the current one, with `_LOCK` held; returns whether it is another one."""
+        """Make the innermost shared choice the current one. The caller holds `_LOCK`. Returns whether the current
+        choice changed."""
         self.everybody[1:] = [each for each in self.everybody[1:] if each.block.open]
         choice = self.everybody[-1].choice
         if choice is self.choice:
@@ -472,22 +485,21 @@ class Choices:
 
     @staticmethod
     def unchanged() -> AbstractContextManager[object]:
-        """Returns the context manager in which no thread begins a choice."""
+        """Returns a context manager that prevents other threads from setting choices of active adapters."""
         return _LOCK
 
     # ----------------------------------------------------------------------------------- injections that come and go
 
     def add(self, name: str, instead: Collection[str] = ()) -> Active:
-        """Activate a new injection: add it to the innermost stack. Routes and compositions do not change, so the
-        injection is added to the stack outside of them. If there is no such stack, it stays inactive until a choice
-        names it.
+        """Activate a new injection in the innermost choice without a route or composition. Routes and compositions do
+        not change. If such a choice is missing, the injection is inactive until a choice names it.
 
         Args:
             name: the new injection.
-            instead: injections to remove from that stack.
+            instead: injections to deactivate there.
 
         Returns:
-            The stack, the new one included.
+            The names that are then active there, the new one included.
         """
         _disturb()
         with _LOCK:
@@ -501,11 +513,12 @@ class Choices:
         return stack
 
     def joined(self, name: str, instead: Collection[str] = ()) -> Active:
-        """Returns the stack that `add` would return; nothing is changed."""
+        """Returns the names that `add` would return, without changing anything."""
         return self._joining(name, instead)[2]
 
     def _joining(self, name: str, instead: Collection[str]) -> tuple[list[Scope], list[Scope], Active]:
-        """Returns the scopes of this thread or task, the shared ones, and the stack, with a new injection added."""
+        """Returns three items with a new injection added: the scopes of this thread or task, the shared scopes, and the
+        result of `add`."""
         scopes, everybody, owned = list(self._open_scopes()), list(self.everybody), HERE.token is self.owner
         if not owned and not any(_is_stack(each.choice) for each in scopes) and _is_stack(self.choice):
             scopes.insert(0, Scope(self.choice, ChoiceBlock(self.choice, _place())))
@@ -518,8 +531,8 @@ class Choices:
         """Check that injections may be removed.
 
         Raises:
-            RouteError, CompositionError: a route or a composition of this thread or task, or a shared one, names one of
-                the injections.
+            RouteError, CompositionError: a route or a composition names one of the injections. Only shared ones and
+                those of this thread or task are checked.
         """
         wanted = set(names)
         for each in (*self._open_scopes(), *self.everybody):
@@ -531,8 +544,8 @@ class Choices:
                 )
 
     def forget(self, name: str) -> None:
-        """Remove a deleted injection from the stacks of this thread or task, and from the shared stack. In other
-        threads and tasks that chose it, it stays chosen: their next forward raises an error."""
+        """Deactivate a removed injection in the choices of this thread or task, and in the shared choice. Choices of
+        other threads and tasks still contain it, so their next forward raises an error."""
         _disturb()
         scopes = self.own_scopes()
         if any(name in each.choice.active for each in scopes):
@@ -546,13 +559,13 @@ class Choices:
         self.host.replan()
 
     def saved(self, shared: int = 0) -> tuple[Scopes, Scopes]:
-        """Returns the choices that this thread or task can change, for `restore`; outside of the owner's thread, with
-        the first `shared` ones of all threads, from which `forget` removes an injection."""
+        """Returns the choices that this thread or task can change, as the argument of `restore`. In a thread that did
+        not adapt the model, it includes only the first `shared` shared choices, which `forget` may change."""
         return self.own_scopes(), tuple(self.everybody if HERE.token is self.owner else self.everybody[:shared])
 
     def restore(self, saved: tuple[Scopes, Scopes]) -> None:
-        """Restore the choices that `saved` returned, the shared ones without injections that another thread has removed
-        since. Does not plan the slots again."""
+        """Restore the choices that `saved` returned. Injections that another thread has removed since are left out of
+        shared choices. Does not compute plans."""
         _disturb()
         self._write(saved[0])
         if saved[1]:
@@ -577,8 +590,8 @@ class Choices:
         return choice
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles. A copy acts as this thread or task does, but without a route and
-        without the choices of other threads."""
+        """Returns the state for copies and pickles. A copy has the active injections of this thread or task for all
+        threads, without a route."""
         choice = self._present(self.around())
         return {"host": self.host, "choice": Choice(choice.active, composition=choice.composition)}
 
@@ -596,12 +609,13 @@ def _is_stack(choice: Choice) -> bool:
 
 
 def _later(scopes: Scopes, block: ChoiceBlock) -> Scopes | None:
-    """Returns the scopes after the scope of a block; None if the block is not among them."""
+    """Returns the scopes that were added after the scope of a block; None if the block lacks a scope among them."""
     return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
 
 
 def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active | None:
-    """Add a name to the innermost stack of `scopes`, in place; returns the stack, or None if there is none."""
+    """Add a name to the innermost choice without a route or composition, in place. Returns the names that are then
+    active there; None if such a choice is missing."""
     for index in reversed(range(len(scopes))):
         choice, block = scopes[index].choice, scopes[index].block
         if choice.composition is not None:
@@ -614,8 +628,8 @@ def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active 
 
 
 class Chosen(AbstractContextManager["Chosen"]):
-    """Returned by `activate`, `route` and `call`: the choice is already in force. As a context manager, it holds until
-    the end of the block, and then the previous choice holds again."""
+    """The result of `activate`, `route` and `call`, whose choice of active adapters is already in force. If it is used
+    as a context manager, the choice ends with the block. Then the previous choice is in force again."""
 
     def __init__(self, state: ChoosingHost, choice: Choice) -> None:
         self._state, self._choice = state, choice
@@ -639,8 +653,8 @@ class Chosen(AbstractContextManager["Chosen"]):
             raise
 
     def _bring(self, before: Scope | None) -> None:
-        """Restore the adapters of the replaced choice: it made room for the statement, and holds again after the
-        block."""
+        """Restore the adapters of the replaced choice on the model. They may have been offloaded for the new choice,
+        and are needed again after the block."""
         if self._state.residency is not None and before is not None:
             self._state.residency.bring(before.choice.named)
 

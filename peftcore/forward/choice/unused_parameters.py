@@ -1,6 +1,10 @@
-"""DistributedDataParallel waits in backward for a gradient of each parameter that trains. Parameters of an inactive
-adapter get none. This module raises an error at the first forward, before a reduction hangs or fails one step later. It
-needs no record of earlier forwards, so it is a function apart from `peftcore.surgery.watched_sites`."""
+"""Checks for inactive adapters with trainable parameters under DistributedDataParallel.
+
+In backward, DistributedDataParallel waits for a gradient of each trainable parameter, and parameters of an inactive
+adapter get none. So an error is raised at the first forward, before a reduction hangs or fails one step later. The
+check needs no record of earlier forwards. Therefore it is a function, and not a part of
+`peftcore.surgery.watched_sites`.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,12 @@ from peftcore.errors import TrainingError
 
 
 def check_all_act(model: nn.Module, injections: Mapping[str, Installed], acting: Collection[str]) -> None:
-    """Check that every adapter with trainable parameters is active, where DistributedDataParallel waits for all
-    gradients.
+    """Check that every adapter with trainable parameters is active, if DistributedDataParallel waits for all gradients.
 
     Args:
         model: the adapted model.
-        injections: its injections by name.
-        acting: the names of the injections that act through their operators, without merged ones.
+        injections: the injections of the model by name.
+        acting: the names of the active injections that are not merged.
 
     Raises:
         TrainingError: an adapter with trainable parameters is inactive.

@@ -2,12 +2,12 @@
 
 In the order of reading:
 
-- `activation_checkpoints`: which forward a checkpoint repeats inside backward.
-- `counter_based_random`: random numbers that are functions of their seed, draw, row and place.
+- `activation_checkpoints`: finds the forward that a checkpoint repeats inside backward.
+- `counter_based_random`: random numbers that are functions of a seed and of a position.
 - `row_random_numbers`: random numbers of the adapters of a route.
-- `repeats`: how a batch repeats the entries of a value that a call passes.
-- `tokens`: the tokens of one forward, and decisions kept about earlier tokens.
+- `repeats`: how many times a batch repeats the entries of a value from `peftcore.call`.
+- `tokens`: the tokens of one forward, and the columns at which adapters begin to act.
 - `context`: the context of one forward of the model, which backward may repeat.
 - `taps`: values that one operator stores for another in the same forward.
-- `routers`: operators that return shares of experts, and statistics of them.
+- `routers`: operators that assign tokens to experts, and statistics of the assignments.
 """

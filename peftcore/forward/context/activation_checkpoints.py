@@ -1,10 +1,10 @@
-"""Finds the forward that an activation checkpoint repeats. Torch keeps an object for each checkpoint from its forward
-to its backward; this object also stores the forward context in which the modules of the checkpoint ran.
+"""Finds the forward that an activation checkpoint repeats. Torch has an object for each checkpoint from its forward to
+its backward. The forward context of the modules in the checkpoint is stored in this object.
 
-Torch has no public way to identify a checkpoint, so this module searches the call stack for torch's objects: for a
-non-reentrant checkpoint the frame that its saved-tensor hooks hold, for a reentrant one the context of its autograd
-function. A checkpoint of another library has neither object; its forward is found through the autograd nodes of the
-outputs (`peftcore.forward.context.context`).
+Torch has no public way to identify a checkpoint. So this module searches the call stack for torch's object: the frame
+of the saved-tensor hooks for a non-reentrant checkpoint, the context of the autograd function for a reentrant one.
+Checkpoints of other libraries lack this object. Their forward is found through the autograd nodes of the outputs
+(`peftcore.forward.context.context`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from peftcore.errors import AmbiguousBackward
 
 RECORD = "_peftcore_contexts"
 HOOK = "unpack_hook"
-"""The function that repeats a non-reentrant checkpoint, with its frame as a variable."""
+"""The name of torch's function that repeats a non-reentrant checkpoint. It has the checkpoint's object as a local
+variable."""
 _CHECKPOINT: CodeType = inspect.unwrap(checkpoint.checkpoint).__code__
-"""The function that runs one, with the generator that made its frame as a variable."""
+"""The code of torch's function that runs a checkpoint. The checkpoint's object is found in a generator, a local
+variable of this function."""
 _FORWARD: CodeType = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: CodeType = checkpoint.CheckpointFunction.backward.__code__
 _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda ignored: None)
 
 
 def remember(kept: Any, state: object, choice: object, context: Any) -> None:
-    """Store the current choice and forward context of a host in a checkpoint."""
+    """Store a host's current choice of active adapters and its forward context in a checkpoint."""
     record: dict[int, Any] = vars(kept).setdefault(RECORD, {})
     before = record.setdefault(id(state), (choice, context))
     if before is not None and before[0] is not choice:
@@ -39,8 +41,11 @@ def remember(kept: Any, state: object, choice: object, context: Any) -> None:
 
 
 def remembered(state: object | None) -> tuple[Any, Any] | None:
-    """Returns the choice and the context of the forward that is repeated now, inside backward: for the given host, or
-    for the host whose modules ran last. None if no checkpoint has stored them.
+    """Returns the choice of active adapters and the context of the forward that backward now repeats. None if no
+    checkpoint has stored them.
+
+    Args:
+        state: the state of the host; None for the host whose modules ran last in the checkpoint.
 
     Raises:
         AmbiguousBackward: the choice changed inside the checkpoint.
@@ -88,7 +93,7 @@ def _repeated() -> Iterator[Any]:
 
 
 def _stack() -> Iterator[FrameType]:
-    """Yields the running calls, the innermost first."""
+    """Yields the frames of the running calls, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame

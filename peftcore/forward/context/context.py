@@ -1,9 +1,10 @@
-"""The forward context, one for each forward of the host: its inputs, its choice, taps and losses.
+"""The forward context: one object per forward of the host, with the inputs, the choice of active adapters, and values
+and losses of operators.
 
-Two hooks on the root open and close the context; operators get it from `forward_context`. Modules that run again inside
-backward (gradient checkpointing) find the context of the forward that they repeat: the autograd nodes of its outputs
-announce it before its modules run again. So exiting `activate` or `route` before `backward()` has no effect on the
-gradients.
+Two hooks on the root module open and close the context. Operators get it from `forward_context`. If modules run again
+inside backward (gradient checkpointing), they get the context of the forward that they repeat: the autograd nodes of
+its outputs record it before its modules run again. So a block of `activate` or `route` may end before `backward()`
+without changing the gradients.
 """
 
 from __future__ import annotations
@@ -46,27 +47,29 @@ class _Threads(threading.local):
         self.token = this_thread()
         self.calls: list[ForwardContext] = []
         self.calm: ForwardContext | None = None
-        """The running forward of a host whose choice its modules can take without looking it up."""
+        """The running forward of a host whose choice of active adapters has not changed since it began, so that modules
+        need not determine it again. None if they have to."""
         self.traced: tuple[object, Choice] | None = None
-        """The choice of the running call (`using`), with the `Choices` of its host, for code that torch.compile
-        traces."""
+        """The choice of active adapters of the running call (`using`), with the `Choices` of its host. Read by code
+        that torch.compile traces."""
         self.outside: weakref.ref[ForwardContext] | None = None
-        """The context for a part of the host that runs by itself; the host's state holds it."""
+        """The context for a part of the host that the user calls directly. The host's state keeps it alive."""
         self.generating: list[tuple[Sequence[object], int, Prompt | None]] = []
-        """The calls of ``generate`` that run, the innermost last: the states of its hosts, its number of rows, and its
+        """The running calls of ``generate``, the innermost last: the states of the hosts, the number of rows, and the
         prompt."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
-        """By host: the number of the backward pass, and the forward that it runs through now, which its graph holds."""
+        """By host: the number of the backward pass, and the forward through which it runs now. The graph of the forward
+        keeps it alive."""
 
     def disturb(self) -> None:
-        """Make the modules of all running forwards of this thread look up the choice again, because it may have
-        changed."""
+        """Make the modules of all running forwards of this thread determine the choice of active adapters again,
+        because it may have changed."""
         for call in self.calls:
             call.calm = False
         self.calm = None
 
     def settle(self) -> None:
-        """Make modules use the choice of the innermost running forward."""
+        """Let modules reuse the choice of active adapters of the innermost running forward, if it has not changed."""
         self.calm = self.calls[-1] if self.calls and self.calls[-1].calm else None
 
 
@@ -74,22 +77,23 @@ HERE = _Threads()
 
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
-"""The number of the backward pass that this thread runs, -1 outside of any.
+"""Returns the number of the backward pass that this thread runs; -1 outside of backward passes.
 
-A private function of torch: no public function distinguishes a repeated forward from a first one."""
+A private function of torch: no public function distinguishes a repeated forward from a first one.
+"""
 
 
 def repeating() -> bool:
-    """Whether this thread is inside a backward pass, in which a forward repeats an earlier forward."""
+    """Whether this thread is inside a backward pass. A forward that runs there repeats an earlier one."""
     return graph_task() != -1
 
 
 class AdaptedHost(Protocol):
-    """The state of a model, as the contexts of its forwards need it."""
+    """The state of a model, as `ForwardContext` needs it."""
 
     @property
     def running(self) -> MutableMapping[int, ForwardContext]:
-        """The forwards that run now, in all threads, by id."""
+        """The running forwards in all threads, by id."""
 
     def name_of(self, operator: nn.Module) -> str:
         """Returns the name of the injection to which an operator belongs.
@@ -99,23 +103,24 @@ class AdaptedHost(Protocol):
         """
 
     def held(self, choice: Choice) -> AbstractContextManager[None]:
-        """Returns the context manager in which a choice holds only for the code that this thread calls."""
+        """Returns a context manager that sets a choice of active adapters only for the code that this thread calls in
+        the block."""
 
     def note_backward(self) -> None:
-        """Note that backward runs through the recorded forwards."""
+        """Record that backward runs through the recorded forwards."""
 
 
 class ForwardContext:
     """The context of one forward of the host.
 
     Attributes:
-        choice: the choice when it began.
-        taps: values that operators store for each other, by the number of the `Tap`; values held until backward stay
-            after the host has returned. A list, since torch.compile does not trace grafts after a change of a dict that
+        choice: the choice of active adapters when the forward began.
+        taps: values that operators store for each other, by the number of the `Tap`. Values with `until_backward` are
+            kept after the host has returned. This is a list, because torch.compile cannot trace changes of a dict that
             existed before.
         losses: scalars that operators add to the loss of the output, each with its operator; see `add_loss`.
-        visits: for a part of the host that was called directly: the number of target modules that ran in training since
-            the losses were last taken.
+        visits: the number of target modules that ran in training since the losses were last taken, if the user called a
+            part of the host directly.
     """
 
     def __init__(
@@ -131,36 +136,40 @@ class ForwardContext:
         self.losses: list[tuple[nn.Module, Tensor]] = []
         self.visits = 0
         self.passes, self.number = 0, 0
-        """The number of passes that `again` made, and the number of this pass; 0 is the forward itself."""
+        """`passes` is the number of extra runs that `again` made. `number` is the number of this run; 0 for the forward
+        itself."""
         self.open, self.calm, self.extra = True, False, False
         self.frame: FrameType | None = None
-        """The Python frame of the host's call."""
+        """The Python frame that runs the host."""
         self.listed = False
         """Whether the forward is listed in `HostState.running`, which all threads can read."""
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
-        """Whether backward may repeat the forward; in a reentrant checkpoint its modules run without gradients."""
+        """Whether backward may repeat the forward. In a reentrant checkpoint, its modules first run without
+        gradients."""
         self.within: list[Any] = []
-        """The checkpoints in which an extra pass runs; they repeat the pass together with the surrounding code."""
+        """The checkpoints that surround an extra pass. If they are repeated, the whole pass is repeated too."""
         self.rows: OwnRows | None = None
         """The rows of the batch that the running operator receives; None if it receives all rows."""
         self.drawn: tuple[Streams, list[Tensor], CountedDraws] | None = None
-        """While an adapter of a route draws from its seed: torch's generators, the saved states of the model's
-        generators, and the `CountedDraws` that replace them."""
+        """If an adapter of a route draws from its seed now: torch's generators, the saved states of the model's
+        generators, and the `CountedDraws` that replace them. Otherwise None."""
         self.held: dict[int, list[int]] = {}
-        """While a module runs for several injections one after the other: the number of tokens that each layer of a
-        cache held before, by id of the cache."""
+        """For a module that runs for several injections one after the other: the number of tokens in each layer of a
+        cache before the first run, by id of the cache."""
         self._tokens: Tokens | None = None
         self._sizes: list[int] | None = None
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
     def count_tokens(self) -> None:
-        """Count the tokens, before the new ones are added to the cache."""
+        """Store the ids of the tokens and their number in the cache as `tokens`. Called before the model adds the new
+        tokens to the cache."""
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
         _, prompt = self._generating()
         self._tokens = Tokens(self.inputs, taken, prompt)
 
     def _generating(self) -> tuple[int, Prompt | None]:
-        """Returns the number of rows of the host's running ``generate``, and its prompt."""
+        """Returns the number of rows of the ``generate`` of this host that runs now, and its prompt; 0 and None outside
+        of ``generate``."""
         for hosts, rows, prompt in reversed(HERE.generating):
             if any(host is self.state for host in hosts):
                 return rows, prompt
@@ -168,8 +177,8 @@ class ForwardContext:
 
     @property
     def prompt(self) -> Prompt | None:
-        """The prompt of the ``generate`` in which this forward runs, if the forward receives tokens of the prompt or
-        tokens generated after it; otherwise None."""
+        """The prompt of the running ``generate``, if this forward receives tokens of the prompt or tokens generated
+        after it; otherwise None."""
         return None if self._tokens is None else self._tokens.prompt
 
     @property
@@ -178,7 +187,7 @@ class ForwardContext:
         `Method.reads_tokens`, and in a route with `since`.
 
         Raises:
-            MissingContext: a part of the host was called by itself, the host has an encoder and a decoder, or is
+            MissingContext: the user called a part of the host directly, the host has an encoder and a decoder, or it is
                 compiled.
         """
         if self._tokens is None or not self._tokens.counted:
@@ -190,16 +199,17 @@ class ForwardContext:
         return self._tokens
 
     def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
-        """Returns a mask of a module's input tokens. It is True from the last occurrence of a sequence of ids in the
-        row, or from the column given by ``peftcore.call(model, since=...)``.
+        """Returns a mask of a module's input tokens. In each row, it is False before a certain column and True from
+        there on. This column is the last occurrence of a sequence of ids, or the one that the user passed in
+        ``peftcore.call(model, since=...)``.
 
         Args:
             sequence: the ids; empty to use only the columns of `since`.
             like: the input ``[rows, tokens, ...]`` or ``[rows * tokens, ...]``.
 
         Returns:
-            ``[rows, tokens]`` or ``[rows * tokens]`` of bool; None for all tokens, if neither a sequence nor `since` is
-            given.
+            ``[rows, tokens]`` or ``[rows * tokens]`` of bool. None, which means all tokens, if there is neither a
+                sequence nor `since`.
 
         Raises:
             MissingContext: the first column is not known; see `Tokens.since`.
@@ -225,9 +235,9 @@ class ForwardContext:
         return own.flatten()
 
     def tokens_held(self, cache: Any, depth: int) -> int:
-        """Returns how many tokens a layer of a transformers cache held when the operator's module began to run. In a
-        route or a composition, injections act one after the other, so the module may have run already when an operator
-        calls this method.
+        """Returns the number of tokens in a layer of a transformers cache before the operator's module ran for the
+        first time in this forward. In a route or a composition the module runs several times, and each run may add
+        tokens to the cache.
 
         Raises:
             AttributeError, ValueError: the cache counts no tokens.
@@ -239,8 +249,8 @@ class ForwardContext:
 
     @contextmanager
     def one_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """Context manager for the call of a module that runs for several injections, with its positional and keyword
-        arguments."""
+        """Context manager for a module that runs for several injections one after the other. `args` and `kwargs` are
+        its arguments."""
         outer, self.held = self.held, {}
         given = {**dict(zip(arguments(type(module)), args, strict=False)), **kwargs}
         for cache in caches_in(given).values():
@@ -258,16 +268,17 @@ class ForwardContext:
         return told if self.rows is None or not told else {name: self.rows.told(each) for name, each in told.items()}
 
     def need(self, name: str) -> Any:
-        """Returns one entry of the context.
+        """Returns one value given to `peftcore.call(model, ...)`. In a route, only the entries of the operator's rows.
 
         Raises:
-            MissingContext: `call` was not given the entry.
+            MissingContext: the user did not pass the value.
         """
         self._check_told(name)
         return self.context[name]
 
     def told(self, name: str, otherwise: Any = None) -> Any:
-        """Returns one value given to `peftcore.call(model, ...)`; in a route, the value for all rows of the batch."""
+        """Returns one value given to `peftcore.call(model, ...)`, or `otherwise` if the user did not pass it. In a
+        route, the value contains the entries of all rows of the batch."""
         return otherwise if self.choice is None else self.choice.context.get(name, otherwise)
 
     def _check_told(self, name: str) -> None:
@@ -277,20 +288,20 @@ class ForwardContext:
             )
 
     def for_rows(self, name: str, rows: int, value: Tensor | None = None) -> Tensor:
-        """Returns the entries of a call's value for the rows that a module receives; in a route, for the operator's
-        rows. The value has one entry for all rows, or one for each row of the batch. An entry of a batch row applies to
-        all adjacent rows into which the module's input splits that row (windows, frames, flat tokens).
+        """Returns the entries of a value from `peftcore.call` for the rows that a module receives. In a route, these
+        are the operator's rows. The value has one entry for all rows, or one per row of the batch. If the module's
+        input splits each row of the batch into several adjacent rows (windows, frames, flat tokens), the entry applies
+        to all of them.
 
         Args:
             name: the name of the value in `peftcore.call`.
             rows: the number of rows that the module receives; a multiple of the entries.
-            value: a tensor with the entries of all rows; None for the value given to `peftcore.call`, which must be a
+            value: a tensor with the entries of all rows. By default the value given to `peftcore.call`, which must be a
                 tensor.
 
         Raises:
-            MissingContext: the call did not pass the value.
-            RouteError: the number of rows does not match the entries, and the repetition of entries in the batch is not
-                known.
+            MissingContext: the user did not pass the value.
+            RouteError: the number of rows does not match the entries, and it is not known how the batch repeats them.
         """
         if value is None:
             self._check_told(name)
@@ -310,17 +321,19 @@ class ForwardContext:
         return own
 
     def keep_rows(self, keep: Callable[..., Any], *tensors: Tensor) -> Any:
-        """Returns the output of `keep` for tensors that have a row for each row of the operator's input. In a route,
-        `keep` receives tensors with all rows of the batch, with zeros in the rows of other injections, and the operator
-        gets only its rows of the output. Use it for state that persists between forwards and is reordered or repeated
-        with the batch, such as layers of the model's cache."""
+        """Returns `keep(*tensors)`, for a function that stores tensors with one row per row of the batch.
+
+        In a route, the operator has only its rows. So `keep` receives tensors with all rows of the batch, with zeros in
+        the rows of other injections, and only the operator's rows of its output are returned. Use it for state that
+        persists between forwards and is reordered or repeated with the batch, such as layers of the model's cache.
+        """
         if self.rows is None:
             return keep(*tensors)
         return self.rows.of(keep(*map(self.rows.spread, tensors)))
 
     def _repeated(self, entries: int, rows: int) -> tuple[int, Repeats]:
-        """Returns the number of rows of the batch, and how it repeats entries, for a value with `entries` entries at a
-        module that receives `rows` rows."""
+        """Returns the number of rows of the batch, and how many times the batch repeats each entry. `entries` is the
+        number of entries of a value, `rows` the number of rows that the module receives."""
         repeats = told_repeats({} if self.choice is None else self.choice.context)
         route = None if self.rows is None else self.rows.route
         if self._sizes is None:
@@ -345,8 +358,8 @@ class ForwardContext:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """The host's arguments by the names of its forward, in a route only the operator's rows; empty if a part of the
-        host was called by itself."""
+        """The host's arguments by name. In a route, only the operator's rows. Empty if the user called a part of the
+        host directly."""
         if self._model is None:
             return {}
         inputs = bound(self._model, self._args, self._kwargs)
@@ -359,14 +372,14 @@ class ForwardContext:
         return not OF_DECODER.isdisjoint(taken)
 
     def add_loss(self, loss: Tensor, operator: nn.Module) -> None:
-        """Add a scalar to the loss of the host's output, in training. Forwards repeated in backward do not add it
-        again.
+        """Add a scalar to the loss of the host's output, in training. If backward repeats the forward, the scalar is
+        not added again.
 
-        If the output lacks a loss, the scalar waits for `Injection.losses` of the operator's injection.
+        If the output lacks a loss, the scalar is stored. `Injection.losses` of the operator's injection returns it.
 
         Args:
-            loss: of shape ``[]``; in a route computed from the operator's rows, which are the rows of its adapter.
-            operator: the operator that adds it, ``forward_context().add_loss(loss, self)``.
+            loss: a scalar of shape ``[]``. In a route it is computed from the operator's rows.
+            operator: the operator that calls this: ``forward_context().add_loss(loss, self)``.
 
         Raises:
             TrainingError: as `check_loss_learns`.
@@ -385,8 +398,8 @@ class ForwardContext:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context manager in which a module runs on other inputs than the model's, such as a prompt. Taps and losses
-        are restored afterwards, since they belong to the model's tokens."""
+        """Context manager for running a module on other inputs than the model's, such as a prompt. Losses and values of
+        taps that this run changes are restored afterwards."""
         taps, losses = [*self.taps], [*self.losses]
         try:
             yield
@@ -410,19 +423,20 @@ class ForwardContext:
         caches: Callable[[Any], Any] = copy.deepcopy,
         **kwargs: Any,
     ) -> Any:
-        """Run ``run(*args, **kwargs)`` once more with one injection off, in this thread alone.
+        """Run ``run(*args, **kwargs)`` once more without one injection, in this thread only. Returns the output.
 
-        In a route the injection's rows run the bare base model, in a composition its parts do; all other injections act
-        as before. Taps and losses of this pass are dropped at its end.
+        In a route, the rows of the injection then run the base model. In a composition, its parts do. All other
+        injections act as before. Values of taps and losses that this run stores are deleted at its end.
 
         Args:
-            name: the injection's name; or an operator of the injection, since an operator does not know the name:
+            name: the injection's name. An operator does not know the name of its injection, so it passes itself:
                 ``forward_context().without(self, call, x)``.
             run: the function to run, such as the operator's ``call``.
-            args: its arguments, with `kwargs`.
-            caches: the function that replaces a cache among the arguments. The default copies it, so the pass reads its
-                contents without changing them; `PassCache.beside` returns a separate cache of the values that such
-                passes computed.
+            args: the positional arguments of `run`.
+            caches: a function that is applied to each cache among the arguments. By default caches are copied, so the
+                run reads them but does not change them. With `PassCache.beside`, such runs share a separate cache of
+                the values that they compute.
+            kwargs: the keyword arguments of `run`.
 
         Raises:
             UnknownInjection: the operator belongs to no injection of the host.
@@ -450,20 +464,20 @@ class ForwardContext:
         return output
 
     def again(self, left: Mapping[Tap, Any] | None = None) -> Any:
-        """Run the host's forward once more, on the same arguments and under the same choice, for `Method.output_loss`.
+        """Run the host's forward once more, with the same arguments and active adapters, for `Method.output_loss`.
 
-        Random draws in training, such as dropout, are repeated with new numbers. Taps and losses of the pass are
-        dropped at its end.
+        In training, random functions such as dropout draw new numbers. Values of taps and losses that this run stores
+        are deleted at its end.
 
         Args:
-            left: the values that taps have at the beginning of the pass; operators recognize the pass by them.
+            left: values of taps at the beginning of this run. Operators can recognize the run by them.
 
         Returns:
-            The host's output, with its graph, before hooks of the host change it; in a route only the adapter's rows.
+            The host's output, with its graph, before hooks of the host change it. In a route, only the adapter's rows.
 
         Raises:
-            MissingContext: a part of the host was called by itself.
-            TrainingError: the host was given a cache, which already contains the tokens of this forward.
+            MissingContext: the user called a part of the host directly.
+            TrainingError: the host received a cache, which already contains the tokens of this forward.
         """
         model = self._model
         if model is None:
@@ -496,8 +510,8 @@ class ForwardContext:
         return output if self.rows is None else self.rows.of(output)
 
     def close(self) -> None:
-        """Close the context when the host has returned: taps hold activations and are dropped, except for those that
-        backward will read."""
+        """Close the context after the host has returned. Values of taps are activations, so they are deleted, except
+        for those with `until_backward`."""
         self.open, self.frame = False, None
         if self.listed and self.state is not None:
             self.listed = False
@@ -506,23 +520,23 @@ class ForwardContext:
 
 
 _COMPILED_ALONE = ForwardContext()
-"""The context for parts of a host that are compiled and run by themselves."""
+"""The context for compiled parts of a host that the user calls directly."""
 
 
 def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:
-    """Returns how many rows the tensors among a host's arguments have, in order; sizes of tensors that all rows share
-    (positions ``[1, tokens]``) are last."""
+    """Returns the numbers of rows of the tensors among a host's arguments, in order. A 1 is last, since such tensors
+    are shared by all rows (positions ``[1, tokens]``)."""
     found = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
     found = [value for value in found if value.dim() > 1] or found
     return sorted((len(value) for value in found), key=lambda size: size == 1)
 
 
 def forward_context() -> ForwardContext:
-    """Returns the context of the running forward of the host in this thread; inside backward, the context of the
+    """Returns the context of the host's forward that runs in this thread. Inside backward, returns the context of the
     forward that is repeated.
 
-    Operators call it in their forward. If a part of the host was called by itself (an encoder by `generate`), the
-    inputs of the context are empty.
+    Operators call it in their forward. If a part of the host was called directly (such as an encoder by `generate`),
+    the inputs of the context are empty.
     """
     if torch.compiler.is_compiling():
         return HERE.calls[-1] if HERE.calls else _COMPILED_ALONE
@@ -543,7 +557,8 @@ def forward_context() -> ForwardContext:
 
 
 def remember_in_checkpoint(state: AdaptedHost, choice: Choice) -> None:
-    """Store the choice and the context of this forward in the checkpoints in which a module of the host runs."""
+    """Store the choice of active adapters and the context of this forward in the checkpoints that now run in this
+    thread."""
     here = next((call for call in reversed(HERE.calls) if call.state is state), None)
     if here is None or here.recorded:
         for kept in running():
@@ -552,8 +567,8 @@ def remember_in_checkpoint(state: AdaptedHost, choice: Choice) -> None:
 
 
 def drop_interrupted() -> None:
-    """Close the contexts of forwards that have ended: torch does not call hooks when a KeyboardInterrupt or a
-    SystemExit ends a forward."""
+    """Close the contexts of forwards that were ended by a KeyboardInterrupt or a SystemExit, since torch does not call
+    hooks then."""
     while HERE.calls and not (HERE.calls[-1].open and _runs(HERE.calls[-1].frame)):
         HERE.calls[-1].close()
         HERE.calls.pop()
@@ -561,7 +576,8 @@ def drop_interrupted() -> None:
 
 
 def _runs(wanted: FrameType | None) -> bool:
-    """Whether a call still runs in this thread; always True for a traced call, which has no frame."""
+    """Whether the call with the given frame still runs in this thread. Always True for a traced call, which lacks a
+    frame."""
     if wanted is None:
         return True
     frame: FrameType | None = sys._getframe(1)
@@ -571,7 +587,7 @@ def _runs(wanted: FrameType | None) -> bool:
 
 
 def outside() -> ForwardContext | None:
-    """Returns the context of a part of the host that was called directly in this thread; None without one."""
+    """Returns the context of a part of the host that was called directly in this thread; None otherwise."""
     return None if HERE.outside is None else HERE.outside()
 
 
@@ -596,8 +612,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def announce(output: Any, call: ForwardContext) -> None:
-    """Add hooks to the autograd nodes of the outputs, so that backward announces this forward before it reaches the
-    nodes inside it."""
+    """Add hooks to the autograd nodes of a forward's outputs. In backward they record the context of this forward,
+    before the nodes inside it run."""
     if call.state is None or transformed():
         return
     state = call.state

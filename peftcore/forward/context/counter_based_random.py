@@ -1,7 +1,7 @@
-"""Random numbers that are functions of a seed, the draw, a row, and a place in that row.
+"""Random numbers that are functions of a seed, the number of the draw, a row, and a position in that row.
 
-Torch's generators produce numbers in sequence, so the number of a place changes when rows are longer. Here the number
-of each entry is a hash of its coordinates: the numbers of a shorter tensor are the first numbers of a longer tensor.
+Torch's generators produce numbers in sequence, so the number at a position changes if rows become longer. Here each
+number is a hash of its coordinates. So the numbers of a shorter row are the first numbers of a longer row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.forward.context.activation_checkpoints import running
 
 aten: Any = torch.ops.aten
 WIDE = 53
-"""The number of significant bits of a float64, which takes two hashes."""
+"""The number of significant bits of a float64. Two 32-bit hashes are needed for them."""
 
 
 def mixed(seed: int, *parts: object) -> int:
@@ -30,21 +30,21 @@ def mixed(seed: int, *parts: object) -> int:
 
 
 class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager in which torch's functions draw such numbers: dropout, and uniform, normal, exponential,
-    Bernoulli and integer numbers. Torch's generators still make all other draws (permutations, multinomial and gamma
-    numbers), and those within a checkpoint that begins inside the block.
+    """Context manager in which torch's functions draw numbers that are hashes of their coordinates. It covers dropout
+    and these distributions: uniform, normal, exponential, Bernoulli and integers. All other draws (permutations,
+    multinomial and gamma numbers) use torch's generators. So do draws within a checkpoint that begins inside the block.
 
     Args:
         seed: the seed.
         rows: for each row of the batch, its number among the rows of the adapter.
-        own: the number of rows of the adapter, which operators may select. A tensor whose length is a multiple of the
-            number of rows (all, or the adapter's) has a part for each row, one after the other.
+        own: the number of rows of the adapter, since operators may receive only these rows. If the length of a tensor
+            is a multiple of the number of all rows, or else of this number, each row has an equal part of the tensor.
     """
 
     def __init__(self, seed: int, rows: Sequence[int], own: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed, self.rows, self.own, self.count, self.rests = seed, rows, own, 0, False
-        """`rests`: whether torch's generators make the draws for now."""
+        """`rests`: whether torch's generators are used at the moment."""
         self._within = running()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +70,7 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def bits(self, shape: Sequence[int], device: torch.device, which: int = 0) -> Tensor:
-        """Returns an int32 tensor of a shape with an integer from -2**31 to 2**31 - 1 for each entry."""
+        """Returns an int32 tensor of the given shape. Each entry is a random integer from -2**31 to 2**31 - 1."""
         length = shape[0] if shape else 1
         counted = (each for each in (self.rows, range(self.own)) if each and not length % len(each))
         numbers = next(counted, range(length))
@@ -87,7 +87,8 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _hashed(found).view(shape)
 
     def unit(self, like: Tensor) -> Tensor:
-        """Returns numbers from 0 to 1, excluding 1, with the shape and dtype of a tensor of floats."""
+        """Returns random numbers from 0 (included) to 1 (excluded), with the shape and dtype of a floating-point
+        tensor."""
         digits = 1 - round(math.log2(torch.finfo(like.dtype).eps))
         if digits < WIDE:
             return self._first(like, digits).to(torch.float32).mul_(2.0**-digits).to(like.dtype)
@@ -109,17 +110,17 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.bits(like.shape, like.device) < int(chance * 2**32) - 2**31
 
     def _first(self, like: Tensor, digits: int, which: int = 0) -> Tensor:
-        """Returns integers with the given number of binary digits."""
+        """Returns random integers with the given number of binary digits, with the shape of a tensor."""
         return (self.bits(like.shape, like.device, which) >> (32 - digits)).bitwise_and_(2**digits - 1)
 
 
 STEPS = (-1640531535, 1013904243, -2147102765, 1664525197, -1150833019, 748931239, -328493541)
-"""Odd multipliers for the places in each dimension, so that the sums differ for all entries."""
+"""Odd multipliers for the coordinates of an entry, so that the sums are different for all entries."""
 
 
 def _hashed(x: Tensor) -> Tensor:
-    """Returns int32 in which each digit depends on all digits of the input, which is overwritten (the finalizer of
-    MurmurHash3)."""
+    """Returns int32 numbers in which each bit depends on all bits of the input (the finalizer of MurmurHash3). Changes
+    the input in place."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(-2048144789)
     x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(-1028477387)
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
@@ -160,7 +161,8 @@ def _whole(draw: CountedDraws, x: Tensor, low: int, high: int) -> Tensor:
 
 
 def _of_size(fill: Callable[..., Tensor], count: int = 0) -> Callable[..., Tensor]:
-    """Returns a function that makes a tensor of a size, which follows `count` number arguments, and fills it."""
+    """Returns a function that makes a tensor and fills it by `fill`. Its arguments are `count` numbers, then the
+    size."""
 
     def make(draw: CountedDraws, *args: Any, **options: Any) -> Tensor:
         return fill(draw, torch.empty(args[count], **options), *args[:count])
@@ -169,7 +171,7 @@ def _of_size(fill: Callable[..., Tensor], count: int = 0) -> Callable[..., Tenso
 
 
 def _like(fill: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns a function that makes a tensor like another one, and fills it."""
+    """Returns a function that makes a tensor like another one, and fills it by `fill`."""
 
     def make(draw: CountedDraws, like: Tensor, *args: Any, **options: Any) -> Tensor:
         return fill(draw, torch.empty_like(like, **options), *args)
@@ -208,4 +210,4 @@ DRAWS: dict[Any, Callable[..., Any]] = {
     aten.randint_like.default: _like(_below),
     aten.randint_like.low_dtype: _like(_whole),
 }
-"""The functions that make the draws, by torch operation."""
+"""The functions that replace torch's random operations, by operation."""

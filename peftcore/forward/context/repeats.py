@@ -1,9 +1,10 @@
-"""How a batch repeats the entries of a value given to `peftcore.call` (images of a UNet, tasks, lengths of prompts).
+"""How many times a batch repeats the entries of a value that the user passes to `peftcore.call` (such as the images of
+a UNet or the tasks of the rows).
 
-A value has one entry for each row of the batch, or one for all. A batch with more rows than entries repeats them in one
-of two ways, which cannot be read from the batch: pipelines with classifier-free guidance concatenate all rows without
-the text and all rows with it, while beams or several images of a prompt are adjacent rows. So the call specifies the
-repetition, or it follows from the ``generate`` or the route in which the forward runs.
+A value has one entry for each row of the batch, or one for all. If the batch has more rows than the value has entries,
+there are two possibilities, which cannot be distinguished from the batch. Pipelines with classifier-free guidance
+concatenate all rows without the text and all rows with it. Beams, or several images of a prompt, are adjacent rows. So
+the user specifies the repetition in `peftcore.call`, or it is that of the running ``generate`` or route.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ GUIDANCE, COPIES = "guidance", "copies"
 
 
 class Repeats(NamedTuple):
-    """The repetition of entries in a batch: each entry has `copies` adjacent rows, and this sequence occurs `guidance`
-    times."""
+    """How many times a batch repeats each entry. Each entry has `copies` adjacent rows, and the resulting sequence of
+    rows occurs `guidance` times."""
 
     guidance: int = 1
     copies: int = 1
 
     def of(self, value: Tensor) -> Tensor:
-        """Returns the entries of a value, repeated as in the rows of the batch."""
+        """Returns a value whose entries are repeated like the rows of the batch."""
         each = value if self.copies == 1 else value.repeat_interleave(self.copies, 0)
         return each if self.guidance == 1 else each.repeat(self.guidance, *[1] * (value.dim() - 1))
 
 
 def told_repeats(context: Mapping[str, Any]) -> Repeats | None:
-    """Returns the repetition that a call specifies; None if it specifies none.
+    """Returns how many times a batch repeats each entry, if the user specified it in `peftcore.call`; otherwise None.
+
+    Args:
+        context: the values given to `peftcore.call`, of which `guidance` and `copies` are read.
 
     Raises:
-        ConfigError: a value is not a positive integer.
+        ConfigError: one of the two values is not a positive integer.
     """
     guidance, copies = context.get(GUIDANCE), context.get(COPIES)
     if guidance is None and copies is None:
@@ -49,13 +53,13 @@ def told_repeats(context: Mapping[str, Any]) -> Repeats | None:
 
 
 def of_batch(name: str, value: Tensor, batch: int, repeats: Repeats) -> Tensor:
-    """Returns the entries of a value for each row of a batch: unchanged if there is one for each row.
+    """Returns the entries of a value, repeated if necessary, so that there is one per row of a batch.
 
     Args:
         name: the name of the value in `peftcore.call`.
-        value: an entry for each row of the batch, or for each row before repetition.
+        value: a tensor with one entry per row of the batch, or per row before repetition.
         batch: the number of rows of the batch.
-        repeats: the repetition of entries in the batch.
+        repeats: how many times the batch repeats each entry.
 
     Raises:
         RouteError: the number of rows does not match the entries.

@@ -1,9 +1,10 @@
-"""Routers: operators that give each token, sequence or task shares of several experts, and can report these shares.
+"""Routers: operators that compute shares of several experts for each token, sequence or task, and can report these
+shares.
 
-All mixtures use the same terms. An *expert* is one of several updates of a module; the *gates* of a token (of a
-sequence, of a task) are its shares of the experts; *soft* gates use all experts, *top-k* gates are zero except for k. A
-choice whose gates are all zero is *dropped*. A forward keeps statistics only inside `Injection.reporting`, and then
-only sums: two numbers per expert and four more.
+All mixtures use the same terms. An *expert* is one of several updates of a module. The *gates* of a token (or of a
+sequence or task) are its shares of the experts. *Soft* gates use all experts, *top-k* gates are zero except for k. A
+choice whose gates are all zero is *dropped*. Statistics are collected only inside `Injection.reporting`. They are sums:
+two numbers per expert and four more.
 """
 
 from __future__ import annotations
@@ -19,37 +20,38 @@ from peftcore.contract.operators import Operator
 from peftcore.forward.context.context import forward_context
 
 Routes = Literal["token", "sequence", "task"]
-"""The unit that has separate gates: a token, a sequence or a task."""
+"""The unit that has separate gates (shares of experts): a token, a sequence or a task."""
 OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-"""Arguments whose rows belong to the decoder of an encoder-decoder model."""
+"""Arguments for the decoder of an encoder-decoder model."""
 
 
 class Gates(NamedTuple):
-    """The gates of one forward of a router, row by row."""
+    """The gates (shares of experts) of one forward of a router, grouped by row."""
 
     shares: Tensor
     """``[rows, choices, experts]``: one choice per token, or several if a token chooses for each head or group."""
     counts: Tensor | None
-    """``[rows, choices]`` of bool: False for choices of padding tokens; None where padding is absent or not known."""
+    """``[rows, choices]`` of bool, False for choices of padding tokens. None if padding is absent or not known."""
     known: bool
-    """Whether padding is known: it is not if a part of the model runs by itself, or if tokens cannot be assigned to
-    rows."""
+    """Whether padding is known. It is not known if the user calls a part of the model directly, or if tokens cannot be
+    assigned to rows."""
 
 
 class Router(Operator):
-    """An operator that gives shares of experts. Its forward calls `noted` with its gates."""
+    """An operator that computes shares of experts. Its forward calls `noted` with its gates."""
 
     routes: ClassVar[Routes] = "token"
-    """The unit that has separate gates: "token" by default, or "sequence" or "task"."""
+    """The unit that has separate gates (shares of experts): "token" by default, or "sequence" or "task"."""
     ledger: Ledger | None = None
-    """The sums of the gates, while `Injection.reporting` is active."""
+    """The sums of the gates, inside `Injection.reporting`; otherwise None."""
 
     def noted(self, gates: Tensor, dim: int = -1, inner: int = 0) -> None:
-        """Add the gates of this forward to the ledger, if there is one; not in forwards that backward repeats.
+        """Add the gates of this forward to the statistics, inside `Injection.reporting`. Ignores forwards that backward
+        repeats.
 
         Args:
-            gates: for tokens in the shapes that `by_row` accepts; for whole rows ``[rows, ..., experts]``.
-            dim: the dimension of the experts, such as the channels of a convolution.
+            gates: for tokens, in the shapes that `by_row` accepts; for sequences and tasks, ``[rows, ..., experts]``.
+            dim: the dimension of the experts. For a convolution, it is the dimension of the channels.
             inner: as in `by_row`.
         """
         if self.ledger is not None and not forward_context().repeating:
@@ -58,19 +60,19 @@ class Router(Operator):
 
 
 def of_rows(gates: Tensor) -> Gates:
-    """Returns the `Gates` of whole rows ``[rows, ..., experts]``, which have no padding."""
+    """Returns the `Gates` for gates ``[rows, ..., experts]`` of sequences or tasks, which lack padding."""
     return Gates(gates.reshape(len(gates), -1, gates.shape[-1]), None, True)
 
 
 def by_row(gates: Tensor, inner: int = 0) -> Gates:
-    """Returns the `Gates` of tokens by row, with padding according to the model's attention mask.
+    """Returns the `Gates` for gates of tokens. Padding is read from the model's attention mask.
 
-    With a cache the mask also covers earlier tokens: its last columns belong to this forward. Beams count as rows.
+    With a cache the mask also covers earlier tokens. Its last columns belong to this forward. Beams count as rows.
 
     Args:
-        gates: ``[rows, tokens, *inner, experts]``, for images ``[rows, height, width, *inner, experts]``; for a module
-            that receives ``[rows * tokens, in]`` or one vector per row ``[rows * tokens, *inner, experts]``.
-        inner: the number of dimensions of one token before the experts: 1 if it chooses for each head.
+        gates: ``[rows, tokens, *inner, experts]``; for images ``[rows, height, width, *inner, experts]``. If the module
+            receives ``[rows * tokens, in]`` or one vector per row, ``[rows * tokens, *inner, experts]``.
+        inner: the number of dimensions between tokens and experts, for example 1 if each head has gates.
     """
     places, each = gates.dim() - 1 - inner, math.prod(gates.shape[gates.dim() - 1 - inner : -1])
     if places == 0:
@@ -86,8 +88,8 @@ def by_row(gates: Tensor, inner: int = 0) -> Gates:
 
 
 def _of_vectors(count: int) -> tuple[Tensor | None, bool]:
-    """Returns the mask of tokens that are not grouped by rows, and whether padding is known; None as the mask for one
-    vector per row."""
+    """Returns the padding mask for a module that receives ``[rows * tokens, in]`` or one vector per row, and whether
+    padding is known. The mask is None for one vector per row."""
     running = forward_context()
     mask = running.inputs.get("attention_mask")
     if running.of_two_streams or not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -98,8 +100,8 @@ def _of_vectors(count: int) -> tuple[Tensor | None, bool]:
 
 
 def padding_mask(rows: int, tokens: int) -> tuple[Tensor | None, bool]:
-    """Returns a mask ``[rows, tokens]`` from the model's arguments, False for padding in this forward, and whether
-    padding is known. The mask is None if the arguments specify no padding."""
+    """Returns a mask ``[rows, tokens]`` of bool from the model's arguments, False for padding, and whether padding is
+    known. The mask is None if the arguments specify no padding for these tokens."""
     running = forward_context()
     inputs = running.inputs
     if not inputs:
@@ -116,15 +118,15 @@ def padding_mask(rows: int, tokens: int) -> tuple[Tensor | None, bool]:
 
 
 def _new_tokens(inputs: Mapping[str, Any], otherwise: int) -> int:
-    """Returns the number of tokens in a row of the model's input; a module of another tower, such as one for images,
-    has other tokens."""
+    """Returns the number of tokens in a row of the model's input. A module of another tower, such as one for images,
+    has a different number."""
     given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
     return next((each.shape[1] for each in given if isinstance(each, Tensor) and each.dim() > 1), otherwise)
 
 
 def _of_two(encoder: Any, decoder: Any, others: list[int], rows: int, tokens: int) -> tuple[Tensor | None, bool]:
-    """Returns the mask of the encoder or the decoder, whichever has the given number of tokens, if only one has;
-    `others` are widths of the decoder's arguments."""
+    """Returns the padding mask of the encoder or of the decoder, and whether padding is known. It is the mask with the
+    given number of tokens, if only one has it. `others` are the widths of the decoder's arguments."""
     if encoder is None and decoder is None:
         return None, True
     fits = [isinstance(each, Tensor) and each.shape == (rows, tokens) for each in (encoder, decoder)]
@@ -136,11 +138,11 @@ def _of_two(encoder: Any, decoder: Any, others: list[int], rows: int, tokens: in
 
 
 class Ledger:
-    """Sums of the gates of one router, on the device of the gates.
+    """The sums of the gates of one router, on the device of the gates.
 
     Attributes:
-        forwards: how often the router ran.
-        known: whether padding was known in all forwards.
+        forwards: the number of forwards of the router.
+        known: whether padding was known in all of them.
     """
 
     def __init__(self) -> None:
@@ -166,6 +168,6 @@ class Ledger:
 
     @property
     def sums(self) -> list[float]:
-        """The sum of shares of each expert, then the number of choices of each expert; then the sum of entropies, and
-        the numbers of choices that were dropped, made, and left out as padding. Empty before the first forward."""
+        """First the sum of shares of each expert, then the number of choices of each expert. Then the sum of entropies,
+        and three numbers of choices: dropped ones, all except padding, and padding. Empty before the first forward."""
         return [] if self._sums is None else self._sums.tolist()

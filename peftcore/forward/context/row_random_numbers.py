@@ -1,11 +1,13 @@
-"""Random numbers where rows of a batch use different adapters: each adapter draws the same dropout as it would alone.
+"""Random numbers in a batch whose rows use different adapters. Each adapter draws the same dropout as if it ran alone.
 
-Operators draw with torch's functions (``F.dropout``, ``nn.Dropout``). Where a route has a seed for an adapter, the
-numbers that they draw for its rows at a module are a function of that seed, the module's path, the row's number among
-the adapter's rows and the place in the row (`peftcore.forward.context.counter_based_random`): neither other rows nor
-padding at the end of rows change them. All other draws use torch's global generators, which are reseeded there and
-restored afterwards. No counter runs from module to module, so modules that backward runs again draw the same numbers,
-and so does training resumed from a file. A module that runs several times in one forward draws the same each time.
+Operators draw with torch's functions (``F.dropout``, ``nn.Dropout``). If a route has a seed for an adapter, the numbers
+for its rows depend only on the seed, the path of the module, the row's number among the adapter's rows and the position
+in the row (see `peftcore.forward.context.counter_based_random`). Other rows and padding at the end of rows do not
+change them. Random functions that are not replaced in this way use torch's global generators. These are reseeded for
+the adapter and restored afterwards.
+
+No counter continues from module to module. So modules that backward runs again draw the same numbers, and so does
+training resumed from a file. A module that runs several times in one forward draws the same numbers each time.
 """
 
 from __future__ import annotations
@@ -66,11 +68,11 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str, al
     """Context manager in which an adapter of a route draws from its seed, if the route has one for it.
 
     Args:
-        context: the forward's context; it keeps the states of the model's generators.
+        context: the forward's context. It stores the states of the model's generators.
         route: the route.
-        position: the position of the adapter in the route; -1 for the bare base model, which draws from the global
+        position: the position of the adapter in the route; -1 for the base model, which draws from the global
             generators.
-        site: the path of the module and the kind of operation, which enter the seed.
+        site: the path of the module and the kind of operation. Random numbers depend on them too.
         alone: whether the adapter receives only its rows, and not all rows of the batch.
     """
     seed = route.seeds[position] if route.seeds and position >= 0 else None
@@ -99,14 +101,14 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str, al
 
 
 def _numbers(positions: Positions, own: int) -> list[int]:
-    """Returns the number of each row among the rows of a position; the numbers of other rows are not used."""
+    """Returns, for each row, the number of earlier rows at the position `own`. Values for rows of other positions are
+    not used."""
     return [positions[:row].count(own) for row in range(len(positions))]
 
 
 @contextmanager
 def own_draws_aside(context: ForwardContext) -> Iterator[None]:
-    """Context manager in which the model draws from its own generators, inside code that draws from the seed of a
-    route's adapter."""
+    """Context manager in which the model draws from its own generators. Used inside `draws_of`."""
     assert context.drawn is not None
     streams, before, draws = context.drawn
     mine, context.drawn, draws.rests = streams.states(), None, True

@@ -23,13 +23,14 @@ REENTRANT = (
 
 
 class Tap:
-    """A place in which one operator stores a value for another during one forward; both operators hold the tap.
+    """An object through which one operator passes a value to another during one forward. Both operators have it as an
+    attribute.
 
     Args:
-        until_backward: hold the value until backward is done with this forward. For operators in different blocks:
-            gradient checkpointing repeats one block without the other.
-        learns: values get gradients from the code that reads them. Reading a value of a reentrant checkpoint outside of
-            that checkpoint is a TrainingError, since the value has lost its graph there.
+        until_backward: whether to keep the value until backward is done with this forward. Needed for operators in
+            different blocks, because gradient checkpointing repeats one block without the other.
+        learns: whether values need gradients from the code that reads them. A value that was stored in a reentrant
+            checkpoint loses its graph outside of it, so reading it there raises a TrainingError.
     """
 
     _numbers = itertools.count()
@@ -45,11 +46,11 @@ class Tap:
         context.taps.append((self.key, value, self.until_backward, context.rows, inside))
 
     def get(self) -> Any:
-        """Returns the value that was stored in this forward; None without one.
+        """Returns the value that was stored in this forward; otherwise None.
 
         Raises:
-            TrainingError: its gradient would be lost, because a reentrant checkpoint began after it was stored, or
-                ended before it is read.
+            TrainingError: the gradient of the value would be lost, because a reentrant checkpoint begins or ends
+                between storing and reading it.
         """
         context = forward_context()
         for key, value, _, rows, inside in reversed(context.taps):
@@ -62,7 +63,7 @@ class Tap:
         return None
 
     def take(self) -> Any:
-        """Returns the value and drops it: a value with a single reader is freed as soon as it is read."""
+        """Returns the value like `get`, and deletes it, so that its memory is freed after use."""
         value, taps = self.get(), forward_context().taps
         taps[:] = [tap for tap in taps if tap[0] != self.key]
         return value
@@ -73,8 +74,9 @@ class Tap:
 
 @contextmanager
 def branches(context: ForwardContext) -> Iterator[Callable[[], None]]:
-    """Context manager for a module that runs in several branches; yields a function to call before each branch. Each
-    branch reads the values stored before the module ran, even if an earlier branch has taken them."""
+    """Context manager for a module that runs once for each branch of a composition. Yields a function to call before
+    each branch. So each branch reads the values that were stored before the module ran, even if an earlier branch has
+    deleted them."""
     taps, before = context.taps, [*context.taps]
     left: list[Any] = []
     taken: list[Any] = []

@@ -1,7 +1,6 @@
-"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and the positions at which adapters
-begin to act. Positions found in a prompt are stored with the cache that the forward fills, and in copies of the cache,
-since the next forward sees only one token.
-"""
+"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and the columns at which adapters
+begin to act. An adapter may begin at a certain sequence of ids in the prompt. The next forward sees only one token, so
+the column of that sequence is stored with the cache."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from peftcore.roles.stacks import cache_in
 
 _TOKENS = ("input_ids", "inputs_embeds")
 OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
-"""Decoder arguments, which identify models with an encoder and a decoder."""
+"""Names of the decoder's arguments in models with an encoder and a decoder."""
 NEVER = torch.iinfo(torch.int64).max
-"""The first column of a sequence that does not occur."""
+"""The value for the column of a sequence that does not occur."""
 _KEPT = "_peftcore_kept"
-"""The attribute of a cache in which decisions about its tokens are kept."""
+"""The attribute of a cache that stores the columns of sequences among its tokens."""
 _FILLED = "_peftcore_filled"
 """The attribute of a cache that stores a prompt, and whether the cache's first tokens belong to it."""
 REMEDY = (
@@ -38,24 +37,25 @@ class _Kept(NamedTuple):
     ids: Tensor
     """``[batch, seen]``: the ids of the last columns before `end`."""
     end: int
-    """The number of columns in the cache at that time."""
+    """The number of columns in the cache when the ids were recorded."""
 
     def before(self, held: int, most: int) -> Tensor:
-        """Returns the last ids, at most `most`, of a cache that holds `held` columns; no ids if it holds columns that
+        """Returns the last ids of a cache with `held` columns, at most `most`. Returns an empty tensor if some columns
         were not recorded."""
         stop = self.ids.shape[1] - (self.end - held)
         return self.ids[:, max(stop - most, 0) : max(stop, 0)] if self.end >= held else self.ids[:, :0]
 
 
 class Prompt(NamedTuple):
-    """The prompt of a running ``generate``. The whole prompt is known before the model receives it in pieces."""
+    """The prompt of a running ``generate``. It is known as a whole, even if the model receives it in several
+    forwards."""
 
     ids: Tensor
     """``[batch, tokens]``"""
     begin: int
-    """The number of columns before the prompt, in the cache that ``generate`` was given."""
+    """The number of columns before the prompt in the cache that the user passed to ``generate``."""
     mask: Tensor | None = None
-    """``[batch, begin + tokens]``: zero at padding; None if ``generate`` was given no mask."""
+    """``[batch, begin + tokens]``, zero at padding. None if the user passed no mask to ``generate``."""
 
     @property
     def end(self) -> int:
@@ -66,18 +66,18 @@ class Tokens:
     """The tokens of one forward of the host.
 
     Args:
-        inputs: the host's arguments by name, before any of its modules runs.
-        names: the names of all parameters of the host's forward. An encoder-decoder model has two token
-            sequences, so `held` and `new` are unknown.
-        prompt: the prompt of the ``generate`` in which the forward runs.
+        inputs: the host's arguments by name, before its modules run.
+        names: the names of all parameters of the host's forward. If they include an argument of `OF_DECODER`, the host
+            has two token sequences, and `held` and `new` are unknown.
+        prompt: the prompt of the running ``generate``, if there is one.
 
     Attributes:
         counted: whether `held` and `new` are known.
-        ids: ``[batch, new]`` int64; None where the host is given embeddings.
+        ids: ``[batch, new]`` int64; None if the host receives embeddings.
         held: the number of token columns in the cache when the forward began, padding included.
         new: the number of columns that this forward adds.
-        batch: the rows of the batch.
-        prompt: the prompt of the ``generate``, if the tokens belong to the prompt or are generated after it.
+        batch: the number of rows of the batch.
+        prompt: the prompt of ``generate``, if the tokens of this forward belong to it or are generated after it.
     """
 
     def __init__(self, inputs: Mapping[str, Any], names: Collection[str] = (), prompt: Prompt | None = None) -> None:
@@ -98,18 +98,18 @@ class Tokens:
 
     def since(self, sequence: Sequence[int], told: Any = None) -> Tensor:
         """Returns the first column of the last occurrence of a sequence of ids in each row: ``[batch]`` int64, on the
-        device of the ids; ``held + new`` or more in rows without an occurrence.
+        device of the ids. In rows without an occurrence the value is at least ``held + new``.
 
-        In ``generate`` only the prompt is searched, not the generated tokens; elsewhere each forward is searched. The
-        result is stored with the cache for the forwards that continue from it.
+        In ``generate`` only the prompt is searched, not the generated tokens. Otherwise the tokens of each forward are
+        searched. The result is stored with the cache for the next forwards.
 
         Args:
             sequence: the ids.
-            told: the columns, one for each row, if the caller specifies them.
+            told: the columns, one per row, if the user has passed them. Then nothing is searched.
 
         Raises:
             MissingContext: the ids of this forward, or of the tokens in the cache, are not known.
-            SequenceError: tokens in the cache were computed under another decision about the sequence.
+            SequenceError: tokens in the cache were computed with another first column.
         """
         key = tuple(sequence)
         if told is not None:
@@ -143,7 +143,8 @@ class Tokens:
         return since
 
     def _are_of(self, prompt: Prompt) -> bool:
-        """Whether the ids match the prompt up to its end, and the tokens in the cache belong to the prompt too."""
+        """Whether the ids of this forward and the tokens in the cache belong to the prompt. Ids after the end of the
+        prompt are not compared."""
         start = self.held - prompt.begin
         if self.ids is None or not self.counted or start < 0 or self.batch % len(prompt.ids):
             return False
@@ -163,7 +164,8 @@ class Tokens:
         return self.ids[:, :0] if before is None else self._of_rows(before.before(self.held, most)).to(self.ids)
 
     def _prompted(self, key: tuple[int, ...], before: _Kept | None, earlier: Tensor, prompt: Prompt) -> Tensor:
-        """Returns the column at which the sequence begins in the prompt, or in the cached tokens before the prompt."""
+        """Returns the column at which the sequence begins in the prompt, or in the cached tokens before the prompt;
+        `NEVER` if it does not occur."""
         since = _first_columns(self._of_rows(prompt.ids).to(earlier), key, prompt.begin)
         if prompt.begin:
             since = torch.where(since == NEVER, earlier, since)
@@ -176,7 +178,8 @@ class Tokens:
         return since
 
     def _seen(self, key: tuple[int, ...], before: _Kept | None, earlier: Tensor) -> Tensor:
-        """Returns the column at which the sequence begins, by the ids of this forward and the last ids before it."""
+        """Returns the column at which the sequence begins, searched in the ids of this forward and the last ids before
+        it; `NEVER` if it does not occur."""
         assert self.ids is not None
         tail = self._history(before, len(key) - 1)
         first = _first_columns(torch.cat([tail, self.ids], 1), key, self.held - tail.shape[1])
@@ -195,7 +198,7 @@ class Tokens:
         return since
 
     def _check_known(self, key: tuple[int, ...], before: _Kept | None, since: Tensor) -> None:
-        """Raise MissingContext if the sequence may be among tokens of the cache that were not searched."""
+        """Raise MissingContext if the sequence may be in the cache among tokens that were not searched."""
         known = before is not None and before.end >= self.held
         if self.held and not known and bool((since == NEVER).any()):
             raise MissingContext(
@@ -204,7 +207,8 @@ class Tokens:
             )
 
     def _of_rows(self, value: Tensor) -> Tensor:
-        """Returns a value with an entry for each row: entries of a batch before repetition (beams) are repeated."""
+        """Returns a value with one entry per row. If the batch repeats its rows (beams), the entries are repeated
+        too."""
         times, rest = divmod(self.batch, max(len(value), 1)) if value.dim() else (0, 1)
         if rest or not times:
             raise MissingContext(
@@ -215,8 +219,8 @@ class Tokens:
 
 
 def _first_columns(ids: Tensor, sequence: tuple[int, ...], begin: int) -> Tensor:
-    """Returns the column where a sequence last begins in each row ``[batch, tokens]`` of ids, the first of which is at
-    the column `begin`; `NEVER` where it does not occur."""
+    """Returns the column at which a sequence last begins in each row of `ids` ``[batch, tokens]``, where the first id
+    has the column `begin`. `NEVER` if it does not occur."""
     if ids.shape[1] < len(sequence):
         return ids.new_full((len(ids),), NEVER)
     windows = ids.unfold(1, len(sequence), 1)  # [batch, places, length]

@@ -1,4 +1,4 @@
-"""The operators that act at one module under one choice, planned once.
+"""Plans: the operators that act at one module while certain adapters are active, computed once.
 
 In the order of reading:
 

@@ -1,5 +1,5 @@
-"""Active plans and module plans: the operators that act at one module under one choice, planned once, so that a forward
-only looks them up."""
+"""Plans of modules: the operators that act at one module while certain adapters are active. A plan is computed once, so
+that a forward only looks it up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from peftcore.layers.layer import Layer
 from peftcore.utils.autocast import autocasts, full_precision
 
 Mounts = Mapping[str, list[Mount]]
-"""The mounts of a module by injection name, for all loaded injections; a plan looks up the active ones."""
+"""The mounts (operators at their sites) of a module by injection name, for all loaded injections. A plan selects those
+of the active injections."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,8 @@ class ActivationForm:
 
     @classmethod
     def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
-        """Returns the form; None if the operator does not define one, or if the tensor is not the weight of a linear
-        map that is called."""
+        """Returns the activation form of a mount, which wraps the forward instead of changing the weight. None if the
+        operator does not define one, or if its tensor is not the weight of a linear layer that is called."""
         operator = mount.operator
         called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
         if not called or not isinstance(operator, WeightOperator):
@@ -46,17 +47,17 @@ class ActivationForm:
 
     @property
     def mounts(self) -> tuple[Mount, ...]:
-        """The single mount of this form."""
+        """A tuple with the only mount of this form, as in `ActivePlan.mounts`."""
         return (self.mount,)
 
     def prepare(self, module: nn.Module) -> Any:
-        """Returns the operator's prepared values, which do not depend on the input, computed in the operator's
-        precision."""
+        """Returns the result of the operator's `prepare`, which does not depend on the input. It is computed in the
+        operator's precision."""
         with full_precision(self.mount.layer.like(module, self.mount.tensor)):
             return self.operator.prepare(HeldSlices(self.mount, module))
 
     def around(self, call: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
-        """Returns the module's forward with the operator's activation form around it."""
+        """Returns the forward `call`, wrapped in the operator, so that the operator does not change the weight."""
 
         def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
             return self.operator.activation_form(inner, x, prepared)
@@ -67,15 +68,15 @@ class ActivationForm:
 
 
 Made = Callable[[str, Callable[[], Any]], Any]
-"""Returns an effective tensor, given its path and the function that computes it."""
+"""A function that returns an effective tensor, given the tensor's path and a function that computes it."""
 
 
 @dataclass(eq=False, slots=True)
 class ActivePlan:
-    """The operators of one active set at one module."""
+    """The operators of one set of active injections at one module."""
 
     effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
-    """The effects on tensors, by path below the module."""
+    """The effects of operators on tensors, by path below the module."""
     onion: tuple[Mount, ...] = ()
     attention: tuple[Mount, ...] = ()
     observers: tuple[Mount, ...] = ()
@@ -88,26 +89,26 @@ class ActivePlan:
     packed: bool = False
     """Whether a tensor that the operators act on is quantized, so that each effective tensor is a dense copy."""
     view_class: type[nn.Module] | None = None
-    """The class whose forward runs on the effective tensors, where the module's class cannot."""
+    """The class whose forward runs with the tensors that operators have changed; None for the module's own class."""
     activation_form: ActivationForm | None = None
-    """The activation form of the only mount that acts on tensors, if it has one."""
+    """The activation form of the only mount that acts on tensors, if it has one. It wraps the forward instead of
+    changing a tensor."""
     linear_only: bool = True
-    """Whether the module only computes one product with each tensor that the operators act on."""
+    """Whether the module only multiplies by the tensors that the operators change, once by each."""
     product: Layer | None = None
-    """The layer of the weight that the operators act on, if the module is a linear map of vectors with a dense
-    weight."""
+    """The layer of the changed weight, if the module is a linear layer with a dense weight; otherwise None."""
     updates: bool = False
-    """Whether only low-rank updates of stacked matrices act on tensors."""
+    """Whether all operators that change tensors are low-rank updates of stacked matrices."""
     low_memory: bool = False
     """Whether to use as little memory as possible."""
 
     @property
     def mounts(self) -> tuple[Mount, ...]:
-        """The mounts that act on tensors."""
+        """The mounts (operators at their sites) that act on tensors."""
         return tuple([effect.mount for _, effects in self.effects for effect in effects])
 
     def is_cast(self, module: nn.Module) -> bool:
-        """Whether autocast would cast the effective tensors, so that the module would save the cast copies for
+        """Whether autocast casts the tensors that operators have changed, so that the module saves the cast copies for
         backward."""
         likes = (each[0].mount.layer.like(module, path) for path, each in self.effects)
         return any(
@@ -116,11 +117,12 @@ class ActivePlan:
         )
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """Returns the effective tensors by path below the module, computed at the operators' own precision."""
+        """Returns the effective tensors (changed by the operators) by path below the module, computed in the precision
+        of the operators."""
         return {path: make() for path, make in self.makes(module).items()}
 
     def factors(self, module: nn.Module) -> Mapping[str, Pair] | None:
-        """Returns the low-rank update of each tensor, if no other kind of operator acts on tensors; otherwise None."""
+        """Returns the low-rank update of each changed tensor; None if another kind of operator changes a tensor."""
         found = {}
         for path, effects in self.effects if self.updates else ():
             factors = factors_of(effects[0].mount.layer.read(module, path), [effect.mount for effect in effects])
@@ -130,7 +132,8 @@ class ActivePlan:
         return found or None
 
     def lazy_weights(self, module: nn.Module, factors: Mapping[str, Pair], made: Made) -> dict[str, Tensor | None]:
-        """Returns lazy weights in place of effective tensors, each of which `made` computes when it is read."""
+        """Returns lazy weights, which represent W + BA without computing it, by path. If the values of one are read,
+        `made` computes them."""
         found: dict[str, Tensor | None] = {}
         for path, effects in self.effects:
             layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
@@ -140,7 +143,7 @@ class ActivePlan:
         return found
 
     def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
-        """Returns a function for each effective tensor that computes it, by path."""
+        """Returns, for each changed tensor by path, a function that computes its value with all operators applied."""
         return {path: functools.partial(_make, module, path, each) for path, each in self.effects}
 
 
@@ -154,8 +157,9 @@ def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor |
 def plan_acting(
     mounts: Mounts, forced_attributes: list[tuple[str | None, Mapping[str, Any]]], active: Active
 ) -> ActivePlan:
-    """Returns the plan of an active set, in order. A mergeable onion layer that was applied before a weight operator
-    acts on the weight too, so that active injections compose as if they were merged one after the other."""
+    """Returns the plan of the `active` injections, which act in the order in which they were applied. An operator that
+    wraps the module acts on the weight instead, if it can be merged and a later operator acts on the weight. So the
+    result equals that of merging the injections one after the other."""
     weight: list[Mount] = []
     onion: list[Mount] = []
     attention: list[Mount] = []
@@ -216,15 +220,16 @@ def _product(effects: Mapping[str, list[Effect]]) -> Layer | None:
 
 
 def _updates_stack(mount: Mount) -> bool:
-    """Whether an operator may be a low-rank update of matrices that a module reads one by one, and leaves the bias
-    unchanged."""
+    """Whether an operator may be a low-rank update of stacked matrices that a module reads one by one, and does not
+    change the bias."""
     kind, layer = type(mount.operator), mount.layer
     low_rank = kind.factors is not _Base.factors and kind.merged_bias is _Base.merged_bias
     return low_rank and layer.batch_dims > 0 and not layer.called
 
 
 def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
-    """Returns the operators, innermost first, if all of them only wrap the module's forward; otherwise None."""
+    """Returns the operators of a plan, innermost first, if all of them only wrap the module's forward; otherwise
+    None."""
     others = acting.effects or acting.attention or acting.observers or acting.inputs or acting.attributes
     if others or acting.needs_recompute:
         return None
@@ -238,7 +243,8 @@ def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
 
 
 def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
-    """Returns the low-rank updates of a route's names by position; an empty tuple if any other operator acts."""
+    """Returns the low-rank updates of the injections of a route, with their positions in it. Empty if any other
+    operator acts at the module."""
     if not all(_is_update(mount) for acting in routed for mount in acting.onion):
         return ()
     if any(acting.effects or acting.attention or acting.attributes for acting in routed):
@@ -256,20 +262,21 @@ def _is_update(mount: Mount) -> bool:
 
 @dataclass(eq=False, slots=True)
 class ModulePlan:
-    """The plan of one module under one choice."""
+    """The plan of one module for one choice (active adapters, with their route or composition)."""
 
     key: Key
     acting: ActivePlan
-    """With a route: the plan for the whole batch; attention edits select their rows themselves."""
+    """The operators. With a route: those for the whole batch, in which attention edits select their rows themselves."""
     inner: tuple[Operator, ...] = ()
     outermost: Operator | None = None
-    """The operators, if all of them only wrap the forward: a fast path, which decoding uses."""
+    """`inner` and `outermost` contain the operators if all of them only wrap the forward: a fast path for decoding."""
     routed: tuple[ActivePlan, ...] = ()
-    """With a route: the plan for the rows of each of its names."""
+    """With a route: the plan of each of its injections, for the rows of this injection."""
     updates: tuple[tuple[int, Mount], ...] = ()
-    """With a route: the low-rank updates of its names by position, if no other operator acts at this module."""
+    """With a route: the low-rank updates of its injections, with their positions in it. Empty if another operator acts
+    at this module."""
     composition: Composition | None = None
     branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
     """With a composition: the plan of each branch; branches with the same operators share one object."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
-    """With a composition: the combiners at this module, by injection."""
+    """With a composition: the combiners (operators that combine branches) at this module, by injection."""

@@ -2,7 +2,7 @@
 
 In the order of reading:
 
-- `routing`: the rows of each adapter, and outputs joined row by row.
-- `stacked_operators`: equal operators of several adapters, which run as one.
-- `batched_updates`: low-rank updates of many adapters in one product.
+- `routing`: runs each adapter on its rows, and combines the outputs row by row.
+- `stacked_operators`: runs equal operators of several adapters as one.
+- `batched_updates`: adds the low-rank updates of many adapters with one batched product.
 """

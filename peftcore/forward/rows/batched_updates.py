@@ -1,4 +1,5 @@
-"""Low-rank updates of many adapters in one product: a batch whose rows use different adapters."""
+"""Adds the low-rank updates of many adapters with one batched product, if the rows of a batch use different
+adapters."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ from peftcore.layers.layer import put, take
 def add_updates(
     updates: Sequence[tuple[int, Mount, Factors]], route: Route, y: Tensor, x: Tensor, new: bool = False
 ) -> Tensor:
-    """Add low-rank updates of several injections, each to its rows, with two products for all injections.
+    """Returns the output of a module plus the low-rank updates of several injections, each for its rows. Uses two
+    batched products for all injections.
 
     Args:
-        updates: mounts whose operators are low-rank updates of vectors, with the positions of their injections and
-            their factors.
+        updates: mounts (operators at their sites) whose operators are low-rank updates of vectors, with the positions
+            of their injections in the route and their factors.
         route: the injection of each row.
-        y: the module's output without them ``[rows, ..., out]``.
-        x: its input ``[rows, ..., in]``.
-        new: whether no other code holds `y`, so that the updates may be added in place.
+        y: the module's output without the updates ``[rows, ..., out]``.
+        x: the module's input ``[rows, ..., in]``.
+        new: whether `y` was made for this call and may be changed in place.
     """
     tokens = x.reshape(len(x), -1, x.shape[-1])
     for slices in dict.fromkeys(mount.slices for _, mount, _ in updates):
@@ -43,8 +45,8 @@ def add_updates(
 
 
 def _of_rows(factors: Mapping[int, Factors], route: Route, count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns A ``[count, rank, in]``, B ``[count, out, rank]`` and a scale for each of `count` rows; zeros for rows of
-    the bare base, and for injections without an update at this module. Lower ranks are padded with zeros."""
+    """Returns A ``[count, rank, in]``, B ``[count, out, rank]`` and a scale for each of `count` rows. They are zero for
+    rows of the base model, and for injections without an update at this module. Lower ranks are padded with zeros."""
     first, second, _ = next(iter(factors.values()))
     rank = max(len(A) for A, _, _ in factors.values())
     nothing = first.new_zeros(rank, first.shape[1]), second.new_zeros(len(second), rank), 0.0

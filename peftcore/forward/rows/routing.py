@@ -1,8 +1,9 @@
-"""Per-sample adapters: rows of a batch use different injections, over one base forward where possible.
+"""Rows of a batch that use different injections, with one shared base forward where possible.
 
-There are two strategies. Usually each injection runs on its own rows (`OwnRows`), and the outputs are joined
-(`put_together`). If rows cannot be distinguished, each injection runs on all rows, and its rows are selected from the
-output (`select_rows`); so it is in compiled code too, whose graph must not depend on the assignment of rows.
+There are two strategies. Usually each injection runs only on its rows (`OwnRows`), and the outputs are combined
+(`put_together`). If the rows cannot be separated, each injection runs on all rows, and its rows are selected from the
+output (`select_rows`). Compiled code always uses the second strategy, because its graph must not depend on the
+assignment of rows.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from peftcore.errors import RouteError
 from peftcore.forward.choice.active_adapters import Positions, Route
 from peftcore.forward.context.context import HERE, ForwardContext, forward_context, tensors_in
 from peftcore.forward.context.row_random_numbers import draws_of, own_draws_aside
+from peftcore.layers.adapter_modules import has_submodules
 
 
 class OneForward:
-    """A forward that runs once for the same inputs, however often it is called.
+    """A forward that runs once for the same inputs, even if it is called several times.
 
-    It runs again in an extra pass (`ForwardContext.without`), in which other injections act.
+    In an extra pass (`ForwardContext.without`) it runs again, because other injections act there.
 
     Args:
         run: the forward.
-        module: the module of this forward. If the module has submodules, different inputs raise a RouteError: they
-            would fill caches more than once.
+        module: the module of this forward. If it has submodules, a call with different inputs raises a RouteError,
+            because the module would fill caches twice.
     """
 
     def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
@@ -51,13 +53,13 @@ class OneForward:
         return True
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Returns the output; the first output is kept."""
+        """Returns the output, and stores it if it is the first."""
         if self._asked is None and _running() is self._context:
             self._asked, self._output = (args, kwargs), output
         return output
 
     def changed(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output for other inputs.
+        """Returns the output for inputs that differ from those of the first call.
 
         Raises:
             RouteError: the module has submodules.
@@ -71,7 +73,7 @@ class OneForward:
         Raises:
             RouteError: the module has submodules.
         """
-        if self._module._modules:
+        if has_submodules(self._module):
             raise RouteError(
                 f"an adapter changes the inputs of {type(self._module).__name__}, a module with submodules, which "
                 "would run once for each adapter of the route or composition (and fill caches more than once): remove "
@@ -84,15 +86,15 @@ def _running() -> ForwardContext | None:
 
 
 class OwnRows:
-    """The rows of one injection of a route (or of several equal injections that run as one), while one of their
-    operators runs. The operator sees only these rows of each value that has a row for each row of the batch or of the
-    module's input.
+    """The rows of one injection of a route, while an operator of this injection runs. If several equal injections run
+    as one, their rows. If a value has one row per row of the batch or of the module's input, the operator receives only
+    these rows of it.
 
     Args:
         route: the route.
-        positions: the positions of the injections in the route, whose rows are concatenated in this order; -1 for the
-            rows of the bare base model.
-        count: the number of rows that the module sees: a multiple of the route's rows.
+        positions: the positions of the injections in the route; -1 for the rows of the base model. Their rows are
+            concatenated in this order.
+        count: the number of rows of the module's input, a multiple of the route's rows.
     """
 
     def __init__(self, route: Route, positions: Positions, count: int) -> None:
@@ -101,7 +103,8 @@ class OwnRows:
         self._counts = {count, *self._batch}
 
     def of(self, value: Any) -> Any:
-        """Returns the selected rows of a tensor, or of the tensors in nested containers; other values unchanged."""
+        """Returns the injection's rows of a tensor, or of each tensor in nested containers. Other values are returned
+        unchanged."""
         return of_tensors(self._of, value)
 
     def _of(self, tensor: Tensor) -> Tensor:
@@ -111,23 +114,24 @@ class OwnRows:
         return tensor if index is None else tensor.index_select(0, index)
 
     def of_tokens(self, value: Tensor) -> Tensor:
-        """Returns the selected rows of a tensor ``[batch, tokens]``; with a route of single tokens, the selected tokens
-        ``[own]``."""
+        """Returns the injection's rows of a tensor ``[batch, tokens]``. With a route of single tokens, returns the
+        injection's tokens ``[own]``."""
         if self.route.tokens > 1:
             value = value.flatten()
         index = self.route.own(self.positions, len(value), value.device)
         return value if index is None else value.index_select(0, index)
 
     def told(self, value: Any) -> Any:
-        """Returns the selected entries of a value that a call passes to a method: of a tensor, or of a list with one
-        entry for each row."""
+        """Returns the entries for the injection's rows, from a value that the user passed to `peftcore.call`. The value
+        is a tensor or a list with one entry per row."""
         if isinstance(value, list | tuple) and len(value) in self._batch:
             index = self.route.own(self.positions, len(value), torch.device("cpu"))
             return [*value] if index is None else [value[n] for n in index.tolist()]
         return self.of(value)
 
     def spread(self, value: Any) -> Any:
-        """Returns a value of the selected rows as a value of all rows, with zeros in the other rows."""
+        """Returns a value for all rows of the batch, given a value for the injection's rows. The other rows are
+        zero."""
         return of_tensors(self._spread, value)
 
     def _spread(self, tensor: Tensor) -> Tensor:
@@ -141,13 +145,13 @@ class OwnRows:
 
 
 class OfSomeRows:
-    """A forward of some rows of a batch. As long as no operator changes the inputs, it selects the rows from one shared
-    forward of all rows.
+    """A forward of some rows of a batch. As long as no operator changes the inputs, it selects these rows from the
+    output of one shared forward of all rows.
 
     Args:
-        whole: the shared forward, of the bare base model.
-        given: its arguments, by position and by name.
-        pick: selects the rows in its arguments and outputs.
+        whole: the shared forward, which runs the base model.
+        given: the arguments of the shared forward, by position and by name.
+        pick: selects the rows from arguments and outputs.
     """
 
     def __init__(self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows) -> None:
@@ -158,7 +162,8 @@ class OfSomeRows:
         """Returns the output for these rows.
 
         Raises:
-            RouteError: inputs were changed of a module with submodules, which would run more than once.
+            RouteError: an operator changed the inputs of a module with submodules, which would have to run more than
+                once.
         """
         whole = self._whole
         if not _same(self.given, args, kwargs):
@@ -183,13 +188,14 @@ def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...],
 
 @contextmanager
 def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
-    """Context manager in which operators see only the rows of one injection: in the values of taps, in the values of
-    `peftcore.call` and in the model's inputs. They draw random numbers from the injection's seed, where the route has
-    one.
+    """Context manager in which operators see only the rows of one injection: in the values of taps (values that
+    operators store for each other), in the values of `peftcore.call` and in the model's inputs. If the route has a seed
+    for the injection, random numbers are drawn from it.
 
     Args:
         rows: the rows; None for all rows, with the model's own random numbers.
-        site: the path of the module and the kind of operation, which enter the seed; None where operators do not draw.
+        site: the path of the module and the kind of operation, on which random numbers depend in addition to the seed.
+            None if operators do not draw random numbers.
     """
     context = forward_context()
     outer = context.rows
@@ -208,8 +214,8 @@ def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
 
 
 def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Returns how many rows a module sees, by the first tensor among its arguments. Returns None if the rows cannot be
-    separated: all rows of the batch share one row, or it is unclear whether other arguments have rows."""
+    """Returns the number of rows of a module's input, read from the first tensor among its arguments. None if the rows
+    cannot be separated: all rows of the batch share one row, or it is unclear which other arguments have rows."""
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if first is None or len(first) < 2 or len(first) % len(route.index):
         return None
@@ -218,11 +224,14 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
-    """Whether a module's other arguments whose length is that of the batch certainly have one entry for each row. It is
-    certain for tensors of four dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), and for tensors
-    of three dimensions with the same last dimension as a three-dimensional first argument. Other tensors might be a
-    mask ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each head, so for them it is certain only if
-    no dimension after the first of any argument has that length."""
+    """Whether it is certain which of a module's other arguments have one entry per row.
+
+    This matters for arguments whose first dimension has the length of the batch. It is certain for tensors of four
+    dimensions or more, such as a mask ``[rows, heads, tokens, tokens]``. It is certain for tensors of three dimensions
+    with the same last dimension as a three-dimensional first argument. Other tensors could be a mask ``[tokens,
+    tokens]``, angles ``[tokens, width]`` or a number for each head. For them it is certain only if all other dimensions
+    of all arguments differ from the length of the batch.
+    """
     every = [each for each in tensors_in(others) if each.dim() and each is not first]
     lengths = {count, len(route.index), len(route.index) * route.copies}
     long = {len(each) for each in every if not _has_rows(each, first)} & lengths
@@ -236,18 +245,21 @@ def _has_rows(tensor: Tensor, first: Tensor) -> bool:
 def by_tokens(
     route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Route, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
-    """Returns the arguments with which a module that acts on each token independently is called under a route with
-    `since`: the route of single tokens, the positional and keyword arguments with each token as a row, and a function
-    that restores the usual shape of the output.
+    """Returns the arguments of a module with each token as a row, for a route that begins at certain tokens (`since`).
 
     Args:
         route: the route, which has `since`.
-        args: the module's arguments; tensors ``[batch, tokens, ...]`` among them become ``[batch * tokens, ...]``.
-        kwargs: the keyword arguments.
+        args: the module's arguments. Tensors ``[batch, tokens, ...]`` become ``[batch * tokens, ...]``.
+        kwargs: the keyword arguments, converted in the same way.
+
+    Returns:
+        The route of single tokens, the positional arguments, the keyword arguments, and a function that restores the
+            usual
+        shape of the output.
 
     Raises:
-        MissingContext: a part of the model was called by itself.
-        RouteError: the tokens of the module cannot be identified.
+        MissingContext: the user called a part of the model directly.
+        RouteError: the tokens of the module cannot be identified, or the code is compiled.
     """
     counted = forward_context().tokens
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
@@ -283,8 +295,8 @@ def _as_it_is(output: Any) -> Any:
 
 
 def put_together(parts: Mapping[Any, Any], route: Route) -> Any:
-    """Returns the outputs of a route's positions joined row by row into one output; containers may be nested. Values
-    without rows are taken from the first output."""
+    """Returns one output that contains the rows of all `parts`, in the order of the batch. Outputs may be nested
+    containers. Values without rows are those of the first part."""
     sizes = [sum(route.sizes[each] for each in own) for own in parts]
 
     def join(*tensors: Tensor) -> Tensor:
@@ -303,8 +315,8 @@ def put_together(parts: Mapping[Any, Any], route: Route) -> Any:
 
 
 def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
-    """Returns `output` with the rows of the injection at `position` taken from `other`; both may be nested containers
-    of tensors.
+    """Returns `output` in which the rows of the injection at `position` are replaced by those of `other`. Both may be
+    nested containers of tensors.
 
     Raises:
         RouteError: the number of rows of a tensor does not match the route.
@@ -323,8 +335,8 @@ def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
 
 
 def of_tensors(function: Callable[..., Tensor], *values: Any) -> Any:
-    """Returns the output of a function of tensors. For nested containers of the same structure, the function is applied
-    to the tensors at each place; other values are taken from the first container."""
+    """Returns the output of a function of tensors. If the values are nested containers of the same structure, applies
+    the function to their tensors place by place. Other values are those of the first container."""
     first = values[0]
     if isinstance(first, Tensor):
         return function(*values)

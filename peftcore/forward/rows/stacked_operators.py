@@ -1,7 +1,6 @@
-"""Equal operators of several adapters run as one, by `torch.vmap` over their stacked tensors.
+"""Runs equal operators of several adapters as one, by `torch.vmap` over their stacked tensors.
 
-N adapters of one method and one size, with equal numbers of rows, then dispatch hardly more operations than a single
-adapter.
+If N adapters have the same method, size and number of rows, this launches hardly more operations than a single adapter.
 """
 
 from __future__ import annotations
@@ -25,20 +24,22 @@ from peftcore.layers.kinds import DENSE
 from peftcore.layers.layer import plain_class
 
 Inner = Callable[[ActivePlan], Callable[..., Any]]
-"""Returns the module's forward with the operators of a plan inside it."""
+"""A function that returns the module's forward with the operators of a plan inside it."""
 
 
 Form = Callable[[ActivePlan], ActivationForm | None]
-"""Returns the activation form that a plan takes for the current rows; None where it takes none."""
+"""A function that returns the activation form of a plan for the current rows (an operator on activations instead of the
+weight). None if the plan acts on the weight."""
 Prepare = Callable[[ActivationForm], Any]
-"""Returns the prepared values of an activation form: a tensor, a tuple of tensors, or None."""
+"""A function that returns the prepared values of an activation form: a tensor, a tuple of tensors, or None."""
 
 
 def positions_alike(
     acting: Mapping[int, ActivePlan | None], route: Route, module: nn.Module, form: Form
 ) -> list[Positions]:
-    """Returns the positions of a route in groups that run as one: positions with equal operators and equal numbers of
-    rows, and all positions without operators."""
+    """Returns the positions of a route (the numbers of its adapters) in groups whose operators can run as one.
+    The positions of a group have equal operators and equal numbers of rows. All positions without operators form one
+    group."""
     groups: dict[Hashable, list[int]] = {}
     for position, each in acting.items():
         seeded = position >= 0 and bool(route.seeds) and route.seeds[position] is not None
@@ -49,8 +50,8 @@ def positions_alike(
 
 
 def may_draw(acting: ActivePlan, form: ActivationForm | None) -> bool:
-    """Whether operators of one adapter at a module may draw random numbers: an operator that is not stackable, or that
-    has dropout."""
+    """Whether the operators of one adapter at a module may draw random numbers: one of them is not stackable, or has
+    active dropout."""
     return any(not each.stackable or _draws(each) for each in _operators(acting, form))
 
 
@@ -63,18 +64,18 @@ def as_one(
     form: Form,
     prepare: Prepare,
 ) -> Callable[[], Tensor]:
-    """Returns the function that runs equal operators of several adapters at a module, each on the same number of rows:
-    it returns the output ``[rows, ...]``.
+    """Returns a function that runs equal operators of several adapters at a module, each on the same number of rows.
+    Its output is ``[rows, ...]``.
 
     Args:
         acting: the plan of each adapter.
         module: the module, which is called with one tensor.
-        x: the input ``[rows, ...]``: the rows of these adapters, one adapter after the other.
-        bare: the forward of the bare base model for these rows.
-        inner: the forward with effective tensors.
-        form: the activation form that each takes.
-        prepare: the function that prepares the activation form; called for each adapter separately, since it reads a
-            weight.
+        x: the input ``[rows, ...]``: the rows of the first adapter, then those of the next, and so on.
+        bare: the forward of the base model for these rows.
+        inner: returns the forward with the tensors that the operators of a plan have changed.
+        form: returns the activation form of a plan: an operator on activations instead of the weight.
+        prepare: returns the prepared values of an activation form. It is called for each adapter separately, since it
+            reads a weight.
     """
     forms = [form(plan) for plan in acting]
     plans = [plan if each is None else replace(plan, effects=()) for plan, each in zip(acting, forms, strict=True)]
@@ -127,13 +128,13 @@ def _by_adapter(x: Tensor, count: int) -> Tensor:
 
 
 def _operators(plan: ActivePlan, form: ActivationForm | None) -> list[_Base]:
-    """Returns the different operators of a plan, in order."""
+    """Returns the operators of a plan, each once, in order."""
     mounts = (*(plan.mounts if form is None else form.mounts), *plan.onion)
     return [*{id(mount.operator): mount.operator for mount in mounts}.values()]
 
 
 def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
-    """Returns a plan with its operators replaced, by `id`."""
+    """Returns a plan in which operators are replaced by the `stand_ins`, whose keys are the `id` of each operator."""
 
     def of(mount: Mount) -> Mount:
         return replace(mount, operator=stand_ins[id(mount.operator)])
@@ -147,9 +148,12 @@ def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
 
 
 def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None, seeded: bool) -> Hashable | None:
-    """Returns a key that is equal for plans that differ only in the values of tensors; None for a plan that must run by
-    itself: a plan with operators that are not stackable or that act on matrices (an effective matrix for each adapter
-    would take too much memory), or a `seeded` plan whose operators may draw."""
+    """Returns a key that is equal for plans that differ only in the values of tensors; None if a plan must run by
+    itself.
+
+    It must if an operator is not stackable, if it acts on matrices (an effective matrix for each adapter would take too
+    much memory), or if the plan is `seeded` and its operators may draw random numbers.
+    """
     effects = () if form is not None else acting.effects
     if acting.attributes or acting.attention or any(_dims(module, path, each) > 1 for path, each in effects):
         return None
@@ -181,8 +185,8 @@ def _looks_of_mount(mount: Mount) -> Hashable | None:
 
 
 def _looks_of_module(module: nn.Module) -> Hashable | None:
-    """Returns a key that is equal for modules that differ only in the values of tensors; None for a module that holds
-    more than tensors, plain values and submodules."""
+    """Returns a key that is equal for modules that differ only in the values of tensors. None if a module has hooks, or
+    attributes other than tensors, plain values and submodules."""
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
@@ -234,7 +238,7 @@ def _shared(module: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
-    """Returns an object that computes as the module does, with its tensors replaced by the next `values`."""
+    """Returns an object that computes like the module, but with the next `values` as its tensors."""
     stand_in: nn.Module = object.__new__(plain_class(module))
     fields = dict(vars(module))
     for table in ("_parameters", "_buffers"):

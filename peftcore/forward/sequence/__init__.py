@@ -3,8 +3,8 @@
 In the order of reading:
 
 - `sequence_order`: positions of virtual tokens in the sequences of a batch.
-- `sequence_cache`: transformers' caches that hold virtual tokens.
-- `sequence_masks`: attention masks over virtual tokens.
-- `sequence`: virtual tokens in front of the user's tokens.
-- `sequence_inside`: virtual tokens that are made at inner blocks.
+- `sequence_cache`: transformers' caches that contain virtual tokens.
+- `sequence_masks`: attention masks that include virtual tokens.
+- `sequence`: virtual tokens before the user's tokens.
+- `sequence_inside`: virtual tokens that are computed at inner blocks.
 """

@@ -1,13 +1,14 @@
 """Edits of the token sequence: trained rows in front of a host's token embeddings (soft prompts).
 
-An author writes `rows`; the core inserts them where ids are embedded, in the *stack* (see `peftcore.roles.stacks`), and
-extends masks, positions, token types and caches to match. Outputs keep the shape that they have without the rows: the
-rows are dropped before pooling and scoring, so heads, labels and `generate` see only the user's tokens. If other stacks
-attend to the output of an encoder, the encoder keeps the rows, and the masks of the other stacks get columns for them.
+The author of a method defines `rows`. The core inserts these rows at the module that embeds the token ids, the *stack*
+(see `peftcore.roles.stacks`). It extends masks, positions, token types and caches to match. Outputs keep the shape that
+they have without the rows: the rows are removed before pooling and scoring, so heads, labels and `generate` see only
+the user's tokens. There is one exception: if a decoder attends to the output of an encoder, this output keeps the rows,
+and the decoder's mask of the encoder gets columns for them.
 
-The results equal those of the host run on embeddings that begin with the rows. If a mask shows that a sequence begins
-with padding, the rows follow the padding, so that the sequence gives the same result as alone (the key columns of
-attention weights have this order too). If masks, positions or caches cannot be extended, a `SequenceError` is raised.
+The results equal those of the host for embeddings that begin with the rows. If a mask shows that a sequence begins with
+padding, the rows are inserted after the padding, so the sequence gives the same result as alone. The key columns of
+attention weights have this order too. If masks, positions or caches cannot be extended, a `SequenceError` is raised.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from peftcore.targets.sequence_sites import BODY, ENTRY, FORM, READER, SequenceS
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
 MARKS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
-"""Arguments with an entry for each token, and the entry that the rows in front get. In windowed attention with global
-tokens, the rows are global too: inside a window they would only act on the beginning of a text."""
+"""Arguments with one entry per token, and the entry that rows of the soft prompt get. In windowed attention with global
+tokens, the rows are global too. If they were not, only the tokens at the beginning of a text would attend to them."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
@@ -42,36 +43,39 @@ EMPTY = SequenceCacheView(None, None, held=False)
 
 
 class Rows(NamedTuple):
-    """The output at the rows of a soft prompt, and the column at which the rows end."""
+    """The hidden states at the rows of a soft prompt, and the number of padding columns before these rows."""
 
     states: Tensor
     """``[batch, rows, width]``."""
     behind: Tensor | None
-    """``[batch]``: the number of padding columns before the rows, which is the column of the first token in the output
-    without the rows; None for column 0."""
+    """``[batch]``: the number of padding columns before the soft-prompt rows. In the output without the rows, it is the
+    column of the first token. None if the rows are first."""
 
 
 @dataclass(eq=False)
 class Nest:
-    """The sequence edits of one run of a stack, from the outermost to the one nearest to the blocks, for edits that act
-    inside the stack."""
+    """The sequence edits (operators that insert rows) of one run of a stack (the module that embeds token ids and runs
+    the blocks), outermost first. Used only if an edit acts at inner blocks."""
 
     path: str
     given: Mapping[str, Any]
-    """The user's mask and cache, as the stack received them."""
+    """The user's mask and cache, as the stack of blocks received them."""
     depths: set[int]
-    """The numbers of the blocks whose key positions are needed."""
+    """The numbers of the blocks for which `keys` is computed."""
     edits: dict[str, Order] = field(default_factory=dict)
-    """The positions of each edit's rows in the input of the next edit, by stamp of the operator."""
+    """For each edit (an operator that inserts rows), the positions of its rows in the input of the next inner edit. The
+    key is the stamp of the operator, a unique string."""
     asking: Tensor = field(default_factory=lambda: torch.empty(0))
-    """``[queries]``: the positions of this forward's queries in the full sequence that blocks receive."""
+    """``[queries]``: the positions of this forward's queries in the full sequence of the blocks, which includes all
+    rows."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """The positions of the keys of each block ``[keys]``, by number of the block."""
+    """For each block number, the positions of the attention keys ``[keys]``."""
     made: set[tuple[str, int]] = field(default_factory=set)
-    """The rows that were already made, as (stamp, number of the block)."""
+    """The soft-prompt rows that this run has already computed, as (stamp of the operator, number of the block)."""
 
     def enter(self, stamp: str, order: Order, queries: Tensor, cache: SequenceCacheView) -> None:
-        """Record an edit, and the positions that include its rows; `queries` holds the positions of this forward."""
+        """Record an edit (an operator that inserts rows), and compute the positions of queries and keys with its rows
+        included. `queries` contains the positions of this forward."""
         self.edits[stamp] = order
         self.asking = queries + cache.past
         for depth in self.depths:
@@ -81,7 +85,8 @@ class Nest:
             self.keys[depth] = torch.arange(length, device=queries.device) + offset
 
     def rows_among(self, stamp: str, places: Tensor) -> Tensor:
-        """Returns a mask ``[batch or 1, places]``, True at the given places that hold the rows of an edit."""
+        """Returns a mask ``[batch or 1, places]``: True at those of the positions `places` that contain rows of the
+        given edit."""
         others = torch.zeros_like(places, dtype=torch.bool)[None]
         for each, order in reversed(self.edits.items()):
             places = order.origin(places)
@@ -92,24 +97,26 @@ class Nest:
         raise KeyError(stamp)
 
     def split(self, stamp: str) -> tuple[list[Order], Order, list[Order]]:
-        """Returns three items for one edit: the orders of the edits outside of it, from the inside out; its own order;
-        and the orders of the edits inside of it, from the blocks outwards."""
+        """Returns three items for one edit (an operator that inserts rows): the `Order` of each edit outside it,
+        nearest first; its own `Order`; and the `Order` of each edit inside it, nearest to the blocks first."""
         stamps, orders = list(self.edits), list(self.edits.values())
         at = stamps.index(stamp)
         return orders[:at][::-1], orders[at], orders[at + 1 :][::-1]
 
 
 NEST = Tap()
-"""The current run of a stack in which an edit acts at inner blocks."""
+"""The tap (a value stored for one forward) with the `Nest` of the running stack, if rows are computed at inner
+blocks."""
 
 
 class SequenceOperator(Operator):
-    """Base class of operators with rows in front of the sequence of a stack: subclasses define `rows`."""
+    """Base class of operators that insert rows before the tokens of a stack (the module that embeds token ids and runs
+    the blocks). Subclasses define `rows`."""
 
     known_by = frozenset({"stamp"})
     states: Tap | None = None
-    """The tap in which a training forward stores the `Rows` of the stack's output, for methods that read them; see
-    `row_logits`."""
+    """The tap (a value stored for one forward) in which a training forward stores the `Rows` of the stack's output.
+    Only for methods that read them; see `row_logits`."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
@@ -119,17 +126,18 @@ class SequenceOperator(Operator):
         self.entering = Tap()  # where the rows stand that enter with this forward; None where a cache has them
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or ``[batch,
-        length, width]`` with rows for each sequence."""
+        """Returns the soft-prompt rows to insert before embedded tokens ``[batch, tokens, width]``. The shape is
+        ``[length, width]``, or ``[batch, length, width]`` if each sequence has different rows."""
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the function that acts at one of the operator's sites."""
+        """Returns the function that wraps the forward of `module`. `form` names the module's part in the stack of
+        blocks."""
         acts = {FORM: self._around, ENTRY: self._embed, BODY: self._leave, READER: self._read}
         return functools.partial(acts[form], module)
 
     def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the stack itself."""
+        """Run the stack of blocks with changed arguments, and remove the soft-prompt rows from its output."""
         given = self._bind(FORM, args, kwargs)
         run = self._run if self.stack.entry == self.stack.path else self._wrap
         try:
@@ -138,7 +146,7 @@ class SequenceOperator(Operator):
             self.entering.take()
 
     def _run(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run a stack that takes embeddings instead of ids."""
+        """Run a stack of blocks that accepts embeddings instead of ids."""
         key = next((name for name in CACHES if given.get(name) is not None), None)
         cache = opened(given.get(key) if key else None, self.stamp, self.length)
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
@@ -167,7 +175,8 @@ class SequenceOperator(Operator):
         return _along(output, order.dropped, whole, batch)
 
     def _wrap(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run a stack whose embeddings enter at an inner module; handles the mask and the outputs."""
+        """Run a stack of blocks in which an inner module accepts the embeddings. Extends the mask, and removes the
+        soft-prompt rows from the output."""
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
         order = self._order(given.get(MASK), batch, tokens)
         self.entering.put(order)
@@ -175,7 +184,7 @@ class SequenceOperator(Operator):
         return _along(call(**given), order.dropped, tokens + self.length, batch)
 
     def _embed(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the inner module of a stack at which embeddings enter."""
+        """Run the inner module of a stack of blocks that accepts the embeddings."""
         given, order = self._bind(ENTRY, args, kwargs), self.entering.get() or Order(self.length)
         if self.behind:
             return order.put(self._with_rows(call(**given)))
@@ -183,7 +192,7 @@ class SequenceOperator(Operator):
         return call(**given)
 
     def _begin(self, given: dict[str, Any], order: Order, cache: SequenceCacheView) -> None:
-        """Record the arguments of a stack before they are changed."""
+        """Record the arguments of a stack of blocks before they are changed."""
         nest = NEST.get()
         if nest is not None and nest.path == self.stack.path:
             like = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]
@@ -204,7 +213,7 @@ class SequenceOperator(Operator):
             given[MASK] = front.extend(given[MASK], tokens)
 
     def _put_rows_in(self, module: nn.Module, given: dict[str, Any], order: Order, tokens: int) -> None:
-        """Embed the ids and put the rows in front."""
+        """Embed the ids, and insert the soft-prompt rows before the tokens."""
         _refuse_unknown(given, tokens)
         ids, embeds = given.get(IDS), given.get(EMBEDS)
         if embeds is None:
@@ -217,8 +226,8 @@ class SequenceOperator(Operator):
         given[EMBEDS] = order.put(self._with_rows(embeds))
 
     def _check_positions(self, places: Tensor | None, tokens: int, cache: SequenceCacheView) -> None:
-        """Raise an error if rows and tokens together exceed the positions in the stack's table; `places` are the
-        positions, if given or counted."""
+        """Raise an error if rows and tokens together exceed the stack's table of positions. `places` are the positions
+        that the module receives, or None."""
         if self.stack.positions is None:
             return  # state-space stacks among them, whose caches count nothing
         past = cache.past if cache.held else self.length
@@ -226,7 +235,7 @@ class SequenceOperator(Operator):
             self.stack.check_positions(self.length, past - self.length + tokens, places)
 
     def _with_rows(self, embeds: Tensor) -> Tensor:
-        """Returns embeddings with the rows in front."""
+        """Returns embeddings with the soft-prompt rows before them."""
         rows = self.rows(embeds)
         self.check_here(rows, embeds)
         if rows.shape[-2:] != (self.length, embeds.shape[-1]):
@@ -238,8 +247,8 @@ class SequenceOperator(Operator):
         return torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
 
     def _shifted(self, given: Mapping[str, Any], order: Order, enter: bool) -> dict[str, Any]:
-        """Returns the arguments that count or describe tokens, extended for the rows in front: the positions of the
-        rows start at the position of the first token, and the positions of the tokens follow."""
+        """Returns the changed arguments that count or describe tokens, extended for the soft-prompt rows. The positions
+        of the rows start at the position of the first token, and the positions of the tokens continue after them."""
         count = self.length
         changed = {name: given[name] + count for name in (POSITIONS, STEPS) if given.get(name) is not None}
         if not enter:
@@ -259,14 +268,16 @@ class SequenceOperator(Operator):
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module after the last block, in stacks that pool after it."""
+        """Run the module after the last block, and remove the soft-prompt rows from its output. For stacks that pool
+        afterwards."""
         given = self._bind(BODY, args, kwargs)
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
         order, output = self.entering.get(), call(*args, **kwargs)
         return output if order is None else _along(output, order.dropped, _rows_of(output), len(hidden))
 
     def _read(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a stack that attends to this one's output: its mask gets the rows' columns."""
+        """Run a decoder that attends to this stack's output: its mask of that output gets columns for the soft-prompt
+        rows."""
         given = self._bind(READER, args, kwargs)
         mask, memory = given.get(MEMORY_MASK), given.get(MEMORY)
         if mask is not None and memory is not None:
@@ -283,18 +294,19 @@ class SequenceOperator(Operator):
         return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
 
     def _order(self, mask: Any, batch: int, tokens: int) -> Order:
-        """Returns the order of the rows that enter with this forward."""
+        """Returns the positions of the soft-prompt rows that are inserted in this forward."""
         return Order(self.length, padding_before(mask, batch, tokens), tokens)
 
     def _table(self, module: nn.Module) -> nn.Module:
-        """Returns the token table, which may have been replaced (resized) since; `module` is the stack or its
-        embeddings."""
+        """Returns the current token table, which may have been resized (replaced) after the adapter was applied.
+        `module` is the stack of blocks or its embeddings."""
         below = self.stack.entry[len(self.stack.path) :].lstrip(".")
         return module.get_submodule(self.stack.table.removeprefix(f"{below}."))
 
 
 def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
-    """Refuse an unknown argument with an entry for each token: its entries for the rows are not known."""
+    """Raise SequenceError if an unknown argument has one entry per token, because the entries for the soft-prompt rows
+    are not known."""
     for name, value in given.items():
         along = isinstance(value, Tensor) and name not in KNOWN and value.dim() > 1 and value.shape[1] == tokens
         if along or (name in PACKING and value is not None):
@@ -305,8 +317,8 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
 
 
 def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
-    """Raise SequenceError for packed sequences: without a mask, positions that restart mean that several sequences are
-    packed into one."""
+    """Raise SequenceError if several sequences are packed into one. Without a mask, positions that restart show
+    this."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
     if alone and places.dim() == 2 and not torch.compiler.is_compiling() and bool((places.diff() != 1).any()):
         raise SequenceError(
@@ -315,8 +327,8 @@ def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def _check(output: Any, whole: int | None, tokens: int) -> None:
-    """Check that the output is as long as the sequence (without the rows of the prompt, if they were dropped at an
-    inner module)."""
+    """Check the length of the output. It must equal `whole`, the length with the soft-prompt rows. If `whole` is None,
+    an inner module has already removed the rows, so the output has at most `tokens` positions."""
     rows = _rows_of(output)
     if rows > tokens if whole is None else rows != whole:
         raise SequenceError(
@@ -340,8 +352,8 @@ def _rows_of(output: Any) -> int:
 
 
 def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, batch: int) -> Any:
-    """Returns the output with `change` applied along dimensions of (at least) `whole` places: of hidden states, of the
-    queries of attention weights, and of tensors with all tokens of a batch in one dimension (routers)."""
+    """Returns the output with `change` applied along each dimension of at least `whole` positions: in hidden states, in
+    the queries of attention weights, and in tensors that have all tokens of a batch in one dimension (routers)."""
     if isinstance(output, Tensor):
         if output.dim() == 3 and output.shape[1] >= whole:
             return change(output, 1)
@@ -354,12 +366,12 @@ def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, bat
 
 
 def _with_caches(output: Any, outward: Callable[[Any], Any]) -> Any:
-    """Returns the output with its caches replaced."""
+    """Returns the output with each cache replaced by `outward(cache)`."""
     return _mapped(output, lambda value: outward(value) if is_cache(value) else value)
 
 
 def _mapped(output: Any, change: Callable[[Any], Any]) -> Any:
-    """Returns a structure with `change` applied to its entries."""
+    """Returns a container with `change` applied to its entries; other values unchanged."""
     if isinstance(output, Mapping):
         return type(output)(**{key: change(value) for key, value in output.items()})
     if isinstance(output, list | tuple):

@@ -1,11 +1,12 @@
-"""Caches of transformers that hold, in addition to the user's tokens, the rows that a sequence edit put in front of
-them.
+"""Caches of transformers that contain, besides the user's tokens, the rows that a sequence edit (a soft prompt)
+inserted before them.
 
-Inside the stack the cache counts everything, so masks, positions and windows are those of one long sequence. Outside,
-`generate` slices ids by the length of the cache and makes masks of that length, so there it must count only the user's
-tokens. Hence the class of the user's cache is changed to a *marked* subclass that leaves the rows out of every count,
-and the stack gets a plain cache that shares its layers. The mark records the prompt whose rows the cache holds, so
-using a cache that was filled without them, or with another prompt, raises an error instead of giving wrong results.
+Inside the stack (the module with the blocks) the cache counts rows and tokens, so masks, positions and windows are
+those of one long sequence. Outside, `generate` slices ids by the length of the cache and makes masks of that length, so
+there the cache must count only the user's tokens. For this reason the class of the user's cache is changed to a
+*marked* subclass, whose counts exclude the rows. The stack gets a plain cache that shares its layers. The mark records
+the prompt whose rows the cache contains. If a cache was filled without the rows, or with another prompt, an error is
+raised.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from peftcore.errors import SequenceError
 from peftcore.forward.sequence.sequence_order import Order
 
 Rows = tuple[tuple[str, Order], ...]
-"""The rows in front of a cache, the outermost last: (stamp of the operator, order of the rows)."""
+"""The edits whose rows a cache contains, the outermost last: (stamp of the operator, positions of the soft-prompt
+rows)."""
 
 
 class Marked:
-    """Mixin of marked caches, placed before the cache class: all counts leave out the rows in front."""
+    """Mixin for caches that contain soft-prompt rows: all counts exclude these rows. It is placed before the cache
+    class."""
 
     unmarked: type[Any]
     """The class of the cache without the mark."""
     layers: list[Any]
     rows: Rows
     grown = 0
-    """The capacity added to static layers."""
+    """The number of positions added to the capacity of static layers."""
 
     @property
     def _front(self) -> int:
@@ -63,7 +66,8 @@ class Marked:
         self._follow(lambda before: before.repeat_interleave(repeats))
 
     def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Update the rows' positions when the sequences of the cache are reordered, selected or repeated."""
+        """Update the positions of the soft-prompt rows after the sequences of the cache were reordered, selected or
+        repeated."""
         self.rows = tuple((stamp, order.changed(change)) for stamp, order in self.rows)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +104,7 @@ def _rebuild(base: type[Any]) -> Any:
 
 
 def _view(own: Any, rows: Rows) -> Any:
-    """Returns another cache with the same layers, that counts all but `rows`."""
+    """Returns another cache with the same layers, whose counts exclude `rows`."""
     base: Any = own.unmarked if isinstance(own, Marked) else type(own)
     view: Any = object.__new__(_marked_class(base) if rows else base)
     view.__dict__.update(own.__dict__)
@@ -109,13 +113,13 @@ def _view(own: Any, rows: Rows) -> Any:
 
 
 def _rows(own: Any) -> Rows:
-    """Returns the rows that a cache holds in front."""
+    """Returns the edits whose rows a cache contains."""
     return own.rows if isinstance(own, Marked) else ()
 
 
 def self_attention_cache(cache: Any) -> Any:
-    """Returns the part of a cache that grows with a stack's own tokens: the self-attention cache of a decoder that also
-    attends to an encoder; else the cache itself.
+    """Returns the cache for a stack's own tokens. For a decoder that also attends to an encoder, this is a part of the
+    given cache; otherwise it is the given cache.
 
     Raises:
         SequenceError: the object is not a cache of transformers.
@@ -140,7 +144,7 @@ def _with_own(cache: Any, own: Any) -> Any:
 
 
 def _grows(layer: Any) -> bool:
-    """Whether a layer of a cache has a fixed size for all tokens, not for a window of them."""
+    """Whether a layer of a cache has a fixed capacity for all tokens, and not only for a window."""
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     if isinstance(layer, StaticSlidingWindowLayer):  # mixtures say what their other parent can
@@ -149,14 +153,14 @@ def _grows(layer: Any) -> bool:
 
 
 def _grow(own: Any, count: int) -> None:
-    """Raise the capacity of empty static layers; they are allocated (again) at the next update."""
+    """Increase the capacity of empty static layers by `count`. The next update allocates them again."""
     for layer in filter(_grows, own.layers):
         layer.max_cache_len += count
         layer.is_initialized = False
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache holds anything."""
+    """Whether a cache contains tokens or states."""
     own = self_attention_cache(cache)
     if own.layers and all(own.is_linear):
         return bool(own.has_previous_state())
@@ -165,40 +169,44 @@ def is_filled(cache: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class SequenceCacheView:
-    """A cache as one sequence edit sees it in one forward."""
+    """A cache in one forward, as one sequence edit (a soft prompt) uses it."""
 
     given: Any
-    """The cache of the user, or of the edit outside of this one; None if it does not exist yet."""
+    """The cache that the edit (an operator that inserts rows) receives: from the user, or from another edit around this
+    one. None if the cache is still to be created."""
     inner: Any
-    """The cache for the stack: it counts this edit's rows too."""
+    """The cache that the stack of blocks receives. It counts the soft-prompt rows of this edit (an operator that
+    inserts rows) too."""
     held: bool
-    """Whether the rows are in the cache already; otherwise this forward adds them."""
+    """Whether the soft-prompt rows are in the cache already; otherwise this forward adds them."""
 
     @property
     def order(self) -> Order:
-        """The order of the rows in the cache."""
+        """The positions of the soft-prompt rows in the cache."""
         return _rows(self_attention_cache(self.given))[-1][1]
 
     def counts_places(self, positions: Tensor | None) -> bool:
-        """Whether hidden places between two tokens affect the result: with windows and recurrences, and if the stack is
-        not given positions."""
+        """Whether masked positions between two tokens change the result. They do if the stack of blocks has windows or
+        recurrent layers, or if `positions` is None."""
         own = self_attention_cache(self.inner)
         return positions is None or any(own.is_sliding) or any(own.is_linear)
 
     @property
     def past(self) -> Any:
-        """The number of tokens in the cache, including this edit's rows: a number, or a tensor in static caches."""
+        """The number of tokens in the cache, including the soft-prompt rows of this edit (an operator that inserts
+        rows). It is an int, or a tensor for static caches."""
         return 0 if self.inner is None else self_attention_cache(self.inner).get_seq_length()
 
     def sizes(self, queries: int, sliding: bool) -> tuple[int, int]:
-        """Returns the number and first position of the keys that queries of the layers of one kind will see."""
+        """Returns the number of keys that the next queries see, and the position of the first key. `sliding` selects
+        the layers with windows."""
         own = self_attention_cache(self.inner)
         index = next((index for index, each in enumerate(own.is_sliding) if each == sliding), 0)
         length, offset = own.get_mask_sizes(queries, index)
         return length, offset
 
     def mark(self, mark: tuple[str, Order]) -> None:
-        """Mark the user's cache after the forward has added the rows."""
+        """Mark the user's cache, after the forward has filled it with the soft-prompt rows."""
         if self.given is None or self.held or not is_filled(self.inner):
             return
         own, inner = self_attention_cache(self.given), self_attention_cache(self.inner)
@@ -206,14 +214,15 @@ class SequenceCacheView:
         own.__class__ = _marked_class(type(own))
 
     def abandon(self, count: int) -> None:
-        """Remove the capacity added for the rows, after a forward that failed before it filled the cache."""
+        """Remove the capacity that was added for the soft-prompt rows, if a forward failed before it filled the
+        cache."""
         grew = self.given is not None and not self.held and "grown" in self_attention_cache(self.inner).__dict__
         if grew and not is_filled(self.given):
             _grow(self_attention_cache(self.given), -count)
 
     def outward(self, found: Any, mark: tuple[str, Order]) -> Any:
-        """Returns the cache to give to the user for a cache that the stack returns: the user's own, or a new one,
-        marked."""
+        """Returns the cache that the user gets for a cache `found` in the stack's output: the user's own cache, or a
+        new marked one if the user passed none."""
         if found is self.inner:
             return self.given
         own = self_attention_cache(found)
@@ -223,11 +232,15 @@ class SequenceCacheView:
 
 
 def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
-    """Returns the view of a cache for the stack, which includes the rows of the edit with the given stamp (the
-    operator's identity).
+    """Returns the `SequenceCacheView` of a cache, for an operator that inserts soft-prompt rows.
+
+    Args:
+        cache: the cache that the user passed, or None.
+        stamp: the identity of the operator.
+        count: the number of its rows.
 
     Raises:
-        SequenceError: the cache was filled without the rows of the active edit, or with other rows.
+        SequenceError: the cache was filled without the rows of this operator, or with other rows.
     """
     if cache is None:
         return SequenceCacheView(None, None, held=False)

@@ -1,14 +1,14 @@
-"""Rows that enter inside a stack: at one block, or made again at several blocks.
+"""Rows of a soft prompt that are computed inside a stack of blocks: at one block, or again at several blocks.
 
-The rows are in the sequence from the first block on, like all rows (see `peftcore.forward.sequence.sequence`), so
-masks, positions and all layers of a cache have the same columns. Below the first block at which they are made they are
-zeros that no token sees: the attentions there hide their columns. There the tokens have the same values as without the
-rows, and a block at which rows are made receives the new rows in place of the zeros. Positions that are added to
-embeddings count only the tokens; relative positions (rotary angles, biases by distance) continue after the rows. Rows
-that start at the first block may be counted instead, like words: then all positions continue after them.
+The rows are in the sequence from the first block on (see `peftcore.forward.sequence.sequence`), so masks, positions and
+all layers of a cache have the same columns. Before the first block that computes rows, they are zeros, and the
+attention there hides their columns from the tokens. So the tokens have the same values as without the rows. A block
+that computes rows receives the new rows in place of the zeros. Positions that are added to embeddings count only the
+tokens. Relative positions (rotary angles, biases by distance) continue after the rows. If the first block computes the
+rows, they may be counted like tokens. Then all positions continue after them.
 
-The blocks below may mix tokens only by attention that can hide columns, and the way in which the stack makes positions
-must be known. Other hosts are refused when the method is applied.
+The blocks before the first one that computes rows may mix tokens only by attention that can hide columns, and the core
+must know how the stack makes positions. For other hosts, applying the method raises an error.
 """
 
 from __future__ import annotations
@@ -49,35 +49,35 @@ from peftcore.targets.sites import Site
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
 """Roles of the matrices whose outputs are added to a block's residual stream; their number of outputs is its width."""
 BLOCK = f"{FORM}.block."
-"""The prefix of the form of a block at which rows are made; the number of the block follows it."""
+"""The prefix of the `form` of a site at a block that computes rows. The number of the block follows it."""
 
 
 @dataclass(frozen=True, eq=False)
 class InnerSite(SequenceSite):
-    """A stack in which some blocks make the rows."""
+    """A stack in which some blocks compute the rows of a soft prompt."""
 
     depths: tuple[int, ...] = ()
-    """The numbers of the blocks that make rows, in order."""
+    """The numbers of the blocks that compute rows, in order."""
     hiding: tuple[tuple[AttentionSite, int], ...] = ()
-    """The attentions below the first such block, with the numbers of their blocks."""
+    """The attention sites before the first block that computes rows, with the numbers of their blocks."""
     absolute: bool = False
-    """Whether positions are added to the embeddings from a table, and count only the tokens."""
+    """Whether positions are added to the embeddings from a table. Then they count only the tokens."""
 
 
 def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
-    """Returns how many blocks a stack has."""
+    """Returns the number of blocks in a stack (a module that embeds token ids and runs the blocks)."""
     return len(_blocks(site, resolver))
 
 
 def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counted: bool = False) -> InnerSite:
-    """Returns the site for a stack in which the blocks with the given numbers make rows. With `counted`, the positions
-    of the tokens continue after the rows.
+    """Returns the site for a stack of blocks in which the blocks with the given numbers compute rows. With `counted`,
+    the positions of the tokens continue after the soft-prompt rows.
 
     Raises:
         UnsupportedSite: a block does not exist, receives tokens as the first dimension, or runs several times in a
-            forward; or a module below mixes tokens and cannot hide the rows from them; or the way in which the stack
-            makes positions is not known.
-        PluginError: `counted` is set for rows that enter after the first block.
+            forward; or a module before them mixes tokens and cannot hide the rows; or it is not known how the stack
+            makes positions.
+        PluginError: `counted` is set, but the first of the blocks is not block 0.
     """
     name, stack, blocks = site.module_path or "the host", site.stack, _blocks(site, resolver)
     chosen = tuple(sorted(set(depths)))
@@ -118,7 +118,7 @@ def _blocks(site: SequenceSite, resolver: Resolver) -> list[str]:
 
 
 def _check_width(site: SequenceSite, resolver: Resolver, blocks: Sequence[str]) -> None:
-    """Check that rows are as wide at blocks as in the token table."""
+    """Check that the blocks have the width of the token embeddings."""
     found = (
         entry for role in WIDTHS for entry in resolver.host.entries if (entry.role, entry.block) == (role, blocks[0])
     )
@@ -138,7 +138,8 @@ def _within(path: str, site: SequenceSite) -> bool:
 
 
 def _attentions(site: SequenceSite, resolver: Resolver, below: Mapping[str, int]) -> list[tuple[Site, int]]:
-    """Returns the attentions of the given blocks; no other module there may mix tokens."""
+    """Returns the attention sites of the blocks in `below`, with the block numbers. Raises UnsupportedSite if another
+    module there mixes tokens."""
     found = []
     for entry in resolver.host.entries:
         if entry.block in below and (entry.role.partition(".")[0] == "ssm" or resolver.host.on_grid(entry.module)):
@@ -159,7 +160,8 @@ def _attentions(site: SequenceSite, resolver: Resolver, below: Mapping[str, int]
 
 
 def _check_kinds(site: SequenceSite, first: int) -> None:
-    """Check that attention in the blocks below does not depend on where the sequence begins."""
+    """Check that attention in the blocks before `first` does not depend on the position at which the sequence
+    begins."""
     config = vars(site.module).get("config")
     kinds = getattr(config.get_text_config(), "layer_types", None) if config is not None and first else None
     other = [kind for kind in (kinds or ())[:first] if kind not in KINDS]
@@ -171,7 +173,8 @@ def _check_kinds(site: SequenceSite, first: int) -> None:
 
 
 def _adds_positions(site: SequenceSite, resolver: Resolver, blocks: Sequence[str]) -> bool:
-    """Whether positions are added to embeddings; then the stack must take them, and count them as tables do."""
+    """Whether the stack of blocks adds positions to embeddings. Raises UnsupportedSite if it does so without a
+    `position_ids` argument, or in an unknown way."""
     name = site.module_path or "the host"
     tops = tuple(f"{block}." for block in blocks)
     tables = [entry for entry in resolver.host.entries if entry.role == "embed.pos" and _within(entry.path, site)]
@@ -202,23 +205,23 @@ def _is_table(resolver: Resolver, entry: HostEntry) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """The positions of one edit's rows in one forward of a stack."""
+    """The positions of one edit's rows (the rows of one soft prompt) in one forward of a stack of blocks."""
 
     nest: Nest
     stamp: str
     enter: bool
-    """Whether the rows enter with this forward; otherwise they are in the cache."""
+    """Whether this forward inserts the soft-prompt rows; otherwise the cache contains them."""
 
     def hidden(self, depth: int) -> Tensor:
-        """Returns the mask ``[batch or 1, 1, queries, keys]`` of hidden keys in the attention of a block: the rows are
-        hidden from the tokens, but not from each other."""
+        """Returns the mask ``[batch or 1, 1, queries, keys]`` for the attention of a block, True where a key is hidden.
+        Tokens do not see the soft-prompt rows, but the rows see each other."""
         keys = self.nest.rows_among(self.stamp, self.nest.keys[depth])
         others = ~self.nest.rows_among(self.stamp, self.nest.asking)
         return keys[:, None, None, :] & others[:, None, :, None]
 
     def remade(self, states: Tensor, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Returns the input of a block, ``[batch, places, width]``, with its rows replaced: `make` receives the user's
-        tokens and the current rows."""
+        """Returns the input of a block, ``[batch, positions, width]``, with the edit's rows replaced by the output of
+        `make(tokens, rows)`. Its arguments are the user's tokens and the current rows."""
         outside, order, inside = self.nest.split(self.stamp)
         nearer = []
         for each in inside:
@@ -242,7 +245,8 @@ class Standing:
 
 
 class InnerRows(SequenceOperator):
-    """Base class of operators with rows that are made at blocks of a stack: subclasses define `rows_at`."""
+    """Base class of operators whose soft-prompt rows are computed at inner blocks of a model. Subclasses define
+    `rows_at`."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         if not isinstance(site, InnerSite):
@@ -256,24 +260,24 @@ class InnerRows(SequenceOperator):
         self.standing = Tap(until_backward=True)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Returns the rows that enter the block with number `depth`: ``[length, width]``, or one such for each
-        sequence.
+        """Returns the soft-prompt rows that the block with number `depth` receives: ``[length, width]``, or ``[batch,
+        length, width]``.
 
         Args:
             depth: the number of the block.
-            states: the tokens before the block, ``[batch, tokens, width]``.
-            rows: the rows before the block, ``[batch, length, width]``; at the first block that makes rows, the output
-                of the embeddings or of the blocks below for rows of zeros.
+            states: the user's tokens before the block, ``[batch, tokens, width]``.
+            rows: the rows before the block, ``[batch, length, width]``. At the first block that computes rows, they are
+                the output of the earlier blocks for rows of zeros.
             given: the user's mask and cache by name.
         """
         raise NotImplementedError
 
     def going_on(self, depth: int, states: Tensor, given: Mapping[str, Any]) -> None:
-        """Called instead of `rows_at` when a cache already has the rows, with the states of the new tokens: for
-        operators whose rows would depend on these tokens."""
+        """Called instead of `rows_at` if a cache already contains the soft-prompt rows. `states` are the new tokens
+        before the block. Override it if the rows would depend on these tokens."""
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns the zeros that replace the rows below the first block that makes rows."""
+        """Returns zeros, the values of the soft-prompt rows before the first block that computes rows."""
         return embeds.new_zeros(self.length, embeds.shape[-1])
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -304,7 +308,8 @@ class InnerRows(SequenceOperator):
             self._say_positions(given, like, cache)
 
     def _say_positions(self, given: dict[str, Any], like: Tensor, cache: SequenceCacheView) -> None:
-        """Set the tokens' positions if the user does not: the stack would count the rows too."""
+        """Set the positions of the tokens if the user passes none, because the stack of blocks would count the
+        soft-prompt rows too."""
         if (told := given.get(POSITIONS)) is not None and not cache.held:
             refuse_packing(told if told.dim() > 1 else told[None], given)
         if given.get(MASK) is None and not cache.held:
@@ -332,7 +337,7 @@ class InnerRows(SequenceOperator):
         return changed
 
     def _run_block(self, depth: int, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a block at which rows are made."""
+        """Run a block that computes rows."""
         standing: Standing | None = self.standing.get()
         if standing is None:  # it runs by itself
             return call(*args, **kwargs)
@@ -362,7 +367,7 @@ class InnerRows(SequenceOperator):
 
 
 class Unseen(AttentionOperator):
-    """Hides the rows from the tokens in one attention below the blocks at which they are made."""
+    """Hides the soft-prompt rows from the tokens, in one attention before the first block that computes rows."""
 
     def __init__(self, site: AttentionSite, depth: int, standing: Tap) -> None:
         super().__init__(site)

@@ -1,9 +1,10 @@
-"""Attention masks over a sequence that gets rows in front.
+"""Attention masks over a sequence with the rows of a soft prompt.
 
-A mask shows where a sequence's padding on the left ends, and thus the position of the rows. A two-dimensional mask
-marks padding; the stack makes its attention mask from it, so columns of ones are enough. A four-dimensional mask is
-final: `generate` makes it for static caches, multimodal models for their images. It gets a key column for each row and,
-for rows that enter with this forward, a query row, with the causality and the window of its layers.
+A mask shows how much padding a sequence has on the left, and therefore the position of the rows. A two-dimensional mask
+marks padding. The model computes its attention mask from it, so columns of ones are enough for the rows. A
+four-dimensional mask is passed to the layers directly: `generate` makes it for static caches, multimodal models for
+their images. So it is extended here. It gets a key column for each row. If this forward inserts the rows, it also gets
+a query for each row. Both follow the causality and the window of the layers.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from peftcore.forward.sequence.sequence_order import Order
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
-"""The kinds of attention for which transformers makes separate masks, without kinds whose masks depend on absolute
-positions."""
+"""The kinds of attention for which transformers makes separate masks. Kinds whose masks depend on absolute positions
+are excluded."""
 RECURRENT = ("linear_attention", "conv")
-"""The kinds whose masks, [batch, queries], only cover the tokens of this forward."""
+"""The kinds of layers whose masks ``[batch, queries]`` cover only the tokens of this forward."""
 
 
 def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
-    """Returns the number of hidden places at the beginning of each sequence, [batch], given the mask and the size of
-    the forward with which the rows enter; None if the mask does not show it.
+    """Returns the number of masked positions at the start of each sequence, ``[batch]``; None if the mask does not
+    determine it.
 
-    If a sequence is only padding, its last place counts as a token, after the rows.
+    If a sequence is only padding, its last position counts as a token.
+
+    Args:
+        mask: the host's mask ``[batch, keys]`` or ``[batch, heads, queries, keys]``, or a mapping of masks.
+        batch: the number of sequences in the forward that inserts the soft-prompt rows.
+        tokens: the number of tokens in that forward.
     """
     if isinstance(mask, Mapping):
         told = (padding_before(each, batch, tokens) for each in mask.values())
@@ -42,7 +48,7 @@ def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
 
 
 def hidden_before(mask: Tensor) -> Tensor:
-    """Returns the number of hidden columns at the beginning of a mask, [batch]."""
+    """Returns the number of masked columns at the start of each sequence of a mask, ``[batch]``."""
     seen = mask != 0
     if mask.dim() == 4:
         seen = (mask if mask.dtype == torch.bool else mask.float().exp() > 0).any(dim=2).any(dim=1)
@@ -51,18 +57,18 @@ def hidden_before(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Front:
-    """The rows in front, with the sizes that the masks of one forward need."""
+    """Extends the masks of one forward for the rows of a soft prompt."""
 
     module: nn.Module
     order: Order
-    """The order of the rows."""
+    """The positions of the soft-prompt rows."""
     enter: bool
-    """Whether the rows enter with this forward; otherwise they are in the cache."""
+    """Whether this forward inserts the soft-prompt rows; otherwise the cache contains them."""
     causal: bool
     cache: SequenceCacheView
 
     def extend(self, mask: Any, queries: int) -> Any:
-        """Returns the mask with the rows' columns; `queries` is the number of tokens in this forward.
+        """Returns the mask with columns for the soft-prompt rows; `queries` is the number of tokens in this forward.
 
         Raises:
             SequenceError: the mask is of a kind that cannot be extended.
@@ -78,9 +84,8 @@ class Front:
         return self.order.count
 
     def refuse_late_padding(self, mask: Any, queries: int) -> None:
-        """Raise an error if padding follows the rows and its places count. In a chunked prefill, the first chunk of a
-        short sequence may be only padding, so that the next chunk begins with more padding; the forward of that chunk
-        detects this.
+        """Raise an error if padding follows the soft-prompt rows. This can happen if a prompt is prefilled in chunks:
+        the first chunk of a short sequence is only padding, and the next chunk begins with more padding.
 
         Raises:
             SequenceError: a sequence has padding after the rows.
@@ -120,8 +125,8 @@ class Front:
         return self._padding(mask) if mask.dim() == 2 else self._final(mask, kind == SLIDING)
 
     def _built(self, queries: int) -> Tensor | None:
-        """Returns a mask for a forward without one: without a mask, all earlier tokens are inside the window of each
-        token, which may no longer hold with rows in front."""
+        """Returns a mask for layers with a window if the forward has none. Without a mask, each token sees all earlier
+        tokens. With added rows these may exceed the window."""
         window = self._window()
         if window is None or queries <= window or self._config()._attn_implementation != "sdpa":
             return None
@@ -163,19 +168,21 @@ class Front:
         return window
 
     def _slides_everywhere(self) -> bool:
-        """Whether one mask for all layers is for a window: the model has a window and the same kind of attention in all
-        layers."""
+        """Whether a single mask belongs to layers with a window: the model has a window, and all its layers have the
+        same kind of attention."""
         return self._window() is not None and getattr(self._config(), "layer_types", None) is None
 
 
 def _seen(at: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Returns [queries, keys]: whether queries at the given places see the keys: earlier ones, inside the window."""
+    """Returns ``[queries, keys]`` of bool, given the positions of queries and keys: True for keys at or before the
+    query, and inside the window."""
     seen = keys <= at[:, None]
     return seen if window is None else seen & (at[:, None] - keys < window)
 
 
 def _like(seen: Tensor, mask: Tensor) -> Tensor:
-    """Returns the visibility in the format of the mask: boolean, or 0 for visible and the lowest value for hidden."""
+    """Returns the boolean mask `seen` in the format of `mask`: boolean, or 0 for visible and the lowest value for
+    hidden."""
     if mask.dtype == torch.bool:
         return seen
     return torch.where(seen, mask.new_zeros(()), mask.new_full((), torch.finfo(mask.dtype).min))

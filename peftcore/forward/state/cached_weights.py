@@ -1,4 +1,4 @@
-"""`cache_weights`: a user promises that nothing writes to the weights for a while."""
+"""`cache_weights`: computes effective weights once, while the user promises that the weights do not change."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from peftcore.forward.tensors.cache import caching
 @contextmanager
 def cache_weights(model: nn.Module) -> Iterator[None]:
     """Context manager in which evaluation computes effective weights once, instead of in each forward. The caller
-    promises that nothing writes to the weights of the model and of its adapters until the end of the block.
+    promises that no code changes the weights of the model and of its adapters until the end of the block.
 
         with torch.no_grad(), peftcore.cache_weights(unet):
             for t in scheduler.timesteps:
                 ...
 
     Use it for custom decoding loops and for the steps of a sampler; ``model.generate`` does it automatically. It
-    applies to this thread or task. Methods that change weights (dora, oft, loha) then cost as much as LoRA, and hold a
-    second copy of the changed weights until the block ends. Switching, merging, loading and removing adapters works in
-    the block; so do changes that torch's version counter records. A forward with gradients empties the cache.
+    applies to this thread or task. Methods that change weights (dora, oft, loha) then cost as much as LoRA, and store a
+    second copy of the changed weights until the block ends. Adapters may be switched, merged, loaded and removed in the
+    block. Other changes are safe too if torch's version counter records them. A forward with gradients empties the
+    cache.
 
     Args:
         model: the model, or a part of it. With a model without adapters the block does nothing.

@@ -1,5 +1,5 @@
-"""`generate` caches the values computed from the weights from token to token, since nothing writes to the weights
-within one call. It also records the prompt, which the model may receive in pieces."""
+"""Caches the values computed from weights during one call of `generate`, since no code changes the weights in it. Also
+records the prompt, because the model may receive it in several forwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Generates(Protocol):
 
 
 class GeneratesFromCache(InstanceMethod):
-    """A ``generate`` that computes effective weights once and records its prompt."""
+    """A replacement for a model's ``generate`` that computes effective weights once and records the prompt."""
 
     name = "generate"
     having = Generates
@@ -37,7 +37,7 @@ class GeneratesFromCache(InstanceMethod):
 
 @contextmanager
 def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Context manager in which forwards of the given hosts can read the prompt of ``generate``."""
+    """Context manager that makes the prompt of ``generate`` available to forwards of the given hosts."""
     before = len(HERE.generating)
     rows = next((len(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), 0)
     prompt = _prompt(args, kwargs)
@@ -49,8 +49,11 @@ def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
-    """Returns the prompt that ``generate`` is given, as transformers reads its arguments: where the mask is longer than
-    the ids, the ids continue the cache; otherwise they hold all tokens. None without ids."""
+    """Returns the prompt in the arguments of ``generate``; None if they contain no ids.
+
+    The arguments are interpreted as in transformers. If the mask is longer than the ids, the ids continue the cache.
+    Otherwise the ids contain all tokens.
+    """
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
         return None

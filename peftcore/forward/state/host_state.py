@@ -1,9 +1,9 @@
 """The state of an adapted model: its injections, which of them are active in which threads and tasks, and the open
-forward contexts.
+contexts of forwards.
 
-`HostState` is one plain object on the root of an adapted host. `peftcore.forward.choice.scopes` decides which threads
-and tasks see a choice. A forward that runs inside backward (gradient checkpointing) follows the choice of the forward
-that it repeats; see `peftcore.forward.context.context`.
+`HostState` is one plain object on the root module of an adapted host. `peftcore.forward.choice.scopes` determines which
+threads and tasks use a choice. A forward that runs inside backward (gradient checkpointing) uses the choice of the
+forward that it repeats; see `peftcore.forward.context.context`.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class HostState:
     """Parameters whose requires_grad was turned off; it is turned on again when the last injection is removed."""
 
     slots: dict[Slot, None] = field(default_factory=dict)
-    """Slots of the grafted modules, in the order of grafting, which is their order in memory. Slots plan when the
-    choice changes, so a compiler never traces the planning."""
+    """The slots of the adapted modules, in the order of adaptation, which is their order in memory. When the choice
+    changes, slots compute their plans at once, so torch.compile never traces this."""
 
     watched: SiteWatcher | None = None
     """Checks that adapted modules stay in the model and run."""
@@ -102,39 +102,40 @@ class HostState:
     """The number of injections whose methods read the tokens of a forward."""
 
     tokens: int = 0
-    """The number of rows in the host's token tables when the first adapter was installed; 0 for a host without known
-    token tables."""
+    """The number of rows in the host's token tables when the first adapter was installed; 0 if no token tables are
+    known."""
 
     loaded: Callable[..., None] | None = None
-    """The hook of the host that runs after a state dict was loaded."""
+    """The hook that runs after a state dict was loaded into the host."""
 
     residency: Residency | None = None
-    """Keeps the values of adapters within a limit of bytes, where the user has given one."""
+    """The object that keeps the values of adapters within a limit of bytes; None without a limit."""
 
     running: dict[int, ForwardContext] = field(default_factory=dict)
     """The forwards of the host that run now, in all threads, by id; forwards of compiled models are not included."""
 
     swapping: frozenset[str | None] = frozenset()
-    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`. With
-    None among them all forwards wait, since tensors of the base are exchanged too."""
+    """The injections whose values or operators are being exchanged now, by the thread that holds `swap_lock`. With None
+    among them all forwards wait, since tensors of the base are exchanged too."""
 
     swap_lock: threading.RLock = field(default_factory=threading.RLock)
 
     recorder: Recorder = field(default_factory=Recorder)
     outside: MutableMapping[Token, ForwardContext] = field(default_factory=weakref.WeakKeyDictionary)
-    """The forward contexts of parts that run without the host, by thread. Held here, so that they end with the host."""
+    """By thread, the contexts of parts of the host that the user calls directly. They are stored here, so that they are
+    freed with the host."""
 
     def __post_init__(self) -> None:
         self.choices = Choices(self)
 
     @property
     def choice(self) -> Choice:
-        """The shared choice, for threads and tasks that made no choice."""
+        """The shared choice of active adapters, for threads and tasks that made no choice."""
         return self.choices.choice
 
     def now(self) -> Choice:
-        """Returns the choice of this thread or task; in a forward repeated inside backward, the choice that the first
-        run saw."""
+        """Returns the choice of active adapters for this thread or task. If backward repeats a forward, returns the
+        choice of the first run."""
         if torch.compiler.is_compiling():
             return self.choices.traced()
         if graph_task() != -1:  # repeating(), at every site and token
@@ -142,8 +143,8 @@ class HostState:
         return self.choices.here()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook on the host: opens a forward context. A host without injections keeps the hook while a
-        thread or task may still choose a removed injection, so that its forward raises an error."""
+        """Forward pre-hook on the host: opens a forward context. If all injections were removed, the hook is kept as
+        long as a thread or task may have chosen one of them, so that its forward raises an error."""
         if not self.injections:
             with changing(model):  # waits while another thread applies an adapter
                 if drop_unused(Journal(), model):
@@ -153,15 +154,15 @@ class HostState:
             check_all_act(model, self.injections, self.unmerged(choice.acting))
 
     def can_go(self) -> bool:
-        """Whether no thread needs the state of a host without injections: no limit is set, no thread or task chose a
-        removed injection, and no forward runs, whose context the state has to close."""
+        """Whether the state of a host without injections can be removed. Three things prevent this: a limit of bytes,
+        an open block of another thread or task, and a running forward, because the state has to close its context."""
         return self.residency is None and not self.choices.elsewhere() and not self.running
 
     @contextmanager
     def exchanging(self, name: str, everyone: bool = False) -> Iterator[list[Choice]]:
-        """Context manager in which this thread changes what an injection computes, and in which forwards that name the
-        injection wait before they begin, or with `everyone` all forwards of the host. Yields the choices of the
-        forwards that already run, in all threads."""
+        """Context manager in which this thread may change what an injection computes. New forwards that name the
+        injection wait until its end; with `everyone`, all new forwards of the host wait. Yields the choices of active
+        adapters of the forwards that already run, in all threads."""
         drop_interrupted()
         with self.swap_lock:
             before = self.swapping
@@ -173,33 +174,34 @@ class HostState:
                 self.swapping = before
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook on the host: closes the context, also when the forward raised."""
+        """Forward hook on the host: closes the context, also if the forward raised an exception."""
         return self.recorder.leave(self, model, kwargs, output)
 
     def entered(self, training: bool) -> Choice:
-        """Returns this thread's choice for a grafted module that starts to run; `training` is the module's mode."""
+        """Returns this thread's choice of active adapters for an adapted module that starts to run. `training` is the
+        module's mode."""
         choice = self.now()
         if not torch.compiler.is_compiling():
             self.recorder.visit(self, choice, training)
         return choice
 
     def current(self) -> Active:
-        """Returns the names that act in this thread, in the order in which they were applied."""
+        """Returns the names of the injections that act in this thread, in the order in which they were applied."""
         return self.now().acting
 
     @property
     def made_dense(self) -> list[str]:
-        """The paths of modules that would be quantized without the merged injections."""
+        """The paths of quantized modules that are dense as long as injections are merged."""
         return [path for name in self.merged for path in self.injections[name].made_dense]
 
     @property
     def left_out(self) -> list[str]:
-        """The names of injections that train and are not merged."""
+        """The names of injections with trainable parameters that are not merged."""
         found = [name for name in self.injections if name not in self.merged]
         return [name for name in found if any(p.requires_grad for p in self.injections[name].parameters())]
 
     def unmerged(self, active: Active) -> Active:
-        """Returns the names of `active` that are not merged into the weights.
+        """Returns the names in `active` of injections that are not merged.
 
         Raises:
             UnknownInjection: one of them was removed.
@@ -210,8 +212,8 @@ class HostState:
         return tuple([name for name in active if name not in self.merged]) if self.merged else active
 
     def check_ready(self, choice: Choice) -> None:
-        """Make a starting forward wait while values that it needs are exchanged, and restore offloaded adapters: a
-        choice that had to make room for another one may be in force again.
+        """Wait, before a forward starts, until other threads have finished exchanging values that it needs. Then
+        restore its offloaded adapters: they may have been offloaded while other adapters were active.
 
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
@@ -223,8 +225,8 @@ class HostState:
             self.residency.admit(choice)
 
     def pinned(self, leaving: ChoiceBlock | None) -> set[str]:
-        """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
-        the choice of the block `leaving` does not count."""
+        """Returns the names of the adapters that cannot be offloaded: those that are merged, used by a running forward,
+        or named by a choice in force. Ignores the choice of the block `leaving`."""
         pinned = {*self.merged}
         for choice in self.choices.pinning(leaving):
             pinned.update(choice.named)
@@ -234,15 +236,17 @@ class HostState:
         return pinned
 
     def held(self, choice: Choice) -> AbstractContextManager[None]:
-        """Returns the context manager in which a choice holds only for the code that this thread calls."""
+        """Returns a context manager that sets a choice of active adapters only for the code that this thread calls in
+        the block."""
         return self.choices.held(choice)
 
     def note_backward(self) -> None:
-        """Note that backward runs through the recorded forwards: the next forward begins a new record."""
+        """Record that backward runs through the recorded forwards. The next forward then starts a new record."""
         self.recorder.drained = True
 
     def kept(self, *names: str) -> AbstractContextManager[None]:
-        """Returns the context manager in which the values of injections are on the model and are not offloaded.
+        """Returns a context manager that restores injections on the model and does not offload them until the end of
+        the block.
 
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
@@ -250,7 +254,7 @@ class HostState:
         return nullcontext() if self.residency is None else self.residency.kept(names)
 
     def check_merged(self, choice: Choice) -> None:
-        """Check that forwards under a choice compute the right result while injections are merged.
+        """Check that forwards with a choice of active adapters compute the right result while injections are merged.
 
         Raises:
             MergeError: a merged injection would act although the choice excludes it.
@@ -261,7 +265,7 @@ class HostState:
         """Check that all injections that a choice activates are installed.
 
         Raises:
-            UnknownInjection: one was removed.
+            UnknownInjection: one of them was removed.
         """
         here = self.injections
         for name in choice.acting:
@@ -286,13 +290,13 @@ class HostState:
         )
 
     def ordered(self, names: Iterable[str]) -> Active:
-        """Returns names of injections in the order in which they were applied."""
+        """Returns the given names of injections, in the order in which the injections were applied."""
         wanted = set(names)
         return tuple(name for name in [*self.injections] if name in wanted)  # another thread may add one
 
     def together(self, stack: Active, name: str) -> Active:
-        """Returns the stack that is active while a new injection reads data: the injection alone, if it cannot act
-        together with the others."""
+        """Returns the injections that are active while a new injection reads data. This is `stack`, or only the new
+        injection if it cannot act together with the others."""
         try:
             for slot in [*self.slots]:
                 slot.check_stack(stack)
@@ -301,7 +305,7 @@ class HostState:
         return stack
 
     def replan(self) -> None:
-        """Make every slot plan its operators for the shared choice."""
+        """Compute the plan of every adapted module for the shared choice."""
         choice = self.choice
         if not all(name in self.injections for name in (*choice.active, *choice.bound)):
             return  # its forward is refused
@@ -312,14 +316,14 @@ class HostState:
                 slot.plan(choice)
 
     def forget(self, journal: Journal, name: str) -> None:
-        """Remove an injection from the state, from the stacks of this thread or task, and from the shared stack."""
+        """Remove an injection from the state, from the choices of this thread or task, and from the shared choice."""
         journal.set(self, "reads_tokens", self.reads_tokens - self.injections[name].reads_tokens)
         journal.drop(self, "injections", name)
         self.removals += 1
         self.choices.forget(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles, in which no forward runs."""
+        """Returns the state for copies and pickles, without running forwards."""
         gone = ("outside", "running", "swap_lock", "residency")
         return {key: value for key, value in self.__dict__.items() if key not in gone} | {"swapping": frozenset()}
 
@@ -330,16 +334,19 @@ class HostState:
 
 
 def state_of(model: nn.Module) -> HostState | None:
-    """Returns the host's state; None when nothing was ever applied."""
+    """Returns the host's state; None if no adapter was ever applied."""
     return model.__dict__.get(_KEY)
 
 
 def ensure_state(
     journal: Journal, model: nn.Module, modules: Collection[nn.Module], loaded: Callable[..., None]
 ) -> HostState:
-    """Returns the host's state, which is created if missing. From then on each forward of the host opens a context,
-    `loaded` runs after a state dict was loaded, modules with ``save_pretrained`` save themselves without adapters, and
-    ``generate`` computes effective weights once per call."""
+    """Returns the host's state, and creates it if it is missing.
+
+    A new state has these effects. Each forward of the host opens a context. `loaded` runs after a state dict was
+    loaded. Modules with ``save_pretrained`` save themselves without adapters. ``generate`` computes effective weights
+    once per call.
+    """
     drop_unused(journal, model)  # a new state has a new owner
     state = state_of(model)
     if state is None:
@@ -351,7 +358,7 @@ def ensure_state(
 
 
 def _adapt(model: nn.Module, state: HostState | None) -> None:
-    """Give a new state and its hooks to a model; with None, remove them."""
+    """Add a state and its hooks to a model, or remove the current ones if `state` is None."""
     if state is None:
         return drop_state(Journal(), model)
     model.__dict__[_KEY] = state
@@ -363,7 +370,7 @@ def _adapt(model: nn.Module, state: HostState | None) -> None:
 
 
 def drop_unused(journal: Journal, model: nn.Module) -> bool:
-    """Remove the state of a host if nothing needs it any more; returns whether it was removed."""
+    """Remove the state of a host if it is not needed any more. Returns whether it was removed."""
     state = state_of(model)
     if state is None or state.injections or not state.can_go() or state.choices.around().acting:
         return False
@@ -389,7 +396,7 @@ def drop_state(journal: Journal, model: nn.Module) -> None:
 
 
 def known(model: nn.Module, names: Iterable[str]) -> HostState:
-    """Returns the host's state, if it has injections of all the given names.
+    """Returns the host's state, after checking that the host has all injections with the given names.
 
     Raises:
         UnknownInjection: the host lacks one of the injections.

@@ -1,7 +1,7 @@
-"""The losses that methods add to the loss of the model's output. If the output lacks a loss, they are kept until
-`Injection.losses` takes them.
+"""The losses that methods add to the loss of the model's output. If the output lacks a loss, they are stored until
+`Injection.losses` returns them.
 
-A method computes them in `aux_loss`, or from the model's output in `output_loss`; an operator adds them with
+Methods compute them in `aux_loss`, or from the model's output in `output_loss`. Operators add them with
 `ForwardContext.add_loss`.
 """
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label that transformers ignores in losses."""
 PASSES = 16
-"""The number of runs of each target module, in parts of the model that were called directly, after which their losses
-count as left out of training, since the end of such a forward is not known."""
+"""A limit for parts of the model that the user calls directly, since the end of such a forward is not known. When the
+target modules have run this often on average, the losses of their operators count as left out of training."""
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
-"""Names of the methods for which this process has given notice of losses that were left out."""
+"""Names of the methods for which this process has already logged that losses were left out of training."""
 
 Fate = Literal["wait", "waited", "lost"]
 Entry = tuple[str, Tensor]
-"""A loss, with the name of the injection whose method or operator made it."""
+"""A loss, with the name of the injection to which its method or operator belongs."""
 
 
 class ModelWithLosses(Protocol):
-    """The state of a model, as the losses of its methods need it."""
+    """The state of a model, as `OwnLosses` needs it."""
 
     @property
     def injections(self) -> Mapping[str, Installed]:
@@ -55,15 +55,15 @@ class ModelWithLosses(Protocol):
 
     @property
     def outside(self) -> Mapping[Token, ForwardContext]:
-        """The contexts of parts that run without the host, by thread."""
+        """By thread, the contexts of parts of the model that the user calls directly."""
 
 
 class OwnLosses:
-    """The methods' losses of the last training forward of each thread that were not added to an output, until they are
-    taken.
+    """Stores, for each thread, the methods' losses of the last training forward, if they were not added to an output.
+    `take` returns them.
 
-    The next training forward under the same injections drops losses that were not taken, so the activations of at most
-    one forward are kept.
+    The next training forward with the same injections deletes losses that were not taken. So the activations of at most
+    one forward are kept in memory.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class OwnLosses:
         self._compiled_waits = False
 
     def begin(self, state: ModelWithLosses, acting: Active) -> None:
-        """Drop the waiting losses of the given injections, whose next training forward begins."""
+        """Delete the stored losses of the given injections, because their next training forward begins."""
         if self._compiled_waits or this_thread() in self._waiting:
             entries = self._gathered()
             self._keep(entry for entry in entries if entry[0] not in acting)
@@ -88,17 +88,17 @@ class OwnLosses:
         inputs: Mapping[str, Any],
         fate: Fate,
     ) -> Any:
-        """Returns the output of a training forward with the methods' losses added to its loss; if the output lacks a
-        loss, they wait.
+        """Returns the output of a training forward, with the methods' losses added to its loss. If the output lacks a
+        loss, the losses are stored for `take`.
 
         Args:
             state: the host's state.
             call: the forward's context.
-            seen: the losses of `output_losses`.
+            seen: the losses that `output_losses` returned.
             output: the host's output.
             inputs: the host's arguments by keyword.
-            fate: the handling of losses that cannot be added to the output: they wait, they already waited in the first
-                run of a forward that backward repeats, or they are lost.
+            fate: the handling of losses if the output lacks a loss. "wait": store them. "waited": ignore them, because
+                backward repeats this forward, and the first run stored them. "lost": log a warning.
         """
         acting = () if call.choice is None else call.choice.acting
         entries = [*operator_losses(state, call), *aux_losses(state, acting), *seen]
@@ -126,18 +126,19 @@ class OwnLosses:
             notice(state, self._of_parts(state))
 
     def waits(self, state: ModelWithLosses, name: str) -> bool:
-        """Whether losses of an injection wait in this thread."""
+        """Whether losses of an injection are stored for this thread."""
         self._keep([*self._gathered(), *self._of_parts(state)])
         return any(name == each for each, _ in self._waiting.get(this_thread(), ()))
 
     def take(self, state: ModelWithLosses, name: str) -> list[Tensor]:
-        """Returns the losses of an injection that wait in this thread, with their graph; they wait no longer."""
+        """Returns the stored losses of an injection for this thread, with their graph, and deletes them from the
+        store."""
         entries = [*self._gathered(), *self._of_parts(state)]
         self._keep(entry for entry in entries if entry[0] != name)
         return [loss for each, loss in entries if each == name]
 
     def _gathered(self) -> list[Entry]:
-        """Returns all losses that wait in this thread, and clears them."""
+        """Returns all losses that are stored for this thread, and deletes them from the store."""
         entries = [*self._waiting.pop(this_thread(), ()), *self._compiled]
         self._compiled, self._compiled_waits = [], False
         return entries
@@ -147,7 +148,8 @@ class OwnLosses:
             self._waiting[this_thread()] = kept
 
     def _of_parts(self, state: ModelWithLosses) -> list[Entry]:
-        """Returns the losses of parts that ran by themselves in training, since the last call."""
+        """Returns the losses of parts of the model that the user called directly in training, since the last call of
+        this method."""
         call = state.outside.get(this_thread())
         if call is None or call.choice is None or not call.visits:
             return []
@@ -155,15 +157,16 @@ class OwnLosses:
         return [*operator_losses(state, call), *aux_losses(state, call.choice.acting)]
 
     def __reduce__(self) -> Any:
-        """Copies and pickles begin without losses."""
+        """Copies and pickles contain no losses."""
         return OwnLosses, ()
 
 
 def operator_losses(state: ModelWithLosses, call: ForwardContext) -> list[Entry]:
-    """Returns the losses that operators added in a forward, each with the injection of its operator, and clears them.
+    """Returns the losses that operators added in a forward, each with the injection of its operator, and deletes them
+    from the context.
 
     Raises:
-        TrainingError: a loss was added for a module that is not an operator of an acting injection.
+        TrainingError: `add_loss` was called with a module that is not an operator of an active injection.
     """
     added, call.losses = call.losses, []
     if not added:
@@ -183,11 +186,11 @@ def operator_losses(state: ModelWithLosses, call: ForwardContext) -> list[Entry]
 
 
 def output_losses(state: ModelWithLosses, call: ForwardContext, output: Any) -> list[Entry]:
-    """Returns the losses that methods compute from the output of a forward that is still open; in a route, each method
-    from the rows of its injection.
+    """Returns the losses that methods compute from the output of a forward whose context is still open. With a route,
+    each method gets only the rows of its injection.
 
     Raises:
-        RouteError: the forward is compiled, and a route gives its rows to several adapters.
+        RouteError: the forward is compiled, and a route assigns its rows to several adapters.
     """
     choice = call.choice
     route = None if choice is None else choice.route
@@ -211,8 +214,10 @@ def output_losses(state: ModelWithLosses, call: ForwardContext, output: Any) -> 
 
 
 def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Returns the loss in the output of a host: its entry "loss" or, as in transformers, the scalar at the front of a
-    tuple if the host was called with `return_dict=False` or with labels. None if the output lacks a loss.
+    """Returns the loss in the output of a host; None if the output lacks a loss.
+
+    It is the entry "loss". In a plain tuple, as in transformers, it is a scalar in the first place, if the host was
+    called with `return_dict=False` or with labels.
 
     Args:
         output: the host's output: a mapping, a dataclass or a tuple.
@@ -235,7 +240,7 @@ def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """Returns the host's output with the loss that `loss_in` found replaced by another one."""
+    """Returns the host's output with `loss` in place of the loss that `loss_in` found."""
     if isinstance(output, MutableMapping):
         output["loss"] = loss
         return output
@@ -246,10 +251,10 @@ def with_loss(output: Any, loss: Tensor) -> Any:
 
 
 def acting_injections(state: ModelWithLosses, acting: Active) -> Iterator[tuple[str, Installed]]:
-    """Yields the injections with the given names.
+    """Yields the injections with the given names, each with its name.
 
     Raises:
-        UnknownInjection: one was removed while the forward ran.
+        UnknownInjection: an injection was removed during the forward.
     """
     for name in acting:
         injection = state.injections.get(name)
@@ -272,12 +277,12 @@ def aux_losses(state: ModelWithLosses, acting: Active) -> Iterator[Entry]:
 
 def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | float:
     """Returns the share of this forward in an optimizer step. Models of transformers receive the number of items in all
-    forwards of the step, over all processes, and divide their summed loss by it; the losses of methods are scaled in
-    the same way.
+    forwards of the step, over all processes, and divide their summed loss by it. The losses of methods are multiplied
+    by this share to match.
 
     Args:
         inputs: the arguments of the forward.
-        shifted: whether a token is predicted from those before it, so that the first token does not count.
+        shifted: whether each token is predicted from earlier tokens. Then the first token of a sequence does not count.
     """
     items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if items is None or not isinstance(labels, Tensor):
@@ -288,14 +293,14 @@ def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | f
 
 
 def names_of(state: ModelWithLosses, entries: Iterable[Entry]) -> list[str]:
-    """Returns the names of the methods of the losses, each once."""
+    """Returns the names of the methods to which the losses belong, each once."""
     injections = [state.injections.get(name) for name, _ in entries]
     return list(dict.fromkeys(each.method.name for each in injections if each is not None))
 
 
 def notice(state: ModelWithLosses, entries: list[Entry]) -> None:
-    """Log one line, a warning of the logger "peftcore", for each method whose losses were left out of training; once
-    per method and process."""
+    """Log a warning for each method whose losses were left out of training, with the logger "peftcore". It is logged
+    once per method and process."""
     for method in names_of(state, entries):
         _tell(method)
 
@@ -311,7 +316,7 @@ def _tell(method: str) -> None:
 
 
 def _notice_compiled(*methods: str) -> None:
-    """Give notice while torch compiles, which runs this once and leaves it out of the compiled code."""
+    """Log the warning while torch compiles. Torch runs this once, and does not include it in the compiled code."""
     for method in methods:
         _tell(method)
 

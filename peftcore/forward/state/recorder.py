@@ -1,5 +1,5 @@
-"""Records a host's forwards: two hooks on the root module open and close a context for each forward, so that a layer
-that runs again inside backward finds the forward that it repeats."""
+"""Records a host's forwards. Two hooks on the root module open and close a context for each forward. If a layer runs
+again inside backward, it finds the context of the forward that it repeats."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.recent: list[Choice] = []
-        """The last two different choices of the forwards since the last backward."""
+        """The choices of active adapters in the forwards since the last backward: only the last two different ones."""
         self.drained = False
         self.losses = OwnLosses()
 
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice | None:
-        """Open a context, before the host runs; returns its choice, None where it is traced."""
+        """Open a context before the host runs. Returns the forward's choice of active adapters; None while
+        torch.compile traces."""
         call = ForwardContext(state, None, model, args, kwargs)
         if not torch.compiler.is_compiling():
             drop_interrupted()
@@ -74,7 +75,8 @@ class Recorder:
         return choice
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
-        """Close the context after the host ran, also if it raised."""
+        """Close the context after the host ran, also if it raised an exception. Returns the output with the methods'
+        losses, or None if the output does not change."""
         if not HERE.calls:
             return None  # tracing failed half-way: nothing was opened here
         call, seen = HERE.calls[-1], []
@@ -98,7 +100,7 @@ class Recorder:
         return output
 
     def note(self, choice: Choice) -> None:
-        """Record that a forward runs under this choice, which backward may repeat."""
+        """Record the choice of active adapters of a forward that backward may repeat."""
         if self.drained:
             self.recent, self.drained = [], False
         if self.recent and self.recent[-1] is choice:
@@ -108,7 +110,7 @@ class Recorder:
 
     @contextmanager
     def unrepeated(self) -> Iterator[None]:
-        """Context manager for forwards that no backward repeats: the record of other forwards stays unchanged."""
+        """Context manager for forwards that backward never repeats. They are not recorded."""
         recent, drained = self.recent, self.drained
         try:
             yield
@@ -116,8 +118,8 @@ class Recorder:
             self.recent, self.drained = recent, drained
 
     def visit(self, state: HostState, choice: Choice, training: bool) -> None:
-        """Record that a grafted module runs. If the host itself does not run (`forward_features`, or an encoder by
-        itself), this opens a context without inputs, until the next forward of the host."""
+        """Record that an adapted module runs. If the user called a part of the host directly (`forward_features`, or an
+        encoder), this opens a context without inputs. It is used until the next forward of the host."""
         if HERE.calls:
             return
         state.check_ready(choice)
@@ -138,8 +140,9 @@ class Recorder:
 
 
 def _fate(state: HostState) -> Fate:
-    """Returns the handling of losses that cannot be added to the output. Inside backward, they already waited in the
-    first run of the forward, unless it ran without gradients, in a reentrant checkpoint around the host."""
+    """Returns how losses are handled if the output lacks a loss; see `OwnLosses.end`. Inside backward, the first run of
+    the forward has stored them ("waited"). If it ran without gradients, in a reentrant checkpoint around the host, they
+    are "lost"."""
     if torch.compiler.is_compiling() or not repeating():
         return "wait"
     task, _ = HERE.announced.get(id(state), (-1, None))
@@ -157,11 +160,12 @@ def _check_rows(call: ForwardContext, route: Route) -> None:
 
 
 def replayed(state: HostState) -> Choice:
-    """Returns the choice of the forward whose modules are now run again inside backward.
+    """Returns the choice of active adapters of the forward whose modules now run again inside backward.
 
     Raises:
-        AmbiguousBackward: forwards under different choices came before this backward, and it is unclear which one is
-            repeated: a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
+        AmbiguousBackward: forwards with different choices ran before this backward, and it is unclear which one is
+            repeated. Reasons are a nested reentrant checkpoint, or a loss that was not computed from the host's
+            outputs.
     """
     if HERE.calls and (extra := HERE.calls[-1]).extra and extra.state is state and extra.choice is not None:
         return extra.choice

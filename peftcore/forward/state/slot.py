@@ -1,4 +1,4 @@
-"""The slot of an adapted module: its operators, and the plans for each choice."""
+"""The slot of an adapted module: its operators, and one plan for each choice of active adapters."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ Tables = tuple[Mapping[str, Tensor | None], ...]
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """The attention operators inside one attention module in one forward."""
+    """The edits (operators inside attention) of one attention module in one forward."""
 
     mounts: tuple[Mount, ...]
     slot: Slot
-    """The module's slot; the attention function that applies the edits marks it as run."""
+    """The module's slot, in which `run_edits` records that the module ran."""
     route: Route | None = None
-    """If rows use different injections: the route. Each mount acts on the rows of its injection."""
+    """The route, if rows of the batch use different injections. Each mount acts only on the rows of its injection."""
 
 
 class Slot:
-    """The state of one grafted module: its mounts, whether it ran, and its plans."""
+    """The state of one adapted module: its mounts (operators at their sites), whether it ran, and its plans."""
 
     def __init__(self, state: HostState) -> None:
         self.state = state
@@ -55,9 +55,10 @@ class Slot:
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]
-        """Whether the module ran in evaluation and in training, recorded while the host watches runs."""
+        """Whether the module ran in evaluation, and whether it ran in training. Recorded while the host watches
+        runs."""
         self.runs: int | None = None
-        """How often the module ran in this forward, where `WatchedSites` counts."""
+        """The number of runs in this forward; None if `WatchedSites` does not count them."""
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}
@@ -72,18 +73,20 @@ class Slot:
         return open_cache(self.state)
 
     def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-        """Returns effective tensors, from the cache while one is open, so that decoding does not recompute every
-        weight."""
+        """Returns the effective tensors (changed by the operators). If a cache is open, they are stored in it, so that
+        decoding does not compute every weight again."""
         made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
     def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Pair] | None:
-        """Returns the low-rank updates of tensors that the module reads, from the cache while one is open."""
+        """Returns the low-rank updates of the tensors that the module reads. If a cache is open, they are stored in
+        it."""
         made: Mapping[str, Pair] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
         return made
 
     def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
-        """Returns a function that returns one effective tensor, from the cache while one is open."""
+        """Returns a function that returns one effective tensor (changed by the operators). If a cache is open, it is
+        stored there."""
         return lambda path, make: self._cached(("effective", path), module, acting, make)
 
     def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
@@ -94,7 +97,8 @@ class Slot:
         return cache.get((self, what), self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
-        """Returns the output of an operator's `prepare` for its activation form, from the cache while one is open."""
+        """Returns the result of an operator's `prepare`, for an operator that acts on activations instead of the
+        weight. If a cache is open, the result is stored there."""
         cache = self.cache
         if cache is None:
             return activation_form.prepare(module)
@@ -103,9 +107,9 @@ class Slot:
         return cache.get((self, activation_form.mount), sources, under, lambda: activation_form.prepare(module))
 
     def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
-        """Returns all tensors of the module and of the operators that act. The operators' tables are looked up once,
-        since decoding needs them at every token; the module's tables are read each time, since submodules may be
-        replaced."""
+        """Returns all tensors of the module and of its active operators. The dicts of the operators' parameters and
+        buffers are looked up once, since decoding needs them at every token. Those of the module are looked up each
+        time, since submodules may be replaced."""
         mounts = acts.mounts
         asked = self.asked.get(mounts)
         if asked is None:
@@ -114,23 +118,26 @@ class Slot:
         return [each for table in (*below, *asked) for each in table.values() if each is not None]
 
     def unwritten(self, module: nn.Module, acting: ActivePlan, inputs: Sequence[Tensor] = ()) -> Unwritten:
-        """Returns the inputs, and the parameters from which effective tensors are computed, as they are now. Buffers of
-        the module may change in its forward (running statistics), and gathering changes the parameters that FSDP
-        manages."""
+        """Returns a record of the current versions of the inputs, and of the parameters from which effective tensors
+        are computed.
+
+        Buffers of the module are not included, because its forward may change them (running statistics). Parameters
+        that FSDP manages are not included, because gathering changes them.
+        """
         if MANAGED in vars(module):
             return Unwritten(inputs, lambda: self.rewritten)
         operators = (parameter for mount in acting.mounts for parameter in mount.operator.parameters())
         return Unwritten((*inputs, *module.parameters(), *operators), lambda: self.rewritten)
 
     def plan_for(self, choice: Choice) -> ModulePlan:
-        """Returns the plan of this module under a choice, without merged injections."""
+        """Returns the plan of this module for a choice of active adapters. It does not contain merged injections."""
         planned = self.planned  # read once: another thread may plan anew
         if planned is not None and planned.key == choice.key:
             return planned
         return self._plan(choice)  # a thread that chose for itself
 
     def plan(self, choice: Choice) -> None:
-        """Plan ahead for the choice of the host's owner."""
+        """Compute the plan for the shared choice of active adapters in advance."""
         plans = self.plans
         self.planned = self._plan(choice)
         if self.plans is not plans:  # another thread called `changed` meanwhile: the plan may be one of before
@@ -183,7 +190,7 @@ class Slot:
         return {mount.name: mount.operator for mount in mounts if isinstance(mount.operator, Combiner)}
 
     def check_mixed(self, composition: Composition, active: Active) -> None:
-        """Check that the parts of a combiner that mixes the inputs of this module change only inputs here.
+        """Check that the parts of a combiner change only the inputs of this module, if the combiner mixes these inputs.
 
         Raises:
             CompositionError: a part changes more than the input.
@@ -228,7 +235,8 @@ class Slot:
         return acting
 
     def with_active(self, tensor: str, stored: Tensor) -> Tensor:
-        """Returns a tensor of the module, given as it is stored, with the injections that are active now."""
+        """Returns a tensor of the module with the effects of the active injections. `stored` is the tensor as it is
+        stored."""
         active = self.state.unmerged(self.state.now().active)
         with torch.no_grad():
             for mount in (each for name in active for each in self.mounts.get(name, ())):
@@ -246,5 +254,5 @@ class Slot:
 
 
 def slot_of(module: nn.Module) -> Slot | None:
-    """Returns the module's slot; None when it is not grafted."""
+    """Returns the module's slot; None if the module is not adapted."""
     return module.__dict__.get(SLOT)

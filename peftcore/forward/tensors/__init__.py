@@ -2,9 +2,9 @@
 
 In the order of reading:
 
-- `view`: a module with other tensors, for one forward.
-- `cache`: values computed from weights, kept while the weights do not change.
-- `recompute`: effective weights in training, computed again in backward.
+- `view`: a copy of a module with other tensors, for one forward.
+- `cache`: stores values computed from weights while the weights do not change.
+- `recompute`: frees effective weights after the forward, and computes them again in backward.
 - `mount`: one operator at one tensor or around one module.
-- `expert_updates`: lazy weights for low-rank updates of stacked experts.
+- `expert_updates`: lazy weights, which represent low-rank updates of stacked experts.
 """

@@ -1,8 +1,9 @@
-"""Values computed from weights, such as effective weights, kept while the weights are known not to change: within one
+"""Caches values computed from weights, such as effective weights, while the weights are known not to change: within one
 call of `generate`, and within `cache_weights`.
 
-Everywhere else each forward computes them again. Some writes to a weight cannot be detected: through `.data`, a numpy
-view, a fused optimizer or a collective. Without the promise, a cached value could then be silently wrong.
+Everywhere else each forward computes them again, because some writes to a weight cannot be detected: through `.data`, a
+numpy view, a fused optimizer or a collective operation. If the user has not promised that the weights do not change, a
+cached value could then be wrong without an error.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 
 
 class WeightCache:
-    """Values by key, each with the tensors from which it was computed. It is cleared when the block that opened it
-    ends.
+    """Stores values by key, each with the tensors from which it was computed. The cache is cleared at the end of the
+    block that opened it.
 
-    Changes that torch's version counter records, and replaced tensors, are still detected.
+    It still detects replaced tensors, and changes that torch's version counter records.
     """
 
     def __init__(self) -> None:
@@ -31,11 +32,11 @@ class WeightCache:
         return len(self._values)
 
     def get(self, what: Hashable, sources: Sequence[Tensor], under: tuple[object, ...], make: Callable[[], Any]) -> Any:
-        """Returns the cached value, or the result of `make`, which is then cached.
+        """Returns the cached value, or calls `make` and caches its result.
 
         Args:
-            what: the key; the cache keeps the last value of each.
-            sources: the tensors from which `make` computes it.
+            what: the key. For each key, only the last value is kept.
+            sources: the tensors from which `make` computes the value.
             under: other objects that the value depends on, compared by identity.
             make: computes the value, without gradients.
         """
@@ -73,7 +74,7 @@ _OPEN: ContextVar[tuple[tuple[object, WeightCache], ...]] = ContextVar("open_cac
 
 
 def open_cache(state: object) -> WeightCache | None:
-    """Returns the cache of a host in this thread or task; None outside of all blocks."""
+    """Returns the open cache of a host in this thread or task; otherwise None."""
     for owner, cache in _OPEN.get():
         if owner is state and cache.open:
             return cache

@@ -1,9 +1,9 @@
-"""Lazy weights: represent W + BA without materializing it, in modules that read `weight` themselves.
+"""Lazy weights: they represent W + BA without computing the sum, for modules that read `weight` themselves.
 
-Experts are stacked parameters and not layers, so no update can wrap their forward. But a module only multiplies by such
-a weight, or selects the matrix of one expert. In training it reads a lazy weight: a product with W + BA is computed as
-one product with W and two with the factors. Neither an effective weight nor a gradient of its size is made. Any other
-operation computes the effective tensor first.
+Experts are stacked parameters and not layers, so an update cannot wrap their forward. But such a module only multiplies
+by the weight, or selects the matrix of one expert. In training it reads a lazy weight, and a product with W + BA is
+computed as one product with W and two with the factors. Neither the sum nor a gradient of its size is stored. Any other
+operation computes the sum (the effective tensor) first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALIGNED = 16
 
 
 class _Whole:
-    """The effective tensor, computed when it is first read. From then on all reads use this tensor, because a module
+    """Computes the effective tensor W + BA when it is first read. Later reads return the same tensor, because a module
     may have changed it in place."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
@@ -45,7 +45,8 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Parts:
-    """``weight + left right``, for the part of the whole that `view` selects."""
+    """The weight and the factors of ``weight + left right``. `view` selects the same part from the whole effective
+    tensor."""
 
     weight: Tensor
     """``[*experts, a, b]``."""
@@ -58,7 +59,8 @@ class _Parts:
 
     @cached_property
     def _one_by_one(self) -> tuple[tuple[Tensor, ...], ...]:
-        """The stacked tensors unbound at once, so that backward stacks the gradients once, and not for each expert."""
+        """The tensors of all experts, unbound at once. So backward stacks their gradients once, and not for each
+        expert."""
         return self.weight.unbind(), self.left.unbind(), self.right.unbind()
 
     def one(self, expert: int) -> LowRankUpdatedWeight:
@@ -82,14 +84,14 @@ class _Parts:
 
 
 class LowRankUpdatedWeight(Tensor):
-    """A lazy weight of the shape, dtype and device of the effective tensor, without storage: code that reads its values
-    gets the values of the effective tensor, or an error."""
+    """A lazy weight: it represents W + BA without computing the sum. It has the shape, dtype and device of the sum, but
+    lacks storage. Code that reads its values gets those of the sum, or an error."""
 
     parts: _Parts
 
     @staticmethod
     def of(parts: _Parts) -> LowRankUpdatedWeight:
-        """Returns a lazy weight; a gradient of the effective tensor flows through it, too."""
+        """Returns a lazy weight for the given parts. Gradients of the sum W + BA flow through it too."""
         tensors = parts.weight, parts.left, parts.right
         made: Any = apply(_Gradient, *tensors) if torch.is_grad_enabled() else _stand_in_for(parts.weight)
         made.parts = parts
@@ -97,7 +99,7 @@ class LowRankUpdatedWeight(Tensor):
         return lazy_weight
 
     def effective(self) -> Tensor:
-        """Returns the effective tensor."""
+        """Returns the effective tensor W + BA."""
         return self.parts.view(self.parts.whole())
 
     @classmethod
@@ -118,14 +120,14 @@ class LowRankUpdatedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Handles operations called from elsewhere, where autograd has already recorded the gradients."""
+        """Handles operations that other code calls, after autograd has recorded the gradients."""
         args, kwargs = tree_map_only(LowRankUpdatedWeight, lambda each: each.effective().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class _Gradient(torch.autograd.Function):
-    """Makes a lazy weight. Functions with a custom backward may take it and return the gradient of the effective
-    tensor."""
+    """Autograd function that makes a lazy weight (a stand-in for W + BA). Functions with a custom backward may use the
+    lazy weight and return the gradient of the effective tensor."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -146,15 +148,16 @@ def _stand_in_for(weight: Tensor) -> Tensor:
 
 
 Pair = tuple[Tensor, Tensor]
-"""``[*experts, out, rank]`` and ``[*experts, rank, in]``; their product is the update."""
+"""The factors ``[*experts, out, rank]`` and ``[*experts, rank, in]``, whose product is the update."""
 
 
 def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Pair | None:
-    """Returns the low-rank update of a tensor, in its dtype; None where a mount lacks factors for matrices.
+    """Returns the low-rank update of a tensor, in the tensor's dtype; None if a mount (operator at a site) lacks
+    factors for matrices.
 
     Args:
-        stored: the tensor as the module stores it; its logical layout is ``[*experts, out, in]``.
-        mounts: the mounts that act on it.
+        stored: the tensor as the module stores it. Its logical layout is ``[*experts, out, in]``.
+        mounts: the mounts that act on the tensor.
     """
     if type(stored) not in DENSE:
         return None
@@ -171,7 +174,7 @@ def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Pair | None:
 
 
 def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
-    """Returns B with zeros for the slices outside the mount."""
+    """Returns B for the whole tensor, with zeros outside the slices of the mount."""
     if mount.slices is None:
         return B
     shape = mount.layer.logical(stored).shape
@@ -179,16 +182,16 @@ def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
 
 
 def lazy_weight(stored: Tensor | None, layer: Layer, factors: Pair, make: Callable[[], Tensor]) -> Tensor:
-    """Returns a lazy weight for a stored tensor with its update; `make` computes the effective tensor, in the same
-    layout."""
+    """Returns a lazy weight for a stored tensor and its update. `make` computes the effective tensor in the layout of
+    the stored one."""
     assert stored is not None
     logical = LowRankUpdatedWeight.of(_Parts(layer.logical(stored), *factors, _Whole(make), layer.logical))
     return layer.stored(logical)
 
 
 def _open(lazy_weight: Any, *others: Any) -> _Parts | None:
-    """Returns the parts of a lazy weight that is not computed yet; None if it is computed, or if one of the other
-    tensors is a lazy weight too."""
+    """Returns the parts of a lazy weight (a stand-in for W + BA), so that products can use them. None if the effective
+    tensor was already computed, or if another argument is a lazy weight too."""
     if type(lazy_weight) is not LowRankUpdatedWeight or any(type(other) is LowRankUpdatedWeight for other in others):
         return None
     return None if lazy_weight.parts.whole.tensor is not None else lazy_weight.parts
@@ -254,7 +257,7 @@ def _turn(lazy_weight: Any) -> Any:
 
 
 _GROUPED: Any = vars(torch).get("_grouped_mm")
-"""The function that torch's own `grouped_mm` calls; older versions have neither."""
+"""The function that torch's `grouped_mm` calls; None in older versions of torch."""
 _GETS: Any = vars(torch._C.TensorBase)
 _LOOKS: frozenset[Any] = frozenset(
     [
@@ -262,7 +265,7 @@ _LOOKS: frozenset[Any] = frozenset(
         *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "is_floating_point", "__len__")),
     ]
 )
-"""Functions that read no value."""
+"""Functions that read no values of a tensor."""
 _ACTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), _matmul),
@@ -273,6 +276,6 @@ _ACTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.transpose, Tensor.transpose, _GETS["mT"].__get__), _transpose),
     **dict.fromkeys((torch.t, Tensor.t, _GETS["T"].__get__), _turn),
 }
-"""Functions that are computed from the parts."""
+"""Functions that are computed from the parts of a lazy weight."""
 if _GROUPED is not None:
     _ACTS[_GROUPED] = _grouped

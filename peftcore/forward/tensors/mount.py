@@ -1,4 +1,4 @@
-"""A mount: one operator at one site, with its effect on a tensor or around a forward."""
+"""A mount: one operator at one site. It changes a tensor, or wraps a forward."""
 
 from __future__ import annotations
 
@@ -16,20 +16,26 @@ from peftcore.layers.layer import Layer, Slices, bias_name, overlap, put, take
 
 @dataclass(eq=False, slots=True)
 class Mount:
-    """One operator at one site, as an entry of the slot of the site's module."""
+    """One operator at one site. Mounts are stored in the slot of the site's module."""
 
     name: str
     operator: _Base
     form: str
-    """"activation": around the module's forward; "weight": on one tensor; "attention": inside an attention module,
-    around the function that its queries, keys and values pass through."""
+    """How the operator acts. "activation": around the module's forward. "weight": on one tensor. "attention": inside an
+    attention module, around the function that receives queries, keys and values."""
     tensor: str
     layer: Layer
     slices: Slices | None = None
 
     def effective(self, stored: Tensor | None, like: Tensor, runs: bool = False) -> Tensor:
-        """Returns the effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host lacks
-        the tensor): as a merge writes it, or with `runs` as a forward uses it, with dropout in training."""
+        """Returns the tensor with this operator's change, in storage layout.
+
+        Args:
+            stored: the tensor as stored; None if the host lacks it.
+            like: gives the dtype if `stored` is None.
+            runs: True for the tensor that a forward uses, with dropout in training. False for the tensor that a merge
+                writes.
+        """
         operator = self.operator
         if runs and isinstance(operator, Operator) and operator.training and operator.input_dropout:
             raise TrainingError(
@@ -46,8 +52,12 @@ class Mount:
         return self.layer.stored(put(logical, part, self.slices, self.layer.batch_dims))
 
     def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """Returns the effective bias that belongs to `effective`; `weight` is a function that reads the stored
-        weight."""
+        """Returns the bias as this operator changes it, to match the weight that `effective` returns.
+
+        Args:
+            bias: the bias; None if the host lacks it.
+            weight: a function that returns the stored weight.
+        """
         dim = self.layer.batch_dims
 
         def logical() -> Tensor:
@@ -63,7 +73,7 @@ class Mount:
         return put(bias, part.to(bias.dtype), self.slices, dim)
 
     def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-        """Returns the module's forward with this operator as the next onion layer around it."""
+        """Returns the forward `call`, wrapped in this operator."""
         if self.slices is None:
             assert isinstance(self.operator, Operator)
             return functools.partial(self.operator.at(self.form, module), call)
@@ -71,7 +81,7 @@ class Mount:
 
 
 class HeldSlices(Held):
-    """The slices of a weight and bias at which a mount acts."""
+    """The slices of a module's weight and bias at which a mount acts."""
 
     def __init__(self, mount: Mount, module: nn.Module) -> None:
         self._mount, self._module = mount, module
@@ -93,7 +103,8 @@ class HeldSlices(Held):
 def around_slices(
     operate: Callable[..., Any], mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run an onion layer on some slices of the output: the slices of one part of a fused projection."""
+    """Run an operator on some slices of the output of `call`, such as one part of a fused projection. Returns the whole
+    output."""
     slices, dim = mount.slices, mount.layer.channel_dim
     whole: list[Tensor] = []
 
@@ -110,18 +121,18 @@ def around_slices(
 
 
 Cast = Callable[[Any], Any]
-"""Raises the precision of a tensor, for results that are written once."""
+"""A function that raises the precision of a tensor, for results that are written once (merges)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """The effect of a mount on a tensor: on the mounted weight, or on the bias of that weight."""
+    """The effect of a mount on a weight, or on the bias that belongs to the weight."""
 
     mount: Mount
     before: tuple[Mount, ...] | None = None
     """For a bias, the mounts that act earlier on its weight; for a weight, None."""
     runs: bool = True
-    """False for the values that a merge writes."""
+    """True for the tensors of a forward, False for those that a merge writes."""
 
     def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
         """Returns the stored tensor after this effect."""
@@ -138,7 +149,7 @@ class Effect:
 
 
 def effects_of(mounts: Iterable[Mount], runs: bool = True) -> dict[str, list[Effect]]:
-    """Returns the effects on each tensor of a module, in order: an operator may act on a weight and on its bias."""
+    """Returns the effects on each tensor of a module, in order. One operator may change a weight and its bias."""
     effects: dict[str, list[Effect]] = {}
     for mount in mounts:
         earlier = effects.setdefault(mount.tensor, [])
@@ -150,8 +161,8 @@ def effects_of(mounts: Iterable[Mount], runs: bool = True) -> dict[str, list[Eff
 
 
 def overridden(mounts: Mapping[str, Sequence[Mount]], active: Iterable[str]) -> Iterator[tuple[Mount, Mount]]:
-    """Yields each mount whose effect on a tensor is overridden by a later injection, with the mount that overrides
-    it."""
+    """Yields pairs of mounts. The effect of the first on a tensor is lost, because the second belongs to a later
+    injection and replaces the value."""
     earlier: dict[str, list[Mount]] = {}
     for name in active:
         own = mounts.get(name, ())
@@ -172,8 +183,8 @@ def _as_it_is(tensor: Any) -> Any:
 def fold(
     module: nn.Module, effects: Iterable[Effect], tensor: Tensor | None, like: Tensor, cast: Cast = _as_it_is
 ) -> Tensor | None:
-    """Returns the stored tensor after all effects; a new tensor gets the dtype of `like`. Other tensors that are read
-    from the module are passed through `cast`."""
+    """Returns the stored tensor after all effects. If the host lacks the tensor, the result has the dtype of `like`.
+    `cast` is applied to other tensors that are read from the module."""
     for effect in effects:
         tensor = effect(module, tensor, like, cast)
     return tensor

@@ -1,9 +1,9 @@
-"""Recompute: effective tensors that are freed after the forward, and that backward computes again.
+"""Effective tensors that are freed after the forward, and that backward computes again.
 
-A checkpoint around the module would recompute them too, but also all operations of the module up to the last tensor
-that it saves: none for a linear layer, nearly all for experts or attention. So only the computation of the tensors is
-checkpointed here. Where the module saves one of these tensors, or a part of one, autograd saves a way to recompute it
-instead.
+A checkpoint around the module would do this too. But it would also recompute the module's own operations, up to the
+last tensor that the module saves: none for a linear layer, nearly all for experts or attention. So only the computation
+of the effective tensors is checkpointed here. If the module saves such a tensor or a part of it, autograd saves a
+reference that recomputes it instead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from peftcore.layers.kernels.autograd import apply
 
 
 class Unwritten:
-    """The versions of tensors in a forward, to check that they are unchanged when backward recomputes from them.
-    Autograd checks the tensors that it saves, but recomputed tensors are not saved."""
+    """Records the versions of tensors in a forward, to check that they are unchanged when backward recomputes from
+    them. Autograd checks only tensors that it saves, and these are not saved."""
 
     def __init__(self, tensors: Iterable[Tensor], edition: Callable[[], object]) -> None:
         """`edition` returns another object after a merge has rewritten the weights."""
@@ -33,10 +33,10 @@ class Unwritten:
         self._edition, self._before = edition, edition()
 
     def check(self) -> None:
-        """Check that the tensors were not written to since, as far as torch's version counter records it.
+        """Check that the tensors were not changed since the forward, as far as torch's version counter records it.
 
         Raises:
-            StaleBackward: a tensor was written to.
+            StaleBackward: a tensor was changed.
         """
         written = [tensor for tensor, version in self._seen if tensor._version != version]
         if written or self._edition() is not self._before:
@@ -48,7 +48,8 @@ class Unwritten:
 
 
 class RecomputedTensors:
-    """Computes effective tensors that backward computes again; inside `hooks` autograd does not save them."""
+    """Computes effective tensors (changed by operators) for a forward. Inside `hooks`, autograd does not save them, and
+    backward computes them again."""
 
     def __init__(self, others: Iterable[Tensor], before: Unwritten) -> None:
         """`others` are tensors that stay in memory anyway: those of the base and of the operators."""
@@ -67,15 +68,16 @@ class RecomputedTensors:
         return tensor
 
     def all(self, makes: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor | None] | None:
-        """Returns all tensors by path; None where a tensor cannot be recomputed alone: it does not require a gradient,
-        or is a tensor subclass."""
+        """Returns all tensors by path. None if one of them cannot be recomputed separately, because it requires no
+        gradient or is a tensor subclass."""
         tensors = {path: self(path, make) for path, make in makes.items()}
         alone = all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values())
         return tensors if alone else None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Saved-tensor hooks: replace a saved tensor that was computed here by a way to recompute it."""
+        """Context manager with saved-tensor hooks. A saved tensor that was computed here is replaced by a reference
+        that recomputes it."""
         living, known = self._living, self._known  # all saved tensors hold `pack`, which must not hold the tensors
 
         def pack(tensor: Tensor) -> Tensor | _Part:
@@ -96,7 +98,7 @@ def _made(before: Unwritten, make: Callable[[], Tensor | None]) -> Tensor | None
 
 
 class _Last(torch.autograd.Function):
-    """Saves the tensor as the last saved tensor of the checkpoint."""
+    """Autograd function that saves its input, as the last saved tensor of the checkpoint."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ class _Last(torch.autograd.Function):
 
 
 class _Source:
-    """A tensor as recomputed by backward. It is freed with its last saved part, which autograd frees after use."""
+    """A tensor that backward recomputes. The recomputed tensor is freed after the use of its last saved part."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.version = tensor._version
@@ -124,7 +126,7 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The entry saved in place of a tensor, or of a view of it."""
+    """The reference that autograd saves instead of a tensor or a view of it."""
 
     source: _Source
     size: torch.Size

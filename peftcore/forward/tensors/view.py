@@ -1,7 +1,8 @@
-"""A view of a module: an object of its plain class that shares its `__dict__` except for some tensors and attributes.
+"""A view of a module: an object of the module's plain class that shares its `__dict__`, except for some tensors and
+attributes.
 
-The base forward runs on a view with effective tensors. It sets no flags, so a flag cannot be left on, raced, or read by
-the wrong code.
+The base forward runs on a view with effective tensors. So no flag has to be set on the module. An exception could leave
+a flag set, and another thread could read it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from peftcore.layers.layer import SLOT, plain_class
 
 TORCHS = frozenset(vars(nn.Module()))
-"""The attributes that `nn.Module` itself sets."""
+"""The attributes that `nn.Module.__init__` sets."""
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """Returns a view of a module that computes with some of its tensors replaced. The module itself does not change.
+    """Returns a view of a module: an object that computes like the module, with some tensors replaced. The module
+    itself does not change.
 
     Args:
-        module: the module. The view leaves out injections at the module itself; injections at its submodules act.
-        tensors: the tensors to use in place of its parameters, by path below it; gradients flow through them.
+        module: the module. Injections at the module itself do not act in the view; injections at its submodules do.
+        tensors: the new tensors, by path of the replaced parameter below the module. Gradients flow through them.
     """
     return view(module, tensors)
 
@@ -33,8 +35,9 @@ def view(
     attributes: Mapping[str, Any] | None = None,
     cls: type[nn.Module] | None = None,
 ) -> nn.Module:
-    """Returns an object of the plain class (or of `cls`) that shares the module's `__dict__` except for the effective
-    tensors (paths may reach into children)."""
+    """Returns an object that shares the module's `__dict__`, except for the tensors in `effective` and the attributes
+    in `attributes`. Its class is `cls`, or the module's plain class. Paths of tensors may contain names of
+    submodules."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
     parametrized = module._modules.get("parametrizations")
     for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
@@ -59,6 +62,6 @@ def view(
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether a value is a dictionary of tensors, or an empty one to fill. Modules store tensors there that they derive
-    from their parameters (LeViT's gathered biases), so a view gets an empty dictionary instead."""
+    """Whether a value is a dictionary that contains only tensors, or is empty. Some modules store tensors there that
+    they derive from parameters (LeViT's gathered biases), so a view gets an empty dictionary instead."""
     return type(value) is dict and all(isinstance(each, Tensor) for each in value.values())

@@ -43,6 +43,25 @@ def test_equal_adapters_run_as_one_and_as_each_by_itself(
     assert groups and set(groups) == {4}
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["pissa", "vera", "ia3", "houlsby_adapter"])
+def test_adapters_of_layers_in_a_sequential_run_as_one(method: str, training: bool, groups: list[int]) -> None:
+    """Their adapter modules are inside of the layers, which are no less single layers for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8)).double().train(training)
+    for name in "abc":
+        injection = peftcore.apply(model, method, target=["0", "1"], name=name, dtype="float64")
+        for parameter in injection.parameters():
+            parameter.data.normal_(0, 0.1)
+    x, expected = torch.randn(3, 4, 8).double(), []
+    for row, name in enumerate("abc"):
+        activate(model, name)
+        expected.append(model(x[row : row + 1]))
+    with route(model, ["a", "b", "c"]):
+        torch.testing.assert_close(model(x), torch.cat(expected))
+    assert groups == [3, 3]
+
+
 def test_adapters_with_as_many_rows_run_as_one(groups: list[int]) -> None:
     model, injections = adapted(*["ia3"] * 5)
     a, b, c, d, e = (injection.name for injection in injections)
