@@ -46,8 +46,8 @@ class AdapterModules(nn.Module):
 
 
 def base_modules(*models: nn.Module) -> set[nn.Module]:
-    """Returns the modules of models without those of adapters, of which there may be many. Other threads may add
-    modules meanwhile."""
+    """Returns all modules of the models except adapter modules, which may be many. Other threads may add modules
+    meanwhile."""
     found: set[nn.Module] = set()
     left: list[nn.Module | None] = [*models]
     while left:
