@@ -1,9 +1,10 @@
-"""The files from which one adapter's training continues: the adapter itself, as `Injection.save` writes it, and next to
-it the states of its optimizer, its schedule and its method: tensors as safetensors, the rest as JSON.
+"""Checkpoints from which the training of one adapter continues. A checkpoint has the adapter, as `Injection.save`
+writes it, and the states of its optimizer, its schedule and its method. Tensors are stored as safetensors, the rest as
+JSON.
 
-A checkpoint is a folder that gets its final name when it is complete; older checkpoints are removed after that. So a
-complete checkpoint exists even after a training is killed. The folder of the checkpoints stores the identity of one
-training, and another training neither writes nor removes anything in it.
+A checkpoint is a folder that gets its final name when it is complete. Older checkpoints are removed after that, so a
+complete checkpoint exists even if the training is killed. The folder that contains the checkpoints also stores the
+identity of one training. No other training writes or removes anything in it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ OWNER = "owner.json"
 
 
 def newest(folder: Path) -> Path | None:
-    """Returns the last checkpoint in a folder; None if it lacks checkpoints."""
+    """Returns the checkpoint with the highest step in a folder; None if the folder does not contain checkpoints."""
     found: dict[tuple[int, bool], Path] = {}
     for each in folder.glob(f"{STEP}*"):
         number = each.name.removeprefix(STEP).removesuffix(BEFORE)
@@ -52,11 +53,11 @@ def claim(folder: Path, training: str, takes_over: bool = False) -> None:
     Args:
         folder: the folder for its checkpoints.
         training: the training's identity.
-        takes_over: whether it continues the training whose checkpoints are there. The folder then stops belonging to
-            the other training.
+        takes_over: whether this training continues another one, whose checkpoints are in the folder. The folder then
+            belongs to this training only.
 
     Raises:
-        TrainingError: the folder is that of another training; nothing was written.
+        TrainingError: the folder belongs to another training. Nothing was written.
     """
     _first_does(lambda: _claim(folder, training, takes_over))
 
@@ -76,7 +77,8 @@ def _claim(folder: Path, training: str, takes_over: bool) -> None:
 
 
 def _first_does(act: Callable[[], None]) -> None:
-    """Let the first of processes that train together do something; what it raises, all raise."""
+    """Call a function in the first of the processes that train together. If it raises an error there, all processes
+    raise that error."""
     if not in_group():
         act()
         return
@@ -99,11 +101,11 @@ def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: in
         injection: the adapter.
         state: the training state to store next to it.
         folder: the folder of this training, or one that does not belong to a training yet.
-        step: the step that was taken last. A checkpoint of this step that is there already is replaced.
+        step: the step that was taken last. An existing checkpoint of this step is replaced.
         training: the training's identity.
 
     Raises:
-        TrainingError: the state is not plain data, or the folder is that of another training; nothing was written.
+        TrainingError: the state is not plain data, or the folder belongs to another training. Nothing was written.
     """
     tensors: dict[str, Tensor] = {}
     told = json.dumps(_split(state, "state", tensors))
@@ -139,10 +141,11 @@ def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: in
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns a value as JSON has it, with its tensors put aside by path; what JSON does not tell apart is marked.
+    """Returns a value in a form that JSON can store. Its tensors are put into `tensors` by path. Tuples, mappings and
+    infinite numbers are marked, since JSON has no such types.
 
     Raises:
-        TrainingError: it is no plain data.
+        TrainingError: the value is not plain data.
     """
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
@@ -165,7 +168,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Returns what `_split` was given."""
+    """Returns the value from which `_split` made `value`."""
     if isinstance(value, list):
         return [_joined(each, tensors) for each in value]
     if not isinstance(value, dict):
@@ -184,7 +187,7 @@ def read(place: Path) -> dict[str, Any]:
     """Returns the training state that is stored next to an adapter.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the state is missing or damaged.
     """
     file = TensorFile(place / STATE_TENSORS)
     tensors = file.read(file.shapes)

@@ -1,4 +1,5 @@
-"""One adapter's data: batch after batch, epoch after epoch, in an order that depends on its own seed alone."""
+"""Iterates over the batches of one adapter's data, for one or several epochs. The order depends only on the adapter's
+seed."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]
 class Feed:
     """The batches of one adapter.
 
-    The data's random draws from torch's global generators (the order of a `DataLoader` that shuffles) depend only on
-    the seed and the epoch, and do not advance the global generators for other code.
+    Random draws of the data, such as the order of a `DataLoader` that shuffles, depend only on the seed and the epoch.
+    They do not advance torch's global generators.
 
     Attributes:
         epoch: the number of finished epochs.
@@ -28,7 +29,7 @@ class Feed:
     """
 
     def __init__(self, data: Data, seed: int, once: bool) -> None:
-        """`once` ends with the first epoch."""
+        """If `once` is True, the data ends after the first epoch."""
         self._data, self._seed, self._once = data, seed, once
         self._streams = Streams(torch.device("cpu"))
         self._iterator: Iterator[Mapping[str, Any]] | None = None
@@ -50,10 +51,10 @@ class Feed:
         return None
 
     def go_to(self, epoch: int, position: int) -> None:
-        """Advance to an epoch and a position, at which another feed of the same data was.
+        """Advance to an epoch and a position in it, such as those that a checkpoint stores.
 
         Raises:
-            TrainingError: the data has fewer batches than that.
+            TrainingError: the epoch has fewer batches than `position`.
         """
         self.epoch, self.position, self._iterator, self.ended = epoch, 0, None, self._once and epoch > 0
         while self.position < position:
@@ -71,7 +72,8 @@ class Feed:
         self._iterator = self._drawn(first)
 
     def _drawn(self, call: Callable[[], Any]) -> Any:
-        """Returns what a function returns that draws from the data's own stream."""
+        """Returns the result of a function. Random numbers that the function draws come from the data's own stream, not
+        from torch's global generators."""
         before = self._streams.states()
         if self._states:
             self._streams.set(self._states)

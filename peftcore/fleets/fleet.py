@@ -36,8 +36,9 @@ TARGETS = ("labels",)
 
 
 class Fleet:
-    """Trains many adapters at once. In each step the batches of all members pass through the base together, each
-    member's rows through its adapter. Each member's loss is computed from its rows, and its optimizer takes a step.
+    """Trains many adapters at once, each as a member of the fleet. In each step the batches of all members run through
+    the base in one forward, and each member's rows use its adapter. Each member's loss is computed from its rows, and
+    its optimizer takes a step.
 
         fleet = Fleet(model)
         for rank in (4, 8, 16):
@@ -50,24 +51,25 @@ class Fleet:
     nor batch statistics. Random draws of adapters depend on the member's seed, its step and the target module. The
     caller sets the training mode, ``model.train()``, as in any loop.
 
-    Before the first shared step, two forwards of the bare base, with two and with three rows, show which dimensions of
-    an output have the rows. A similarity matrix of all rows with all rows is cut in both dimensions: a member gets the
-    similarities of its own texts with its own pictures.
+    Before the first shared step, the fleet runs two forwards of the base without adapters, with two and with three
+    rows. They show which dimensions of an output index the rows. For example, a matrix of similarities between all
+    texts and all pictures is cut in both dimensions, so a member gets the similarities between its own texts and its
+    own pictures.
 
     Under DistributedDataParallel, pass the wrapped model, with ``find_unused_parameters=True`` if members take part in
-    different numbers of forwards; under FSDP2, pass the sharded model. All processes make the same fleet, each with its
-    own part of the data, and members end in all of them at the same step. For adapters that were applied after the
+    different numbers of forwards; under FSDP2, pass the sharded model. All processes create the same fleet, each with
+    its own part of the data. A member ends at the same step in all processes. For adapters that were applied after the
     model was wrapped, the fleet averages the gradients over the processes, so the same adapters have to join in all
     processes.
 
     Args:
         model: the adapted model, or a wrapper around it.
-        targets: names of batch entries that are passed to the losses but not to the model, which would compute a loss
-            over the rows of all members.
-        pad: by name of a tensor in batches, the value that pads it at the end of each dimension in which other batches
-            are longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
-        collate: a function that joins batches, used instead of padding and concatenation: it maps a list of batches to
-            one batch with all rows, in order.
+        targets: names of batch entries, such as labels, that are passed to the losses but not to the model. With them,
+            the model would compute a loss over the rows of all members.
+        pad: padding values by name of the tensor: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``. A tensor
+            is padded at the end of each dimension in which other batches are longer.
+        collate: a function that replaces padding and concatenation. It gets a list of batches, and returns one batch
+            with all their rows in order.
         autocast: the dtype for torch's autocast; None without autocast.
 
     Attributes:
@@ -115,12 +117,13 @@ class Fleet:
         Args:
             injection: the adapter, or its name. It has to be trainable.
             data: batches, which are repeated until `steps` are taken; or a function that returns the batches of an
-                epoch, given the epoch's number. A batch maps names to tensors with a row for each example, to lists
-                with an entry for each, and to values that are the same for all members.
+                epoch, given the epoch's number. A batch is a mapping of names to values: tensors with one row for each
+                example, lists with one entry for each example, and values that are the same for all members.
             optimizer: an optimizer over the adapter's parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
-            loss: a function of the output for the member's rows and of these rows of the batch (including labels); it
-                returns the mean loss over the rows. The default is the loss that a model of transformers computes from
-                logits and labels. Reading an output that cannot be cut into rows is a TrainingError.
+            loss: a function ``(output, batch) -> loss``. It gets the model's output for the member's rows, and these
+                rows of the batch (including labels). It returns the mean loss over the rows. The default is the loss
+                that a model of transformers computes from logits and labels. Reading an output that cannot be cut into
+                rows is a TrainingError.
             schedule: the schedule of the learning rate; it takes a step after each step of the optimizer.
                 `ReduceLROnPlateau` gets the loss of the step.
             steps: the number of optimizer steps; None for one epoch.
@@ -133,8 +136,8 @@ class Fleet:
             folder: the folder for its checkpoints, different for each member. A checkpoint is written when the member
                 is done, after each `save_every` steps and by `Fleet.save`.
             save_every: the number of steps between checkpoints.
-            resume: continue from the newest checkpoint in `folder`, if there is one, even if the member had ended then:
-                with more steps, after it left, after a loss that was not finite.
+            resume: whether to continue from the newest checkpoint in `folder`, if there is one. This also works if the
+                member had ended: with more steps, after it left the fleet, or after a loss that was not finite.
 
         Returns:
             The member.
@@ -144,7 +147,8 @@ class Fleet:
             TrainingError: the adapter is frozen, the base trains too, the optimizer has other parameters or needs more
                 than gradients, the method's schedule does not fit into the steps, the loss is unknown, or the folder
                 belongs to another training.
-            CheckpointError: the checkpoint is damaged, or of another training: the message lists the differences.
+            CheckpointError: the checkpoint is damaged, or belongs to another training. The message lists the
+                differences.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
         self._check(found)
@@ -176,7 +180,7 @@ class Fleet:
         return made
 
     def leave(self, name: str) -> Member:
-        """Remove a member from the fleet, between two steps; its adapter stays on the model, with its current values.
+        """Remove a member from the fleet, between two steps. Its adapter stays on the model, with its current values.
 
         Raises:
             UnknownInjection: the fleet has no such member.
@@ -236,18 +240,20 @@ class Fleet:
     # -------------------------------------------------------------------------------------------------------- steps
 
     def step(self) -> list[Member]:
-        """Take one step of every member that still trains, and return these members; none when all are done.
+        """Take one step of every member that still trains, and return these members. The list is empty if all are done.
 
-        If data, the model's forward or backward, or a loss raises an error, no member has taken the step, and the next
-        call runs the same batches again; buffers that a method updates in its forward, such as the direction of VeLoRA,
-        keep their update, as running statistics do in torch. If a member's optimizer, method or schedule raises an
-        error, this member is as before the step and all other members have taken it; the next call runs this member's
-        batches again. After the steps, `stop` is called and checkpoints are written; if this raises an error, the steps
-        are taken, and the next call repeats the failed action first. All members are handled before the first error is
-        raised.
+        If the data, the model's forward or backward, or a loss raises an error, no member takes the step, and the next
+        call runs the same batches again. Only buffers that a method updates in its forward, such as the direction of
+        VeLoRA, keep their update, as running statistics do in torch.
+
+        If a member's optimizer, method or schedule raises an error, this member is restored to the state before the
+        step. All other members take the step, and the next call runs this member's batches again.
+
+        After the steps, `stop` is called and checkpoints are written. If this raises an error, the steps still count,
+        and the next call first repeats the failed action. All members are handled before the first error is raised.
 
         Raises:
-            TrainingError: batches cannot be put together, the model computed a loss over all rows, the base computes
+            TrainingError: batches cannot be joined, the model computed a loss over all rows, the base computes
                 statistics of batches, or a member was frozen after it joined.
         """
         self._settle(self.members.values(), [])
@@ -292,7 +298,7 @@ class Fleet:
         return [*windows]
 
     def _settle(self, members: Iterable[Member], errors: list[Exception]) -> None:
-        """Do what comes after a step, for all members, then raise the first error."""
+        """Call `settle` for all members, then raise the first error, if there is any."""
         for member in members:
             try:
                 member.settle()
@@ -303,7 +309,7 @@ class Fleet:
             raise errors[0]
 
     def run(self) -> list[Member]:
-        """Take steps until all members are done, behind a progress bar; returns all members. For a member whose loss
+        """Take steps until all members are done, with a progress bar. Returns all members. For a member whose loss
         became NaN or infinite, `failed` is True and `ended` names the step."""
         bar = Progress("training a fleet")
         bar.expect(max((each.steps - each.step for each in self.active if each.steps is not None), default=0))
@@ -382,7 +388,8 @@ class Fleet:
 
     @torch.no_grad()
     def _learn(self, inputs: Batch, rows: int) -> None:
-        """Learn which dimensions of the output have the rows: the base runs on few rows of a batch, and on one more."""
+        """Find which dimensions of the output index the rows, by running the base on `FEW` rows of a batch and on
+        `MORE` rows."""
         host = self._host
         state = None if host is None else state_of(host)
         assert host is not None and state is not None
@@ -420,7 +427,7 @@ class Fleet:
     def _check_fillings(
         self, batches: Mapping[Member, Batch], bounds: Mapping[Member, tuple[int, int]], whole: Batch
     ) -> None:
-        """Check that rows of members that drew begin where they begin alone."""
+        """Check that `collate` did not pad in front of the rows of members that draw random numbers by position."""
         for member, (start, stop) in bounds.items() if self.collate is not None else ():
             routed = member.injection.state.now().route
             drew = routed is not None and member.name in routed.drew
@@ -431,8 +438,8 @@ class Fleet:
                 )
 
     def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:
-        """Returns losses and numbers of tokens; where processes share the training, the mean of the losses, so that
-        they end members alike, and all tokens."""
+        """Returns the loss and the number of tokens of each member. If several processes train together, returns the
+        mean of their losses and the sum of their tokens, so that all processes end a member at the same step."""
         if not (in_group() and self._reduces()):
             return found
         assert self._host is not None
@@ -446,8 +453,8 @@ class Fleet:
         return isinstance(self.model, DistributedDataParallel) or is_sharded(self.model)
 
     def _reduce(self, members: Iterable[Member]) -> None:
-        """Average over processes the gradients that neither DistributedDataParallel nor FSDP2 averages: of adapters
-        that came after the model was wrapped."""
+        """Average the gradients of adapters that were applied after the model was wrapped over all processes.
+        DistributedDataParallel and FSDP2 do not average these."""
         if not (in_group() and self._reduces()):
             return
         # A private attribute: nothing public tells which parameters the wrapper has seen.

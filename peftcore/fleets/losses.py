@@ -30,7 +30,7 @@ model."""
 
 
 def kind_of(model: nn.Module) -> str | None:
-    """Returns the name of the loss of a model of transformers if it is one of `KINDS`; otherwise None."""
+    """Returns the name of the loss of a transformers model, if the name is one of `KINDS`; otherwise None."""
     transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
@@ -39,10 +39,10 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def loss_of(model: nn.Module) -> Loss:
-    """Returns the loss function of a model of transformers, for some rows of its output and their labels.
+    """Returns a function that computes the loss of a transformers model from some rows of its output and their labels.
 
     Raises:
-        TrainingError: it is another kind of model, or computes its loss from more than logits and labels.
+        TrainingError: the model is not one of transformers, or computes its loss from more than logits and labels.
     """
     if kind_of(model) is None:
         raise TrainingError(
@@ -64,8 +64,8 @@ def loss_of(model: nn.Module) -> Loss:
 
 
 def counted(batch: Mapping[str, Any], rows: int, shifted: bool) -> int:
-    """Returns the number of items over which the loss of a batch is the mean: the labels that count, or the rows if
-    each row has one label or none.
+    """Returns the number of items over which the loss of a batch is averaged: the labels that are not ignored, or the
+    rows if each row has at most one label.
 
     Args:
         batch: the batch, with or without "labels".

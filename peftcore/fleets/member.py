@@ -52,11 +52,11 @@ class Member:
         steps: the number of steps that it will take; None for one epoch.
         step: the number of steps taken.
         losses: the loss of each step; the mean over processes if several processes train together.
-        tokens: the number of items over which its losses were means: labels that count, or rows.
+        tokens: the total number of items over which its losses were averaged: labels that count, or rows.
         forwards: the number of forwards of the base in which it took part.
         done: whether it has stopped training.
-        ended: why it has stopped; empty as long as it trains. It is not stored in checkpoints: its steps, its data and
-            `stop` decide whether a member continues after a resume.
+        ended: why it has stopped; empty as long as it trains. The reason is not stored in checkpoints: after a resume,
+            its steps, its data and `stop` decide again whether it continues.
         failed: whether it has stopped because its loss was not finite.
     """
 
@@ -89,7 +89,7 @@ class Member:
         self._saved: int | None = None
         """The step of its last checkpoint in its folder."""
         self._asked = 0
-        """The last step after which `stop` was asked."""
+        """The last step after which `stop` was called."""
         self._fed = (0, 0)
         """Epoch and position in the data after its last step."""
         self.of_tokens = False
@@ -126,7 +126,7 @@ class Member:
         return self.optimizer.inner if isinstance(self.optimizer, MethodOptimizer) else self.optimizer
 
     def _options(self) -> dict[str, Any]:
-        """Returns what optimizer and schedule are told, as long as they have taken no step."""
+        """Returns the options of the optimizer and the schedule. It is called before their first step."""
         schedule = None if self.schedule is None else {"kind": _kind(self.schedule), **self.schedule.state_dict()}
         told: dict[str, Any] = tree_map_only(Tensor, Tensor.tolist, {"optimizer": self._groups(), "schedule": schedule})
         return told
@@ -136,7 +136,8 @@ class Member:
         return [{key: each for key, each in group.items() if key != "params"} for group in self.optimizer.param_groups]
 
     def _total_steps(self) -> int | None:
-        """Returns over how many steps a schedule of the method goes: those that its optimizer was told, or its own."""
+        """Returns the number of steps of the method's schedule: `total_steps` of the optimizer, or the member's steps
+        if that is None."""
         told = self.optimizer.total_steps if isinstance(self.optimizer, MethodOptimizer) else None
         return self.steps if told is None else told
 
@@ -145,11 +146,12 @@ class Member:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _check(self) -> None:
-        """Check that the adapter can train by itself among others, as its method says.
+        """Check that the adapter can train in a fleet with these arguments.
 
         Raises:
-            RouteError: its rows cannot be told apart.
-            TrainingError: it is frozen or merged, the optimizer is not one for it, or numbers make no sense.
+            RouteError: rows of the batch cannot be distinguished at its sites.
+            TrainingError: the adapter is frozen or merged, the optimizer does not train exactly its parameters, or a
+                number is out of range.
         """
         injection, name = self.injection, self.name
         try:
@@ -195,10 +197,10 @@ class Member:
             raise TrainingError(f"save_every of {name!r} needs folder=..., the folder for its checkpoints")
 
     def _check_arguments(self) -> None:
-        """Check that optimizer and schedule can take a step with what a fleet has for them.
+        """Check that the optimizer and the schedule can take a step with the arguments that a fleet passes.
 
         Raises:
-            TrainingError: they need more, or the schedule is another optimizer's.
+            TrainingError: they need other arguments, or the schedule belongs to another optimizer.
         """
         if _needs_arguments(self._inner):
             raise TrainingError(
@@ -233,8 +235,8 @@ class Member:
             )
 
     def window(self) -> list[Mapping[str, Any]]:
-        """Returns the batches of its next step: the batches of a failed step again; an empty list when the member is
-        done."""
+        """Returns the batches of the member's next step. After a failed step, these are the same batches again. The
+        list is empty if the member is done."""
         while not self.done and len(self._window) < self.accumulate:
             batch = self.feed.take()
             if batch is None:
@@ -256,8 +258,8 @@ class Member:
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_step(self, loss: float, tokens: int) -> None:
-        """Clip the gradients, and take a step of the optimizer, the method and the schedule. If one of them raises an
-        error, all of them are as before the step."""
+        """Clip the gradients, then take a step of the optimizer, the method and the schedule. If one of them raises an
+        error, the states of all three are restored."""
         with whole_step(self.injection, self.optimizer, self.schedule):
             if self.clip is not None:
                 clip_gradients(self.parameters(), self.clip)
@@ -280,8 +282,8 @@ class Member:
             self.schedule.step()
 
     def settle(self) -> None:
-        """Do the work after a step, unless it was done: call `stop`, and write a checkpoint if it is due. An action
-        that raises is tried again in the next call.
+        """Do the work after a step: call `stop`, and write a checkpoint if one is due. Work that was already done for
+        this step is skipped. An action that raised an error is repeated in the next call.
         """
         try:
             if not self.done and self._asked != self.step and self.stop is not None and self.stop(self):
@@ -314,7 +316,8 @@ class Member:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path | None = None) -> Path:
-        """Write a checkpoint, from which the training continues exactly; earlier ones in the folder are removed.
+        """Write a checkpoint from which the training can continue exactly. Earlier checkpoints in the folder are
+        removed.
 
         Args:
             folder: the folder for the checkpoint; by default the folder given to `Fleet.join`.
@@ -323,7 +326,8 @@ class Member:
             The folder of this checkpoint, which `peftcore.load` reads too.
 
         Raises:
-            TrainingError: a folder is missing, or the state of the optimizer or schedule is not plain data.
+            TrainingError: no folder was passed here or to `Fleet.join`, or the state of the optimizer or schedule is
+                not plain data.
         """
         place = folder or self.folder
         if place is None:
@@ -349,17 +353,17 @@ class Member:
         return written
 
     def _decides(self) -> dict[str, Any]:
-        """Returns what has to be the same when the training goes on, beside the adapter."""
+        """Returns the settings that must be the same when the training is resumed, in addition to the adapter."""
         follows = any(True for _ in scheduled(self.injection))
         total = self._total_steps() if follows else None  # a schedule of the method is one over all steps
         return {"seed": self.seed, "optimizer": _kind(self._inner), "steps of the method's schedule": total}
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint in the folder; without a checkpoint nothing changes.
+        """Continue from the newest checkpoint in the member's folder. Without a checkpoint, nothing changes.
 
-        The states of the adapter, the optimizer and the schedule are read from the checkpoint. Their options (steps,
-        learning rates, the length of the schedule) are the current ones: a schedule with other options is advanced
-        through the steps that were taken.
+        The states of the adapter, the optimizer and the schedule are read from the checkpoint. The options (steps,
+        learning rates, the length of the schedule) are not read: the current ones are used. If they differ from those
+        of the checkpoint, the schedule is advanced through the steps that were taken.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or belongs to another adapter, base, optimizer or seed; nothing
@@ -412,10 +416,11 @@ class Member:
             self._end("stopped early")
 
     def _options_after(self, losses: list[float], place: Path) -> list[dict[str, Any]]:
-        """Take the schedule through the steps that there were; returns the options of the optimizer's groups then.
+        """Advance the schedule through the steps that were taken, and return the resulting options of the optimizer's
+        groups.
 
         Raises:
-            CheckpointError: it has fewer steps.
+            CheckpointError: the schedule has fewer steps.
         """
         try:
             with warnings.catch_warnings():
@@ -437,8 +442,8 @@ class Member:
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale all gradients together down to a maximum norm, as `torch.nn.utils.clip_grad_norm_` does, also if only some
-    of them are sharded; returns the norm before scaling."""
+    """Clip the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does. This also works if only some
+    gradients are sharded. Returns the norm before clipping."""
     gradients = [each.grad for each in parameters if each.grad is not None]
     norms = [whole(torch.linalg.vector_norm(each)) for each in gradients]
     if not norms:
@@ -451,12 +456,12 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
 
 
 def _kind(what: object) -> str:
-    """Returns the name of an object's class, by which a checkpoint tells of which kind it was."""
+    """Returns the full name of an object's class, which a checkpoint stores for comparison."""
     return f"{type(what).__module__}.{type(what).__qualname__}"
 
 
 def _needs_arguments(stepping: Any) -> bool:
-    """Whether an optimizer or a schedule cannot take a step without being told something."""
+    """Whether `step` of an optimizer or a schedule has required arguments."""
     step = type(stepping).step  # torch replaces the one of an optimizer that has a schedule
     try:
         inspect.signature(step).bind(stepping)

@@ -1,8 +1,7 @@
-"""The rows of one member in the output of a forward that all members share.
+"""Selects the rows of one member from the output of a forward that all members share.
 
-Two small forwards with different numbers of rows show which dimensions have the rows: the dimensions whose size
-changes. Reading an output that cannot be cut into rows raises an error that names the output, so it never gives wrong
-numbers.
+Two small forwards with different numbers of rows show which dimensions index the rows: those whose size changes. If an
+output cannot be cut into rows, a loss that reads it raises an error with the name of the output.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.de
 
 
 class NotCut:
-    """Replaces an output that mixes the rows of all members and cannot be cut: every use of it raises an error."""
+    """Replaces an output that cannot be cut into the rows of single members. Every use of it raises an error."""
 
     def __init__(self, name: str, why: str) -> None:
         self.__dict__["_error"] = (
@@ -51,23 +50,23 @@ class NotCut:
 
 
 class Outputs:
-    """The dimensions of a model's outputs that have the rows of the batch, by the output's name and kind."""
+    """Stores which dimensions of a model's outputs index the rows of the batch, by the output's name and kind."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], Dims | str] = {}
 
     @property
     def learned(self) -> bool:
-        """Whether the layout of an output was learned."""
+        """Whether the row dimensions of an output are known."""
         return bool(self._known)
 
     def know(self, output: Any) -> bool:
-        """Whether outputs of the same names and kinds were learned."""
+        """Whether the row dimensions of all entries of this output are known."""
         return all(key in self._known for key, _ in _leaves(output, self._is_cut))
 
     def learn(self, few: Any, more: Any) -> None:
-        """Learn the dimensions from the outputs for `FEW` rows, and for the same rows and one more, computed in the
-        same way.
+        """Find the row dimensions by comparing two outputs of the model: one for `FEW` rows, the other for the same
+        rows and one more.
 
         Raises:
             TrainingError: the two outputs have entries of different names.
@@ -79,8 +78,8 @@ class Outputs:
         return self._known.get(key, ()) == (0,)
 
     def part(self, output: Any, start: int, stop: int, rows: int) -> Any:
-        """Returns the rows from `start` to `stop` of an output for `rows` rows, in all dimensions that have rows;
-        tensors and lists in nested containers are cut too. Values without rows are returned unchanged.
+        """Returns the rows from `start` to `stop` of an output that has `rows` rows. All dimensions that index rows are
+        cut, also in nested containers. Values without rows are returned unchanged.
         """
         return self._part(output, start, stop, rows, "")
 
@@ -112,7 +111,8 @@ LIST = -1
 
 
 def _children(value: Any, name: str) -> dict[Any, tuple[str, Any]] | None:
-    """Returns what is in a container, with names; None where it is none that can be made again."""
+    """Returns the contents of a container with their names. None if it is not a container, or not one that `_rebuilt`
+    supports."""
     if isinstance(value, Mapping):
         return {key: (f"{name}.{key}".lstrip("."), each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -135,7 +135,8 @@ def _rebuilt(value: Any, parts: Mapping[Any, Any]) -> Any:
 def _leaves(
     value: Any, is_cut: Callable[[tuple[str, int]], bool], name: str = ""
 ) -> Iterator[tuple[tuple[str, int], Any]]:
-    """Yields the tensors and lists of an output with their names and kinds; nothing of lists that are cut."""
+    """Yields the tensors and lists of an output with their names and kinds. The contents of lists that are cut into
+    rows are left out."""
     if isinstance(value, Tensor):
         yield (name, value.dim()), value
     elif not isinstance(value, PLAIN) and (parts := _children(value, name)) is not None:
@@ -148,8 +149,8 @@ def _leaves(
 
 
 def _compared(few: Any, more: Any, name: str = "") -> Iterator[tuple[tuple[str, int], Dims | str]]:
-    """Yields, by name and kind, which dimensions of the outputs go with the number of rows; or why these cannot be
-    told."""
+    """Yields the dimensions that index rows, for each tensor and list of two outputs, by name and kind. If they cannot
+    be determined, yields the reason as a string."""
     if isinstance(few, Tensor) and isinstance(more, Tensor):
         yield (name, few.dim()), _dims(few, more)
         return

@@ -41,7 +41,8 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
 
     Args:
         batches: the batches by name of the adapter.
-        pad: by name of a tensor, the value that pads it at the end of each dimension in which other tensors are longer.
+        pad: padding values by name of the tensor. A tensor is padded at the end of each dimension in which tensors of
+            other batches are longer.
         collate: a function that joins a list of batches into one; None to pad and concatenate.
 
     Raises:
@@ -71,7 +72,7 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
 
 
 def _column(key: str, values: Mapping[str, Any], counts: Mapping[str, int], pad: Mapping[str, float]) -> Any:
-    """Returns the values of one name in all batches as one."""
+    """Returns the values that all batches have under one name, joined into one value."""
     each = [*values.values()]
     if all(isinstance(value, Tensor) and value.dim() for value in each):
         return _tensors(key, values, pad)
@@ -129,8 +130,8 @@ def taken(batch: Batch, rows: list[int]) -> dict[str, Any]:
 
 
 def filled_in_front(own: Batch, made: Batch) -> bool:
-    """Whether the joined batch `made` has padding in front of the rows of the batch `own`; compares tensors of the same
-    name."""
+    """Whether the joined batch `made` has padding in front of the rows of the batch `own`. Tensors with the same name
+    are compared."""
     for key, value in own.items():
         rows = made.get(key)
         if isinstance(value, Tensor) and isinstance(rows, Tensor) and value.dim() == rows.dim() > 1:

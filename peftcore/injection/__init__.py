@@ -1,16 +1,17 @@
-"""Injections, the objects that users hold: `apply` returns one, which is activated, merged, quantized, removed.
+"""Injections: `apply` returns one, and its user activates, trains, merges, saves and removes it.
 
-It may import `training` and the layers below; saving is left to `files`, a layer above. In the order of reading:
+This package may import `training` and the layers below it. Saving is in `files`, a layer above. The modules, in the
+order of reading:
 
 - `freezing`: freezes the base while adapters are on it.
-- `applied`: one method with its operators, and their values; the parts of a hybrid.
-- `summary`: one injection at a glance.
+- `applied`: the parts of a hybrid method; copies values into an adapter's tensors.
+- `summary`: the summary of one injection.
 - `router_report`: statistics of the routers of a mixture.
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
 - `fold_parametrizations`: replaces a computed weight (a parametrization) by a plain parameter, and restores it.
-- `originals`: the tensors from before a merge, kept as asked.
-- `merge_writes`: the tensors that a merge wrote, and how they are undone.
-- `merging`: folding into the weights, and the exact way back.
+- `originals`: keeps the original tensors of a merge.
+- `merge_writes`: records the writes of a merge, and undoes them.
+- `merging`: merges an injection into the weights, and unmerges it exactly.
 - `swapping`: replaces the values of an adapter by those of another.
 - `injection`: the injection itself.
 - `idle_adapters`: offloads an adapter's tensors to CPU or disk and restores them.

@@ -1,4 +1,4 @@
-"""The parts of a hybrid method, and the values of an adapter: chooses the tensors that train, and copies values into
+"""Describes the parts of a hybrid method, selects the tensors of an adapter that train, and copies values into its
 tensors."""
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 class HybridPart(AppliedMethod):
-    """One method of an installed hybrid. Its sites and operators can be read, and its parameters trained or frozen.
-    Activating, merging, saving and removing is possible only for the `whole` injection."""
+    """One method of an installed hybrid (an injection of several methods). Its sites and operators can be read, and its
+    parameters trained or frozen. Activating, merging, saving and removing is possible only for the `whole`
+    injection."""
 
     def __init__(self, name: str, surgeon: Surgeon, whole: Injection) -> None:
         super().__init__(name, surgeon)
@@ -41,7 +42,7 @@ class HybridPart(AppliedMethod):
 
 
 def parts_of(surgeon: Surgeon, whole: Injection) -> dict[str, HybridPart]:
-    """Returns the parts of a hybrid that a surgeon has recorded, by name."""
+    """Returns the parts of a hybrid by name. `surgeon` is the object that recorded its operators."""
     return {name: HybridPart(name, each, whole) for name, each in surgeon.parts.items()}
 
 
@@ -68,8 +69,8 @@ class Planned(HybridPart):
 
 
 def choose_trained(journal: Journal, applied: AppliedMethod) -> None:
-    """Make the parameters trainable that the method selects, and the modules that the user named in ``train``; freeze
-    all other parameters of the adapter.
+    """Set which parameters of an adapter train: those that the method selects, and those of modules that the user named
+    in ``train``. All other parameters of the adapter are frozen.
     """
     freeze(journal, applied.parameters())
     hook = registry().hook
@@ -81,8 +82,8 @@ def choose_trained(journal: Journal, applied: AppliedMethod) -> None:
 
 @torch.no_grad()
 def fill(applied: AppliedMethod, tensors: Mapping[str, Tensor]) -> None:
-    """Copy values into the tensors of an adapter, by their names in `state_dict`; tensors that are not named keep their
-    values.
+    """Copy values into the tensors of an adapter, by their names in `state_dict`. Tensors without a value in `tensors`
+    do not change.
     """
     for path, module in applied.modules():
         for key, value in module.state_dict(keep_vars=True).items():
@@ -94,7 +95,7 @@ def fill(applied: AppliedMethod, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _put(module: nn.Module, key: str, value: Tensor) -> None:
-    """Give a value to a tensor that has no memory."""
+    """Replace a tensor on the meta device by a value."""
     below, _, name = key.rpartition(".")
     owner = module.get_submodule(below)
     if name in owner._parameters:

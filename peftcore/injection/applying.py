@@ -1,8 +1,8 @@
-"""Installs an adapter in a model, in the same steps for all callers: `record` the operators, `install` them, let the
-method look at data, and fill in values. An error or an interrupt undoes all steps.
+"""Installs an adapter in a model, in the same steps for all callers: record the operators (`record`), install them
+(`install`), let the method look at data, and fill in values. An error or an interrupt undoes all steps.
 
 `apply` makes a `Request` from its arguments, `load` from a file, `combine` and related functions from other adapters.
-`plan` records and changes nothing.
+`plan` only records operators, so it changes nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
-"""The function that applies a configuration of peft, as an import path: it is in a layer above, so it is not imported
-here."""
+"""The import path of the function that applies a configuration of peft. The function is in a higher layer of the
+package, so it is not imported here."""
 
 
 def apply(
@@ -61,27 +61,28 @@ def apply(
     host: HostMap | None = None,
     **config: Any,
 ) -> Injection:
-    """Adapt any module in place with a method; all of it, or nothing on an error.
+    """Adapt any module in place with a method.
 
-    The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
-    Inside a route or composition, the rows and parts stay as they are, and the new injection joins the stack of active
-    injections outside of the route or composition. It is active in the threads and tasks for which `activate` would
-    hold: after a call in another thread than the one that adapted the model first, in that thread alone.
+    The base is frozen, the operators are trainable, and the injection is active. Other injections on the host stay as
+    they are. A call inside a route or composition does not change that route or composition: the new injection is
+    active outside of it. The injection is active in the same threads and tasks as after a call of `activate`: in all
+    that have not made a separate choice, or if another thread adapted the model first, in the calling thread alone.
 
     Args:
-        model: the host; changed in place, its class and parameter names stay.
+        model: the host. It is changed in place; its class and parameter names stay the same.
         method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
             mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection. A
-            configuration of peft (LoraConfig) is also accepted, together with `name` and `seed` alone; it is read like
-            a file of peft.
-        name: name of the injection on this host; the method's by default. No dots.
+            configuration of peft (LoraConfig) is also accepted, and is read like a file of peft. Then only `name` and
+            `seed` may be passed in addition.
+        name: the name of the injection on this host, without dots; by default the name of the method.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
         exclude: targets to leave out, in the same forms.
         train: modules of the host (heads, norms) that train too; their trained copies are saved with the adapter.
-        data: batches for methods that look at data first (tags `needs_data`, `data_options`): mappings are called as
-            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss. If a
-            method needs labels and the model does not take any, batches are `Labelled`.
+        data: batches for methods that look at data first (tags `needs_data`, `data_options`). A mapping is passed as
+            model(**batch), a tuple as model(*batch); a function is called as batch(model). The output must be the loss,
+            or contain it. If a method needs labels and the model does not take any, pass batches of the class
+            `Labelled`.
         seed: operators are initialized from (seed, path); torch's initial seed by default. The state of torch's global
             generator does not change.
         dtype: dtype of the operators, float32 by default.
@@ -96,14 +97,15 @@ def apply(
         ConfigError: an option is unknown, or its value breaks a rule.
         TargetError: the host has no target for the method.
         UnsupportedSite: the method cannot act on the target.
-        UnsupportedHost: this host cannot be adapted as a whole.
+        UnsupportedHost: this kind of model cannot be adapted.
         DuplicateInjection: the name is taken or cannot be used.
         CalibrationError: data is missing, or the method cannot use it.
         PluginError: the method breaks its contract.
 
-    After an error the host is unchanged. The logger "peftcore" reports in one line, once in a process, that a method is
-    equation only (not `MethodInfo.checked`), which other default targets were taken where the host lacks the method's
-    default ones (`Method.alternatives`), and which parts of the host they leave out.
+    After an error the host is unchanged. The logger "peftcore" reports the following, each in one line and once per
+    process: that a method was implemented from its equations only (not `MethodInfo.checked`); which other targets
+    replace the method's default targets if the host lacks those (`Method.alternatives`); and which parts of the host
+    the replacements leave out.
     """
     check_model(model)
     with changing(model):
@@ -141,16 +143,17 @@ def plan(
     shards: int | None = None,
     **config: Any,
 ) -> Plan:
-    """Returns the sites, shapes, parameters and bytes of `apply` with the same arguments. Nothing is changed or
-    allocated.
+    """Returns what `apply` would install with the same arguments: sites, shapes, parameters and bytes. Nothing is
+    changed or allocated.
 
-    The host may be on the meta device; data is not looked at.
+    The host may be on the meta device. The method does not look at `data`.
 
     Args:
-        shards: a number of processes over which FSDP2 shards the model; the plan has what each of them holds.
+        shards: the number of processes over which FSDP2 will shard the model. The plan then also says how much each
+            process holds.
 
     Raises:
-        PeftcoreError: the same errors as `apply`; UnsupportedHost also where a parameter cannot be sharded.
+        PeftcoreError: the same errors as `apply`. UnsupportedHost also if a parameter cannot be sharded.
     """
     check_model(model)
     with changing(model):
@@ -162,10 +165,10 @@ def plan(
 
 
 def apply_request(request: Request) -> Injection:
-    """Carry out a request: `apply` without its arguments.
+    """Carry out a request: install its adapter in its model. `apply` makes a request from its arguments and calls this.
 
     Raises:
-        PeftcoreError: as `apply`, or as `Request.fill` does. Nothing was changed then.
+        PeftcoreError: the errors of `apply`, or of the request's function `fill`. Nothing was changed then.
     """
     with changing(request.model), at_hand(request.model.parameters()):
         check_name(request.model, request.name)
@@ -177,7 +180,8 @@ def apply_request(request: Request) -> Injection:
 
 
 def _decided_by_data(request: Request) -> Request:
-    """Returns the request with the options and places that its method finds by looking at the data."""
+    """Returns the request with the options and sites that its method chooses by looking at the data. Without data, or
+    if the method makes no such choice, returns the request unchanged."""
     method, data = request.method, request.data
     if data is None or type(method).structure is Method.structure:
         return request
@@ -188,15 +192,17 @@ def _decided_by_data(request: Request) -> Request:
 
 
 def record(request: Request, dry: bool = False) -> RecordingSurgeon:
-    """Returns a surgeon with the operators of the method recorded; nothing is changed.
+    """Returns a `RecordingSurgeon`, which contains the sites and the operators of the request's method. The operators
+    are created but not installed, so the model is unchanged.
 
     Args:
         request: the request.
-        dry: whether operators are made on the meta device, without values: for plans.
+        dry: whether to create the operators on the meta device, without values. `plan` does this.
 
     Raises:
-        UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
-        TargetError: nothing to act on.
+        UnsupportedHost: the model is wrapped in DataParallel or in DeepSpeed's engine, is a TorchScript module, or has
+            lazy parameters without shapes.
+        TargetError: no site matches the target.
     """
     model, config = request.model, request.config
     _check_adaptable(model)
@@ -212,17 +218,17 @@ def record(request: Request, dry: bool = False) -> RecordingSurgeon:
 
 
 def plan_of(surgeon: RecordingSurgeon, shards: int | None = None) -> Plan:
-    """Returns the plan of a dry run, for which the method chooses what would train."""
+    """Returns the plan of a dry run (`record` with `dry`). The method first selects the parameters that would train."""
     choose_trained(Journal(), Planned(surgeon))
     return Plan.of(surgeon, shards)
 
 
 def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
-    """Install the recorded operators, register the injection with the host, let the method look at the data, and fill
-    in values, if there are any.
+    """Install the recorded operators, and register the injection with the host. Then let the method look at the data
+    and fill in values, if the request has any. Returns the injection.
 
     Args:
-        surgeon: the surgeon that recorded the request.
+        surgeon: the result of `record` for this request.
         request: the request.
     """
     with Journal() as journal:
@@ -247,7 +253,8 @@ def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
 
 
 def _put_in(journal: Journal, injection: Injection, state: HostState, request: Request) -> Active:
-    """Install the operators and register the injection with the host; returns the stack in which it will act."""
+    """Install the operators and register the injection with the host. Returns the names of the injections that will be
+    active together with it, in order."""
     name, surgeon = injection.name, injection._surgeon
     journal.afterwards(state.choices.restore, state.choices.saved())
     journal.afterwards(injection._replan)
@@ -265,7 +272,7 @@ def _check_alone(method: object, *others: Any) -> None:
     """Check that a configuration of peft comes without other arguments.
 
     Raises:
-        ConfigError: which would say the same twice, or something else.
+        ConfigError: another argument was passed. The configuration of peft already contains all options.
     """
     if any(each is not None and each != () and each != {} for each in others):
         raise ConfigError(

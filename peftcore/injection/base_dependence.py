@@ -1,6 +1,6 @@
-"""Operators that compute with values of the base model that are not saved in their file, such as singular vectors of a
-weight. When the adapter is applied and when it is loaded, these values must be those of the base weights, without
-merged adapters.
+"""Handles operators that compute with values of the base model, such as singular vectors of a weight, and do not save
+these values in files. Both when the adapter is applied and when it is loaded, the values must be computed from base
+weights without merged adapters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_nothing_merged(injection: Injection, state: HostState) -> None:
     """Verify that no adapter is merged into the weights from which a new injection is computed.
 
     Raises:
-        MergeError: another injection is merged into one of these weights.
+        MergeError: another injection is merged into such a weight.
     """
     made = {_place(site) for _, site, _ in _made(injection)}
     for name in state.merged:
@@ -48,8 +48,8 @@ def note_base(injection: Injection) -> None:
 
 
 def make_anew(model: nn.Module, _: Any) -> None:
-    """Hook of an adapted model that has loaded a state dict, maybe of another base: adapter tensors that are computed
-    from the base are computed again, except where an adapter is merged.
+    """Hook that runs after an adapted model has loaded a state dict, maybe of another base. It recomputes the adapter
+    tensors that are computed from base weights, except from weights into which an adapter is merged.
     """
     state = state_of(model)
     assert state is not None
@@ -62,8 +62,8 @@ def make_anew(model: nn.Module, _: Any) -> None:
 
 
 def warn_of_another_base(injection: Injection) -> None:
-    """Log a warning, when an injection is saved, about base weights that have changed since the injection was computed
-    from them."""
+    """Log a warning if base weights have changed since an injection was computed from them. Called when the injection
+    is saved."""
     merged = _merged(injection.state)
     changed = [
         _place(site)
@@ -82,7 +82,8 @@ def warn_of_another_base(injection: Injection) -> None:
 
 
 def _made(injection: Injection) -> Iterator[tuple[str, Site, WeightOperator]]:
-    """Yields the key, the site and the operator of each graft that is made of the base's weights."""
+    """Yields the key, the site and the operator of each graft (installed operator) that is computed from base
+    weights."""
     for graft in injection.grafts:
         if is_made_of_base(graft.operator):
             assert isinstance(graft.operator, WeightOperator)
@@ -94,5 +95,5 @@ def _place(site: Site) -> str:
 
 
 def _merged(state: HostState) -> set[str]:
-    """Returns the paths of the tensors into which something is merged."""
+    """Returns the paths of the tensors into which an injection is merged."""
     return {place for name in state.merged for place in places(state.injections[name])}

@@ -1,4 +1,4 @@
-"""Folding of computed tensors: replaces the parametrization of a tensor (weight norm, spectral norm, pruning, any
+"""Folds computed tensors: replaces the parametrization of a tensor (weight norm, spectral norm, pruning, any
 parametrization of torch) by a plain parameter, and restores it exactly."""
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from peftcore.utils.journal import Journal
 HOOKS = ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 """The hook tables of a module in which torch registers the computation of a tensor."""
 CLOSE = 4
-"""The maximum error, in roundings, of a value after the inverse of a parametrization and the parametrization itself."""
+"""The largest relative error, in multiples of the dtype's epsilon, of a value after the inverse of a parametrization
+and then the parametrization itself."""
 
 
 def fold(journal: Journal, module: nn.Module, name: str, value: nn.Parameter) -> dict[str, Tensor]:
@@ -48,9 +49,9 @@ def fold(journal: Journal, module: nn.Module, name: str, value: nn.Parameter) ->
 
 
 def inverted(way: nn.Module, value: Tensor) -> dict[str, Tensor] | None:
-    """Returns the tensors from which a parametrization computes `value`, up to rounding, by their names in it; None if
-    it computes another value. A weight norm can represent any value, so a module with a weight norm keeps it, and its
-    state dict keeps its names.
+    """Returns the tensors from which a parametrization computes `value` up to rounding, by their names in the
+    parametrization. Returns None if the parametrization cannot produce `value`. A weight norm can produce any value, so
+    a merge keeps it, and the names in the state dict stay.
     """
     found: Any = value
     try:
@@ -71,7 +72,8 @@ def inverted(way: nn.Module, value: Tensor) -> dict[str, Tensor] | None:
 
 
 def _as_held(module: nn.Module, name: str) -> Tensor:
-    """Returns the present value of a computed tensor, as a module holds it: as a parameter, if it comes from any."""
+    """Returns the present value of a computed tensor: as a parameter if it is computed from parameters, otherwise as a
+    plain tensor."""
     way = computation(module, name)
     assert way is not None
     value = way.value().detach().clone()

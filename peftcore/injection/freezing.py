@@ -11,7 +11,7 @@ from peftcore.utils.journal import Journal
 
 
 def freeze(journal: Journal, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Turn off requires_grad; returns the parameters that trained. A tied parameter, which several modules hold, is
+    """Turn off requires_grad. Returns the parameters that were trainable. A parameter that several modules share is
     returned once."""
     every = list({id(each): each for each in parameters}.values())
     before = [each.requires_grad for each in every]

@@ -1,9 +1,9 @@
 """Idle adapters: offloads an adapter's tensors to CPU or disk and restores them. Meanwhile the operators stay
 installed, with tensors that have shapes but no values.
 
-An offloaded parameter is replaced by a stand-in, with which nothing can be computed, and is restored as the same
-object: references to it, such as an optimizer's, stay valid. While it is offloaded the object has no values, and
-reading or writing it raises an error.
+While a parameter is offloaded, a stand-in without values replaces it in its module. The parameter is restored as the
+same object, so references to it, such as those of an optimizer, stay valid. Until then, reading or writing it raises an
+error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Store(ABC):
 
     @abstractmethod
     def keep(self, key: int, values: Values) -> None:
-        """Keep a copy of an adapter's values, under a unique number. Later changes of the tensors do not change the
+        """Store a copy of an adapter's values under a unique number. Later changes of the tensors do not change the
         copy.
 
         Raises:
@@ -40,7 +40,7 @@ class Store(ABC):
 
     @abstractmethod
     def values(self, key: int, names: Iterable[str]) -> Values:
-        """Returns the named values that were kept last under a number.
+        """Returns the named values that were last stored under a number.
 
         Raises:
             CheckpointError: the stored values were changed or damaged.
@@ -48,11 +48,11 @@ class Store(ABC):
 
     @abstractmethod
     def drop(self, key: int) -> None:
-        """Delete the values kept under a number, if there are any."""
+        """Delete the values stored under a number, if there are any."""
 
     @abstractmethod
     def returned(self, key: int) -> None:
-        """Called when the values are on the model again."""
+        """Called after the values were restored on the model."""
 
 
 class MemoryStore(Store):
@@ -118,21 +118,21 @@ _OF_STAND_IN = _read(
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "get_device",
     "__len__",
 )  # fmt: skip
-"""Functions that an offloaded tensor still answers, with the result for its stand-in."""
+"""Functions that still work on an offloaded tensor: they return the result for its stand-in."""
 _OF_ITSELF = (
     _plain("requires_grad_", "__hash__", "untyped_storage", "is_inference")
     | _read("requires_grad", "grad", "is_leaf", "grad_fn", "_version", "output_nr")
     | _set("requires_grad", "grad")
 )
-"""Functions that an offloaded tensor answers itself, since they need no values."""
+"""Functions that still work on an offloaded tensor itself, since they need no values."""
 
 
 class _Away(Tensor):
-    """The class that a tensor has while its values are elsewhere, for those who hold it: to read it or write to it is
-    an error."""
+    """The class of a tensor while its values are offloaded. Code that still holds the tensor gets an error if it reads
+    or writes it."""
 
     stand_in: Any
-    """What is registered in its place."""
+    """The tensor without values that is registered instead of it."""
 
     @classmethod
     def __torch_function__(
@@ -152,7 +152,7 @@ class _Away(Tensor):
 
 
 class _AwayParameter(_Away, nn.Parameter):
-    """A parameter that is away."""
+    """A parameter whose values are offloaded."""
 
 
 def _back(name: str) -> str:
@@ -167,7 +167,7 @@ class _Held:
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor, self.cls = name, tensor, type(tensor)
         self.counts = not tensor.is_inference()
-        """Whether torch counts its changes."""
+        """Whether torch counts changes of the tensor, which it does not for inference tensors."""
         self.places: list[tuple[dict[str, Any], str]] = []
         self.stand_in: Tensor | None = None
 
@@ -177,7 +177,7 @@ class _Held:
             table[name] = tensor
 
     def stand(self, adapter: str, dtype: torch.dtype, device: torch.device) -> None:
-        """Register a stand-in of its shape."""
+        """Register a stand-in (a tensor without values) of the same shape."""
         bare = IdleTensor(self.tensor.shape if self.stand_in is None else self.stand_in.shape, dtype, device)
         bare.adapter = adapter
         parameter = isinstance(self.tensor, nn.Parameter)
@@ -187,37 +187,40 @@ class _Held:
             self.tensor.stand_in = self.stand_in
 
     def leave(self) -> None:
-        """Let the tensor have no values, and tell so whoever reads it or writes to it."""
+        """Remove the tensor's values. Later reads and writes of the tensor raise an error."""
         self.give(torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device))
         self.tensor.__class__ = _AwayParameter if isinstance(self.tensor, nn.Parameter) else _Away
         vars(self.tensor)["stand_in"] = self.stand_in
 
     def come(self, value: Tensor) -> None:
-        """Let the tensor have values again."""
+        """Restore the tensor's class, and give it values."""
         vars(self.tensor).pop("stand_in", None)  # gone where somebody exchanged the two, `torch.utils.swap_tensors`
         self.tensor.__class__ = self.cls
         self.give(value)
 
     def give(self, value: Tensor) -> None:
-        """Let the tensor have a storage of another one."""
+        """Replace the storage of the tensor by the storage of another one, or by a copy of it."""
         with torch.inference_mode(not self.counts):
             self.tensor.data = value if self.counts else value.clone()
 
     def written(self) -> None:
-        """Let torch count a change: a backward through a graph that saved the tensor says so."""
+        """Increase the tensor's version counter, so that a backward through a graph that saved the tensor raises an
+        error."""
         if self.counts:
             torch.autograd.graph.increment_version(self.tensor)
 
 
 class IdleValues:
-    """The values of one injection, as the `Residency` of its model uses them: counts, offloads and restores them."""
+    """Counts, offloads and restores the tensor values of one injection. The `Residency` of a model (which limits the
+    memory of its adapters) uses it."""
 
     def __init__(self, injection: Injection, store: Store, key: int) -> None:
         self._injection = weakref.ref(injection)
         self._store, self._key = store, key
         self._away: list[_Held] | None = None
         self._size: tuple[tuple[dict[str, Any], str], torch.dtype, int] | None = None
-        """Where one of the tensors is registered, its dtype, and the bytes of all as long as it has that."""
+        """A cached byte count: where one of the tensors is registered, the dtype of that tensor, and the bytes of all
+        tensors. The count is valid as long as that dtype is the same."""
 
     @property
     def injection(self) -> Injection:
@@ -227,8 +230,8 @@ class IdleValues:
         return found
 
     def bytes(self) -> int:
-        """Returns the bytes that the tensors take, or will take once restored; the count is updated when their dtype
-        changes."""
+        """Returns how many bytes the tensors take, or will take after they are restored. The count is cached as long as
+        their dtype does not change."""
         if self._size is not None:
             (table, name), dtype, size = self._size
             if table[name].dtype is dtype:
@@ -287,7 +290,7 @@ class IdleValues:
 
     @torch.no_grad()
     def _return(self, held: list[_Held], values: list[Tensor]) -> None:
-        """Give tensors their values again; each step can be taken again."""
+        """Give the tensors their values again. The function can be repeated after an interrupt."""
         for each, value in zip(held, values, strict=True):
             each.come(value)
             each.written()
@@ -298,7 +301,7 @@ class IdleValues:
         self._away = None
 
     def is_away(self) -> bool:
-        """Whether the tensors have no values."""
+        """Whether the values are offloaded."""
         return self._away is not None
 
     def forget(self) -> None:
@@ -334,7 +337,7 @@ class IdleValues:
     # ------------------------------------------------------------------------------ what torch does with idle modules
 
     def named(self, path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yields the values of an idle module, by the names of its state dict."""
+        """Yields the values of an idle module, by their names in its state dict."""
         assert self._away is not None
         names = {id(each.stand_in): each.name for each in self._away}
         held = {}
@@ -362,13 +365,13 @@ class IdleValues:
 
 
 def _now(held: _Held) -> Tensor:
-    """Returns what is registered now: the tensor, or its stand-in."""
+    """Returns the tensor that is registered now: the original, or its stand-in."""
     return held.tensor if held.stand_in is None else held.stand_in
 
 
 class _Marked:
-    """The mark of an idle module. The module's own answers to what torch asks of it lie in its ``__dict__`` too, and
-    so go with the mark."""
+    """The mark of an idle module. The module's ``__dict__`` contains it, together with functions that replace
+    `state_dict`, `_apply` and other methods that torch calls. Both are removed when the adapter is restored."""
 
     def __init__(self, values: IdleValues, path: str) -> None:
         self.values, self.path = values, path

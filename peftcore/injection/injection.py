@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 
 class AdapterFiles(Protocol):
-    """The functions of `peftcore.files.save_load` that the methods of an `Injection` call; that module is in a layer
-    above."""
+    """The functions of `peftcore.files.save_load` that the methods of an `Injection` call. That module is in a higher
+    layer of the package, so it is not imported here."""
 
     def save(self, injection: Injection, path: Path, formats: Sequence[str], weights: bool, metrics: Any, /) -> None:
         """Write an adapter into a folder or a file."""
@@ -66,15 +66,16 @@ class AdapterFiles(Protocol):
         """Upload an adapter to a model hub."""
 
     def located(self, path: str | os.PathLike[str], revision: str | None, /) -> Path:
-        """Returns the place of a saved adapter on this machine; one on a model hub is fetched."""
+        """Returns the local path of a saved adapter. An adapter on a model hub is downloaded."""
 
     def values_of(self, injection: Injection, path: Path, /) -> Injection:
-        """Returns a saved adapter for the model of an injection, not installed."""
+        """Returns a saved adapter, read for the model of an injection but not installed in it."""
 
 
 class Injection(Installed):
-    """One applied method under a name. `apply` and `load` return one, `injections(model)` finds it again. Once it is
-    removed, functions that would act on the host raise UnknownInjection.
+    """One method that was applied to a host, under a name. `apply` and `load` return an injection, and
+    `injections(model)` returns all of them. Once an injection is removed, its methods that would act on the host raise
+    UnknownInjection.
 
     Attributes:
         name: its name on this host.
@@ -84,7 +85,7 @@ class Injection(Installed):
     """
 
     _files: ClassVar[AdapterFiles]
-    """Set by `peftcore.files.save_load`."""
+    """The functions that save and load adapters. `peftcore.files.save_load` sets this attribute."""
 
     def __init__(self, name: str, surgeon: RecordingSurgeon, state: HostState) -> None:
         super().__init__(name, surgeon)
@@ -107,7 +108,8 @@ class Injection(Installed):
         return parts_of(self._surgeon, self)
 
     def owner(self, graft: Graft) -> AppliedMethod:
-        """Returns the injection to which a graft (an installed operator) belongs; for a hybrid, its part."""
+        """Returns the injection to which a graft (an installed operator) belongs. For a hybrid, returns the part to
+        which it belongs."""
         owner: AppliedMethod = self
         for part in filter(None, graft.part.split("/")):
             owner = owner.parts[part]
@@ -115,8 +117,8 @@ class Injection(Installed):
 
     @property
     def selections(self) -> dict[str, list[Site]]:
-        """The sites to which each selection of the method resolved; stored in files, so that loading does not resolve
-        again."""
+        """The sites of each target that the method selected. They are stored in files, so that loading does not resolve
+        the targets again."""
         return self._surgeon.selections
 
     def base_modules(self) -> Iterator[nn.Module]:
@@ -125,12 +127,13 @@ class Injection(Installed):
 
     @property
     def main_selection(self) -> list[Site]:
-        """The sites of the user's target, or of the default target; for a hybrid, the sites of all parts."""
+        """The sites of the user's target, or of the default target. For a hybrid, these are the sites of all parts."""
         return [site for key, sites in self.selections.items() if not key.rpartition("/")[2] for site in sites]
 
     @property
     def trained_along(self) -> tuple[str, ...]:
-        """Paths of the host's parameters that train because the user named them, or modules that hold them."""
+        """Paths of the host's parameters that train because the user named them, or a module that holds them, in
+        `train`."""
         own = [graft.site for graft in self.grafts if graft.trained_along]
         return tuple(f"{site.module_path}.{site.tensor}".lstrip(".") for site in own)
 
@@ -152,10 +155,10 @@ class Injection(Installed):
 
     @property
     def low_memory(self) -> bool:
-        """Whether to use the least memory instead of being fast; False at first. If True, weight operators (dora, oft,
-        hra) compute the effective weight in training, once in forward and again in backward, instead of their
-        activation form; expert and attention modules that they change run again in backward as a whole. `generate` and
-        `cache_weights` keep no effective weight."""
+        """Whether to save memory at the cost of speed; False by default. If True, weight operators (dora, oft, hra)
+        compute the effective weight in training, once in forward and again in backward, instead of using their
+        activation form. Expert and attention modules that these operators change run again as a whole in backward.
+        `generate` and `cache_weights` do not cache effective weights."""
         return self._low_memory
 
     @low_memory.setter
@@ -166,11 +169,11 @@ class Injection(Installed):
             self._replan()
 
     def enabled(self) -> Chosen:
-        """Activate this injection in addition to the active ones; as a context manager, until the end of the block. If
-        a composition is in force, the injection acts in all of its branches.
+        """Activate this injection in addition to the active ones. As a context manager, this holds until the end of the
+        block. If a composition is in force, the injection acts in all of its branches.
 
         Raises:
-            RouteError: a route is in force, which assigns injections to rows, and no row is assigned to this one.
+            RouteError: a route is in force, and it assigns no row to this injection.
         """
         self._alive()
         choice, name = self.state.now(), self.name
@@ -184,17 +187,18 @@ class Injection(Installed):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager in which the injection is inactive, and outputs equal those without it to the bit. A merged
-        injection is unmerged until the end of the block. In a route the injection's rows run the bare base model, and
-        in a composition its parts do; all other rows and parts stay as they are.
+        """Context manager in which the injection is inactive, and outputs are bit-identical to those without it. A
+        merged injection is unmerged until the end of the block. The injection's rows in a route, and its parts in a
+        composition, run the base model without adapters. All other rows and parts stay as they are.
 
         Raises:
             MergeError: it is merged and cannot be unmerged; or it cannot be merged again at the end of the block.
-            AdapterInUse: it is merged, and a forward of the model runs, at the begin or at the end of the block.
+            AdapterInUse: it is merged, and a forward of the model is running at the beginning or at the end of the
+                block.
             CompositionError: the composition in force needs it to combine outputs (`Fuse`).
 
-        If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged,
-        with the weights of the base to the bit, and a note of the error says so.
+        If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged.
+        The weights are then those of the base, bit for bit, and a note on the error says this.
         """
         self._alive()
         choice = self.state.now()
@@ -227,15 +231,15 @@ class Injection(Installed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the injection's tensors by ``<site path>.<operator tensor>``, without the injection's name, as in
-        files. They are the operators' own tensors, not copies. An idle adapter is restored, and the result holds its
-        tensors until it is offloaded again."""
+        files. They are the operators' own tensors, not copies. An idle adapter (offloaded to CPU or disk) is restored
+        first. Its tensors have values until it is offloaded again."""
         with self.state.kept(self.name):
             return super().state_dict()
 
     def losses(self) -> Tensor:
-        """Returns the sum of the method's losses in the last training forward of the model in this thread, if the
-        model's output has no loss to which they were added. It has shape ``[]`` and its graph, so it can be added to
-        your loss.
+        """Returns the sum of the method's losses in the last training forward of the model in this thread. Use it if
+        the model's output contains no loss; otherwise the method's losses were already added to that loss. The result
+        has shape ``[]`` and an autograd graph, so you can add it to your loss.
 
             loss = criterion(model(x), y) + injection.losses()
 
@@ -250,10 +254,10 @@ class Injection(Installed):
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Context manager in which the routers of a mixture sum up their gates, for `report`: over all forwards in
-        which the injection acts, in every thread; forwards that backward repeats (checkpointing) do not count twice. It
-        costs a few operations per router, and two numbers per expert. A compiled model is compiled again for it, and
-        after it.
+        """Context manager in which the routers of a mixture of experts record sums of their gates, for `report`. All
+        forwards in which the injection acts count, in every thread. A forward that backward repeats (checkpointing)
+        counts once. Recording costs a few operations per router, and two numbers per expert. A compiled model is
+        compiled again at the beginning and at the end of the block.
 
             with injection.reporting():
                 model(**batch)
@@ -276,9 +280,10 @@ class Injection(Installed):
             yield
 
     def report(self) -> RouterReport:
-        """Returns statistics of a mixture's routers in the last block of `reporting`, or so far in the current block:
-        the share of each expert, the balance of the shares, the entropy of the gates, and dropped tokens. Padding does
-        not count. The report prints as a table; ``.json()``, ``.to_dict()``, ``.plot("routers.png")``.
+        """Returns statistics of the routers of a mixture of experts, recorded in the last block of `reporting` or so
+        far in the current block: the share of each expert, the balance of the shares, the entropy of the gates, and
+        dropped tokens. Padding does not count. The report prints as a table, and has the methods ``.json()``,
+        ``.to_dict()`` and ``.plot("routers.png")``.
 
         Raises:
             NoRouters: the injection has no routers, or they were not recorded yet.
@@ -298,9 +303,9 @@ class Injection(Installed):
 
         Args:
             cls: any torch optimizer, such as ``torch.optim.AdamW``.
-            lr: its learning rate; methods may give some parameters another one.
+            lr: the learning rate; methods may use another one for some parameters.
             total_steps: the number of steps of the training, for methods with a schedule.
-            options: its other options.
+            options: the other options of the optimizer.
 
         Raises:
             TrainingError: the injection is frozen, or the method's schedule does not fit into `total_steps`.
@@ -321,21 +326,23 @@ class Injection(Installed):
     ) -> merging.MergeReport:
         """Merge the injection into the host's weights. Merging again in the same way changes nothing.
 
-        The injection has to be active, without a route or a composition, in every thread: while it is merged it acts in
-        every forward, and a choice without it is refused. Tensors of the host are not written to, since other models
-        may share them: new tensors replace them in all modules of the host that hold them, and `unmerge` puts the old
-        ones back. So objects that were made from the old tensors still use the old tensors: a graph captured by hand
-        (``torch.cuda.CUDAGraph``) has to be captured again after `merge` and after `unmerge`; compiled functions follow
-        by themselves. (Tensors that FSDP2 shards stay, and their values are written.)
+        The injection has to be active in every thread, without a route or a composition. While it is merged it acts in
+        every forward, so activating other injections without it is refused.
+
+        The tensors of the host are not written to, since other models may share them. New tensors replace them in all
+        modules of the host, and `unmerge` restores the old tensors. Therefore a graph that was captured by hand
+        (``torch.cuda.CUDAGraph``) has to be captured again after `merge` and after `unmerge`. Compiled functions use
+        the new tensors automatically. Tensors that FSDP2 shards are an exception: their values are overwritten.
 
         A weight that its module computes from others (weight norm, pruning, any parametrization of torch) stays
         computed if the computation can produce the merged value, as a weight norm can. Otherwise it is a plain
         parameter while merged, and permanently after `bake`.
 
         Args:
-            keep: how `unmerge` gets the originals back: the tensors themselves on the "device"; on the "cpu" (a copy,
-                of tensors that are elsewhere); a compressed "record" of ulps; or None (then it cannot). Codes of
-                quantized weights, and the parameters of computed weights, are kept where they are.
+            keep: how the originals are kept for `unmerge`. "device" keeps the tensors themselves; "cpu" keeps them in
+                CPU memory (a copy, of tensors on other devices); "record" keeps a compressed record of the differences
+                in ulps; None keeps nothing, so `unmerge` is impossible. Codes of quantized weights, and the parameters
+                of computed weights, are kept where they are.
             into: how quantized weights are written: "float" makes their modules dense; "same" packs the merged weights
                 again, which costs accuracy: the report says how much at each site.
             max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
@@ -348,11 +355,11 @@ class Injection(Installed):
             ConfigError: an argument has a value that is not listed above.
             NotMergeable: the method has no merged form.
             MemoryLimit: the merged tensors certainly do not fit into the free memory of a GPU.
-            MergeError: it is merged in another way, or cannot be merged now: another choice is in force, a tensor of
-                the base trains, the result would not be finite, or a weight cannot be packed again or not well enough;
-                no weight was changed.
-            AdapterInUse: a forward of the model runs, in this thread or another one; no weight was changed. A forward
-                that begins during the merge waits.
+            MergeError: the injection is already merged with other arguments, or is not active in every thread; a tensor
+                of the base trains; the result would not be finite; or a weight cannot be packed again with an error of
+                at most `max_error`. No weight was changed.
+            AdapterInUse: a forward of the model is running, in this thread or another one. No weight was changed. (A
+                forward that begins during the merge waits for its end.)
         """
         wanted = merging.MergeOptions(keep, into, max_error, weight)
         with changing(self.model):
@@ -394,12 +401,12 @@ class Injection(Installed):
         return () if self._merge is None else self._merge.report.dense
 
     def unmerge(self) -> None:
-        """Put the host's tensors back, bit for bit; the injection acts through its operators again.
+        """Restore the host's tensors, bit for bit. The injection then acts through its operators again.
 
         Raises:
             MergeError: it was merged with ``keep=None``, another injection was merged on top, or the merged tensors
                 were loaded, trained, cast or replaced since; nothing was changed.
-            AdapterInUse: a forward of the model runs; nothing was changed.
+            AdapterInUse: a forward of the model is running; nothing was changed.
         """
         with changing(self.model):
             self._alive()
@@ -415,11 +422,11 @@ class Injection(Installed):
 
     @contextmanager
     def _between_forwards(self, done: str, everyone: bool) -> Iterator[None]:
-        """Context manager in which no forward runs that names this injection, or with `everyone`, none of the model;
-        such forwards that begin meanwhile wait.
+        """Context manager in which no forward that uses this injection runs; with `everyone`, no forward of the model
+        at all. Such forwards that begin inside the block wait for its end.
 
         Raises:
-            AdapterInUse: such a forward runs.
+            AdapterInUse: such a forward is already running.
         """
         with self.state.exchanging(self.name, everyone) as running:
             if any(everyone or self.name in choice.named for choice in running):
@@ -447,7 +454,7 @@ class Injection(Installed):
                 note_form(journal, self.model, merged.report.dense)
 
     def _note(self, journal: Journal, merge: merging.MergeInForce | None) -> None:
-        """Note that it is merged, or is not."""
+        """Record whether the injection is merged."""
         others = tuple(name for name in self.state.merged if name != self.name)
         journal.set(self, "_merge", merge)
         journal.set(self.state, "merged", others if merge is None else (*others, self.name))
@@ -460,8 +467,8 @@ class Injection(Installed):
         Raises:
             MergeError: it is merged, and `unmerge` is impossible.
             RouteError, CompositionError: a route or composition that is in force here uses it.
-            AdapterInUse: a forward that uses it runs, or if it is merged, any forward of the model; nothing was
-                changed.
+            AdapterInUse: a forward that uses the injection is running; or the injection is merged, and any forward of
+                the model is running. Nothing was changed.
         """
         with changing(self.model), self._leaving(everyone=self.merged) as journal:
             if self._merge is not None:
@@ -483,16 +490,16 @@ class Injection(Installed):
         Args:
             path: a folder; it is created if missing, and files of the same format in it are replaced. A path that ends
                 with ".safetensors" is a single file, for formats that allow one (peftcore's own, "diffusers", "kohya").
-            format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",
-                "diffusers", "kohya"), or several at once; also for which model of a pipeline:
+            format: "peftcore" (``adapter.safetensors``, and a readable ``adapter.json``), the format of another library
+                ("peft", "diffusers", "kohya"), or a list of several. It may name the model of a pipeline:
                 "diffusers/text_encoder_2".
             weights: record a digest of the base weights at the sites, so that `load` refuses a base with other weights.
             metrics: numbers for the model card, by name, as ``{"accuracy": 0.93}``, or by data set and name, as
                 ``{"glue": {"accuracy": 0.93}}``.
 
         Raises:
-            ExportError: another library's format cannot hold this adapter, or not in one file; or metrics are not
-                numbers, or were given for one file. Nothing was written.
+            ExportError: the format of another library cannot store this adapter, or not in a single file; or metrics
+                are not numbers, or were passed for a single file. Nothing was written.
         """
         formats = (format,) if isinstance(format, str) else tuple(format)
         with changing(self.model):
@@ -506,15 +513,17 @@ class Injection(Installed):
         *,
         revision: str | None = None,
     ) -> None:
-        """Replace the values of this adapter by those of another adapter of the same method. The active adapters, the
-        name and the tensors stay, so the model is not planned, traced or compiled again (`hotswap_adapter` of peft).
+        """Replace the values of this adapter by those of another adapter of the same method. The name, the tensor
+        objects and the choice of active adapters do not change, so the model is not traced or compiled again
+        (`hotswap_adapter` of peft).
 
             served = peftcore.load(model, "adapters/news", name="slot", room={"rank": 64})
             served.swap("adapters/law")  # of any rank up to 64, and any alpha
 
-        From then on this injection computes the same as the other adapter would if it were loaded. The other adapter
-        needs the same target modules and the same options; options that determine tensor sizes may be smaller (`room`
-        of `load`), and a scale is written into the values. The dropouts of this injection stay.
+        From then on this injection computes what the other adapter would compute if it were loaded. The other adapter
+        must have the same target modules and the same options, with two exceptions. Options that determine tensor sizes
+        may be smaller than the reserved room (`room` of `load`). If the scale is different, the values are multiplied
+        to compensate. This injection keeps its own dropout.
 
         A swap is refused while a forward of the model, or a call of `using`, names this injection. Compiled forwards,
         and forwards of parts of the model that run by themselves, are not detected: swap between them. A generation in
@@ -523,18 +532,18 @@ class Injection(Installed):
         Args:
             source: anything that `load` accepts; or an adapter of this model or of a model of the same shape; or a
                 state dict from `state_dict` of an adapter with the same options.
-            revision: as of `load`.
+            revision: see `load`.
 
         Raises:
-            SwapError: the values cannot be replaced exactly: another method, other target modules, options or dtype, or
-                a rank above the reserved room; or the adapter is in use in a forward or a call of `using`; or DeepSpeed
-                has sharded it (ZeRO-3).
+            SwapError: the values cannot be replaced exactly, because the other adapter has another method, other target
+                modules, options or dtypes, or a rank above the reserved room; this injection is in use in a forward or
+                a call of `using`; or DeepSpeed has sharded it (ZeRO-3).
             MergeError: this injection is merged, or the other adapter is computed from weights into which an adapter is
                 merged.
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.
             MemoryLimit: this injection is idle, and the memory is not enough to restore it.
 
-        Nothing was changed then.
+        After an error nothing is changed.
         """
         self._check_swappable()
         if source is self:
@@ -574,24 +583,25 @@ class Injection(Installed):
         create_pr: bool = False,
         metrics: Mapping[str, Any] | None = None,
     ) -> CommitInfo | None:
-        """Upload the adapter alone to a repository on a model hub, with its model card; returns the commit as
-        huggingface_hub does (as text it is the address of the commit). A missing repository is created. A ``README.md``
-        that peftcore did not write is kept. If the model's weights are sharded over processes, all processes call this;
-        the first one uploads, and the other ones get None.
+        """Upload the adapter alone, with its model card, to a repository on a model hub. Returns the `CommitInfo` of
+        huggingface_hub; as a string it is the URL of the commit. A missing repository is created. A ``README.md`` that
+        peftcore did not write is kept. If the model's weights are sharded over processes, all processes call this; the
+        first one uploads, and the other ones get None.
 
         Args:
             repo_id: "owner/name".
-            format: as of `save`.
-            private: True makes a new repository private; by default the owner's setting holds.
+            format: see `save`.
+            private: True makes a new repository private; by default the owner's setting applies.
             revision: a branch, which is created if missing; the main branch by default.
             commit_message: the message of the commit.
             token: the token for huggingface_hub; by default the token of ``hf auth login`` or ``HF_TOKEN``.
             create_pr: True proposes the commit as a pull request.
-            metrics: as of `save`.
+            metrics: see `save`.
 
         Raises:
-            ExportError: as of `save`; nothing was sent.
-            HubError: huggingface_hub or the token is missing, or the hub refuses or does not answer; says what to do.
+            ExportError: as in `save`; nothing was uploaded.
+            HubError: huggingface_hub or the token is missing, or the hub refuses or does not respond. The message says
+                what to do.
         """
         self._alive()
         with self.state.kept(self.name):
@@ -672,7 +682,7 @@ class Injection(Installed):
         return self._modules.get(path) or self.model.get_submodule(path)
 
     def _module(self, path: str) -> nn.Module | None:
-        """Returns the module at a path now; None where a module above it was replaced."""
+        """Returns the module that is at a path now; None if the path does not exist any more."""
         try:
             return self.model.get_submodule(path)
         except AttributeError:
@@ -698,8 +708,8 @@ class Injection(Installed):
         """Verify that rows of a batch can be distinguished at every site, and with `by_tokens` the tokens of each row.
 
         Raises:
-            RouteError: the method or a site cannot distinguish them: experts receive only the tokens routed to them,
-                and position tables receive no rows.
+            RouteError: the method or a site cannot distinguish rows or tokens. For example, an expert receives only the
+                tokens that are routed to it, and position tables receive no rows.
         """
         if not self.method.tags.per_row:
             raise RouteError(
@@ -726,7 +736,8 @@ class Injection(Installed):
         """Verify that the module outputs of this injection can be combined with those of other injections.
 
         Raises:
-            CompositionError: it acts inside attention, on a module's input, or on the whole sequence or batch.
+            CompositionError: the injection acts inside attention, on a module's input, or on the whole sequence or
+                batch.
         """
         inside = any(graft.site.form == "attention" for graft in self.grafts)
         if inside or not self.method.tags.per_row or any(isinstance(g.operator, InputOperator) for g in self.grafts):
@@ -741,7 +752,8 @@ class Injection(Installed):
 
     @contextmanager
     def _leaving(self, everyone: bool) -> Iterator[Journal]:
-        """Context manager with the journal of its removal from the host; its offloaded values are dropped last.
+        """Context manager that yields the journal (undo record) in which the injection is removed from the host. If it
+        was removed, its offloaded values are deleted at the end.
 
         Raises:
             AdapterInUse: as `_between_forwards`.
@@ -757,7 +769,7 @@ class Injection(Installed):
                 state.residency.remove(self.name)
 
     def _take_out(self, journal: Journal) -> None:
-        """Take its operators out of the model; the last one lets the base train again."""
+        """Remove the injection's operators from the model. If no injection remains, unfreeze the base."""
         state, name = self.state, self.name
         journal.afterwards(state.choices.restore, state.choices.saved(shared=1))
         journal.afterwards(self._replan)

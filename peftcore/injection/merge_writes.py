@@ -1,8 +1,8 @@
-"""The writes of a merge into a host: their places, how to undo them, and checks whether other code has written to the
-same places since.
+"""Records of the writes of a merge into a host: the places, how to undo the writes, and whether other code has changed
+the tensors since.
 
-A tensor of the host is never written to, since other objects may hold it: a frozen reference over the same base, an
-optimizer, a running thread. A new tensor replaces it in all modules of the host that hold it.
+A merge does not write to the host's tensors, since other objects may hold them, such as an optimizer or a reference
+model with the same base. A new tensor replaces the old one in all modules of the host. The exception is `Overwritten`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ Holders = Mapping[int, list[Holder]]
 Key = tuple[str, str]
 """The key of a merged tensor: (module path, tensor path below the module)."""
 Predict = Callable[[Key, Tensor], Tensor]
-"""Returns the prediction of an original tensor: the merged tensor minus the change."""
+"""A function that predicts an original tensor: it returns the merged tensor minus the change."""
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Returns the modules of a host and their paths, without operators, whose tensors are never tied to the host's."""
+    """Returns the modules of a host with their paths. Operators are left out, since their tensors are never tied to
+    tensors of the host."""
     with saving_base():
         return {module: path for path, module in model.named_modules()}
 
 
 def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
-    """Returns the holders of all tensors of a host."""
+    """Returns the modules that hold each tensor of a host, by id of the tensor."""
     found: dict[int, list[Holder]] = {}
     for module, path in modules_of(model).items():
         for table in (module._parameters, module._buffers):
@@ -85,13 +86,13 @@ class MergeWrite(ABC):
         """Restore the original tensors, and return those that are in the host again.
 
         Raises:
-            MergeError: a record does not fit.
+            MergeError: a record does not reproduce its original.
         """
 
 
 @dataclass(eq=False)
 class Replaced(MergeWrite):
-    """A tensor that a new one replaces in all modules that hold it."""
+    """A tensor of the host that the merge replaced by a new one, in all modules that hold it."""
 
     key: Key
     holders: list[Holder]
@@ -104,8 +105,8 @@ class Replaced(MergeWrite):
         self.added = self.tensor.detach().clone() if self.original is None else None
 
     def _stands(self, here: Tensor) -> bool:
-        """Whether a tensor is what was written. One that the host lacked may have been cast since, as bitsandbytes does
-        with biases: nothing of it comes back."""
+        """Whether a tensor still has the values that the merge wrote. A tensor that the host lacked before may also
+        have been cast since, as bitsandbytes casts biases, because `undo` only removes it."""
         if _is(here, self.fingerprint):
             return True
         return self.added is not None and not here.is_meta and torch.equal(here, self.added.to(here))
@@ -149,12 +150,13 @@ class Replaced(MergeWrite):
 
 @dataclass(eq=False)
 class Overwritten(MergeWrite):
-    """A tensor that other code manages (FSDP2 puts its own back before each forward), so its values are overwritten."""
+    """A tensor whose values the merge overwrites, because other code manages the tensor object. FSDP2, for example,
+    restores its own tensors before each forward."""
 
     key: Key
     tensor: Tensor
     values: Tensor
-    """A copy of the original values, if it was requested."""
+    """A copy of the original values."""
 
     def put(self, journal: Journal, new: Tensor) -> None:
         """Write the new values."""

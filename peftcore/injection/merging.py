@@ -1,12 +1,11 @@
-"""Merging an injection into the host's tensors, and exact unmerging.
+"""Merges an injection into the host's tensors, and unmerges it exactly.
 
-Deltas are computed in float32 (float64 for float64 hosts) and cast once. All tensors are written or none, and none that
-existed before is written to: new ones take their places (`merge_writes`), and the originals are kept as asked
-(`originals`).
+Deltas are computed in float32 (float64 for float64 hosts) and cast once. Either all tensors are written or none. New
+tensors replace those of the host (`merge_writes`), and the originals are kept in the requested form (`originals`).
 
-A quantized weight is made dense by a merge, or packed again with the measured error in the report; its codes are kept
-to restore it. A weight that its module computes from others keeps that way where it can give the merged value, as a
-weight norm can; otherwise it is folded into a plain parameter.
+A merge converts a quantized weight to a dense one, or packs it again and reports the measured error. The quantized
+codes are kept to restore the weight. A weight that its module computes from other tensors, such as a weight norm, stays
+computed if the computation can produce the merged value. Otherwise a plain parameter replaces it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,8 @@ if TYPE_CHECKING:
 
 Into = Literal["float", "same"]
 BOUND = 0.25
-"""The error of packing again above which a merge is refused: about twice the error of the coarsest 4-bit format."""
+"""The default for `max_error`: a merge is refused if packing a weight again has a larger error. It is about twice the
+error of the coarsest 4-bit format."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Repacked:
     error: float
     """Norm of the difference to the merged weight, over the norm of the merged weight."""
     lost: float
-    """Norm of the same difference, over the norm of the merge's change: at 1 the error is as large as the adapter's
-    effect."""
+    """Norm of the same difference, over the norm of the change that the merge makes. At 1 the error is as large as the
+    adapter's effect."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class MergeReport:
 
 
 def _folding(injection: Injection) -> list[Graft]:
-    """Returns the grafts that are folded into tensors: all but those that act in training alone."""
+    """Returns the grafts (installed operators) that a merge folds into tensors. Operators that act only in training are
+    left out."""
     return [graft for graft in injection.grafts if not graft.operator.trains_only]
 
 
@@ -162,11 +163,11 @@ class MergeInForce:
     written: list[MergeWrite]
     """The changes that were made, in their order; empty with ``keep=None``."""
     frozen: list[Remembered]
-    """Parameters that left the host and were frozen for it."""
+    """Parameters that the merge removed from the host, and that were frozen when the host was adapted."""
 
 
 def _check(injection: Injection) -> None:
-    """Verify what can be told without computing the merged tensors."""
+    """Verify the conditions of a merge that can be checked without computing the merged tensors."""
     name, state = injection.name, injection.state
     stuck = [graft.site.path for graft in _folding(injection) if not is_mergeable(graft.operator)]
     if stuck:
@@ -196,10 +197,10 @@ def _check(injection: Injection) -> None:
 
 
 def check_choices(injection: Injection) -> None:
-    """Verify that forwards under the choices in force compute the right result once the injection is merged.
+    """Verify that forwards in all threads and tasks still compute the right result once the injection is merged.
 
     Raises:
-        MergeError: another choice is in force in some thread or task.
+        MergeError: in some thread or task the injection is not active, or a route or composition is in force.
     """
     state = injection.state
     for where, choice in state.choices.in_force():
@@ -207,7 +208,7 @@ def check_choices(injection: Injection) -> None:
 
 
 def _check_values(site: Site, operator: nn.Module) -> None:
-    """Verify that the values of a site can be read, and an operator be folded into them."""
+    """Verify that the values of a site can be read, and that an operator can be folded into them."""
     site.layer.check_readable(site.module, site.tensor)
     like = site.layer.like(site.module, site.tensor)
     if like.is_meta:
@@ -222,10 +223,11 @@ def _check_values(site: Site, operator: nn.Module) -> None:
 
 
 def merge_bytes(injection: Injection) -> Mapping[torch.device, int]:
-    """Returns the bytes of the tensors that a merge makes, by device: all of them exist before the first is written.
+    """Returns how many bytes the new tensors of a merge need, by device. All new tensors exist at the same time, before
+    the first one is written.
 
-    They are counted by shapes, so the host may be on the meta device. Tensors that are sharded, or that a module
-    computes, are left out. To compute each tensor takes more, which is free again afterwards.
+    The bytes are computed from shapes, so the host may be on the meta device. Not counted are sharded tensors, tensors
+    that a module computes, and the temporary memory in which each new tensor is computed.
     """
     sizes: dict[object, tuple[torch.device, int]] = {}
     for key, effects in _effects(injection).items():
@@ -241,7 +243,7 @@ def merge_bytes(injection: Injection) -> Mapping[torch.device, int]:
 
 
 def _check_places(injection: Injection, layers: Mapping[Key, Layer]) -> None:
-    """Verify that a new tensor can take the place of each old one."""
+    """Verify that each old tensor can be replaced by a new one."""
     for key, layer in layers.items():
         if layer.packed:
             continue  # the whole module is exchanged
@@ -273,7 +275,8 @@ def _owner(injection: Injection, key: Key) -> tuple[nn.Module, str]:
 
 
 def _check_ties(injection: Injection, new: Mapping[Key, Tensor], holders: Holders) -> None:
-    """Verify that a merge changes a tied tensor only where the injection gives all its holders one value."""
+    """Verify for each tied tensor that the merge changes it in no module, or to the same value in all modules that hold
+    it."""
     written = {(id(module), name): key for key in new for module, name in [_owner(injection, key)]}
     for tied in holders.values():
         keys = [written.get((id(module), name)) for _, module, name in tied]
@@ -290,8 +293,8 @@ def _check_ties(injection: Injection, new: Mapping[Key, Tensor], holders: Holder
 
 
 def _towards(injection: Injection, key: Key, goal: Tensor, weight: float) -> Tensor:
-    """Returns the tensor a part of the way from the base to an effective tensor; a tensor that the host lacks counts as
-    zeros."""
+    """Returns the interpolation between the base tensor (`weight` 0) and the effective tensor `goal` (`weight` 1). If
+    the host has no such tensor, the base tensor counts as zeros."""
     module = injection.module_at(key[0])
     base = layer_of(module, key[1]).read(module, key[1])
     start = torch.zeros_like(goal) if base is None else base
@@ -299,12 +302,14 @@ def _towards(injection: Injection, key: Key, goal: Tensor, weight: float) -> Ten
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. The sum tells without a tensor of booleans, unless it overflows."""
+    """Whether all values are finite. The sum of the values is tested first, since that needs no tensor of booleans.
+    Only if the sum is not finite, the values themselves are tested."""
     return bool(torch.isfinite(_precise(tensor).sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
-    """Returns the original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
+    """Returns the merged tensor minus the delta, which approximates the original. The result has the same bits at merge
+    and at unmerge."""
     merged = merged.detach().contiguous()  # sums over other strides round otherwise
     module = injection.module_at(key[0])
     delta = _folded(module, _effects(injection)[key], torch.zeros_like(_precise(merged)))
@@ -313,7 +318,7 @@ def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
 
 
 def _at_rest(injection: Injection) -> AbstractContextManager[None]:
-    """Context manager in which reading a weight that is computed changes nothing."""
+    """Context manager in which computed weights (such as a spectral norm) can be read without changing their state."""
     sites = (site for graft in injection.grafts for site in graft.holders)
     owners = (site.module.get_submodule(site.tensor.rpartition(".")[0]) for site in sites if site.tensor)
     return resting(each for owner in owners for each in parametrized(owner).values())
@@ -321,14 +326,15 @@ def _at_rest(injection: Injection) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> MergeInForce:
-    """Write the effective tensors, or with `weight` the base plus that fraction of the change.
+    """Write the effective tensors into the host. If the option `weight` is not 1, write the base plus that fraction of
+    the change.
 
     Raises:
         NotMergeable: the method has no merged form.
         MemoryLimit: the merged tensors certainly do not fit into the memory of a device.
-        MergeError: another choice is in force somewhere, an effective tensor is not finite, a tied tensor would change
-            elsewhere, an earlier injection has to be merged first, a tensor cannot be replaced, or a weight cannot be
-            packed again or not well enough.
+        MergeError: the injection is not active in every thread and task, an effective tensor is not finite, a tied
+            tensor would change in another module, an earlier injection has to be merged first, a tensor cannot be
+            replaced, or a weight cannot be packed again with an error of at most `max_error`.
     """
     with _at_rest(injection):
         return _merge(injection, journal, wanted)
@@ -375,8 +381,8 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
 
 
 def let_go(journal: Journal, merged: MergeInForce) -> None:
-    """Unfreeze the parameters that the merge removed from the host and that another model still holds: the host does
-    not read them any more."""
+    """Unfreeze the parameters that the merge removed from the host, if other code still holds them. The host does not
+    read them any more."""
     thaw(journal, (each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter)))
 
 
@@ -385,8 +391,8 @@ def unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> Non
     """Restore the originals, bit for bit.
 
     Raises:
-        MergeError: nothing was kept, an injection merged later changed the same weights, other code has written to the
-            merged tensors, or a record no longer fits.
+        MergeError: the originals were not kept, an injection that was merged later changed the same weights, other code
+            has written to the merged tensors, or a record does not reproduce its original.
     """
     name, state = injection.name, injection.state
     if merged.wanted.keep is None:
@@ -416,8 +422,8 @@ def _unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> No
 def _exchange(
     injection: Injection, journal: Journal, pairs: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]
 ) -> list[Tensor]:
-    """Exchange tensors among those that train again when the last injection is removed: those that come in for one that
-    goes out. Returns those that went out."""
+    """Update the list of parameters that are unfrozen when the last injection is removed. If a replaced tensor is in
+    the list, its replacements are listed instead. Returns the tensors that were taken from the list."""
     state = injection.state
     frozen = {id(each) for each in state.frozen}
     out: list[Tensor] = []
@@ -432,7 +438,7 @@ def _exchange(
 
 
 class _Writer:
-    """Writes new tensors into a host, and notes how each comes back."""
+    """Writes new tensors into a host, and records how to undo each write."""
 
     def __init__(
         self,
@@ -508,7 +514,8 @@ class _Writer:
             self._replace(Replaced(key, [holder], new, OriginalTensor(old), fingerprint(new)))
 
     def _pack(self, key: Key, module: nn.Module, layer: QuantizedLayer, weight: Tensor) -> None:
-        """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
+        """Write a weight into a quantized layer. The layer becomes a dense linear layer, or the weight is packed in the
+        layer's format."""
         if self.wanted.into == "float":
             dtype = layer.dtype(module) or floating_dtype(self.injection.base_modules())
             self._reform(key, module, dense_linear(weight, dtype))
@@ -531,8 +538,8 @@ class _Writer:
         self.written.append(QuantizedLayerWrite(key, module, part))
 
     def _owned(self, tensor: Tensor, old: Tensor | None) -> Tensor:
-        """Returns the tensor in memory that nobody else has: some effective tensors are a parameter of the adapter, the
-        old tensor, or a piece of a larger one."""
+        """Returns the tensor, or a copy if its memory is shared. Some effective tensors share memory with a parameter
+        of the adapter, with the old tensor, or with a larger tensor."""
         if old is not None:
             self.memory.add(_memory(old))
         if _memory(tensor) in self.memory or tensor.untyped_storage().nbytes() != tensor.nbytes:

@@ -1,9 +1,9 @@
-"""The originals of merged tensors, kept as asked, and fingerprints that show whether a tensor still has the values that
+"""Keeps the original tensors of a merge, and computes fingerprints that show whether a tensor still has the values that
 were written.
 
-Originals are set aside, copied to the CPU, or kept as a record of ulps: the number of representable steps between the
-original and the result of subtracting the delta again; for additive methods nearly all zeros, so it compresses to a few
-percent.
+An original is kept as the tensor itself, as a copy on the CPU, or as a record of ulps. The record has for each value
+the number of representable steps between the original and the result of subtracting the delta again. For additive
+methods nearly all numbers are zero, so the record compresses to a few percent.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch.utils.weak import TensorWeakRef
 Keep = Literal["cpu", "record", "device"] | None
 Fingerprint = tuple[torch.dtype, torch.Size, int]
 LANES = 1021
-"""The length of the rows in which a fingerprint sums up: a prime, so that rows of a matrix that change places change
-lanes."""
+"""The length of the rows into which a fingerprint divides the values before it sums them. It is a prime, so that
+exchanging two rows of a matrix moves their values to other positions."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Returns dtype, shape and a position-dependent sum of a tensor's bits: equal for equal bits on any device and in
-    any layout, different after any change of one value. It costs one pass over the memory. Torch's version counters are
-    not used, since many writers do not increase them.
+    """Returns dtype, shape and a position-dependent sum of a tensor's bits. Fingerprints are equal for equal bits on
+    any device and in any layout, and different after any change of one value. A fingerprint costs one pass over the
+    memory. Torch's version counters are not used, since many writers do not increase them.
     """
     flat = tensor.detach().reshape(-1)
     if flat.nbytes % 8 or flat.storage_offset() * flat.element_size() % 8:
@@ -57,7 +57,7 @@ class Remembered:
         self._reference = None if tensor is None else TensorWeakRef(tensor)
 
     def __call__(self) -> Tensor | None:
-        """Returns the tensor; None when nobody holds it any more."""
+        """Returns the tensor; None if it does not exist any more."""
         return None if self._reference is None else self._reference()
 
     def __reduce__(self) -> Any:
@@ -66,8 +66,9 @@ class Remembered:
 
 @dataclass(frozen=True, eq=False)
 class OriginalTensor:
-    """One tensor of the host before the merge. If other objects hold it (a frozen reference over the same base), that
-    same tensor object is put back, even if only a copy or a record of its values is kept.
+    """One tensor of the host from before the merge. If other code still holds the tensor object, such as a reference
+    model with the same base, unmerging restores that same object, even if only a copy or a record of its values was
+    kept.
     """
 
     aside: Tensor | None = None
@@ -80,13 +81,13 @@ class OriginalTensor:
 
     @property
     def tensor(self) -> Tensor | None:
-        """The tensor itself, if it is still there."""
+        """The original tensor object, if it still exists."""
         return self.remembered() if self.aside is None else self.aside
 
 
 def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> OriginalTensor:
-    """Returns a tensor of the host, kept in the requested form; `predict` returns the tensor that subtracting the delta
-    would give."""
+    """Returns an original tensor in the form that `keep` requests. `predict` is a function that returns the merged
+    tensor minus the delta."""
     if keep in (None, "device") or (keep == "cpu" and old.device.type == "cpu"):
         return OriginalTensor(old)  # with None it goes with the merge that succeeded
     if keep == "cpu":
@@ -97,8 +98,9 @@ def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> OriginalTens
 
 
 def brought_back(original: OriginalTensor, now: Tensor, predict: Callable[[], Tensor]) -> Tensor | None:
-    """Returns the tensor that replaces `now` again: the same object if it still exists and the host is on the same
-    device as before; None if a record does not fit.
+    """Returns the original tensor, which is to replace the merged tensor `now`. It is the same object as before the
+    merge if that object still exists and is on the device of `now`. Returns None if a record does not reproduce the
+    original.
     """
     there = original.tensor
     if there is not None and there.device == now.device:

@@ -69,10 +69,10 @@ class Scheme(BaseModel):
 
 
 def schemes() -> dict[str, str]:
-    """Returns the schemes of all plugins: their names and where their classes are.
+    """Returns the names of the schemes of all plugins, each with the import path of its class.
 
     Raises:
-        PluginError: two plugins have a scheme of one name.
+        PluginError: two plugins have a scheme with the same name.
     """
     return named_places("peftcore_schemes", "scheme")
 
@@ -81,7 +81,7 @@ def scheme_class(name: str) -> type[Scheme]:
     """Returns the class of a scheme by name, whether or not its packages are installed.
 
     Raises:
-        QuantizationError: no plugin has it.
+        QuantizationError: no plugin has a scheme with this name.
     """
     known = schemes()
     if name not in known:
@@ -97,7 +97,8 @@ def scheme(name: str, **options: Any) -> Scheme:
     """Returns a scheme by name, with its options.
 
     Raises:
-        QuantizationError: no plugin has it, an option is wrong, or a package is missing; the message says what to do.
+        QuantizationError: no plugin has a scheme with this name, an option is wrong, or a package is missing. The
+            message says what to do.
     """
     cls = scheme_class(name)
     missing = cls.missing()
@@ -117,10 +118,10 @@ def _scheme(key: str) -> Scheme:
 
 
 def scheme_key(name: str, options: Mapping[str, Any]) -> str:
-    """Returns a scheme and its options as a text, for `round_trip`.
+    """Returns a string that encodes a scheme and its options, for `round_trip`.
 
     Raises:
-        QuantizationError: as of `scheme`.
+        QuantizationError: as in `scheme`.
     """
     key = json.dumps([name, dict(options)], sort_keys=True)
     _scheme(key)
@@ -142,10 +143,10 @@ _round_trip.register_autograd(lambda ctx, grad: (grad, None))
 
 
 def round_trip(weight: Tensor, key: str) -> Tensor:
-    """Returns a matrix ``[out, in]`` packed and unpacked by the scheme of a `scheme_key`. Its gradient passes straight
-    through.
+    """Returns a matrix ``[out, in]`` after packing and unpacking it with a scheme; `key` is the result of `scheme_key`.
+    The gradient passes through unchanged (straight-through).
 
-    One custom operator of torch, so that compilers do not trace into it.
+    It is one custom operator of torch, so compilers do not trace into it.
 
     Raises:
         QuantizationError: the weight does not fit the format.
@@ -161,20 +162,20 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
     choose the weight that is packed.
 
     Args:
-        model: the host, its weights dense. Layers that are already quantized are skipped.
+        model: the host. Layers that are already quantized are skipped.
         name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists those of the plugins).
         target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the role
-            "all-linear"), or of a host without such roles every linear layer. Stacked experts stay dense; the logger
+            "all-linear"); in a host without such roles, every linear layer. Stacked experts stay dense; the logger
             "peftcore" reports this once.
         exclude: targets to leave dense.
         options: the scheme's options.
 
     Raises:
-        QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
+        QuantizationError: the scheme is unknown, a package is missing, or a weight does not fit the format.
         TargetError: the target has no dense linear layer.
         UnsupportedSite: the target includes a module that is not a linear layer.
 
-    Nothing was changed then.
+    After an error nothing is changed.
     """
     chosen = scheme(name, **options)
     with changing(model):
@@ -201,17 +202,17 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
 
 
 def dequantize(model: M) -> M:
-    """Make every quantized linear layer of a host dense, in place: the weights are the unpacked ones.
+    """Convert every quantized linear layer of a host to a dense one, in place. The new weights are the unpacked ones.
 
-    Injections stay active, and compute the same. The config of a model of transformers no longer says that it is
-    quantized.
+    Injections stay active and compute the same. The quantization entry in the config of a transformers model is
+    removed.
 
     Raises:
         QuantizationError: an injection is merged into quantized weights.
         MemoryLimit: the dense weights certainly do not fit into the memory of a device.
         UnsupportedSite: a weight is quantized in a way that no installed plugin can read.
 
-    Nothing was changed then.
+    After an error nothing is changed.
     """
     with changing(model):
         check_readable(model)

@@ -36,10 +36,11 @@ class Dense(nn.Linear):
 
 @dataclass(frozen=True)
 class QuantizedLayer(Linear):
-    """A linear layer whose weight is quantized. A quantizer describes its format by a subclass, which holds no state:
-    everything is read from the module.
+    """A linear layer whose weight is quantized. The author of a quantization format writes a subclass. It stores
+    nothing: its methods read everything from the module that they get.
 
-    Needed: `unpack`, `features`, `dtype`, `device`. With `pack` an injection can be merged into the same format.
+    Override `unpack` and `dtype`, and also `features` and `device` if their defaults do not fit. If the subclass also
+    overrides `pack`, injections can be merged into the same format.
     """
 
     called: bool = True
@@ -54,17 +55,18 @@ class QuantizedLayer(Linear):
         return module.out_features, module.in_features  # type: ignore[return-value]
 
     def dtype(self, module: nn.Module) -> torch.dtype | None:
-        """Returns the dtype that the weight was packed from; None where the format does not record it, and `unpack`
-        gives float32."""
+        """Returns the dtype that the weight had before it was packed. None if the format does not record that dtype;
+        `unpack` then returns float32."""
         raise NotImplementedError
 
     def device(self, module: nn.Module) -> torch.device:
-        """Returns the device of `unpack`, without unpacking."""
+        """Returns the device of the tensor that `unpack` returns, without unpacking."""
         return next(iter((*module.parameters(), *module.buffers()))).device
 
     def bare(self, module: nn.Module) -> nn.Module:
-        """Returns a module of the plain class that shares the tensors of a quantized one, without its bias, hooks and
-        adapters: for `unpack` of formats that get the weight by running the module's forward on the identity.
+        """Returns a module of the unadapted class that shares the tensors of a quantized module, but lacks its bias,
+        hooks and adapters. Formats whose `unpack` obtains the weight by running the forward on an identity matrix use
+        it.
         """
         new: nn.Module = object.__new__(plain_class(module))
         vars(new).update({key: copy.copy(value) if key in TENSORS else value for key, value in _own(module)})
@@ -80,7 +82,7 @@ class QuantizedLayer(Linear):
         """Returns a new module, packed as `module` is, with the weight ``[out, in]`` and no bias.
 
         Raises:
-            MergeError: unless the format overrides it.
+            MergeError: the format does not override this method.
         """
         raise MergeError(f"{type(module).__name__} cannot be packed again: merge with into='float'")
 
@@ -121,7 +123,8 @@ class QuantizedLayer(Linear):
 
 @dataclass(frozen=True)
 class QuantizedBias(Layer):
-    """The bias of a quantized layer, dense; a bias that does not exist yet has the weight's dtype."""
+    """The bias of a quantized layer, which is not quantized. If the layer lacks a bias, a new bias gets the weight's
+    dtype."""
 
     weight: QuantizedLayer = QuantizedLayer()
 
@@ -135,7 +138,8 @@ class QuantizedBias(Layer):
 
 
 def quantized_layer_of(module: nn.Module, tensor: str, layer: QuantizedLayer) -> Layer | None:
-    """Returns a quantizer's answer to `peftcore_layer` for a module of its format."""
+    """Returns the result of the hook `peftcore_layer` for a tensor of a quantized module: a layer for its weight or its
+    bias, otherwise None."""
     name = tensor.rpartition(".")[2]
     return (
         replace(layer, called="." not in tensor)
@@ -154,8 +158,8 @@ def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
-    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. If all matrices are
-    quantized, the dtype of another parameter."""
+    """Returns the dtype of a host's first matrix that is not quantized, which is usually an embedding. If all matrices
+    are quantized, returns the dtype of another parameter, or float32 without any."""
     own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
@@ -215,14 +219,14 @@ def _bias(module: nn.Module) -> nn.Parameter | None:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields a module's own parameters, buffers and attributes, without the forward that others set on it."""
+    """Yields a module's own parameters, buffers and attributes, without a forward that other libraries set on it."""
     for key, value in vars(module).items():
         if key in TENSORS or (key not in TORCHS and key not in FOREIGN and not isinstance(value, Slot)):
             yield key, value
 
 
 def _stored_anew(module: nn.Module) -> None:
-    """Read the layers of a module's operators again, after it became another one."""
+    """Update the layers (`Layer`) of a module's operators, after the module got another class."""
     slot = slot_of(module)
     if slot is None:
         return

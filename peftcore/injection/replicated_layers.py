@@ -1,5 +1,5 @@
-"""Layers that a model runs again with the same weights: how they are made, and how they are recognized (peft:
-`layer_replication`)."""
+"""Makes a model run some of its layers several times with the same weights (`layer_replication` of peft), and detects
+such layers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ Ranges = Sequence[Sequence[int]]
 
 
 def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) -> None:
-    """Let a model run ranges of its layers, one after the other: with ``[[0, 4], [2, 5]]`` the layers 0, 1, 2, 3, 2, 3,
-    4. A repeated layer shares its weights with the first one, so it takes no memory, but has separate adapters.
+    """Make a model run ranges of its layers, one range after the other. With ``[[0, 4], [2, 5]]`` it runs the layers 0,
+    1, 2, 3, 2, 3, 4. A repeated layer shares its weights with the first one, so it needs no memory for weights. Its
+    adapters are separate.
 
-    The model is changed in place, before it is adapted; the number of layers in its configuration is updated.
+    Call it before adapters are applied. The model is changed in place, and the number of layers in its configuration is
+    updated.
 
     Args:
         model: the model.
@@ -59,7 +61,8 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
 
 
 def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:
-    """Returns the ranges of layers that a model runs, by path of the list, for each list with a repeated layer."""
+    """Returns the ranges of layers that a model runs, by the path of the list of layers (`nn.ModuleList`). Lists
+    without a repeated layer are left out."""
     found = {}
     for path, layers in model.named_modules():
         if isinstance(layers, nn.ModuleList) and len(order := _order(layers)) > len(set(order)):
@@ -68,14 +71,14 @@ def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:
 
 
 def runs(model: nn.Module, ranges: Ranges) -> bool:
-    """Whether a model runs its layers in these ranges, judging by the tensors that its layers share."""
+    """Whether a model runs its layers in these ranges. Layers that share all weights count as the same layer."""
     numbers = [number for start, stop in ranges for number in range(start, stop)]
     wanted = [list(dict.fromkeys(numbers)).index(number) for number in numbers]
     return any(isinstance(each, nn.ModuleList) and _order(each) == wanted for each in model.modules())
 
 
 def _again(layer: nn.Module, index: int) -> nn.Module:
-    """Returns a layer with the same parameters and buffers, and the number of its place."""
+    """Returns a copy of a layer that shares its parameters and buffers, with `layer_idx` set to the new position."""
     shared: dict[int, Any] = {id(each): each for each in (*layer.parameters(), *layer.buffers())}
     made = copy.deepcopy(layer, shared)
     for module in made.modules():
@@ -85,14 +88,15 @@ def _again(layer: nn.Module, index: int) -> nn.Module:
 
 
 def _order(layers: nn.ModuleList) -> list[int]:
-    """Returns the number of each layer's weights, in the order of their coming; a layer without has one of its own."""
+    """Returns a number for each layer, the same for layers with the same weights. Numbers count up in the order of
+    first occurrence. A layer without weights gets a number of its own."""
     keys = [tuple(_weights(layer)) or (id(layer),) for layer in layers]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]
 
 
 def _weights(layer: nn.Module) -> Iterator[int]:
-    """Yields what the layer's own parameters are, and not those of adapters on it."""
+    """Yields the ids of the layer's own parameters. Parameters of adapters on the layer are left out."""
     for path, parameter in layer.named_parameters():
         if ADAPTER_MODULES not in path.split("."):
             yield id(parameter)
@@ -104,7 +108,7 @@ def _ranges(order: Sequence[int]) -> list[list[int]]:
 
 
 def _stack(model: nn.Module) -> str:
-    """Returns the path of the one list of layers."""
+    """Returns the path of the model's outermost list of layers; a model with several such lists is an error."""
     lists = {path: each for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists if other != path)]
     if len(outer) != 1:

@@ -28,10 +28,10 @@ from peftcore.targets.resolver import Target, names_a_role
 from peftcore.training.calibration import find_structure
 
 Part = str | MethodConfig | Mapping[str, Any]
-"""One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
-the part has its own, a "target")."""
+"""One method of a hybrid: a name, a config object, or a mapping of options. The mapping has the method's name under
+"method", and may have a "target" for this method alone."""
 Asked = str | MethodConfig | type[Method] | Sequence[Part]
-"""A method as a user names it: by its name, a config object, its class, or a list of parts."""
+"""The forms in which a user can pass a method: a name, a config object, a class, or a list of parts."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Request:
     config: MethodConfig
     """The options of the method, checked."""
     wishes: Wishes = field(default_factory=Wishes)
-    """Targets, modules that train along, seed and dtype."""
+    """Targets, modules of the model that train too, seed and dtype."""
     host: HostMap | None = None
-    """The map of the model to use; None for the one that plugins derive."""
+    """The map of the model to use; None to use the map that plugins derive."""
     name: str = ""
     """The name of the injection."""
     data: Data | None = None
@@ -74,8 +74,9 @@ class Request:
         dtype: torch.dtype | str | None = None,
         host: HostMap | None = None,
     ) -> Request:
-        """Returns the request for the arguments of `apply`. A preset adds its target, its modules to train along and
-        its name. Without a seed torch's initial seed is used, which torch.manual_seed sets.
+        """Returns the request for the arguments of `apply`. If `method` names a preset, its target and name are the
+        defaults, and its `train` modules are added. The default seed is torch's initial seed, which torch.manual_seed
+        sets.
 
         Raises:
             UnknownMethod, AmbiguousMethod, ConfigError: as `apply`.
@@ -97,7 +98,7 @@ class Request:
 
     @property
     def map(self) -> HostMap:
-        """The map of the model: the given one, or the one that plugins derive."""
+        """The map of the model: `host`, or if that is None, the map that plugins derive."""
         return self.host or host_map(self.model)
 
     def check_data(self, surgeon: RecordingSurgeon) -> None:
@@ -105,8 +106,8 @@ class Request:
 
         Raises:
             CalibrationError: the data is missing, or the method does not use data.
-            UnsupportedHost: the layers to look at are given pieces (tensor parallelism).
-            ConfigError: the data would decide options of a part.
+            UnsupportedHost: the method would look at layers that receive only pieces of tensors (tensor parallelism).
+            ConfigError: a part of a hybrid would choose its options from the data.
         """
         if self.fill is not None:  # who has the values needs no data
             return
@@ -156,7 +157,7 @@ def check_name(model: nn.Module, name: str) -> str:
 
 
 def host_map(model: nn.Module) -> HostMap:
-    """Returns the host's map, from the first plugin that knows the host."""
+    """Returns the map of the host (its roles), from the first plugin that recognizes the host."""
     with at_hand(model.parameters()):
         found: HostMap = registry().hook.peftcore_map(model=model)
     return found
@@ -186,10 +187,10 @@ def _spelled(part: Part) -> dict[str, Any]:
 
 
 def _check_parts(surgeon: RecordingSurgeon, data: Data) -> None:
-    """Check that the data decides no options of a part of a hybrid, which are those that its file has.
+    """Check that no part of a hybrid chooses options or sites from the data: the options of a part are fixed.
 
     Raises:
-        ConfigError: it does, and what the part has to be told.
+        ConfigError: a part does. The message says which option to pass to the part instead.
     """
     _, *parts = surgeon.with_parts()
     for part in parts:

@@ -22,11 +22,11 @@ class RouterRow:
     Attributes:
         path: the path of its operator.
         routes: the unit that is routed: a token, a sequence or a task.
-        choices: the number of gates that counted.
-        padding: how many gates were left out because they belong to padding; None if padding was unknown, so that all
-            counted.
-        shares: the mean share of each expert. Gates of a choice count by their sizes, with a sum of one.
-        loads: the fraction of choices that have each expert at all; 1 where gates are soft.
+        choices: the number of routing decisions that counted, one for each token, sequence or task.
+        padding: how many decisions were left out because they belong to padding; None if padding was unknown, so that
+            all decisions counted.
+        shares: the mean share of each expert. The shares of one choice are the absolute gates, scaled to a sum of one.
+        loads: for each expert, the fraction of choices in which its gate is not zero; 1 if gates are soft.
         balance: the entropy of `shares`, from 0 (one expert has all) to 1 (all have the same).
         entropy: the mean entropy of the gates of one choice: near 0 if each choice uses one expert, 1 if it uses all
             experts equally.
@@ -113,7 +113,8 @@ def routers_of(name: str, operators: Mapping[str, Any]) -> dict[str, Router]:
 
 
 def report(name: str, method: str, routers: Mapping[str, Router], ledgers: Mapping[str, Ledger]) -> RouterReport:
-    """Returns the figures in the ledgers of these routers; a router that did not run has zero choices."""
+    """Returns the report of these routers, from the sums recorded in their ledgers. A router that did not run has zero
+    choices."""
     rows = tuple(_row(path, routers[path].routes, ledger) for path, ledger in ledgers.items() if path in routers)
     return RouterReport(name, method, rows)
 

@@ -12,13 +12,13 @@ class Summary:
     Attributes:
         name: its name on the host.
         method: the method's name.
-        sites: how many operators there are.
-        parameters: values in its parameters.
-        trainable: how many of them train.
+        sites: the number of operators.
+        parameters: the number of values in its parameters.
+        trainable: how many values train.
         active: whether it acts in this thread.
         merged: whether its effect is in the host's weights now.
         dtypes: dtypes of its parameters, without "torch.".
-        devices: where they are.
+        devices: devices of its parameters.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Hot swap: copies another adapter's values into the installed tensors, which stay the same objects with the same
+"""Hot swap: copies another adapter's values into the installed tensors. The tensors stay the same objects with the same
 shapes, so plans and compiled graphs stay valid."""
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Swap:
     """The writes of a swap: tensors with their new values, and the new options."""
 
     pairs: list[tuple[Tensor, Tensor]]
-    """The adapter's tensors, each with its new values, which have its shape."""
+    """The adapter's tensors, each with its new values of the same shape."""
     options: Surgeon | None = None
-    """The other adapter, whose options replace the present ones; None if values were padded or scaled, so that the
-    options stay."""
+    """The recording of the other adapter, whose options replace the present ones. None if values were padded or scaled,
+    since the present options stay then."""
 
 
 def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
-    """Returns the writes after which `mine` computes the same as `other`.
+    """Returns the writes that make the adapter `mine` compute the same as the adapter `other`.
 
     Raises:
-        SwapError: no writes achieve this exactly.
+        SwapError: no writes can do this exactly.
     """
     if type(mine.method) is not type(other.method):
         raise SwapError(
@@ -113,15 +113,16 @@ def _check_places(mine: AppliedMethod, other: AppliedMethod) -> None:
 
 
 class _Work:
-    """Goes through the modules of two adapters side by side."""
+    """Compares the modules of two adapters. Collects the writes of a swap, and the differences that make it
+    impossible."""
 
     def __init__(self, mine: AppliedMethod, other: AppliedMethod) -> None:
         self.mine, self.other = mine, other
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.wrong: list[str] = []
         self.adjusted = False
-        """Whether values are padded or scaled, or an attribute stays as it is: then the options stay too, and all that
-        is made of these and lies in no file has to be the same."""
+        """Whether the swap keeps the present options, because values are padded or scaled or attributes differ. Then
+        buffers that are computed from options and not saved in files must be equal in both adapters."""
         self._seen: set[int] = set()
         self._drawn: list[tuple[str, Tensor, Tensor]] = []
 
@@ -201,7 +202,8 @@ class _Work:
                 yield name, a, b
 
     def _same(self, a: Any, b: Any) -> bool:
-        """Whether two attributes mean the same for operators at one place of one model."""
+        """Whether an attribute means the same in an operator of one adapter and the corresponding operator of the
+        other."""
         if type(a) is not type(b):
             return False
         if a is b or isinstance(a, Layer | Site | Shared | Tap):  # shared modules are compared by themselves
@@ -223,7 +225,7 @@ class _Work:
 
 
 def _in_training_only(module: nn.Module, name: str) -> bool:
-    """Whether an attribute says nothing of what is computed in evaluation."""
+    """Whether an attribute has no effect on what is computed in evaluation mode."""
     if isinstance(module, _Base):
         return name in module.training_only
     return isinstance(module, nn.modules.dropout._DropoutNd)
@@ -239,8 +241,8 @@ def _said(value: Any) -> str:
 
 @contextmanager
 def exchanging(state: HostState, name: str) -> Iterator[None]:
-    """Context manager in which the values of an injection may be written: no forward that uses the injection runs
-    inside the block, and a forward that begins waits.
+    """Context manager in which the values of an injection may be written. No forward that uses the injection runs
+    inside the block, since a forward that begins meanwhile waits.
 
     Raises:
         SwapError: a forward that uses the injection is running, or a call of `using` that names it has not ended.

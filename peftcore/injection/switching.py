@@ -1,5 +1,5 @@
-"""Switching: which injections of a model are active. `activate`, `route` and `call` choose until the next choice or the
-end of a block, `using` for one call."""
+"""Chooses which injections of a model are active. A choice by `activate`, `route` or `call` holds until the next choice
+or the end of a block. A choice by `using` holds for one call."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from peftcore.injection.injection import installed
 P = ParamSpec("P")
 T = TypeVar("T")
 Change = Callable[[Choice], Choice]
-"""A function that returns an updated choice; parts of the choice that were not given stay the same."""
+"""A function that gets a choice and returns an updated one. Parts of the choice that it does not set stay the same."""
 
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:
-    """Activate exactly these injections, in the order in which they were applied; without names, the bare base model
-    runs. Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) combine injections in other ways; names given
-    together with compositions stack in the given order.
+    """Activate exactly these injections, in the order in which they were applied; without names, the base model runs
+    without adapters. Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) combine injections in other ways; names
+    given together with compositions stack in the given order.
 
-    Applies at once. The result is also a context manager that restores the earlier choice:
+    The choice takes effect at once. The result is also a context manager that restores the earlier choice:
 
         with activate(model, "summarize"):
             model.generate(...)
 
-    As a statement in the thread that adapted the host, the choice holds for all threads and tasks without a choice of
-    their own; in any other thread it holds for that thread alone. As a block it has the same scope, except in an
-    asyncio task, where it holds for that task and the tasks that it starts. Blocks must be exited in reverse order of
-    entry. In generators that run alternately, and wherever the order is not certain, choose for one call (`using`).
-    Frozen and trainable parameters stay as they are.
+    A call in the thread that adapted the host chooses for all threads and tasks that have not made a separate choice. A
+    call in any other thread chooses for that thread alone. A ``with`` block has the same scope, except in an asyncio
+    task: there it holds for that task and the tasks that it starts. Exit blocks in reverse order of entry. If that
+    order is not certain, as in generators that run alternately, use `using` instead. Which parameters are trainable
+    does not change.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
@@ -65,24 +65,24 @@ def route(
 ) -> Chosen:
     """Use a different injection for each row of the batch.
 
-    Best as a context manager, round forward or generate:
+    Best used as a context manager around forward or generate:
 
         with route(model, ["summarize", None, "translate"]):
             model(**batch_of_three)
 
-    Row by row the outputs equal separate passes. Any assignment of the same names shares one compiled graph. Holds for
-    threads and tasks as `activate` does.
+    The outputs of each row equal those of a separate pass. All assignments of the same names share one compiled graph.
+    The route holds for the same threads and tasks as a choice by `activate`.
 
     Args:
         model: the host.
-        names: one for each row of the batch; None for the bare base model.
-        copies: how many rows each name stands for if `generate` repeats rows (``num_beams``).
-        since: the first column of tokens of each row on which its injection acts, counting padding and cached tokens;
-            earlier tokens, and their entries in a cache, are those of the bare base model, to the bit. For injections
-            at modules that act on each token by itself.
-        seeds: by name, the seed of an injection's random draws for its rows (dropout): the draws equal those of a pass
-            with these rows alone and the same seed. Use a new seed for each forward; torch's generators are not
-            advanced. Compiled code draws as the model does. Without a seed, rows draw as the model does.
+        names: one for each row of the batch; None for the base model without adapters.
+        copies: how many rows each name applies to, if `generate` repeats rows (``num_beams``).
+        since: for each row, the position of the first token on which its injection acts. Padding and cached tokens are
+            counted. Earlier tokens, and their entries in a cache, are bit-identical to those of the base model. Works
+            only for injections at modules that process each token independently.
+        seeds: a seed for each injection name, for its random draws (dropout). The draws for its rows then equal those
+            of a pass with these rows alone and the same seed. Use a new seed for each forward, since torch's generators
+            are not advanced. Compiled code, and rows without a seed, draw from torch's generators.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
@@ -95,31 +95,33 @@ def route(
 
 
 def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | None = None, **context: Any) -> Chosen:
-    """Pass values to methods for which forward has no argument: a task, a timestep, a picture.
+    """Pass values to methods, such as a task, a timestep or a picture, if the model's forward lacks arguments for them.
 
-    Best as a context manager, round forward or generate; values given before stay unless they are given anew:
+    Best used as a context manager around forward or generate. Values from earlier calls stay, unless they are passed
+    again:
 
         with call(model, task="rte"):
             model(**batch)
 
-    A value for rows has an entry for each row of the batch, or one for all. If a batch repeats entries, pass `guidance`
-    or `copies`, unless the model's ``generate`` does the repeating; both apply to all values that are given:
+    A value can have one entry for each row of the batch, or a single entry for all rows. If the batch contains several
+    rows for each entry, pass `guidance` or `copies`. This is not needed if the model's ``generate`` repeats the rows.
+    Both numbers apply to all values of this call:
 
         with call(unet, condition=pictures, guidance=True):  # [without text, with text], as pipelines of diffusers do
             pipeline(prompts)
 
-    Holds for threads and tasks as `activate` does.
+    The values hold for the same threads and tasks as a choice by `activate`.
 
     Args:
         model: the host.
-        guidance: whether the batch contains all rows twice, one copy after the other, for classifier-free guidance; or
-            the number of copies.
-        copies: the number of adjacent rows of each entry (``num_images_per_prompt``, ``num_beams``), within each copy
-            of the rows that `guidance` declares.
+        guidance: True if the batch contains all rows twice, one copy after the other, for classifier-free guidance. For
+            more copies, pass their number.
+        copies: the number of adjacent rows for each entry (``num_images_per_prompt``, ``num_beams``). With `guidance`,
+            it is counted within one copy of all rows.
         context: values for methods.
 
     Raises:
-        ConfigError: `guidance` or `copies` is not a valid number of times.
+        ConfigError: `guidance` or `copies` is not a valid number.
     """
     state = state_of(model) or HostState()
     return Chosen(state, _telling(_with_repeats(context, guidance, copies))(state.now()))
@@ -141,19 +143,19 @@ def using(
 
     Args:
         model: the host.
-        adapters: names and compositions, as `activate` takes them; one list, as `route` takes it; None for the bare
-            base model. Without any, the active adapters stay active and get `context`.
+        adapters: names and compositions as in `activate`, one list as in `route`, or None for the base model without
+            adapters. If omitted, the active adapters stay active and get `context`.
         copies: see `route` and `call`.
         since: see `route`.
         guidance: see `call`.
-        context: values for methods, as `call` gives them.
+        context: values for methods, as in `call`.
 
     Returns:
         A function ``(function, *args, **kwargs)`` that runs ``function(*args, **kwargs)`` and returns its result; it
         can be called many times. To run one step of a generator: ``using(model, "summarize")(next, generator)``.
 
     Raises:
-        ConfigError: neither adapters nor `context` are given, or a list is given together with another argument.
+        ConfigError: neither adapters nor `context` were passed, or a list was passed together with another adapter.
         UnknownInjection, CompositionError, MergeError, RouteError: as `activate` and `route`, here and in the call.
         BlockOrderError: (in the call) the function returns before it has run, as a coroutine or generator does.
     """
@@ -174,7 +176,7 @@ def using(
 
 
 class Using:
-    """Returned by `using`: runs functions under a choice."""
+    """The result of `using`: runs functions with the chosen adapters active."""
 
     def __init__(
         self, model: nn.Module, find: Callable[[], tuple[HostState, Change | None]], told: Change | None
@@ -215,7 +217,7 @@ class Using:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Made:
-    """A choice that was made upon another one, and what it depends on."""
+    """A cached choice, with the earlier choice from which it was derived and the state for which it is valid."""
 
     state: HostState
     removals: int
@@ -287,7 +289,8 @@ def _routing(
 
 
 def _with_repeats(context: Mapping[str, Any], guidance: bool | int | None, copies: int | None) -> dict[str, Any]:
-    """Returns values for methods with what is said of how the batch repeats their entries."""
+    """Returns the values for methods, with entries that say how often the batch repeats each row (`guidance`,
+    `copies`)."""
     said = {name: value for name, value in ((GUIDANCE, guidance), (COPIES, copies)) if value is not None}
     told_repeats(said)
     return {**context, **said}
@@ -298,8 +301,7 @@ def _telling(context: Mapping[str, Any]) -> Change:
 
 
 def _check(state: HostState, choice: Choice) -> None:
-    """Check that the injections of a choice are there, and that none that a route or a composition stands on is
-    merged."""
+    """Check that the injections of a choice exist, and that no injection in its route or composition is merged."""
     state.check(choice)
     for name in choice.bound:
         if state.injections[name].merged:

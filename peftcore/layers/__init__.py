@@ -1,10 +1,10 @@
 """Layers: how modules store their tensors, and the linear maps that they compute.
 
-It may import `utils` and `peftcore.errors`. In the order of reading:
+This package may import `utils` and `peftcore.errors`. The modules, in the order of reading:
 
 - `pieces`: parameters that are partitioned over processes (FSDP2, tensor parallelism, ZeRO-3).
 - `fsdp`: models whose parameters are sharded over processes.
-- `adapter_modules`: the modules in which operators live.
+- `adapter_modules`: the modules that contain the operators.
 - `model_locks`: locks that a thread holds while it changes a model.
 - `kernels`: fused kernels, each with an equal plain form.
 - `computed_tensors`: tensors that a module computes from others (weight norm, pruning).

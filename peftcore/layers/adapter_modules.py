@@ -1,5 +1,5 @@
-"""Adapter modules, which hold the operators. They are children of the parent of the module on which the operators act:
-``self_attn.peft.q_proj.<injection>``."""
+"""Adapter modules, which contain the operators. The operators that act on a module are stored below the module's
+parent: those on ``self_attn.q_proj`` are ``self_attn.peft.q_proj.<injection>``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import nn
 ADAPTER_MODULES = "peft"
 """The attribute name of the adapter modules in their parent module."""
 IDLE = "_peftcore_idle"
-"""The key in an operator's ``__dict__`` of the placeholder for its values while they are offloaded."""
+"""The key in an operator's ``__dict__`` under which a mark is stored while the operator's values are offloaded."""
 BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
 """Whether state dicts contain only the base, without operators."""
 
 
 class AdapterModules(nn.Module):
-    """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
+    """Contains the operators that act on the children of one module: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, possibly of the bare base: operators that it does not name keep their values."""
+        """Load a state dict. If it has no entries for these operators, because it contains only the base, they keep
+        their values."""
         if not any(key.startswith(prefix) for key in state_dict):
             self._put_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -39,14 +40,14 @@ class AdapterModules(nn.Module):
         return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Yields torch's named modules; none while only the base is saved, since a function that saves may count the
-        parameters."""
+        """Yields torch's named modules. While only the base is saved, yields none, because functions that save may
+        count the parameters of all modules."""
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
 
 def base_modules(*models: nn.Module) -> set[nn.Module]:
-    """Returns the modules of models without those of adapters, of which there may be many. Other threads may add
-    modules meanwhile."""
+    """Returns all modules of the models except adapter modules, which may be many. Other threads may add modules
+    meanwhile."""
     found: set[nn.Module] = set()
     left: list[nn.Module | None] = [*models]
     while left:
@@ -65,8 +66,8 @@ def has_submodules(module: nn.Module) -> bool:
 
 def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
                  missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
-    """Hook of an adapted model for loading a state dict: if it holds adapters, adapters without entries are reported as
-    missing. A state dict of the bare base holds no adapters, and operators keep their values.
+    """Hook that runs when an adapted model has loaded a state dict. If the state dict contains adapters, all other
+    adapters of the model are reported as missing. If it contains only the base, all operators keep their values.
 
     The hook is registered on the model, since torch passes to each module only the entries below it.
     """

@@ -23,7 +23,7 @@ class Computation:
     """The way in which a module's tensor is computed."""
 
     value: Callable[[], Tensor]
-    """Returns the tensor as the next forward in evaluation computes it; the module does not change."""
+    """Returns the tensor as the next forward in evaluation mode will compute it. The module does not change."""
     sources: tuple[nn.Parameter, ...]
     """The parameters from which it is computed."""
     hook: Any = None
@@ -31,8 +31,8 @@ class Computation:
 
 
 def computation(module: nn.Module, name: str) -> Computation | None:
-    """Returns how a module computes its tensor `name`; None if the module stores the tensor, or computes it in another
-    way than torch's."""
+    """Returns how a module computes its tensor `name`. None if the module stores the tensor, or computes it without
+    torch's parametrizations and hooks."""
     if name in module._parameters:  # as nearly always
         return None
     if parametrize.is_parametrized(module, name):
@@ -65,9 +65,9 @@ def _value(hook: Any, module: nn.Module, name: str) -> Callable[[], Tensor] | No
 
 
 def has_place(module: nn.Module, name: str) -> bool:
-    """Whether a module stores a tensor, has an empty slot for it, or computes it by torch's hooks or parametrizations.
-    A plain attribute does not count if the module has forward pre-hooks, since an unknown hook may set it before each
-    forward."""
+    """Whether a new value for a tensor can be stored: the module stores the tensor, has an empty slot for it (None), or
+    computes it by torch's hooks or parametrizations. A plain attribute does not count if the module has forward
+    pre-hooks, since an unknown hook may set it before each forward."""
     if name in module._parameters or name in module._buffers or computation(module, name) is not None:
         return True
     return name in vars(module) and not module._forward_pre_hooks
@@ -92,8 +92,8 @@ def _resting(way: nn.Module) -> Tensor:
 
 @contextmanager
 def resting(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context manager in which these modules and those inside them are in evaluation: in training, a spectral norm
-    makes a power iteration step whenever its value is computed."""
+    """Context manager in which these modules and all modules inside them are in evaluation mode. In training mode, a
+    spectral norm takes a power iteration step whenever its value is computed."""
     with Journal(temporary=True) as journal:
         for each in [each for module in modules for each in module.modules() if each.training]:
             journal.set(each, "training", False)

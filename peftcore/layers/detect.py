@@ -1,5 +1,5 @@
 """Finds the `Layer` of a module's dense tensor by the module's class and the tensor's dimensions. The core's
-implementation of the hook `peftcore_layer` uses it, after those of all plugins."""
+implementation of the hook `peftcore_layer` uses this module. It runs after the implementations of all plugins."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from peftcore.layers.tensor_parallel import parallel_linear
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether the module's forward is the forward of one of `kinds`: subclasses may use their tensors in another way.
+    """Whether the module's forward is the forward of one of the classes `kinds`.
 
-    Scaled embeddings (Gemma) and standardized or self-padding convolutions (timm) do: act on their weight instead.
+    Subclasses with another forward may use their tensors in another way, such as scaled embeddings (Gemma) and
+    standardized or self-padding convolutions (timm). Operators then act on their weight instead of on activations.
     """
     return any(plain_class(module).forward is kind.forward for kind in kinds)
 
@@ -46,8 +47,8 @@ _KINDS: dict[type, Callable[[Any], Layer]] = {
 
 
 def _kinds() -> dict[type, Callable[[Any], Layer]]:
-    """Returns the known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be
-    one."""
+    """Returns the known classes of modules. Conv1D of transformers is added only if transformers is imported: otherwise
+    no module can be a Conv1D."""
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None and utils.Conv1D not in _KINDS:
         _KINDS[utils.Conv1D] = lambda module: Transposed(called=_runs(module, utils.Conv1D))
@@ -80,9 +81,9 @@ def dense_layer(module: nn.Module, tensor: str) -> Layer:
 
 
 def stacked_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its stacks as ``[experts, in, out]``: decided by its attribute (transformers:
-    `is_transposed`), or by the shapes of its two stacks, gates with their inputs and the down projection (Llama 4).
-    Otherwise stacks are stored as ``[experts, out, in]``."""
+    """Whether a module stores its stacked expert weights as ``[experts, in, out]`` instead of ``[experts, out, in]``.
+    If the module has transformers' attribute `is_transposed`, that decides. Otherwise the shapes of two stacks decide:
+    the fused gate and up projection, and the down projection (Llama 4)."""
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared

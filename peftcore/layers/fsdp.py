@@ -53,8 +53,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def one_writes(model: nn.Module) -> Iterator[bool]:
-    """Context manager whose value is whether this process writes the files that the processes of a model share. All
-    processes leave the block together, after the files are written or writing has failed."""
+    """Context manager that yields True in a process that writes the files of a model, otherwise False. If the model is
+    sharded, only the first process writes. All processes then leave the block together, after the files are written or
+    writing has failed."""
     if not is_sharded(model):
         yield True
         return
@@ -66,9 +67,9 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which a sharded model has the whole values of a state dict, so that the process with this
-    state dict can save without the other processes. If `values` is None or lacks some of `wanted`, the model does not
-    change."""
+    """Context manager in which whole values from a state dict replace the pieces of a sharded model. The process that
+    has the state dict can then save the model without the other processes. If `values` is None or lacks some of
+    `wanted`, the model does not change."""
     named = model.named_parameters(remove_duplicate=False)
     pieces = {each: name for name, each in named if is_cut(each) or is_partitioned(each)}
     needed = [pieces[each] for each in wanted if each in pieces]
@@ -82,8 +83,8 @@ def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: It
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
-"""Maps pieces to the whole parameters that replace them. Outside of `gathered` the whole parameters are empty; the
-objects stay the same."""
+"""Maps sharded parameters to the whole parameters that replace them. The whole parameters are always the same objects.
+Outside of `gathered` they are empty."""
 
 
 @contextmanager
@@ -94,12 +95,13 @@ def gathered(
     *,
     reads: bool = False,
 ) -> Iterator[None]:
-    """Context manager in which parameters of the model are whole in their modules, with whole gradients; their values
-    are sharded again afterwards.
+    """Context manager in which parameters of the model are whole in their modules, with whole gradients. Their values
+    are sharded again at the end of the block.
 
     Args:
-        wanted: a function that returns the parameters to gather; called when all sharded parameters are in pieces.
-        whole_parameters: the parameter objects to fill with the whole values, if the caller must know the objects.
+        wanted: a function that returns the parameters to gather. It is called when all sharded parameters are in
+            pieces.
+        whole_parameters: existing parameter objects that receive the whole values; None to create new objects.
         reads: whether the caller only reads the parameters, without gradients.
 
     Raises:
@@ -125,7 +127,8 @@ def gathered(
 
 @contextmanager
 def _whole_of(model: nn.Module, filled: StandIns) -> Iterator[None]:
-    """Context manager in which whole parameters have the values and gradients of the pieces, and replace them."""
+    """Context manager in which whole parameters replace the sharded parameters, with their gathered values and
+    gradients."""
     for piece, stand_in in filled.items():
         stand_in.data = whole(piece.detach())
         stand_in.grad = None if piece.grad is None else whole(piece.grad)
@@ -156,7 +159,7 @@ def loading_whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]]) -> Iterator[None]:
-    """Context manager inside a forward, in which parameters that are in pieces are whole; gradients flow back to the
+    """Context manager for code inside a forward. Sharded parameters are whole in it, and gradients flow back to the
     pieces."""
     with standing(model, {piece: whole(piece) for piece in wanted() if is_cut(piece)}):
         yield
@@ -173,7 +176,8 @@ def stand_ins_for(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.P
 
 @contextmanager
 def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[None]:
-    """Context manager in which other tensors replace parameters."""
+    """Context manager in which other tensors replace parameters of the model. `others` maps each parameter to its
+    replacement."""
     with Journal(temporary=True) as journal:
         for module in model.modules() if others else ():
             for name, held in module._parameters.items():
@@ -199,7 +203,8 @@ def in_pieces(model: nn.Module) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Shard the outermost module's parameters again, which it keeps whole after a forward for backward."""
+    """Shard the parameters of all modules again. (The outermost module keeps its parameters whole after a forward, for
+    backward.)"""
     for module in _cut_modules(model):
         module.reshard()
 

@@ -2,8 +2,8 @@
 
 A method sees every weight in one *logical layout*, ``[*batch, out, in, *kernel]``, whatever the storage: transformers'
 Conv1D is transposed, embeddings are tables ``[num, dim]``, experts are three-dimensional. A `Layer` converts between
-both layouts, and applies the module's linear map with another weight. It is plain data, found once when a site is
-chosen; hook implementations may return their own (quantizers do).
+both layouts, and applies the module's linear map with another weight. It is plain data, and is determined once when a
+site is chosen. Implementations of the hook `peftcore_layer` may return a subclass, as quantizers do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Slices = tuple[tuple[int, int], ...]
 SLOT = "_peftcore_slot"
 """The attribute in which an adapted module keeps its slot: its operators and their plans."""
 GRAFTED = "_peftcore_base"
-"""The attribute of a grafted class that holds its base class."""
+"""The attribute of a grafted class (the subclass that an adapted module gets) that stores its base class."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Layer:
     called: bool = False
     """True when the module computes exactly `apply` plus its bias, so that an adapter may act on activations."""
     one_hot: bool = False
-    """True when each input picks a single column of the logical weight (embeddings)."""
+    """True when each input selects a single column of the logical weight (embeddings)."""
 
     @property
     def packed(self) -> bool:
@@ -59,8 +59,8 @@ class Layer:
 
     @property
     def saves_dense(self) -> bool:
-        """Whether the module's own forward saves a dense copy of a quantized weight for backward; the core recomputes
-        it instead."""
+        """Whether the module's own forward saves a dense copy of a quantized weight for backward. If so, peftcore
+        recomputes the copy in backward instead."""
         return False
 
     @property
@@ -71,7 +71,7 @@ class Layer:
 
     @property
     def one_product(self) -> bool:
-        """Whether the module is only one product with the tensor."""
+        """Whether the module computes only one product with the tensor."""
         return self.called
 
     @property
@@ -108,17 +108,17 @@ class Layer:
         return self.read(module, tensor)
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
-        """Verify that `read` supports the format; cheap, and does not read values.
+        """Verify that `read` supports the format of the tensor. This is cheap, since no values are read.
 
         Raises:
             UnsupportedSite: `read` does not support the format.
         """
 
     def check_trains(self, module: nn.Module) -> None:
-        """Verify that gradients go through the module.
+        """Verify that backward passes gradients through the module.
 
         Raises:
-            UnsupportedHost: gradients do not, so a frozen module would block the gradients of the modules before it.
+            UnsupportedHost: it does not, so the module would block the gradients of the modules before it.
         """
 
     def check_cut(self, module: nn.Module) -> None:
@@ -198,7 +198,8 @@ class Layer:
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
         """Returns ``call(x) + scale * B A dropout(x)``, with A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out,
-        rank]`` of any dtype; `call` is the inner layer of an operator."""
+        rank]`` of any dtype. `call` is the function that the operator wraps: the module's own forward, or another
+        operator."""
         y = call(x)
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
@@ -213,10 +214,10 @@ class Layer:
         runs (`peftcore.author.runs_plain`); or the tensors are small. The caller then runs `call` and adds its update.
 
         Args:
-            call: the inner layer of an operator.
+            call: the function that an operator wraps: the module's own forward, or another operator.
             x: its input, ``[..., in]``.
-            width: the number of values per row of x that the kernel does not read and write again: the outputs of an
-                update, the inputs of a rotation.
+            width: the number of values per row of `x` for which the kernel saves reading and writing memory: the number
+                of outputs for an update, the number of inputs for a rotation.
         """
         return None
 
@@ -254,10 +255,11 @@ def _is_torchs(cls: type[nn.Module], module: nn.Module) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor holds plain numbers, not codes, bytes that need a scale, or a subclass that computes its numbers
-    when it is used.
+    """Whether a tensor stores plain floating-point numbers. Codes, bytes that need a scale, and subclasses that compute
+    their numbers when they are used are not dense.
 
-    DTensors (FSDP2) and fake tensors (while a graph is traced) are dense. Their classes are looked up, not imported.
+    DTensors (FSDP2) and fake tensors (while a graph is traced) are dense. Their classes are looked up in `sys.modules`,
+    not imported.
     """
     wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
     if not wide or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:

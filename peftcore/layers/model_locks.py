@@ -3,9 +3,10 @@
     with changing(model):
         ...
 
-Each module has one lock for its whole life, and a change holds the locks of all modules of its model. So changes of a
-model and of a part of it, or of two models that share modules, run one after the other, and changes of other models do
-not wait. Forwards hold no lock. The locks are kept outside of the modules, so a copy or a pickle of a model has none.
+Each module has one lock as long as it exists. A change of a model takes the locks of all its modules. So changes of
+models that share modules, such as a model and a part of it, run one after the other. Changes of other models do not
+wait. Forwards take no lock. The locks are stored outside of the modules, so copies and pickles of a model do not
+contain them.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ class Lock(Protocol):
 
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, tuple[int, Lock]] = weakref.WeakKeyDictionary()
-"""The locks of all modules that were ever changed, each with the number in whose order several are taken."""
+"""The locks of all modules that were ever changed, each with a number. Several locks are taken in the order of their
+numbers."""
 _NUMBERS = itertools.count()
 _GUARD = threading.RLock()
-"""Held while `_LOCKS` is read and written; a garbage collection may do so in between."""
+"""The lock for reading and writing `_LOCKS`. It is reentrant, because a garbage collection may take it again in
+between."""
 
 
 def changing(*models: nn.Module) -> Lock:
-    """Returns the context manager in which this thread changes models, and no other thread does. It can be entered
-    again inside of itself. Usually it is a lock of Python itself, which is released after every error and interrupt;
-    where parts of the models were changed separately before, it takes several locks.
+    """Returns a context manager in which only this thread may change the models. It can be entered again inside of
+    itself. Usually it is a lock of Python itself, which is released after every error and interrupt. If parts of the
+    models were changed separately before, it takes several locks.
     """
     modules = base_modules(*models)
     with _GUARD:
@@ -57,7 +60,7 @@ def changing(*models: nn.Module) -> Lock:
 
 
 class _Several:
-    """Several locks, taken in one order by all threads."""
+    """Several locks, which all threads take in the same order."""
 
     def __init__(self, locks: list[Lock]) -> None:
         self._locks = locks

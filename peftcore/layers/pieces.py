@@ -72,7 +72,8 @@ def outline(tensor: Tensor) -> Tensor:
 
 
 def cut_like(value: Tensor, piece: Any) -> Tensor:
-    """Returns a whole value, which every process has, distributed like `piece`."""
+    """Returns `value` as a distributed tensor that is sharded like `piece`. Every process must pass the same whole
+    value."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
@@ -80,8 +81,8 @@ def cut_like(value: Tensor, piece: Any) -> Tensor:
 
 @contextmanager
 def at_hand(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Context manager in which parameters of ZeRO-3 have their values, for reading. Writes are lost or raise an error,
-    as DeepSpeed decides. Parameters that are gathered already stay gathered."""
+    """Context manager in which parameters of ZeRO-3 have their values, for reading. Writes are lost, or DeepSpeed
+    raises an error. Parameters that are gathered already stay gathered."""
     zero = sys.modules.get(f"{ZERO}.partition_parameters")
     empty = [] if zero is None else [each for each in parameters if is_empty(each)]
     with zero.GatheredParameters(empty) if zero is not None and empty else nullcontext():
@@ -100,5 +101,6 @@ def is_empty(tensor: Tensor) -> bool:
 
 
 def _zeros(tensor: Any) -> Any:
-    """Returns a parameter of ZeRO-3 as what it is, with attributes that torch's does not have."""
+    """Returns the parameter itself, typed as `Any`: a parameter of ZeRO-3 has attributes that torch's parameters do not
+    have."""
     return tensor

@@ -2,7 +2,8 @@
 
 Operators act on the whole weight, which all processes gather. The effective weight is sharded again, so each process
 computes with its own piece. Every process has whole operators and their whole gradients. Without gradients,
-transformers replaces the distributed tensor by its local piece: the layer knows the tensor to which the piece belongs.
+transformers replaces the distributed tensor by its local piece. Therefore the layer stores how the whole tensor is
+sharded.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Cut:
         return whole
 
     def piece(self, whole: Tensor) -> Any:
-        """Returns a whole value, which every process has, as a distributed tensor; gradients flow back to the whole
-        value."""
+        """Returns the tensor `whole`, which every process has, as a distributed tensor that is sharded in this way.
+        Gradients flow back to `whole`."""
         tensors: Any = sys.modules["torch.distributed.tensor"]
         copies = tensors.DTensor.from_local(whole, self.mesh, [tensors.Replicate()], run_check=False)
         return copies.redistribute(placements=self.placements)
@@ -110,8 +111,8 @@ class ParallelLinear(Layer):
         return bool(self.cuts["weight"].placements[0].is_shard(0))
 
     def adds_bias_late(self, module: nn.Module) -> bool:
-        """Whether, without gradients, the module's own bias is added to the sum of the outputs and not by the
-        module."""
+        """Whether the module's bias is added to the sum of the outputs of all processes, instead of by the module
+        itself, in forwards without gradients."""
         return not self.by_rows and self.has(module, "bias")
 
 

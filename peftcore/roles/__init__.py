@@ -1,8 +1,8 @@
 """Roles of the parts of a model: `derive` finds them, `HostMap` maps them to modules, `probe` refines the map by a
 forward.
 
-It may import `layers` and lower packages. The rules by which a map is derived, R1 to R17, are in `docs/roles.md`. In
-the order of reading:
+This package may import `layers` and lower packages. `docs/roles.md` describes the rules that derive a map, R1 to R17.
+The modules, in the order of reading:
 
 - `vocabulary`: the roles, and the names by which the rules recognize them.
 - `entries`: the entry of one module or bare parameter.
@@ -20,8 +20,8 @@ the order of reading:
 - `token_tables`: tables with one row for each token.
 - `weight_readers`: modules that read a weight without calling the weight's module.
 - `source_code`: the source of forwards, and the values of the names in it.
-- `code_frames`: follows values through the source code of functions, for the two rules below.
-- `branch_ends`: where branches join the stream.
+- `code_frames`: follows values through the source code of functions, for `branch_ends` and `block_calls`.
+- `branch_ends`: finds where the output of a branch is added to the hidden states.
 - `stacks`: modules that take token ids and run blocks.
 - `block_calls`: the dimension of the batch in the arguments of modules, and how often blocks run.
 - `find_roles`: derives the map of a model, rule by rule.

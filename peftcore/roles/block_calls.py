@@ -57,7 +57,7 @@ class CodeReader:
         self._turned: dict[str, bool] = {}
 
     def of(self, path: str, top: str = "") -> BlockCalls:
-        """Returns the calls of a module in the code; its runs are those in one forward of the module `top`."""
+        """Returns how the code calls a module. Its runs are counted in one forward of the module `top`."""
         key = alike(path), top
         if key not in self._read:
             self._read[key] = _read(self._modules, path, top, self._plain)
@@ -84,7 +84,8 @@ class CodeReader:
 
 
 def alike(path: str) -> str:
-    """Returns the path of a module with `*` for its numbers, which corresponding modules share."""
+    """Returns the path of a module with `*` instead of numbers. Corresponding modules of all blocks have the same
+    result."""
     return re.sub(r"\d+", "*", path)
 
 
@@ -133,13 +134,13 @@ def _read(
 
 
 def _one_behind_the_other(first: FollowedCall, second: FollowedCall) -> bool:
-    """Whether one forward runs both calls of the same module."""
+    """Whether one forward can run both of these calls of one module."""
     apart = any(where is there and side is not other for where, side in first.arms for there, other in second.arms)
     return not (apart or first.part or second.part)
 
 
 def _bound(names: Sequence[str], calls: Sequence[FollowedCall]) -> dict[str, Dims]:
-    """Returns the dimensions of the rows in each argument of a module."""
+    """Returns the batch dimensions of each argument of a module, by the argument's name."""
     given: dict[str, Dims] = {}
     for call in calls:
         for name, value in [*zip(names, call.given, strict=False), *call.named.items()]:
@@ -148,7 +149,7 @@ def _bound(names: Sequence[str], calls: Sequence[FollowedCall]) -> dict[str, Dim
 
 
 class _Reader:
-    """Reads the forward of one module on the way, for calls of those further down."""
+    """Reads the forward of one module on the path `way`, to find calls of modules further down on this path."""
 
     def __init__(self, way: Sequence[nn.Module], at: int, plain: Callable[[nn.Module], type[nn.Module]]) -> None:
         self.way, self.at, self.plain = way, at, plain
@@ -160,7 +161,8 @@ class _Reader:
         self.arms: list[tuple[ast.stmt, bool]] = []
 
     def calls(self, given: Mapping[str, Dims] | None) -> list[FollowedCall]:
-        """Returns the calls, for arguments with the rows in these dimensions; None: rows are first in all arguments."""
+        """Returns the calls. `given` maps the names of arguments to their batch dimensions; None means that rows are
+        first in all arguments."""
         function = getattr(self.plain(self.way[self.at]), "forward", None)
         tree = definition_of(function)
         if tree is not None:
@@ -170,12 +172,12 @@ class _Reader:
         return self.found
 
     def further(self, module: Any) -> int | None:
-        """Returns the number of a module that is called on the way."""
+        """Returns the index of a module on the path; None if the module is not further down on the path."""
         number = self.place.get(id(module))
         return number if number is not None and number > self.at and not isinstance(module, LISTS) else None
 
     def note(self, at: int, callee: Value, given: list[Value], named: dict[str, Value]) -> None:
-        """Record a call of a module on the way."""
+        """Record a call of a module on the path."""
         held = self.way[at - 1]
         choosing = [loop for loop in self.open if loop in callee.loops]
         runs: set[Runs] = set()
@@ -191,12 +193,12 @@ class _Reader:
 
 
 class _Frame(CodeFrame):
-    """The names of one function, with the calls of modules on the way and the rows of the batch in its values."""
+    """Follows the code of one function. Records calls of modules on the path, and the batch dimensions of values."""
 
     question: _Reader
 
     def element(self, held: Any) -> Any:
-        """Returns the element of a list on the way that is on the way too."""
+        """Returns the element of a list of modules that is on the path, if the list is on the path."""
         way = self.question.way
         number = self.question.place.get(id(held), len(way)) + 1
         return way[number] if number < len(way) else UNKNOWN
@@ -292,7 +294,7 @@ def _looks(known: Any) -> bool:
 
 
 def _moved(rows: Dims, name: str, numbers: Sequence[Any]) -> Dims:
-    """Returns the dimensions of the rows after a method of a tensor that takes numbers."""
+    """Returns the batch dimensions after a tensor method, such as `transpose`, with the arguments `numbers`."""
     known = all(isinstance(each, int) for each in numbers)
     if name == "t" or (name in _TURNS and known and len(numbers) == 2):
         first, second = numbers if numbers else (0, 1)

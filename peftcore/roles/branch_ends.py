@@ -46,15 +46,15 @@ _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "c
 
 @dataclass(frozen=True)
 class End:
-    """The end of a branch.
+    """The end of a branch (such as an attention or an MLP): how its output is added to the hidden states (the stream).
 
     Attributes:
         path: the module after which the branch is added to the stream; None if no module follows the last matrix.
         order: the order of dimensions of that module's output, if the code permutes the branch's output before it.
         drops_path: whether that module is stochastic depth, which drops the branch of whole rows.
         rest: the operations after that module that are code instead of modules: "dropout", "scale" (also by a
-            parameter), or "unknown" if the code cannot be followed, or changes the shape before another module; else
-            "".
+            parameter), or "" without any. It is "unknown" if the code cannot be followed, or changes the shape before
+            another module.
         entered: the module that is the only reader of the sum of stream and branch (a norm after the branch).
         left: the module that returns the sum, if no other module has read the sum before.
         reader: the first module whose only input is the sum, in any shape (the norm of the next branch).
@@ -70,11 +70,11 @@ class End:
 
 
 def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, plain: Callable[[nn.Module], type]) -> End:
-    """Returns the end of a branch by the path of its last matrix, or of the module that reads it.
+    """Returns the end of a branch (the point at which its output is added to the hidden states).
 
     Args:
         modules: the modules of the host by path.
-        last: the path of the branch's last matrix.
+        last: the path of the branch's last matrix, or of the module that reads this matrix.
         block: the path of the block around it; without one, the code is followed up to the host.
         plain: returns the class of a module as the host built it.
     """
@@ -100,7 +100,8 @@ def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, pla
 
 @dataclass
 class _Trail:
-    """The way of one value through the code of forwards."""
+    """Follows one value, the output of the last matrix, through the code of forwards, and records what happens to
+    it."""
 
     plain: Callable[[nn.Module], type]
     end: nn.Module | None = None
@@ -134,8 +135,8 @@ class _Trail:
         return _Frame(self, function, tree, names, self.plain).run().state  # type: ignore[no-any-return]
 
     def passes(self, module: nn.Module, alone: bool = True) -> State | None:
-        """Pass through a module that is called with the value, unless it has matrices or takes other inputs, such as a
-        residual."""
+        """Record a module that is called with the value, and return the state of its output. Returns None if the module
+        has matrices or takes other inputs, such as a residual."""
         if not alone:
             self.rest = "unknown"
             return None
@@ -150,7 +151,7 @@ class _Trail:
         return State.BRANCH
 
     def is_whole(self) -> bool:
-        """Whether the sum is unread, and the branch is neither permuted nor reshaped in it."""
+        """Whether no code has read the sum yet, and the branch was neither permuted nor reshaped before the sum."""
         return not self.read and self.order is None and not self.reshaped
 
     def add(self) -> State:
@@ -234,7 +235,7 @@ class _Frame(CodeFrame):
         return None
 
     def _enter_sum(self, module: nn.Module, call: ast.Call, states: list[State], arguments: int) -> None:
-        """Note a module that is given the sum, if no name keeps the sum."""
+        """Record a module that is called with the sum, if no other variable in the code still contains the sum."""
         goes_to = self._kept[1] if self._kept is not None and self._kept[0] is call else None
         kept = any(value.state is State.SUM and name != goes_to for name, value in self.names.items())
         if states == [State.SUM] and arguments == 1 and not kept and self.question.is_whole():
@@ -277,7 +278,7 @@ class _Frame(CodeFrame):
 
 
 def _joins_tuples(left: ast.expr, right: ast.expr) -> bool:
-    """Whether a sum puts tuples one behind the other: `(hidden,) + outputs[1:]`."""
+    """Whether an addition concatenates tuples: `(hidden,) + outputs[1:]`."""
     return any(
         isinstance(each, ast.Tuple) or (isinstance(each, ast.Subscript) and isinstance(each.slice, ast.Slice))
         for each in (left, right)

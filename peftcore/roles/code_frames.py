@@ -53,7 +53,7 @@ class Value(NamedTuple):
 
 
 class CodeFrame:
-    """The names of one function while its code is followed.
+    """The values of the names in one function while its code is followed.
 
     Args:
         question: an object that all frames of one question share.
@@ -94,15 +94,22 @@ class CodeFrame:
         raise NotImplementedError
 
     def operated(self, operation: ast.operator, left: Value, right: Value, sides: tuple[ast.expr, ast.expr]) -> Value:
-        """Returns the value of an operation with two sides."""
+        """Returns the value of a binary operation, such as a sum."""
         return self.both(left, right)
 
     def looped(self, target: ast.expr | None, each: ast.expr | None, body: Callable[[], None]) -> None:
-        """Follow the body of a loop over `each`; a ``while`` has neither target nor `each`."""
+        """Analyse a loop and the statements inside it.
+
+        Args:
+            target: the loop variable; None for a ``while`` loop.
+            each: the iterable of a ``for`` loop; None for a ``while`` loop.
+            body: a function that follows the statements inside the loop once.
+        """
         raise NotImplementedError
 
     def element(self, held: Any) -> Any:
-        """Returns the element of a list of modules that represents all elements, for code that chooses an element."""
+        """Returns the module that represents all elements of a list of modules, for code that selects an element by an
+        unknown index."""
         return UNKNOWN
 
     def branched(self, statement: ast.stmt, side: bool | None) -> None:
@@ -116,8 +123,8 @@ class CodeFrame:
         return self.returned
 
     def all(self, statements: Sequence[ast.stmt]) -> None:
-        """Follow statements in order. After a condition with a branch that leaves the function, the other branch is
-        valid."""
+        """Follow statements in order. If the body of an ``if`` leaves the function, the statements after it count as
+        the other branch of the condition."""
         left = 0
         for statement in statements:
             self._one(statement)
@@ -152,7 +159,7 @@ class CodeFrame:
     def _choose(
         self, statement: ast.stmt, test: ast.expr, body: Sequence[ast.stmt], otherwise: Sequence[ast.stmt]
     ) -> None:
-        """Follow the side of a condition that attributes of modules decide; else both."""
+        """Follow only one branch of a condition if attributes of modules decide it, otherwise both branches."""
         truth = self._truth(test)
         if truth is not None:
             return self.all(body if truth else otherwise)
@@ -200,7 +207,8 @@ class CodeFrame:
         return self.of(value)
 
     def set(self, target: ast.expr, value: Value) -> None:
-        """Assign a value to a target; if there are several targets, the first one gets the state of the question."""
+        """Assign a value to a target. If the target is a tuple of names, only the first name gets the value's
+        `state`."""
         if isinstance(target, ast.Name):
             self.names[target.id] = value
         elif isinstance(target, ast.Tuple | ast.List):
@@ -249,7 +257,8 @@ class CodeFrame:
         return Value()
 
     def both(self, *values: Value) -> Value:
-        """Returns the result of several values: its rows are in the dimensions of the first value that has rows."""
+        """Returns the result of an operation on several values. Its batch dimensions are those of the first value that
+        has any."""
         rows = next((value.rows for value in values if value.rows), NONE)
         return Value(rows=rows, loops=frozenset[int]().union(*(value.loops for value in values)))
 
@@ -311,8 +320,8 @@ class CodeFrame:
         deep.
 
         Args:
-            function: the function, of a method without its `self`.
-            given: the arguments by position, `self` among them.
+            function: the function; of a bound method, its ``__func__``.
+            given: the arguments by position, including `self`.
             named: the arguments by name.
             rest: the value of ``*args`` of the function.
         """
@@ -347,8 +356,8 @@ def parameters(tree: ast.FunctionDef) -> list[str]:
 
 
 def _told(test: ast.expr, side: bool) -> dict[str, Value]:
-    """Returns the name that is None on this side of a condition, with that value; empty if the condition is another
-    one."""
+    """Returns the variable that is None on this side of a condition, mapped to the value None. The result is empty if
+    the condition does not compare a variable with None."""
     match test:
         case ast.Compare(left=ast.Name(id=name), ops=[ast.Is()], comparators=[ast.Constant(None)]) if side:
             return {name: Value(None)}

@@ -78,7 +78,7 @@ class Rest:
                 yield NodeFacts(node, relative, before, after, in_element, in_stage, in_head, under_norm)
 
     def _span(self, node: Node) -> tuple[int, int]:
-        """Returns the numbers of the first and last block under the nearest ancestor that holds any."""
+        """Returns the numbers of the first and last block under the nearest ancestor that contains blocks."""
         parent = node.parent
         if parent is None:
             return len(self.survey.nodes), -1
@@ -88,12 +88,13 @@ class Rest:
         return self._spans[parent]
 
     def _tensor(self, place: NodeFacts) -> str | None:
-        """R12: bare parameters named for positions."""
+        """R12: returns "embed.pos" for a bare parameter that is named for positions, otherwise None."""
         return "embed.pos" if V.words(place.node.name) & POSITION else None
 
     def _table(self, place: NodeFacts) -> str:
-        """R12: positions and segments by name; word embeddings by the host's own word for them and every table that
-        shares their parameter (T5 and BART return a table that is never called), else by name.
+        """R12: returns the role of a table. Tables of positions and segments are recognized by name. A table of words
+        is one that the host declares, one that shares the parameter of a declared table (T5 and BART declare a table
+        that is never called), or one that is named for words.
         """
         node = place.node
         if node.words & POSITION:
@@ -104,8 +105,8 @@ class Rest:
         return "embed" if node.module in self.inputs or shared or node.words & V.WORD else V.OTHER
 
     def _norm(self, place: NodeFacts) -> str:
-        """R13: inner norms act on a part of a mixer or MLP; outside the blocks the order distinguishes embedding norms
-        from final norms.
+        """R13: returns the role of a norm. Inner norms act on a part of a mixer or MLP. Outside of the blocks, name and
+        order distinguish embedding norms from final norms.
         """
         node = place.node
         if self._is_inner(node):
@@ -118,9 +119,10 @@ class Rest:
         return "norm.embed" if place.before or place.relative & V.EARLY else "norm.final"
 
     def _is_inner(self, node: Node) -> bool:
-        """Whether a norm is in a state-space mixer; of another width than the residual stream in an MLP; and in an
-        attention: named for q, k or v, of a width that no operand reads, or paired with an operand's matrix (LeViT's
-        linear and batch norm)."""
+        """Whether a norm acts on a part of a mixer or MLP. In a state-space mixer every norm does. In an MLP, a norm
+        does if its width is not that of the residual stream. In an attention, a norm does if it is named for q, k or v,
+        if no operand reads its width, or if it is paired with an operand's matrix (the linear layers and batch norms of
+        LeViT)."""
         above = list(node.ancestors())
         width = node.shape[0]
         if any(ancestor in self.mixers.ssm_set for ancestor in above):
@@ -147,7 +149,8 @@ class Rest:
         )
 
     def _weight(self, place: NodeFacts) -> str:
-        """R14: the first description that fits, from the most specific name to the place alone."""
+        """R14: returns the role of the first description that fits. The most specific names are tried first, and the
+        place alone last."""
         node = place.node
         for fits, role in (
             (self._is_resampling, "down"),
@@ -168,9 +171,9 @@ class Rest:
         return V.OTHER
 
     def _is_resampling(self, place: NodeFacts) -> bool:
-        """Whether a weight is part of a change of resolution: its name says so; or it is named for merging or
-        reduction, and has strides, or reads the features of several patches at once between stages and reduces their
-        number."""
+        """Whether a weight is part of a change of resolution. Either its name says so, or it is named for merging or
+        reduction and meets one of two conditions: it has a stride; or it is between stages, reads the features of
+        several patches at once and reduces the number of features."""
         if not place.relative & V.MAY_RESAMPLE:
             return bool(place.relative & V.RESAMPLE)
         if place.relative & V.RESAMPLE:
@@ -183,8 +186,8 @@ class Rest:
         return merges or any(max(getattr(each.module, "stride", (1,))) > 1 for each in within)
 
     def _is_patch(self, place: NodeFacts) -> bool:
-        """Whether a weight is a convolution whose kernel is its stride, or the projection of a patch embedding, before
-        the blocks."""
+        """Whether a weight before the blocks is a convolution with equal kernel and stride, or the projection of a
+        patch embedding."""
         node = place.node
         stride, kernel = getattr(node.module, "stride", (1,)), getattr(node.module, "kernel_size", ())
         tiles = node.kind is Kind.CONV and max(stride) > 1 and tuple(kernel) == tuple(stride)
@@ -201,7 +204,8 @@ class Rest:
         return "router" in place.relative
 
     def _is_modulation(self, place: NodeFacts) -> bool:
-        """Whether a matrix turns time or condition into scales and shifts: named so, or held by a norm (adaLN)."""
+        """Whether a matrix computes scales and shifts from a time or a condition. Its name shows it, or a norm contains
+        the matrix (adaLN)."""
         node = place.node
         if node.kind is not Kind.LINEAR:
             return False
@@ -216,7 +220,8 @@ class Rest:
         return node.kind is Kind.CONV and (node.block is not None or (not len(self.blocks.blocks) and not first))
 
     def _is_stem(self, place: NodeFacts) -> bool:
-        """Whether a convolution makes the first features: before the blocks, and strided or outside all stages."""
+        """Whether a convolution computes the first features. Such a convolution is before the blocks, and has a stride
+        or is outside of all stages."""
         node = place.node
         if node.kind is not Kind.CONV or not place.before or place.in_head or "neck" in place.relative:
             return False
@@ -232,16 +237,16 @@ class Rest:
         return place.node.kind is Kind.LINEAR and V.words(place.node.name) >= {"embedder", "x"}
 
     def _is_head(self, place: NodeFacts) -> bool:
-        """Whether a matrix is head-named, near the root and after the last block, or the very last matrix of the
-        root."""
+        """Whether a matrix is a head. A head is near the root and after the last block. It is named for a head, or is
+        the last matrix that is a child of the root."""
         node = place.node
         named = V.words(node.name) & V.HEAD
         last = node.kind is Kind.LINEAR and bool(self.root_matrices) and node is self.root_matrices[-1]
         return place.after and node.depth <= 2 and not V.words(node.path) & V.NO_HEAD and (bool(named) or last)
 
     def _longest_table(self) -> None:
-        """R12: where the word embedding is neither declared nor named, it is the longest table in something called
-        embeddings."""
+        """R12: if the word embedding is neither declared nor recognized by name, it is the longest table whose path
+        contains "embedding"."""
         if any(node.role == "embed" for node in self.survey.nodes):
             return
         tables = [n for n in self.survey.nodes if n.kind is Kind.TABLE and n.role == V.OTHER and "embedding" in n.path]
@@ -249,8 +254,8 @@ class Rest:
             max(tables, key=lambda node: node.shape[0]).role = "embed"
 
     def _mark_context(self) -> None:
-        """Mark the second stream: in blocks with a second stream, every node named for it (ff_context,
-        norm_added_q)."""
+        """Mark the nodes of the second stream. In a block with a second stream, these are all nodes that are named for
+        it (ff_context, norm_added_q)."""
         double = {node.block for node in self.survey.matrices if node.context and node.block is not None}
         for block in double:
             for node in self.survey.nodes[block.index : block.end]:

@@ -1,4 +1,5 @@
-"""The entries of a host map: the role of one module or bare parameter, and the slices of a fused projection."""
+"""The entries of a host map. An entry has the role of one module or bare parameter, and the slices of a fused
+projection."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ Slices = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """The slices of a fused projection, part by part: q, k, v of a qkv; gate, up of a gate_up."""
+    """The slices of each part of a fused projection, such as q, k and v of a qkv matrix."""
 
     parts: tuple[tuple[str, Slices], ...]
 
@@ -30,7 +31,7 @@ class HostEntry:
         path: the path of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
         module: the path of the module that owns or reads the weight; "" is the root. For `out_proj` of
             `nn.MultiheadAttention`, which is read and never called, it is the path of the attention.
-        tensor: the parameter's name in that module, unless it is the module's plain `weight`: "out_proj.weight".
+        tensor: the parameter's name in that module, such as "out_proj.weight"; None for the module's plain `weight`.
         role: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
         stream: "main", or "context" for the second stream of joint attention.
         tower: the path of the nearest sub-model that contains blocks; "" if the host has only one.

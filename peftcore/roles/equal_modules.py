@@ -23,7 +23,8 @@ WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
 """Type, shape and dtype of a tensor. The type is None for tensors of special subclasses, which never count as alike."""
 Run = list[tuple[str, nn.Module, list[int]]]
-"""Elements: name, module, and the ids of those of its modules that the first element does not share."""
+"""Elements of a list of modules. Each has its name, its module, and the ids of the modules inside it that the first
+element does not share."""
 
 
 class Structure:
@@ -42,13 +43,13 @@ class Structure:
         self.modules: set[int] = {id(module)}.union(*(structure.modules for structure in inside))
         """The ids of the module and of all its parts."""
         self.has_table: bool = _is_table(module) or any(structure.has_table for structure in inside)
-        """Whether the module contains a table: the structure of several tables does not show which of them the host
-        uses for which input."""
+        """Whether the module contains an embedding table. Tables of equal structure may be used for different inputs,
+        which the structure does not show."""
 
     def fits(self, other: nn.Module, met: list[int] | None = None) -> bool:
-        """Whether another module has this structure. If so, its tensors are of torch's own classes, and attributes
-        other than numbers and names are the same objects. The ids of its modules are added to `met`, except modules
-        that both share."""
+        """Whether another module has this structure. Its tensors must be of torch's own classes. Its attributes must be
+        equal numbers or names, or the same objects. The ids of the other module and of the modules inside it are added
+        to `met`, except those of modules that both share."""
         own = vars(other)
         if type(other) is not self._class or len(own) - (SLOT in own) != self._count:
             return False
@@ -100,9 +101,9 @@ def _equal(value: Any, second: Any) -> bool:
 
 
 def runs(elements: Run, taken: Callable[[int], bool]) -> Iterator[Run]:
-    """Yields runs of elements of a list that follow each other and are alike. An element begins another run if one of
-    its modules is `taken` or is in two places, except modules that the first element has too, or if it contains a
-    table."""
+    """Yields runs of consecutive list elements with equal structure. An element begins a new run if it contains a
+    table, or if one of its modules is `taken` or occurs in two places. Modules that it shares with the first element of
+    the run are exempt."""
     run: Run = []
     structure: Structure | None = None
     met: set[int] = set()

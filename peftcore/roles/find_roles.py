@@ -41,11 +41,11 @@ def derive(model: nn.Module) -> HostMap:
 
 
 Entries = list[list[HostEntry]]
-"""Entries by the number of their node."""
+"""The list of entries of each node, by the node's number."""
 
 
 def judged(survey: Survey) -> Entries:
-    """Returns the entries of each node."""
+    """Returns the entries of each node, found by applying all rules."""
     mixers = Mixers(survey)
     blocks = Blocks(survey, mixers)
     mixers.assign()
@@ -82,9 +82,9 @@ def with_stacks(survey: Survey, entries: Entries) -> Entries:
 
 
 def are_told_apart(survey: Survey, entries: Entries) -> bool:
-    """Whether an element that represents others got roles that differ from those of the element before it, although
-    both have equal structure. Then the represented elements may differ too (for example matrices of one shape that
-    alternate between two roles)."""
+    """Whether the rules gave different roles to two list elements of equal structure, of which the second represents
+    the elements after it. Then the represented elements may have different roles too (for example matrices of one shape
+    that alternate between two roles)."""
     for node in survey.nodes:
         if node.twins and node.parent is not None:
             before = node.parent.children[node.parent.children.index(node) - 1]
@@ -95,7 +95,8 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
 
 
 def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
-    """Returns the entries of a node and of all nodes below it, and the entries of the elements that they represent."""
+    """Returns the entries of a node and of all nodes below it. If a node represents further list elements, their
+    entries are included."""
     found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)
@@ -126,7 +127,8 @@ def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layou
 
 
 def owner(node: Node) -> tuple[str, str | None]:
-    """Returns the module through which the weight acts, and the weight's name in it; None for a plain weight."""
+    """Returns the path of the module that uses a node's weight, and the weight's name in that module. The name is None
+    for the module's plain `weight`."""
     parent = node.parent
     if parent is not None and node.tensor is not None:
         return parent.path, node.tensor

@@ -1,7 +1,8 @@
-"""The host map: the role of each module and each bare parameter of a host, as data.
+"""The host map: the role of each module of a host, and of each bare parameter (one that is not a module's `weight` or
+`bias`), as data.
 
-The map holds paths and names only, no modules: it stays valid for every model of the same shape, and can be stored,
-compared and printed.
+The map contains paths and names, but no modules. So it is valid for every model of the same structure, and can be
+stored, compared and printed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from peftcore.roles.vocabulary import OTHER, ROLES
 
 
 def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[HostEntry]:
-    """Yields the entries of an element of a list, moved to the following elements with these names."""
+    """Yields copies of the entries of one list element, for the elements that follow it and are called `names`. Paths
+    and layer numbers are adjusted."""
     inside, length, above = f"{element}.", len(element), element[: element.rfind(".") + 1]
     parts: list[tuple[dict[str, Any], list[tuple[str, str]], int | None]] = []
     for entry in entries:
@@ -87,7 +89,7 @@ class HostMap:
         return {(entry.path, entry.role): index for index, entry in enumerate(self.entries)}
 
     def at(self, path: str) -> tuple[HostEntry, ...]:
-        """Returns the entries of one path: usually one, two for a block that is also an attention."""
+        """Returns the entries of one path. Usually there is one entry; a block that is also an attention has two."""
         return tuple(self._by_path.get(path, ()))
 
     def roles(self) -> frozenset[str]:
@@ -103,8 +105,8 @@ class HostMap:
 
     @cached_property
     def _held(self) -> frozenset[str]:
-        """The roles that do not need a rule: roles of weights and modules, of parts of fused weights, and their
-        families."""
+        """The roles of this host that are not virtual: roles of weights and modules, of parts of fused weights, and
+        their families."""
         present = {role for role in self.by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
             present |= {role for entry in self.by_role[fused] for role in part_roles(entry)}
@@ -112,7 +114,8 @@ class HostMap:
         return frozenset(present | families)
 
     def select(self, role: str, tower: str | None = None) -> Selection:
-        """Returns the entries of a role in the order of the host; for a part of a fused weight, with its slices.
+        """Returns the entries of a role in the order of the host. For a role that is a part of a fused weight, each
+        entry is paired with the slices of that part; otherwise with None.
 
         * a role: "attn.q" finds the query matrices and the query slices of fused ones;
         * a family: "norm.*" finds the weights of every role with this prefix, and of "norm" itself (modules, if the
@@ -181,8 +184,8 @@ class HostMap:
 
     @cached_property
     def named_towers(self) -> dict[str, tuple[str, ...]]:
-        """The towers by their inputs: "vision", "audio" or "text", by the modules that make patches and take token ids.
-        A tower with several kinds of inputs is left out."""
+        """The towers (sub-models with separate blocks) by kind of input: "vision", "audio" or "text". Patch embeddings
+        and token stacks in a tower show its kind of input. A tower with several kinds is left out."""
         senses: dict[str, set[str]] = {}
         for entry in self.entries:
             if entry.role == "patch" or entry.role.startswith("stack"):
@@ -195,8 +198,8 @@ class HostMap:
         return named
 
     def override(self, roles: Mapping[str, str]) -> HostMap:
-        """Returns the map with corrections, a mapping of paths to roles; the role "other" removes a path from all
-        roles.
+        """Returns the map with corrected roles. `roles` maps paths to their new roles; the role "other" removes a path
+        from all roles.
 
         Raises:
             TargetError: the path is not in the host, or the role does not exist.
@@ -228,7 +231,8 @@ class HostMap:
             raise TargetError(f"{role!r} (for {path!r}) is not a role; {hint}")
 
     def tree(self) -> str:
-        """Returns the map as text: repeated blocks folded, one line for each module or parameter with a role."""
+        """Returns the map as text, with one line for each module or parameter with a role. Equal blocks share their
+        lines."""
         return render(self)
 
 
@@ -243,7 +247,8 @@ def part_roles(entry: HostEntry) -> set[str]:
 
 
 def _sense(entry: HostEntry) -> str:
-    """Returns the kind of input at a stack or at a patch embedding: kernels for sound have one dimension."""
+    """Returns the kind of input of a token stack ("text") or of a patch embedding ("audio" or "vision"). Kernels for
+    audio have one dimension."""
     if entry.role != "patch":
         return "text"
     return "audio" if len(entry.shape) == 3 else "vision"
@@ -254,7 +259,7 @@ def under(path: str, top: str) -> bool:
 
 
 def reblocked(entries: list[HostEntry]) -> list[HostEntry]:
-    """Returns the entries with `block` and `layer` computed again from the entries of blocks."""
+    """Returns the entries with `block` and `layer` recomputed from the entries that have the role "block"."""
     layers: dict[str, int] = {}
     counts: dict[str, int] = {}
     for entry in entries:

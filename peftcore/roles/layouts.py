@@ -112,7 +112,8 @@ def by_key_value_group(told: Told, total: int, head: int) -> Layout | None:
 
 
 def per_head(told: Told, total: int, parts: tuple[tuple[str, int], ...]) -> Layout | None:
-    """Returns a layout with one group for each head; a matrix of a single head is one group (cascaded attention)."""
+    """Returns a layout with one group for each head. A matrix for a single head has one group (cascaded attention).
+    None if the sizes do not fit."""
     size = sum(width for _, width in parts)
     groups = total // size
     return grouped(groups, parts) if total % size == 0 and groups in (told.heads, 1) else None
@@ -160,8 +161,8 @@ def single_stream(node: Node) -> Layout | None:
 
 
 def gate_up(node: Node) -> Layout | None:
-    """Returns the layout of gate and up: by the module or its name, then by the package in which its class is
-    defined."""
+    """Returns the layout of a fused gate and up matrix. Attributes of the module, the module's name, and the package
+    that defines its class show the order of gate and up."""
     half = (logical_shape(node)[-2] if node.kind is not Kind.LINEAR else node.fan_out) // 2
     holder = nearest_class(node)
     if getattr(holder, "is_concatenated", True) is False:  # gpt_oss: gate and up take turns
@@ -192,7 +193,8 @@ def defined_in(module: nn.Module, prefixes: tuple[str, ...]) -> bool:
 
 
 def logical_shape(node: Node) -> tuple[int, ...]:
-    """Returns (out, in) of a matrix and (experts, out, in) of a stack; everything else as stored."""
+    """Returns (out, in) for a matrix and (experts, out, in) for stacked experts. Other shapes are returned as
+    stored."""
     if node.kind is Kind.LINEAR and node.fan is not None:
         return node.fan[1], node.fan[0]
     experts, inner, outer = node.shape if len(node.shape) == 3 else (0, 0, 0)
@@ -206,7 +208,7 @@ def is_transposed(node: Node) -> bool:
 
 
 class Told:
-    """The declarations of an attention module about itself, as attributes or in its config."""
+    """Reads the numbers and flags that an attention module declares, in attributes or in its config."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -240,7 +242,8 @@ class Told:
         return self._count(KEY_VALUE_HEADS)
 
     def _count(self, names: tuple[str, ...]) -> int | None:
-        """Returns the module's own attribute before its config's: one config may serve two towers."""
+        """Returns the first of these attributes that is a positive number. The module's own attributes are tried before
+        those of its config, since one config may serve two towers."""
         sources: list[Any] = [self._module, getattr(self._module, "config", None)]
         for source in sources:
             for name in names:

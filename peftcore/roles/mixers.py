@@ -26,7 +26,8 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        """The width of the input: the input width of the query matrix, else of the first matrix."""
+        """The width of the input. It is the input width of the query matrix, or without a query matrix, of the first
+        matrix."""
         if self.node.kind is Kind.MHA:
             return int(getattr(self.node.module, "embed_dim", 0)) or None
         queries = self.queries or list(self.operands)
@@ -56,7 +57,7 @@ class Mixers:
         return [self.by_node[node] for node in self.nodes.under(top) if node in self.by_node]
 
     def attention_around(self, node: Node) -> Attention | None:
-        """Returns the attention that is `node`, or else the nearest one that contains it."""
+        """Returns the attention at `node`, otherwise the nearest attention that contains `node`."""
         around = next((a for a in (node, *node.ancestors()) if a in self.by_node), None)
         return self.by_node[around] if around is not None else None
 
@@ -72,7 +73,8 @@ class Mixers:
 
 
 def is_state_space(node: Node) -> bool:
-    """R5: a depthwise Conv1d between at least two matrices is a state-space or gated-convolution mixer."""
+    """R5: whether a node is a state-space or gated-convolution mixer. Such a mixer has a depthwise Conv1d and at least
+    two matrices as children."""
     if len(node.children) < 3 or not any(
         isinstance(child.module, nn.Conv1d) and child.module.groups == child.module.in_channels > 1
         for child in node.children
@@ -82,8 +84,8 @@ def is_state_space(node: Node) -> bool:
 
 
 def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
-    """R3, R4: a module whose matrices are called q, k and v is an attention; a module whose class name says attention
-    needs only v.
+    """R3, R4: returns the attentions of a host. A module is an attention if its matrices are called q, k and v, or if
+    its class name says attention and a matrix in it is called v.
 
     Feed-forwards are left out, because gated MLPs often call their halves v and w.
     """
@@ -102,8 +104,8 @@ def find_attentions(survey: Survey, ssm: set[Node]) -> list[Attention]:
 
 
 def is_cross(attention: Attention) -> bool:
-    """R6: whether an attention is a cross-attention: by a declared flag, else by the name, else because keys read
-    another width than queries."""
+    """R6: whether an attention is a cross-attention. If the module declares a flag, the flag decides. Otherwise it is
+    one if its name says so, or if keys read another width than queries."""
     node = attention.node
     declared = getattr(node.module, "is_cross_attention", None)
     if declared is not None:
@@ -119,7 +121,7 @@ def assign_multihead(attention: Attention, all_body: bool) -> None:
     """Assign the roles of nn.MultiheadAttention, whose parameters have fixed names. Outside of blocks it pools tokens
     (SigLIP's head), except in a host without blocks (a single nn.TransformerEncoderLayer).
 
-    If a sibling is called self_attn, it is the cross-attention (nn.TransformerDecoderLayer).
+    If a module next to it is called self_attn, this attention is the cross-attention (nn.TransformerDecoderLayer).
     """
     node = attention.node
     siblings = [child for child in node.parent.children if child.kind is Kind.MHA] if node.parent is not None else []
@@ -160,8 +162,9 @@ class AttentionRoles:
         module.role = self.family
 
     def operand_role(self, node: Node, operand: str) -> str:
-        """R4: the role of an input matrix. If there is a separate query matrix, qkv computes only k and v; a and b mark
-        the two factors of a low-rank pair."""
+        """R4: returns the role of an input matrix, without the family: q, kv, q_a and so on. If there is a separate
+        query matrix, a matrix called qkv computes only k and v. The letters a and b mark the two factors of a low-rank
+        pair."""
         if operand == "qkv" and self.attention.separate_query:
             operand = "kv"
         if operand in ("q", "kv"):
@@ -169,9 +172,11 @@ class AttentionRoles:
         return operand
 
     def outputs(self) -> tuple[Node, list[Node]]:
-        """R7: the output matrix returns the width that the query reads, and is called out, proj, dense, o, ...
+        """R7: returns the module that contains the output matrices, and these matrices. An output matrix returns the
+        width that the query reads, and is called out, proj, dense, o, ...
 
-        In BERT it is one level up (attention.self, attention.output), in SqueezeBERT next to the attention.
+        In BERT the output matrix is one level above the attention (attention.self, attention.output), in SqueezeBERT
+        next to the attention.
         """
         scope, block, parent = self.node, self.node.block, self.node.parent
         found = self.candidates(scope)
@@ -201,8 +206,8 @@ class AttentionRoles:
 
 
 def assign_state_space(mixer: Node) -> None:
-    """R5: assign the roles in, conv, x, dt and out by name. Matrices q, k, v of linear attention keep their roles
-    (Qwen3-Next), and its out is then attn.out."""
+    """R5: assign the roles ssm.in, ssm.conv, ssm.x, ssm.dt and ssm.out by name. The matrices q, k and v of linear
+    attention (Qwen3-Next) get the roles attn.q, attn.k and attn.v. If there is a q, the output matrix is attn.out."""
     mixer.role = "ssm"
     attends = any(V.operands(child.name) == "q" for child in mixer.children)
     for child in mixer.children:

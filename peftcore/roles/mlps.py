@@ -33,14 +33,15 @@ class FeedForwards:
                 self._assign_listed_experts(node)
 
     def _scopes(self) -> list[Node]:
-        """Returns blocks, and the surroundings of attentions outside any block (pooling heads have an MLP, too)."""
+        """Returns the modules in which feed-forwards are searched: all blocks, and attentions outside of blocks with
+        their parents (pooling heads have an MLP too)."""
         lone = [attention.node for attention in self.mixers.attentions if attention.node.block is None]
         around = {node.parent for node in lone if node.parent is not None and node.parent.block is None}
         return [*self.blocks.blocks, *Ordered({*lone, *around})]
 
     def width(self, scope: Node) -> int | None:
-        """Returns the width of the residual stream: the width of the mixer's input, else of the first norm of the
-        scope."""
+        """Returns the width of the residual stream. It is the width of a mixer's input, or without a mixer, the width
+        of the first norm of the scope."""
         for attention in self.mixers.attentions_under(scope):
             if attention.width and attention.node.kind is not Kind.MHA:
                 return attention.width
@@ -52,7 +53,8 @@ class FeedForwards:
         return own_norm.shape[0] if own_norm else None
 
     def _assign_experts(self, node: Node) -> None:
-        """R11: parameters of a stack by name. Inside an attention they mix heads (JetMoe): query and output."""
+        """R11: assign the roles of the parameters of stacked experts, by name. Stacked experts inside an attention are
+        its query and output matrices (JetMoe)."""
         whole = [node] if node.shape else []
         in_attention = self.mixers.attention_around(node) is not None
         for tensor in [*whole, *node.tensors]:
@@ -63,7 +65,8 @@ class FeedForwards:
         self._assign_router(node, expert_count(node))
 
     def _assign_listed_experts(self, node: Node) -> None:
-        """R11: a list of MLPs next to a matrix with one output for each of them is a mixture of experts (Switch)."""
+        """R11: assign the roles of a mixture of experts that is a list of MLPs (Switch). A matrix next to the list,
+        with one output for each MLP, is its router."""
         experts = [child for child in node.children if child.children]  # NLLB has a dropout among them
         branch, count = node.parent, sum(1 + len(child.twins) for child in experts)
         if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in experts):
@@ -75,8 +78,8 @@ class FeedForwards:
                 node.lists_experts = True
 
     def _assign_router(self, node: Node, count: int | None) -> None:
-        """R11: the router is the matrix next to the experts with one output for each expert; both form one MLP
-        branch."""
+        """R11: assign the role of the router, which is a matrix next to the experts with one output for each expert.
+        The router and the experts form one MLP branch."""
         for scope in node.ancestors():
             if scope is node.block or not scope.path:
                 return
@@ -93,8 +96,8 @@ class FeedForwards:
 
 
 def expert_part(tensor: Node) -> str:
-    """Returns the part that a stack of experts is, by its name: "gate_up", "gate", "up" or "down". In DBRX, w1 is the
-    gate, v1 the up and w2 the down part."""
+    """Returns which part of the experts a stacked tensor is, by its name: "gate_up", "gate", "up" or "down". In DBRX,
+    w1 is the gate, v1 the up and w2 the down part."""
     named, name = V.words(tensor.name), tensor.name
     if named >= {"gate", "up"} or (tensor.tensor is None and "input" in named):
         return "gate_up"
@@ -111,8 +114,9 @@ def expert_count(node: Node) -> int | None:
 
 
 class Pairing:
-    """Pairs the matrices of feed-forwards in one block, by the rules R9 and R10: an up matrix reads the width h, a down
-    matrix returns it, and their inner widths are equal or fit a gate."""
+    """Pairs the up and down matrices of feed-forwards in one block, by the rules R9 and R10. An up matrix reads the
+    width h of the residual stream, a down matrix returns it. Their inner widths are equal, or the up matrix has twice
+    the width because it includes a gate."""
 
     def __init__(self, owner: FeedForwards, scope: Node) -> None:
         self.owner = owner
@@ -155,8 +159,9 @@ class Pairing:
         self._assign_single_stream()
 
     def _plan(self) -> list[tuple[Node, list[Node], Node]]:
-        """Returns pairs to assign: nearest common scope first, then exact widths before fused ones, then by
-        registration."""
+        """Returns the pairs to assign, each as a down matrix, its up matrices and the module around both. Pairs with
+        the nearest common module are first, then exact widths before fused ones, then the order of registration
+        counts."""
         plan = []
         for down in self.free:
             if down.fan_in == down.fan_out and down.words & (V.GATE | V.UP):
@@ -169,8 +174,8 @@ class Pairing:
         return [entry[3:] for entry in sorted(plan, key=lambda entry: entry[:3])]
 
     def _nearest(self, down: Node, groups: list[Ordered]) -> tuple[list[Node], Node]:
-        """Returns the ups in the nearest scope around `down` that holds any; of square ones only those registered
-        before it."""
+        """Returns the up matrices in the nearest module around `down` that contains any, and that module. If `down` is
+        square, only up matrices that were registered before it count."""
         square = down.fan_in == down.fan_out
         for scope in down.ancestors() if groups else ():
             ups = [up for group in groups for up in group.under(scope) if not square or up.index < down.index]
@@ -179,10 +184,12 @@ class Pairing:
         return [], self.scope
 
     def _fans_of_ups(self, down: Node) -> list[tuple[int, int]]:
-        """R9: up reads the width that down returns, and returns the width that down reads, or twice that (gate and up
-        in one matrix).
+        """R9: returns the widths (in, out) of matrices that can be the up matrix of `down`. An up matrix reads the
+        width that `down` returns. It returns the width that `down` reads, or twice that width (gate and up in one
+        matrix).
 
-        Which of two matching matrices is the up: the one that reads h; where none does, the one that widens.
+        If each of two matrices fits as the up matrix of the other, the one that reads the width h of the residual
+        stream is the up matrix. If neither reads h, it is the one that widens.
         """
         inner, outer = down.fan_in, down.fan_out
         fans = [(outer, 2 * inner)]
@@ -191,8 +198,8 @@ class Pairing:
         return fans
 
     def _assign_pair(self, down: Node, ups: list[Node], scope: Node) -> None:
-        """Assign the roles of a pair: of two ups the one named gate is the gate, else the first: 42 of 42 pairs
-        register the gate first."""
+        """Assign the roles of a down matrix and its up matrices. Of two up matrices, the one named gate is the gate. If
+        neither is, the first one is the gate, because 42 of 42 surveyed pairs register the gate first."""
         down.role = "mlp.down"
         gates = [up for up in ups if up.words & V.GATE] or (ups[:1] if len(ups) == 2 else [])
         for up in ups:
@@ -206,7 +213,8 @@ class Pairing:
             scope.role = "mlp"
 
     def _assign_single_stream(self) -> None:
-        """R10: the attention lacks an output matrix, but a matrix next to it reads attention and hidden MLP (Flux)."""
+        """R10: assign the roles in blocks whose attention has no output matrix. There, a matrix next to the attention
+        reads the attention's output together with the hidden features of the MLP (Flux)."""
         matrices = self.owner.survey.matrices
         if all(any((m.role or "").endswith("out") for m in matrices.under(mixer)) for mixer in self.mixers):
             return

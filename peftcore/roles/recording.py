@@ -1,9 +1,9 @@
 """Records one forward: the order in which modules ran, outputs of matrices, and the operands of every softmax
 attention.
 
-Attention is recognized by its arithmetic, not by its module: a call of scaled_dot_product_attention, or a product, a
-softmax of it, and another product with the result. Outputs of matrices are remembered rather than weights, because a
-weight may serve many layers.
+Attention is recognized by its arithmetic, not by its module. It is a call of scaled_dot_product_attention, or a
+product, a softmax of the product, and a second product with the softmax. Outputs of matrices are recorded instead of
+weights, because several layers may use one weight.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _multiply(self, left: Tensor, right: Tensor, output: Tensor) -> None:
-        """Record a product; one whose left factor comes from the last softmax is the attention's second one."""
+        """Record a matrix product. If its left factor comes from the last softmax, it is the second product of an
+        attention, and the attention is recorded."""
         if self._softmax is not None and right.dim() >= 3:
             scores, probabilities, before = self._softmax
             if comes_from(left, probabilities):
@@ -191,8 +192,8 @@ def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def first_product(products: list[tuple[Tensor, Tensor, Tensor]], scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns the query and key of a softmax: the factors of the last product with the softmax's shape, else of the
-    product from which its input was computed (gpt_oss adds a column)."""
+    """Returns the query and the key of a softmax with the input `scores`. They are the factors of the last product that
+    has the shape of `scores`, otherwise of the product from which `scores` was computed (gpt_oss adds a column)."""
     latest = products[::-1]
     alike = ((query, key) for query, key, output in latest if output.shape[-2:] == scores.shape[-2:])
     source = ((query, key) for query, key, output in latest if comes_from(scores, output))

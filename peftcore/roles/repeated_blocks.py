@@ -10,7 +10,8 @@ from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 
 class Blocks:
-    """The blocks of a host, the lists that contain them, and the elements of the lists."""
+    """Finds the blocks of a host (the modules that repeat along its depth, such as transformer layers) among the
+    elements of its lists of modules. Sets `is_block` and `block` of all nodes."""
 
     def __init__(self, survey: Survey, mixers: Mixers) -> None:
         self.survey = survey
@@ -28,7 +29,8 @@ class Blocks:
         return list(found)
 
     def _innermost(self) -> dict[Node, None]:
-        """Returns elements that hold a mixer, or a body of their own; the innermost win.
+        """Returns the list elements that contain a mixer (attention or state space), or that are blocks without a mixer
+        (`_has_body`). If such elements are nested, only the innermost ones are returned.
 
         Exception: T5 lists its sub-layers, some with a mixer and some without. There the owner of the list is the
         block, because an element is then a branch of a block and not a whole one.
@@ -51,8 +53,9 @@ class Blocks:
         return any(holds) and not all(holds)
 
     def _has_body(self, element: Node) -> bool:
-        """Whether an element is a block without a mixer: it has two matrices and two norms, convolutions with one norm,
-        or three weights with a convolution among them (networks without norms) unless it is the stem."""
+        """Whether an element is a block without a mixer. It has at least two weights. In addition, it has two norms, or
+        a convolution and one norm, or (in networks without norms) a third weight and a convolution, unless it is the
+        stem."""
         weights, convs = self.survey.weights.count(element), self.survey.convs.count(element)
         if self.mixers.nodes.count(element) or weights < 2:
             return False
@@ -60,7 +63,7 @@ class Blocks:
         return enough_norms or (convs > 0 and weights >= 3 and not element.name.startswith("stem"))
 
     def _count_beside_mixers(self) -> list[int]:
-        """Returns, for each node, the number of weights under it that are in no mixer under it."""
+        """Returns, for each node, the number of weights under it that are not inside a mixer."""
         counts = [0] * len(self.survey.nodes)
         mixers, weights = set(self.mixers.nodes), set(self.survey.weights)
         for node in reversed(self.survey.nodes):
@@ -71,7 +74,8 @@ class Blocks:
         return counts
 
     def _add_cousins(self, found: dict[Node, None]) -> None:
-        """Add elements of stages of plain convolutions, next to stages with blocks (MobileNet's last)."""
+        """Add the elements of stages that have only plain convolutions, if stages next to them have blocks. An example
+        is the last stage of MobileNet."""
         families: dict[Node, list[Node]] = {}
         for owner in self.lists:
             if owner.parent is not None and isinstance(owner.parent.module, nn.Sequential):
@@ -85,7 +89,8 @@ class Blocks:
                         found.update(dict.fromkeys(e for e in elements if self.survey.convs.count(e)))
 
     def _add_siblings(self, found: dict[Node, None]) -> None:
-        """Add elements with weights that are in one list with a block (layers of MLP alone in hybrids)."""
+        """Add elements that have weights and are in the same list as a block, such as the MLP-only layers of hybrid
+        models."""
         blocks = Ordered(found)
         for elements in self.lists.values():
             if any(element in found for element in elements):
@@ -103,8 +108,9 @@ class Blocks:
 
 
 def list_elements(node: Node) -> list[Node]:
-    """Returns the elements of a list of modules: composite children of a ModuleList or Sequential, or numbered siblings
-    of one class, which are treated as a list (ResNet's layer1, layer2, RegNet's b1, b2)."""
+    """Returns the elements of a list of modules: those children of a ModuleList or Sequential that have children
+    themselves. Numbered children of one class count as a list too (layer1 and layer2 of ResNet, b1 and b2 of
+    RegNet)."""
     children = node.children
     if not children:
         return []

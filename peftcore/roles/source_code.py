@@ -1,4 +1,4 @@
-"""Returns the source of forwards and the values of names in it, for rules that read code. No code runs."""
+"""Functions that return the source of forwards, for rules that read code. No code runs."""
 
 from __future__ import annotations
 

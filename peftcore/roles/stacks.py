@@ -35,7 +35,7 @@ enough."""
 
 @dataclass(frozen=True)
 class TokenStack:
-    """One stack of blocks that takes token ids, by paths."""
+    """One token stack (a module that takes token ids, embeds them and runs blocks), described by paths."""
 
     path: str
     """The path of the stack; "" for the host itself."""
@@ -47,15 +47,16 @@ class TokenStack:
     table: str
     """The path of the token table below the stack."""
     causal: bool = False
-    """Whether its tokens see only earlier ones."""
+    """Whether each token attends only to itself and to earlier tokens."""
     position_padding: int | None = None
-    """The id and the position of padding, if positions count only the tokens that are not padding (RoBERTa)."""
+    """The token id of padding, which is also the position of padding, if positions count only the other tokens
+    (RoBERTa). None if positions count all tokens."""
     readers: tuple[str, ...] = ()
-    """The stacks that attend to this one's output."""
+    """The stacks that attend to this stack's output."""
     reads: bool = False
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
-    """Whether it takes a cache of earlier tokens and continues after them."""
+    """Whether it accepts a cache of earlier tokens, after which its sequence continues."""
     positions: int | None = field(default=None, repr=False)
     """The number of positions in its table; None if positions are not in a table (rotary angles, biases by
     distance)."""
@@ -71,7 +72,7 @@ class TokenStack:
         Args:
             front: the number of rows in front.
             text: the number of tokens in the text, including a cache.
-            places: the positions of both, if they are passed or counted; padding may lack positions.
+            places: the positions of rows and tokens, if they are known. Padding tokens may lack positions.
             what: the name of the rows in front, for the error message.
 
         Raises:
@@ -125,7 +126,7 @@ def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """Returns the cache among a transformers module's arguments by name; None without a cache."""
+    """Returns the cache of earlier tokens from the arguments of a transformers module; None without a cache."""
     found = caches_in(given)
     return found[min(found)] if found else None
 
@@ -151,8 +152,8 @@ def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list
 
 
 def _related(stacks: list[TokenStack], cross: list[str]) -> list[TokenStack]:
-    """Returns the stacks with their readers: if some have cross-attention and others do not, the former read the
-    latter."""
+    """Returns the stacks with their readers. If some stacks have cross-attention and others do not, those with
+    cross-attention read the others."""
     reading = {stack.path for stack in stacks if _below(cross, stack.path)}
     if len(reading) in (0, len(stacks)):
         return stacks
@@ -171,7 +172,7 @@ def _describe(
     blocks: list[str],
     positions: list[HostEntry],
 ) -> TokenStack | None:
-    """Returns the stack at a path; None where embeddings cannot replace its ids."""
+    """Returns the token stack at a path; None if embeddings cannot be passed to it instead of ids."""
     module = modules[path]
     embeddings = (
         name for name, below in module.named_modules() if isinstance(below, nn.Embedding) and _weight(below) in tables
@@ -199,8 +200,8 @@ def _takes_cache(module: nn.Module) -> bool:
 
 
 def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> bool:
-    """Whether the attentions of its blocks declare to be causal; where none declares it, a stack with a cache is
-    causal."""
+    """Whether some attention in the stack's blocks has a true attribute `is_causal`. If none has the attribute, a stack
+    with a cache counts as causal."""
     tops = {block for block in blocks if _inside(block, path)}
     inside = [module for place, module in modules.items() if not tops.isdisjoint(_from(place))]
     said = {attribute(module, "is_causal") for module in inside} - {None}
@@ -216,7 +217,8 @@ def _entry(modules: Mapping[str, nn.Module], path: str, table: str) -> str | Non
 
 
 def _body(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> str:
-    """Returns the stack itself where it lists its blocks, else the child that holds them all."""
+    """Returns the path of the stack itself if the list of blocks is a child of it, otherwise the path of the child that
+    contains all blocks."""
     inside = [block for block in blocks if _inside(block, path)]
     depth = len(path.split(".")) if path else 0
     children = {".".join(block.split(".")[: depth + 1]) for block in inside}
@@ -226,14 +228,16 @@ def _body(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> str
 
 
 def _padding(modules: Mapping[str, nn.Module], path: str, positions: list[HostEntry]) -> int | None:
-    """Returns the padding index of the position table: a table that has one counts tokens, all others count places."""
+    """Returns the padding index of the position table, or None. With a padding index, positions count only tokens that
+    are not padding; without one, they count all tokens."""
     tables = [modules[entry.path] for entry in positions if entry.tensor is None and _inside(entry.path, path)]
     return next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
 
 
 def _positions(stack: nn.Module, path: str, blocks: list[str], positions: list[HostEntry]) -> int | None:
-    """Returns the length of the longest table of positions in front of the blocks, or the length in the config, which
-    leaves out rows without a position."""
+    """Returns the length of the longest position table outside of the blocks; None if there is no such table. If the
+    config declares a smaller number of positions, that number is returned, since some rows of the table may not be
+    positions."""
     tops = tuple(f"{block}." for block in blocks)
     tables = [e for e in positions if _inside(e.path, path) and not e.path.startswith(tops) and e.kind in _TABLES]
     counts = [e.shape[-2] for e in tables if len(e.shape) > 1 and not V.words(e.path) & V.RELATIVE]

@@ -159,7 +159,8 @@ class Survey:
         self.norms = Ordered(node for node in self.nodes if node.kind is Kind.NORM)
 
     def close(self) -> None:
-        """Break the references between nodes and to the host, which would stay until Python collects garbage."""
+        """Remove the references between nodes. Otherwise the nodes and the host would stay in memory until Python
+        collects garbage."""
         for node in self.nodes:
             node.parent = node.holder = node.block = None
 
@@ -244,8 +245,8 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a Linear or of a module like it: the shape of quantized weights does not
-    show it."""
+    """Returns (in_features, out_features) of a Linear or a similar module, as its attributes declare them; None for
+    other modules. The shape of a quantized weight does not show these numbers."""
     if not GUESTS.issuperset(module._modules):
         return None
     inputs, outputs = attribute(module, "in_features"), attribute(module, "out_features")
@@ -308,8 +309,8 @@ def pointwise_fan(conv: _ConvNd) -> tuple[int, int] | None:
 
 
 def name_effectively(node: Node) -> None:
-    """Set the label of a node by R2: the node's name, with the parent's name in front as long as the name is generic,
-    or is `proj` inside a module called q, k or v."""
+    """Set the label of a node by R2. It begins as the node's name. While its first name is generic, or is `proj` inside
+    a module called q, k or v, the name of the enclosing module is put in front."""
     top, label = node, node.name
     while top.parent is not None and top.parent.path:
         if not (V.is_generic(top.name) or (top.name == "proj" and V.operands(top.parent.name))):

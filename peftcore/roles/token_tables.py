@@ -37,8 +37,8 @@ def token_count(model: nn.Module) -> int:
 
 
 def tables_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the modules of `token_tables` by path, and all other modules that hold one of their weights: stacks with
-    a separate table module, tied heads."""
+    """Returns the modules of `token_tables` by path, and all other modules that hold the same weights, such as tied
+    heads."""
     weights = {id(each._parameters["weight"]) for each in token_tables(model)}
     modules = model.named_modules() if weights else ()
     return {path: each for path, each in modules if id(each._parameters.get("weight")) in weights}

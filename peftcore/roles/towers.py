@@ -29,7 +29,8 @@ class Towers:
         return towers
 
     def _find(self, node: Node) -> set[Node]:
-        """Returns children with blocks, where a module has several such children that are neither halves nor stages."""
+        """Returns the roots of the towers under a node. A module with several children that contain blocks has towers:
+        those of these children that are neither halves (encoder, decoder) nor stages."""
         if node.is_block or node in self._blocks.lists:
             return set()
         holding = [child for child in node.children if self._blocks.blocks.count(child)]
@@ -39,7 +40,8 @@ class Towers:
         return found
 
     def _stands_alone(self, child: Node) -> bool:
-        """Whether a child is neither a block nor a list of blocks or stages, and is not called a half or a stage."""
+        """Whether a child is neither a block nor a list of blocks or stages, and does not have the name of a half
+        (encoder, decoder) or of a stage."""
         part = child.is_block or child in self._blocks.lists or STAGES.intersection(tokens(child.name))
         return not part and child.name not in HALVES
 

@@ -1,5 +1,5 @@
-"""Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, unused
-modules.
+"""Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, and modules
+that are not called.
 
 The probe uses gradients, not tables of names. Rows of a fused matrix belong to the query if the query's gradient
 reaches them. Rows are the up part of a gated MLP if the product is linear in them. If a parameter receives a gradient
@@ -30,7 +30,7 @@ _LINEAR_HALF = 3e-3  # float16, bfloat16
 
 
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
-    """Run the model once on example inputs and correct the map by the recorded events.
+    """Run the model once on example inputs, and return the map with the corrections that this forward shows.
 
     The model does not change: modes, `requires_grad` and gradients are as before. Entries for which the forward gives
     no information stay as they are.
@@ -61,7 +61,8 @@ class Changes:
             self._places.setdefault(entry.path, []).append(place)
 
     def at(self, path: str) -> HostEntry | None:
-        """Returns the entry of a path; for a block that is also another module, the entry of that module."""
+        """Returns the entry of a path. A block that is also an attention has two entries; the attention's entry is
+        returned."""
         places = self._places.get(path)
         return self.entries[places[-1]] if places else None
 
@@ -80,7 +81,7 @@ class Changes:
 
 @dataclass
 class _Attention:
-    """One attention event: finds the matrices of each operand, and writes them into the map."""
+    """Finds the matrices that compute each operand of one recorded attention, and writes them into the map."""
 
     model: nn.Module
     changes: Changes
@@ -101,8 +102,8 @@ class _Attention:
             self._write(path, family, rows[path])
 
     def _scope(self) -> tuple[str, str, int]:
-        """Returns the module whose attention this is: the nearest one with that role, else the innermost one that
-        runs."""
+        """Returns path, role and start time of the module that computes this attention: the innermost running module
+        with the role of an attention, or if there is none, the innermost running module."""
         for frame in reversed(self.event.frames):
             entry = self.changes.at(frame.path)
             if entry is not None and entry.role in ("attn", "cross"):
@@ -124,7 +125,7 @@ class _Attention:
     def _rows(
         self, called: Mapping[str, Tensor], read: Mapping[str, nn.Parameter]
     ) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Returns, for each matrix and operand, the rows that feed it."""
+        """Returns, for each matrix and operand, the rows of the matrix that feed the operand."""
         rows: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, operand in self.event.operands.items():
             if operand.requires_grad and (called or read):
@@ -138,7 +139,8 @@ class _Attention:
         return rows
 
     def _last_feeders(self, rows: Mapping[str, Mapping[str, Any]], operands: set[str]) -> set[str]:
-        """Returns the matrices of operands without a known one: of all that feed one, the matrix that ran last."""
+        """Returns a matrix for each operand that has no known matrix: of all matrices that feed the operand, the one
+        that ran last."""
         found = set()
         for name in operands:
             feeding = [path for path, reached in rows.items() if name in reached and path in self.event.outputs]
@@ -147,7 +149,7 @@ class _Attention:
         return found
 
     def _write(self, path: str, family: str, rows: Mapping[str, tuple[int, ...]]) -> None:
-        """Set the role by the operands that a matrix feeds.
+        """Set the role of a matrix by the operands that it feeds.
 
         The entry does not change if rows feed two operands (the latents of MLA), or if rows feed no operand although
         their role requires one: then the example input was degenerate (DETR's first queries are zero).
@@ -213,8 +215,8 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
     """Find the rows of the up part of gated MLPs. The product of gate and up is linear in the up part, so its
     derivative contracted with the up part equals the product.
 
-    The product is not linear in the gate. If it is (ReLU), or if there are further operations, more or fewer than one
-    order fits, and the entries do not change.
+    Usually the product is not linear in the gate, so exactly one order of gate and up fits. If it is linear in the gate
+    (ReLU), or if there are further operations, several or no orders fit. Then the entries do not change.
     """
     ups = [(path, event.outputs[path].value) for path in matching_ups(changes, event)]
     if not ups or not event.value.requires_grad:
@@ -242,7 +244,8 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
 
 
 def same_per_token(contracted: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the sums over the rows agree for each token, relative to the expected one."""
+    """Whether the sums of two tensors over their rows agree for each token, up to a tolerance relative to
+    `expected`."""
     difference = (contracted.sum(0) - expected.sum(0)).norm()
     return float(expected.norm()) > 0 and float(difference) <= tolerance * float(expected.norm())
 
@@ -310,7 +313,8 @@ def refine_norms(changes: Changes, recording: Recording) -> None:
 
 
 def nearest_times(path: str, blocks: Sequence[str], time: Mapping[str, int]) -> list[int]:
-    """Returns the times at which the blocks ran that share the nearest ancestor with `path`."""
+    """Returns the times at which blocks ran, for the blocks under the nearest ancestor of `path` that contains
+    blocks."""
     while path:
         path = path.rpartition(".")[0]
         times = [time[block] for block in blocks if under(block, path)]
@@ -341,8 +345,8 @@ def refine_head(changes: Changes, recording: Recording) -> None:
 
 
 def refine_calls(model: nn.Module, changes: Changes, recording: Recording) -> None:
-    """Mark parameters on which the output depends although their module never ran. The nearest enclosing module that
-    ran reads them, or a module inside it."""
+    """Mark parameters on which the output depends although their module never ran. They are read by the nearest
+    enclosing module that ran, or by a module inside that one."""
     silent = [
         (path, parameter)
         for path, module in model.named_modules()

@@ -1,4 +1,5 @@
-"""Virtual roles, such as "all-linear": a rule over the whole map finds their entries; no single weight has one."""
+"""Virtual roles, such as "all-linear". No single weight has a virtual role: a rule over the whole map finds its
+entries."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def _all_linear(host: HostMap) -> list[HostEntry]:
 
 
 def _all_layers(host: HostMap) -> list[HostEntry]:
-    """Returns the entries of "all-linear", and the convolutions that mix channels: those of the blocks, or of a host
-    without blocks all but the head."""
+    """Returns the entries of "all-linear", and the convolutions in blocks that mix channels. In a host without blocks,
+    returns all matrices and convolutions except the head."""
     convolutions = [entry for entry in host.entries if entry.kind == "conv"]
     if not host.has_blocks:
         every = [*_all_linear(host), *convolutions]
@@ -52,9 +53,10 @@ def enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
 
 
 def _attention_outputs(host: HostMap) -> list[HostEntry]:
-    """Returns the entries of "attn.output": the output matrix is the last one of its branch, before residual,
-    post-norm, scale and gate; the module's own output is not safe (BERT, Bloom and UNet attentions add the residual
-    themselves). Where no output matrix is called, it is the attention itself."""
+    """Returns the entries of "attn.output". Usually these are the output matrices: each is the last matrix of its
+    branch, before residual, post-norm, scale and gate. The output of the attention module itself may contain the
+    residual (BERT, Bloom, UNet). Only if the output matrix is not called as a module, the entry is the attention
+    itself."""
     found: dict[str, HostEntry] = {}
     for entry in host.entries:
         if entry.role not in ("attn.out", "cross.out", "attn_mlp.out") or not _in_body(host, entry):
@@ -70,8 +72,9 @@ def _attention_outputs(host: HostMap) -> list[HostEntry]:
 
 
 def _cores(family: str) -> Callable[[HostMap], list[HostEntry]]:
-    """Returns the rule for modules that compute an attention: those with its query, key and value matrices. Mostly that
-    is the attention itself; BERT's also holds the output matrix and the norm, and computes in a module of its own."""
+    """Returns the rule for modules that compute an attention: those that contain its query, key and value matrices.
+    Usually this is the attention module itself. In BERT it is a module inside it, because BERT's attention module also
+    contains the output matrix and the norm."""
 
     def cores(host: HostMap) -> list[HostEntry]:
         owners: dict[str, list[list[str]]] = {}
@@ -95,14 +98,14 @@ _CORE_ROLES = {
 
 
 def _common(paths: list[list[str]]) -> list[str]:
-    """Returns the steps that all paths begin with."""
+    """Returns the names that all paths begin with."""
     same = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
     return [steps[0] for steps in same]
 
 
 def _mlp_outputs(host: HostMap) -> list[HostEntry]:
-    """Returns the down matrices; where experts are summed, the module that sums them, together with its shared
-    experts."""
+    """Returns the down matrices. For a mixture of experts, returns the module that sums the experts, including shared
+    experts, instead of the down matrices inside it."""
     sums: dict[str, HostEntry] = {}
     for entry in host.entries:
         if entry.role.startswith(("experts.", "router")) and _in_body(host, entry):

@@ -24,8 +24,8 @@ READ_BY_MIXERS = frozenset({"ssm.dt", "ssm.conv"})
 
 
 def reader_of(node: Node) -> str | None:
-    """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which
-    lacks a forward, it is the nearest module above with a forward."""
+    """Returns the path of the module that reads a weight whose own module is not called (R15); None if its own module
+    is called. For a list of parameters, which lacks a forward, it is the nearest enclosing module with a forward."""
     above, tensor = node.parent, node.tensor
     if (
         tensor is None
@@ -74,8 +74,8 @@ def _code_of(node: Node) -> tuple[CodeType, ...]:
 
 @functools.cache
 def _codes(cls: Any) -> tuple[CodeType, ...]:
-    """Returns the code that a forward runs: its own code and the code of all functions of the class that it names in
-    turn, including base classes, down to torch's."""
+    """Returns the code that a forward runs: its own code, and the code of all functions of the class that this code
+    names, directly or indirectly. Functions of base classes are included, up to torch's own."""
     functions = defaultdict[str, list[CodeType]](list)
     for base in takewhile(lambda each: each is not nn.Module, cls.__mro__):
         for name, member in vars(base).items():
@@ -90,8 +90,8 @@ def _codes(cls: Any) -> tuple[CodeType, ...]:
 
 @functools.cache
 def _steps(code: CodeType) -> tuple[tuple[str, str], ...]:
-    """Returns each attribute that the code reads, with the attribute that it reads from that one; "" if it does
-    something else with it."""
+    """Returns pairs of attribute names: an attribute that the code reads, and the attribute that it reads next from the
+    result. The second name is "" if the code does something else with the result."""
     steps = [each.argval if each.opname in ("LOAD_ATTR", "LOAD_METHOD") else "" for each in dis.get_instructions(code)]
     return tuple(pair for pair in pairwise([*steps, ""]) if pair[0])
 

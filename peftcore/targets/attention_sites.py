@@ -29,7 +29,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Projection:
-    """The slices of one matrix with which an attention computes queries, keys or values."""
+    """A matrix, or slices of a matrix, from which an attention computes queries, keys or values."""
 
     module: str
     """Path, below the attention, of the module that holds the matrix; "" for the attention itself."""
@@ -40,9 +40,8 @@ class Projection:
     out_features: int
 
     def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
-        """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
-        merged or not. With `base`, it is the projection of the base without injections, for batches whose rows use
-        different injections."""
+        """Returns the projection of `states` ``[..., in]``, including the bias and the injections that are active now.
+        If `base` is True, injections are left out. This is used for batches whose rows have different injections."""
         module = attention.get_submodule(self.module)
         if self.layer.called and not base:
             return take(module(states), self.slices, -1)

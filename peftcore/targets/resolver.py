@@ -93,7 +93,7 @@ class Resolver:
         """Known layers by class, tensor and shape, with the structure of their modules."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies, without remembered layers."""
+        """Returns the state for copies, without the cached layers."""
         return {**self.__dict__, "_layers": {}}
 
     def _see(self, module: nn.Module, path: str, seen: set[int], hidden: bool = False) -> None:
@@ -181,8 +181,8 @@ class Resolver:
         return [pattern for pattern in _each(exclude) if not self._excluded(pattern)]
 
     def _excluded(self, pattern: Any) -> set[str]:
-        """Returns paths of sites, and of whole modules where the pattern names modules: all sites below these modules
-        are excluded too."""
+        """Returns the paths of the sites that a pattern of `exclude` matches. If the pattern names modules, their paths
+        are included too, since all sites below them are excluded."""
         out = {site.path for site in self._match(pattern, None)}
         if not self._is_role(self._split(pattern)[1]):
             out |= {path for path in self._modules_of(pattern) if path}
@@ -202,8 +202,8 @@ class Resolver:
         return find(self.modules, self.host.entries)
 
     def end_of(self, path: str) -> End | None:
-        """Returns the point at which a branch is added to the stream, for the branch's last matrix or for the whole
-        branch. None for a module that does not end a branch."""
+        """Returns the point at which the output of a branch (attention or MLP) is added to the hidden states. `path` is
+        the path of the branch's last matrix or of the whole branch; for other paths, returns None."""
         if path not in self._branches:
             return None
         return find_end(self.modules, path, self._branches[path], plain_class)
@@ -229,8 +229,8 @@ class Resolver:
         raise TargetError(self.nothing("target", path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """Returns one site by its exact path; for a module that is read without being called, the site is a tensor of
-        the module that reads it."""
+        """Returns one site by its exact path. If another module reads the weight at this path without calling its
+        module, the site is a tensor of that other module."""
         parent, _, leaf = module_path.rpartition(".")
         attention = leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention)
         reader = parent if attention else self._readers.get(module_path)
@@ -280,7 +280,8 @@ class Resolver:
         return runs == "once"
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
-        """Returns how a module stores a tensor; examines only one of the modules with the same structure."""
+        """Returns the layer of a tensor (how the module stores it). The result is cached for all modules with the same
+        structure."""
         held = module._parameters.get(tensor)
         known = self._layers.setdefault((type(module), tensor, None if held is None else held.shape), [])
         for structure, layer in known:
@@ -292,7 +293,7 @@ class Resolver:
         return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """Returns the site that is recorded in a file.
+        """Returns the site that a file describes by its path, tensor and slices.
 
         Raises:
             HostMismatch: the host lacks the module, the tensor or the slices.
@@ -419,7 +420,8 @@ class Resolver:
         return self.modules[owner]._parameters
 
     def nothing(self, argument: str, *patterns: Any) -> str:
-        """Returns the message about parts of `argument` that match nothing."""
+        """Returns the error message for patterns that match nothing; `argument` is the name of the argument that has
+        them."""
         known, name = self.host.roles(), type(self.model).__name__
         names = list(known | {path.rpartition(".")[2] for path in self.modules if path not in self._hidden} - {""})
         misspelt = [inner for inner in (self._split(each)[1] for each in patterns) if not names_a_role(inner)]
@@ -447,7 +449,7 @@ def names_a_role(pattern: Any) -> bool:
 
 
 def _above(path: str) -> Iterator[str]:
-    """Yields the whole tensor of a part, and every module above a path."""
+    """Yields a path without its part (the text after the colon), and the paths of all modules above it."""
     path = path.partition(":")[0]
     while path:
         yield path

@@ -1,4 +1,5 @@
-"""A stack of tokens as a site, for operators that add rows to its sequence."""
+"""A token stack as a site, for operators that add rows to its sequence. A token stack is a module that embeds token ids
+and runs blocks."""
 
 from __future__ import annotations
 
@@ -25,24 +26,25 @@ NOWHERE = TokenStack("", "", "", "")
 
 @dataclass(frozen=True, eq=False)
 class SequenceSite(Site):
-    """A stack; its tensor is the token table, so `out_features` is the width of a row."""
+    """A token stack as a site. Its tensor is the token embedding table, so `out_features` is the width of an
+    embedding."""
 
     stack: TokenStack = NOWHERE
     """The stack that embeds ids and runs blocks."""
     places: tuple[Site, ...] = ()
-    """The other sites of the operator: the module that gets the embeddings, the module after the last block, and
-    modules that read the stack's output."""
+    """The other sites of the operator: the module that receives the embeddings, the module that contains all blocks,
+    and the stacks that read this stack's output."""
     behind: bool = False
-    """Whether the rows are inserted in front of the output of the module that gets the embeddings, instead of its
-    input."""
+    """Whether the rows are inserted into the output of the embedding module, instead of into the input of the module
+    that receives the embeddings."""
 
     @property
     def path(self) -> str:
         return f"{self.module_path}:{FORM}".lstrip(":")
 
     def behind_embeddings(self) -> SequenceSite:
-        """Returns the stack as a site of rows that are inserted after all embedding operations of the tokens:
-        positions, types and the norm.
+        """Returns the site with `behind` set, so that rows are inserted after all embedding operations: positions,
+        types and the norm.
 
         Raises:
             UnsupportedSite: the embeddings are not computed by a single module, or code outside the blocks would have
@@ -62,7 +64,8 @@ class SequenceSite(Site):
         return replace(self, stack=replace(self.stack, entry=path), places=(*others, entry), behind=True)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """Returns the stack's embeddings of ids, with the stack's scaling; while planning, a tensor without values."""
+        """Returns the embeddings of token ids, scaled as the stack scales them. While planning, the result is on the
+        meta device."""
         if self.meta:
             return torch.empty(*ids.shape, self.out_features, device="meta")
         table = self.module.get_submodule(self.stack.table)
@@ -73,10 +76,10 @@ class SequenceSite(Site):
 
 
 def locate_stack(site: Site, resolver: Resolver) -> SequenceSite:
-    """Returns the stack at a site.
+    """Returns the token stack at a site, as a `SequenceSite`.
 
     Raises:
-        UnsupportedSite: the site is not a stack.
+        UnsupportedSite: the site is not a token stack.
     """
     stacks = {stack.path: stack for stack in resolver.token_stacks()}
     stack = stacks.get(site.module_path)

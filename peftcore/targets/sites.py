@@ -25,7 +25,8 @@ SEVERAL = (
 MIXES_ROWS = ("experts", "pos")
 """Families of roles whose modules receive chosen tokens or positions instead of rows of the batch."""
 CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
-"""The arguments of transformers' experts after the tokens: the experts of each token, and their weights."""
+"""Names of the arguments that follow the tokens in the forward of transformers' experts: the experts of each token, and
+their weights."""
 
 
 def is_not_turned(path: str) -> bool:
@@ -34,8 +35,8 @@ def is_not_turned(path: str) -> bool:
 
 
 class _Memory:
-    """Slots that cache computed values of a site, since methods read them many times. They are not among its
-    attributes, from which other sites are made (``**vars(site)``)."""
+    """Base class with slots that cache computed values of a site, since methods read them many times. The slots are not
+    in ``vars(site)``, so a copy made from ``**vars(site)`` computes its own values."""
 
     __slots__ = ("__dict__", "__weakref__", "_path", "_shape")
     _path: str
@@ -56,11 +57,12 @@ class Site(_Memory):
         layer: how the module stores the tensor.
         role: the role by which it was found, if any.
         slices: the slices of the logical output dimension, for one part of a fused projection.
-        form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
-            on; "attention" for the inside of an attention module; "sequence" for a stack of tokens.
-        layer_of: finds the `layer` of the module's other tensors.
+        form: "activation" if an operator may wrap the module's forward; "weight" if operators can only change the
+            tensor; "attention" for queries, keys and values inside an attention module; "sequence" for a token stack (a
+            module that embeds token ids and runs blocks).
+        layer_of: a function that finds the `layer` of the module's other tensors.
         meta: True while planning, when only shapes are needed.
-        turned: returns, by path, whether a module receives inputs with tokens as the first dimension.
+        turned: a function that returns whether the module at a path receives inputs with tokens as the first dimension.
     """
 
     module: nn.Module
@@ -98,9 +100,9 @@ class Site(_Memory):
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether the rows of the batch cannot be separated at the module: it receives tokens chosen for experts,
-        positions, or inputs with tokens as the first dimension, or its forward takes no arguments (a relative position
-        bias for all rows and windows)."""
+        """Whether the rows of the batch cannot be separated at the module. This is so if the module receives tokens
+        chosen for experts, positions, or inputs with tokens as the first dimension. It is also so if its forward takes
+        no arguments (a relative position bias for all rows and windows)."""
         family = (self.role or "").partition(".")[0]
         for_all = self.role == "embed.pos" or not self.arguments
         return self.among_experts or family in MIXES_ROWS or for_all or self.tokens_first
@@ -171,7 +173,7 @@ class Site(_Memory):
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The leading dimensions of a stack: ``(experts,)``, or nothing."""
+        """``(experts,)`` for stacked weights of experts, otherwise an empty tuple."""
         dims = self.layer.batch_dims
         return tuple(self.weight_shape[:dims]) if dims else ()
 
@@ -191,7 +193,7 @@ class Site(_Memory):
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The kernel of a convolution, ``(height, width)`` for one in 2-D, or nothing.
+        """The kernel size of a convolution, such as ``(height, width)``; an empty tuple for other layers.
 
         Raises:
             UnsupportedSite: the tensor is a vector.
@@ -227,8 +229,8 @@ class Site(_Memory):
 
     def weight(self) -> Tensor:
         """Returns the dense logical weight ``[*batch, out, in, *kernel]`` with the active injections, in the dtype of
-        the module (for a quantized module: the dtype in which it computes). A missing bias is zeros; while planning,
-        the tensor only has a shape.
+        the module (for a quantized module: the dtype in which it computes). For a missing bias it is zeros. While
+        planning, it is on the meta device.
 
         Raises:
             UnsupportedSite: no plugin can read the weight, or the module lacks it.
@@ -266,14 +268,14 @@ class Site(_Memory):
         return self.at(f"{owner}.weight".lstrip("."))
 
     def tensors(self) -> tuple[str, ...]:
-        """Returns the parameters that the module holds next to the site's tensor, by path below the module, including
-        missing ones (None)."""
+        """Returns the paths of all parameters in the same module as the site's tensor, relative to the site's module.
+        Parameters that are None are included."""
         owner = self.tensor.rpartition(".")[0]
         module = self.module.get_submodule(owner)
         return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
 
     def missing(self, tensor: str) -> bool:
-        """Whether the host's parameter is None."""
+        """Whether the module lacks this tensor (its parameter is None)."""
         return not self.layer_of(self.module, tensor).has(self.module, tensor)
 
     def at(self, tensor: str) -> Site:
@@ -282,8 +284,8 @@ class Site(_Memory):
 
 
 class BesideSite(Site):
-    """A module as the site of an operator that uses the module for an additional computation without changing it, in
-    parallel with operators that adapt or replace the module."""
+    """The site of an operator that calls the module for an additional computation, without changing it. Other operators
+    may adapt or replace the same module."""
 
     def _make_path(self) -> str:
         return f"{super()._make_path()}:beside"

@@ -16,8 +16,9 @@ def transformed() -> bool:
 
 
 def saves_elsewhere() -> bool:
-    """Whether other saved-tensor hooks are active (of a checkpoint or an offload to the CPU). These would not get
-    tensors that inner hooks pack. True if this version of torch does not report its hooks."""
+    """Whether other saved-tensor hooks are active, such as those of a checkpoint or an offload to the CPU. If a kernel
+    set further hooks inside, the outer hooks would not receive the saved tensors. True also if this version of torch
+    does not report its hooks."""
     top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks")
     return top is None or top(False) is not None
 

@@ -21,9 +21,9 @@ def plain_dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tenso
 
 
 def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
-    """Returns ``weight dropout(x)`` for x ``[..., in]`` and a narrow weight ``[out, in]``: for backward it saves a mask
-    of one byte per value instead of a copy of the input, and drawing random numbers takes a tenth of the time. Under
-    autocast, the result has the dtype of autocast.
+    """Returns ``weight dropout(x)`` for x ``[..., in]`` and a weight ``[out, in]`` with few outputs. For backward, a
+    mask of one byte per value is saved instead of a copy of the input. Drawing random numbers takes a tenth of the time
+    of torch's dropout. Under autocast, the result has the dtype of autocast.
     """
     if runs_plain(x) or probability == 1:
         return plain_dropped_linear(x, weight, probability)
@@ -44,8 +44,8 @@ def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 def _by_modes() -> bool:
-    """Whether a mode of torch's sees what is drawn, and may draw by the places of entries: four that come from one word
-    have no places there."""
+    """Whether a dispatch mode of torch is active. Such a mode may draw a number for each entry by the entry's position,
+    which is impossible if four entries share one random word."""
     return not torch.compiler.is_compiling() and bool(torch._C._len_torch_dispatch_stack())
 
 

@@ -1,5 +1,6 @@
-"""A linear layer fused with its low-rank update: the update is added to the output in place, and in backward the
-update's part of the input's gradient is added in place to the layer's part. Each saves a pass over memory."""
+"""A linear layer fused with a low-rank update. The update is added in place to the layer's output. In backward, the
+gradient of the input has one part from the layer and one from the update, and the second is added in place to the
+first. Each saves a pass over memory."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def plain_low_rank_linear(
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Returns `plain_low_rank_linear` of a frozen weight by a fused kernel."""
+    """Returns the result of `plain_low_rank_linear`, computed by a fused kernel. The weight and the bias must be
+    frozen."""
     x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
     if runs_plain(x) or (dropout and dropout == 1):  # a default is a symbol where shapes are, and not to be compared
         return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
@@ -47,7 +49,8 @@ def _in_one_dtype(
 
 
 def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """Returns A scaled up for the dropped values, and the dropout mask of the rows of x."""
+    """Returns A multiplied by the scale of dropout, and the dropout mask of the rows of x. Without dropout, returns A
+    and None."""
     if not dropout:
         return A, None
     mask, more = dropout_mask(x, dropout)
@@ -55,8 +58,8 @@ def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | No
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Returns `low`, which it saves for backward, as well, so that backward can be differentiated without saving more:
-    the input is saved for A alone."""
+    """Returns the output, and also `low` (the product of A and the input). Therefore backward can be differentiated
+    again without saving more tensors. The input is saved only if A trains."""
 
     @staticmethod
     def forward(
@@ -92,7 +95,8 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
-    """Returns the gradient of the output by rows, for an input of a shape; zeros for None."""
+    """Returns the gradient of the output with its rows in one dimension, ``[rows, out]``; zeros if `gradient` is None.
+    `shape` is the shape of the input."""
     if gradient is None:  # backward is being differentiated, and no gradient comes from the output
         gradient = weight.new_zeros(*shape[:-1], weight.shape[0])
     return gradient.reshape(-1, weight.shape[0])
