@@ -237,7 +237,11 @@ class InputOperator(Operator):
         self._names = site.arguments
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
-        """Returns the module's arguments by name: `given`, with changes only in the rows of the adapter.
+        """Returns the module's arguments by name, changed only in the rows of the adapter.
+
+        Args:
+            given: the original arguments by name.
+            mine: a function that returns the mask of the adapter's rows.
 
         Raises:
             MissingContext, SequenceError, ConfigError: as `Operator.forward`.
@@ -313,8 +317,12 @@ class Combiner(Operator):
         raise NotImplementedError
 
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
-        """Returns one input for the module, from the inputs of the parts, the module's input without the parts, and its
-        output for that input, all [..., features]. Called if `mixes_inputs`.
+        """Returns one input for the module. Called if `mixes_inputs` is True. All tensors are [..., features].
+
+        Args:
+            inputs: the inputs that the composition's parts pass to the module.
+            base: the module's input without the parts.
+            output: the module's output for `base`.
 
         Raises:
             CompositionError: the inputs have another number of features than the combiner.
@@ -356,12 +364,17 @@ class WeightOperator(_Base):
         return None
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
-        """Returns the module's output as a function of activations, without computing an effective weight. It must
-        equal the output with the effective weight.
+        """Returns the module's output, computed from activations without an effective weight. It must equal the output
+        of the module with the effective weight.
 
-        Used in training and with gradients, for batches whose rows have different adapters, and on quantized layers, if
-        the module is a linear map that is called (`layer.called`) and no other operator acts on its weight. It needs
-        neither an effective weight nor a gradient of that size.
+        Used in training and with gradients, for batches whose rows have different adapters, and on quantized layers.
+        The module must be a linear map that the host calls (`layer.called`), and no other operator may act on its
+        weight.
+
+        Args:
+            call: computes ``W x + b`` with the base weight and bias.
+            x: the input ``[..., in]``.
+            prepared: the result of `prepare`.
         """
         raise NotImplementedError
 
