@@ -141,8 +141,8 @@ def _as_lora(
     errors.
 
     Raises:
-        MergeError: the adapter does not change weights, or is merged. ExportError: the adapter changes more than a LoRA
-            can, or its updates are not low-rank and `rank` is None.
+        MergeError: the adapter does not change weights, or is merged.
+        ExportError: the adapter changes more than a LoRA can, or its updates are not low-rank and `rank` is None.
     """
     if injection.trained_along:
         raise ExportError(
