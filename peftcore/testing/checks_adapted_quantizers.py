@@ -131,7 +131,7 @@ def _as_large(tensor: Tensor) -> bool:
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers which dense tensors as large as weights are made."""
+    """Records the dense tensors of at least the size of weights that are computed within the block."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

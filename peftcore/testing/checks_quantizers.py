@@ -27,8 +27,8 @@ from peftcore.testing.quantizers import LINEAR, QuantizerCase, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
 
 USELESS = 0.3
-"""The relative error of quantizing and reading a weight above which a scheme is useless; formats of 3 bits have a
-smaller one."""
+"""A scheme fails if its relative error of quantizing and reading a weight is larger than this. Formats with 3 bits have
+a smaller error."""
 
 
 @check(
