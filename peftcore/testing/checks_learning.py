@@ -62,8 +62,8 @@ def _shown(task: LearningTask) -> list[Any]:
 
 
 def _gains(case: Case, task: LearningTask) -> Iterator[tuple[float, float]]:
-    """Yield, for each multiple of the learning rate, the share of the gain of full fine-tuning that the method
-    reaches."""
+    """Yield, for each multiple of the learning rate, two shares of the gain of full fine-tuning: the share that the
+    method reaches before training, and the share after training."""
     base = task.scored(task.pretrained())
     whole = full_fine_tuning(task) - base
     task = _told(case, task)

@@ -173,7 +173,7 @@ class _EverythingConfig(MethodConfig):
 
 
 class _Everything(Method):
-    """A method that lists every tensor below the target. It is used only to find the tensors."""
+    """A method that replaces every tensor below the target. It is used only to find these tensors."""
 
     name = "everything"
     Config = _EverythingConfig
