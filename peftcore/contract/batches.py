@@ -29,9 +29,9 @@ class Labelled:
 
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any] | Labelled]
-"""The type of the user's data, an iterable of batches. A mapping is called as ``model(**batch)``, a tuple or list as
-``model(*batch)``. A function gets the model and runs it; if the model's output lacks a loss, the function returns the
-loss. Each batch may be `Labelled`."""
+"""The type of the user's data, an iterable of batches. If a batch is a mapping, the model is called as
+``model(**batch)``; if it is a tuple or list, as ``model(*batch)``. If it is a function, it gets the model and has to
+call it; it returns the model's output, or the loss. Each batch may be wrapped in `Labelled`."""
 
 
 class Batch:
@@ -83,10 +83,11 @@ class Batch:
         return output
 
     def loss(self) -> Tensor:
-        """Returns the output's loss, or the output itself if it is a scalar: a tensor of shape ``[]``, with its graph.
+        """Returns the loss for the batch, a tensor of shape ``[]`` with its graph. It is the loss in the model's
+        output, or the output itself if that is a single value.
 
         Raises:
-            CalibrationError: the output lacks a loss.
+            CalibrationError: the output has no loss.
         """
         output = self.output()
         loss = output.get("loss") if isinstance(output, Mapping) else output

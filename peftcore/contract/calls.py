@@ -18,7 +18,7 @@ class Calls:
     """A module's forward that records its calls.
 
     Args:
-        run: the forward. Its first argument, a tensor, is the input; the other arguments of a call stay as they are.
+        run: the module's forward. Its first argument is the input, a tensor.
     """
 
     def __init__(self, run: Callable[..., Any]) -> None:

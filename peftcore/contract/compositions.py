@@ -73,7 +73,7 @@ class Composition(ABC):
 
 
 class Stack(Composition):
-    """Parts that act one after the other, in this order."""
+    """A composition whose parts act one after the other, in the given order."""
 
     def __init__(self, *parts: str | Composition) -> None:
         super().__init__(*parts)
@@ -94,8 +94,8 @@ def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[f
 
 
 class Sum(Composition):
-    """``base + sum_i w_i (y_i - base)``: the sum of the parts' changes, each times its weight. Without `weights`, every
-    weight is 1; a negative weight subtracts a change.
+    """``base + sum_i w_i (y_i - base)``: the base output plus the weighted sum of the parts' changes. Without
+    `weights`, every weight is 1; a negative weight subtracts a change.
 
     Raises:
         CompositionError: there are not as many weights as parts.

@@ -97,7 +97,7 @@ class LearningRate:
     source: str
     """``"repository@commit, file"``, or the paper and the place in it."""
     on: str
-    """The model and the data."""
+    """The model and the data for which this learning rate was used."""
     optimizer: str = "AdamW"
     """The name of the class in `torch.optim` that is the source's optimizer, or most similar to it."""
     momentum: float = 0.0
