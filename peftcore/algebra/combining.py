@@ -418,7 +418,8 @@ def combine(
 
     Raises:
         ConfigError: `rank` or `density` is missing or does not apply to `how`, or the adapters do not fit together.
-        NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
+        NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: an adapter cannot be loaded, or
+            `how` cannot combine what it changes. Nothing was changed.
         RouteError, CompositionError: the active route or composition uses one of the adapters.
     """
     with changing(model):

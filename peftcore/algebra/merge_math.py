@@ -150,8 +150,9 @@ def nearest(delta: Tensor, rank: int, batch_dims: int = 0, moment: Tensor | None
 
 
 def trimmed(factors: Factors) -> Factors:
-    """Returns the same update, up to rounding, with fewer ranks. The last ranks are removed if their products of a
-    column of B and a row of A are only rounding errors, compared with the largest of these products.
+    """Returns the same update, up to rounding, without the last ranks that contribute only rounding errors. The size of
+    a rank's contribution is the norm of its column of B times the norm of its row of A, compared with the largest such
+    product.
     """
     A, B, scale = factors
     lead = B.dim() - 1

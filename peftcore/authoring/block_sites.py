@@ -33,7 +33,7 @@ class BlockSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width as a shape, for plans and files."""
+        """The width as a shape with one dimension. Plans and files show it as the shape of the site."""
         return torch.Size([self.width])
 
 
@@ -59,7 +59,7 @@ def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
     """Returns the blocks that the user's target selects, or else those of the method's default target.
 
     Args:
-        surgeon: the method's surgeon.
+        surgeon: the argument `surgeon` of `Method.inject`.
         each_run: True if the method treats each run of a block separately. Then the host may run one block several
             times in a forward.
 

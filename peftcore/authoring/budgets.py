@@ -57,7 +57,7 @@ REFERENCES: Mapping[str, Callable[[], nn.Module]] = {
         sample_size=32,
     ),
 }
-"""Reference hosts by name, in the order of the table."""
+"""Functions that build the reference hosts, by name."""
 
 
 @functools.cache

@@ -23,7 +23,7 @@ class FeedForwardSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width as a shape, for plans and files."""
+        """The width as a shape with one dimension. Plans and files show it as the shape of the site."""
         return torch.Size([self.width])
 
 

@@ -31,7 +31,7 @@ LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
 OF_A_DECODER = "decoder_layers"
 """A name that a config has only if its common names, such as `hidden_size`, are sizes of an encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
-"""Names of a size in different configs of transformers, by its common name."""
+"""The names that configs of transformers may have instead of the common name of a size, by that common name."""
 TYPES = "token_type_ids"
 HANDED_ON = (
     *("attention_mask", POSITIONS, "cache_position", "use_cache"),
@@ -158,7 +158,7 @@ def guest_network(
     as the shared module ``"guest"``.
 
     Args:
-        surgeon: the method's surgeon.
+        surgeon: the argument `surgeon` of `Method.inject`.
         stack: the model's stack, as returned by `TokenStacks.around`.
         sizes: as in `GuestNetwork`.
         own_table: whether the guest has its own embedding table, which trains; otherwise it shares the model's.

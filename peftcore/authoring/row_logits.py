@@ -29,7 +29,7 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
     """Make the head also compute the logits of some rows (virtual tokens) of a soft prompt, in training.
 
     Args:
-        surgeon: the method's surgeon, which has installed the operator at the site.
+        surgeon: the argument `surgeon` of `Method.inject`, which has already recorded the soft prompt at the site.
         site: the stack with the soft prompt.
         operator: the operator of the soft prompt.
         rows: the numbers of the rows whose logits are computed, in order.

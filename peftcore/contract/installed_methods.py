@@ -67,7 +67,7 @@ class AppliedMethod(ABC):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """State that several operators use, by name."""
+        """The modules that several operators share, by name."""
         return {name: shared.module for name, shared in self._surgeon.owned.items()}
 
     @property
@@ -137,7 +137,7 @@ class Installed(AppliedMethod):
     @property
     @abstractmethod
     def low_memory(self) -> bool:
-        """Whether to use the least memory instead of being fast."""
+        """Whether the adapter's computations save memory at the cost of time."""
 
     @abstractmethod
     def stored_anew(self, module: nn.Module) -> None:

@@ -55,8 +55,8 @@ class _Base(Checked):
     """True if the operator computes the effective tensor; backward then recomputes it instead of saving it. False if a
     parameter is the effective tensor."""
     observes: frozenset[str] = frozenset()
-    """Forms of sites at which the operator only reads and changes nothing. There it gets the module's original inputs,
-    and its output after all other operators. This holds in routes and compositions too."""
+    """Forms of sites (`Site.form`) at which the operator only reads and changes nothing. There it gets the module's
+    original inputs, and its output after all other operators. This holds in routes and compositions too."""
     factors_are_parameters = False
     """True if `factors` returns parameters instead of computed tensors. In training, a route then computes the updates
     of many adapters as one product."""
@@ -263,7 +263,7 @@ class InputOperator(Operator):
         return (*first, *args[len(self._names) :]), changed
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module on the changed arguments of all rows."""
+        """Returns the output of the module for the changed arguments, with all rows changed."""
         args, kwargs = self.change(args, kwargs, _all)
         return call(*args, **kwargs)
 
@@ -336,12 +336,12 @@ class Held(ABC):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """``[out, in, *kernel]``."""
+        """The weight, ``[out, in, *kernel]``."""
 
     @property
     @abstractmethod
     def bias(self) -> Tensor | None:
-        """``[out]``; None if the module lacks a bias."""
+        """The bias, ``[out]``; None if the module has no bias."""
 
 
 class WeightOperator(_Base):

@@ -86,7 +86,7 @@ class Surgeon(ABC):
     config: MethodConfig
     """The options of the method."""
     resolver: Resolver
-    """Finds modules and tensors of the host, and holds the host map."""
+    """The object that finds modules and tensors of the host. It also contains the host map."""
     wishes: Wishes
     """The user's arguments besides the method's options."""
     dry: bool
@@ -228,7 +228,8 @@ class Surgeon(ABC):
 
     @abstractmethod
     def train(self, path: str) -> list[Replacement]:
-        """Replace every parameter of the module at `path` and below (or the one parameter of that name).
+        """Replace every parameter of the module at `path`, and of its submodules, by a trainable value. `path` may also
+        be the path of a single parameter.
 
         Raises:
             TargetError: there is neither a module nor a parameter at `path`.

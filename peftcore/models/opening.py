@@ -70,8 +70,8 @@ class OpenedModel:
     fresh: Collection[str] = ()
     """Names of the parameters that are not in the folder, so the adapter must contain them."""
     unpack: Callable[[], None] = lambda: None
-    """Dequantizes all weights, and removes transformers' record that they are quantized, so that `write` writes a dense
-    model."""
+    """Dequantizes all weights, and removes transformers' record that they are quantized, so that `write` writes a model
+    that is not quantized."""
 
 
 Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], OpenedModel]
@@ -283,7 +283,8 @@ def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: 
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of most tensors in a folder. Without it, diffusers would load all tensors in float32."""
+    """Return the dtype that most of the stored weights in a folder have. Diffusers would load the weights in float32 if
+    no dtype were passed."""
     files = sorted(folder.glob("*.safetensors"))
     dtypes = [dtype for file in files[:1] for dtype in TensorFile(file).dtypes.values() if dtype in FLOATS]
     return max(dtypes, key=dtypes.count, default=torch.float32)
@@ -320,7 +321,8 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
 
 
 READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _transformers, "architecture": _timm}
-"""The functions that open a folder, by a key of its ``config.json``; the first key that the file has is used."""
+"""The function that opens a folder, by a key in the folder's ``config.json``. If the file has several of these keys,
+the first one in this order is used."""
 
 
 def _cannot(out: Path) -> None:

@@ -176,7 +176,8 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
     "model_type": TransformersSkeleton,
     "architecture": TimmSkeleton,
 }
-"""The classes that build a model, by a key of its ``config.json``; the first key that the file has is used."""
+"""The class that builds a model, by a key in the model's ``config.json``. If the file has several of these keys, the
+first one in this order is used."""
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from peftcore.errors import PluginError
 
 FILE = "evidence.json"
-"""The file's name in a plugin's package."""
+"""The name of the evidence file in a plugin's package."""
 AUTHORS = "authors"
 """The `Source.name` of code by the authors of the method's paper."""
 OTHERS = "others"

@@ -86,7 +86,7 @@ def gradients_pass_to_the_input(case: QuantizerCase) -> None:
 
 @contextmanager
 def never_unpacking(case: QuantizerCase) -> Iterator[None]:
-    """Context manager that fails the check if the whole dense weight of a layer is computed within the block."""
+    """Context manager that fails the check if a layer's weight is dequantized as a whole within the block."""
     kind = type(case.scheme.layer)
     with mock.patch.object(kind, "unpack", autospec=True, side_effect=kind.unpack) as unpack:
         yield

@@ -285,7 +285,7 @@ class Check:
     function: Callable[[Any], str | None]
     """The function. It may return text about what it has measured."""
     promise: str
-    """The promise, as a sentence."""
+    """What the check tests, as a sentence about methods."""
     cause: str
     """The usual cause of a failure, for the message."""
     remedy: str
