@@ -142,7 +142,7 @@ class CalibrationError(PeftcoreError, ValueError):
 
 
 class TrainingError(PeftcoreError, RuntimeError):
-    """Training in this setup would not be the training that the method defines."""
+    """In this setup, training would differ from the training that the method defines."""
 
 
 class SequenceError(PeftcoreError, RuntimeError):

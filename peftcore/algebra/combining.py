@@ -72,8 +72,9 @@ class Change:
 
     def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
         """Returns an update of at most `rank`, and its relative error. If the change has factors of at most this rank,
-        it is returned itself; otherwise the nearest update of this rank. `moment` is the second moment of the inputs.
-        If it is given for a matrix ``[out, in]``, distances are those of the outputs for such inputs."""
+        the update is the change itself; otherwise it is the nearest update of this rank. `moment` is the second moment
+        of the inputs of a matrix ``[out, in]``. If it is given, the nearest update is the one with the nearest outputs
+        for such inputs."""
         if self.factors is not None and self.factors[1].shape[-1] <= rank:
             return self.factors, 0.0
         delta = self.delta

@@ -31,7 +31,7 @@ LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
 OF_A_DECODER = "decoder_layers"
 """A name that a config has only if its common names, such as `hidden_size`, are sizes of an encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
-"""The names that configs of transformers may have instead of the common name of a size, by that common name."""
+"""Other names of sizes in configs of transformers. The key is the common name of a size."""
 TYPES = "token_type_ids"
 HANDED_ON = (
     *("attention_mask", POSITIONS, "cache_position", "use_cache"),

@@ -36,7 +36,7 @@ def without_preset(part: Mapping[str, Any]) -> dict[str, Any]:
     target.
 
     Raises:
-        ConfigError: as `options_of`; or the preset trains additional modules, which a part cannot do.
+        ConfigError: as in `options_of`; or the preset trains additional modules, which a part of a hybrid cannot do.
     """
     config = options_of(part)
     cls = find_method(part["method"])

@@ -127,8 +127,8 @@ class PromptPositions:
     """Finds the first and the last positions of the prompt in one forward.
 
     The user can set the length of the prompt by ``peftcore.call(model, prompt_length=...)``: one number, or one per
-    row, without padding. Otherwise the prompt is, in this order: in ``generate``, the input of ``generate``; in a
-    language model with labels, the tokens before the first label; the whole input.
+    row, without padding. Otherwise the prompt is the first of these that applies: the input of ``generate``; the tokens
+    before the first label, in a language model that gets labels; the whole input.
 
     A forward that adds one token to a cache does not belong to the prompt. But if the cache has fewer tokens than the
     first positions need, that is uncertain, and an error asks the user to set the length.

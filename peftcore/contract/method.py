@@ -127,9 +127,9 @@ class GradientRule(ABC):
         """Returns the change to add to the parameter. `update` is the optimizer's update, in the shape of the gradient
         that `project` returned.
 
-        If a rule defines this, the optimizer steps a tensor of zeros in the projected shape instead of the parameter,
-        so its state has that shape too. Weight decay is applied to the parameter afterwards, decoupled from the
-        gradient. Optimizers that scale updates by the size of the parameter (Adafactor, LARS) get zeros as the
+        If a rule defines this, the optimizer does not update the parameter itself, but a tensor of zeros in the
+        projected shape. So its state has that shape too. Weight decay is applied to the parameter afterwards, decoupled
+        from the gradient. Optimizers that scale updates by the size of the parameter (Adafactor, LARS) get zeros as the
         parameter.
         """
         return update

@@ -62,7 +62,8 @@ Build = Callable[[Given], Tensor | None]
 
 
 def pair(size: Any) -> tuple[int, ...]:
-    """Return the height and width that a configuration's `size` means. A single number is both."""
+    """Return height and width as a tuple, for a size in a configuration. If the size is a single number, it is both
+    height and width."""
     if isinstance(size, Mapping):
         return int(size["height"]), int(size["width"])
     return tuple(size) if isinstance(size, list | tuple) else (size, size)

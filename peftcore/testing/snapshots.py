@@ -105,7 +105,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], place: str) -> bool:
 
 
 def snapshot(scene: Scene) -> Snapshot:
-    """Return a snapshot of a scene (a model and other objects). It records every bit of tensors, classes, attributes,
+    """Return a snapshot of a scene (a model and other objects). It records tensors bit by bit, and classes, attributes,
     hooks, `requires_grad`, training modes, injections and active adapters of the models. It also records optimizers,
     files and outputs."""
     found = Snapshot()
