@@ -198,8 +198,9 @@ def _settings(cls: Any, folder: Path, base: str = "") -> Any:
 
 
 def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
-    """Return the class of the model. It is the class named in the folder, unless the adapter contains parameters that
-    this class does not have, such as a head. Then it is the class that the adapter was trained on."""
+    """Return the class of the model. If the user chose a class, it is that class. Otherwise it is the class named in
+    the folder, unless the adapter contains parameters that this class does not have, such as a head. Then it is the
+    class that the adapter was trained on."""
     names = config.get("architectures")
     own = _known(folder, names[0] if isinstance(names, list) and names else names, "its architecture is")
     if made_on.meant is not None:
