@@ -1,6 +1,7 @@
-"""peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core.
+"""peftcore: a registry of parameter-efficient fine-tuning methods. Anyone can extend it by plugins, without changes of
+its core.
 
-Users import from here, authors of methods from `peftcore.author`.
+Users import from this package; authors of methods import from `peftcore.author`.
 """
 
 import importlib
@@ -81,16 +82,17 @@ if find_spec("peftcore_lab") is None:
 
 
 def __dir__() -> list[str]:
-    """The public API: modules that imports leave here are not part of it."""
+    """Return the names of the public API. Submodules that are attributes of the package after an import are not part of
+    it."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> object:
-    """Return what is imported when it is first asked for: `author`, `compare` from the distribution peftcore-lab, and
-    with a warning the names of `peftcore.author` that were here before.
+    """Return an attribute that is imported on first use: the module `author`, or `compare` from the distribution
+    peftcore-lab. Names that have moved from here to `peftcore.author` are returned too, with a warning.
 
     Raises:
-        MissingPackage: `compare` is asked for, and peftcore-lab is not installed.
+        MissingPackage: the attribute is `compare`, and peftcore-lab is not installed.
     """
     if name == "compare":
         if find_spec("peftcore_lab") is None:

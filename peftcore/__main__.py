@@ -1,4 +1,4 @@
-"""``python -m peftcore`` is the command line ``peftcore``."""
+"""Runs the command line ``peftcore``, as ``python -m peftcore``."""
 
 from peftcore.cli.entry import main
 

@@ -1,5 +1,5 @@
-"""All errors that peftcore raises. Each says what was wrong and what to do next; after an error the host is
-unchanged."""
+"""All errors that peftcore raises. The message of an error says what is wrong and what to do. After an error the host
+is unchanged."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import reprlib
 from typing import Any, Self
 
 LONGEST = 4000
-"""The number of characters at which a message about a file is cut."""
+"""The largest number of characters of a message about a file. Longer messages are cut."""
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 60, 60, 60
 
 
 def shown(value: Any) -> str:
-    """Returns a value as text for a message, shortened where it is long."""
+    """Returns a value as text for an error message, shortened if it is long."""
     many = isinstance(value, dict) and len(value) > 100  # they would be sorted
     return f"{len(value):,} entries" if many else _short.repr(value)
 
 
 def said(error: BaseException) -> str:
-    """Returns the message of another library's error on one line for a message, shortened, without control
-    characters."""
+    """Returns the message of another library's error, for use in an error message of peftcore: on one line, shortened,
+    without control characters."""
     text = " ".join(str(error).split())[:600]
     return f"{''.join(each if each.isprintable() else '?' for each in text)} ({type(error).__name__})"
 
@@ -29,8 +29,8 @@ class PeftcoreError(Exception):
     """Base class of all errors of peftcore."""
 
     def about(self, where: object) -> Self:
-        """Returns the same error with `where` at the start of its message (unless the message contains it); a long
-        message is cut."""
+        """Returns the same error with `where` added at the start of its message, unless the message already contains
+        it. A message longer than `LONGEST` is cut."""
         text = str(self)
         text = text if str(where) in text else f"{where}: {text}"
         self.args = (text if len(text) <= LONGEST else f"{text[:LONGEST]}...",)
@@ -58,11 +58,12 @@ class TargetError(PeftcoreError, LookupError):
 
 
 class UnsupportedSite(PeftcoreError, TypeError):
-    """The method cannot act on that module or tensor."""
+    """The method cannot act on a target module or tensor."""
 
 
 class UnsupportedHost(PeftcoreError, TypeError):
-    """The host as a whole cannot be adapted: DataParallel, TorchScript, tensor parallel."""
+    """The host cannot be adapted at all, for example because it is a DataParallel or TorchScript module or uses tensor
+    parallelism."""
 
 
 class DuplicateInjection(PeftcoreError, ValueError):
@@ -74,77 +75,84 @@ class UnknownInjection(PeftcoreError, LookupError):
 
 
 class IdleAdapter(PeftcoreError, RuntimeError):
-    """An adapter's tensors are not on its model now, and the operation needs them there: restore them with
+    """An operation needs the tensors of an adapter that an `AdapterPool` has moved off the model. Restore them with
     ``pool.wake(name)``."""
 
 
 class MemoryLimit(PeftcoreError, RuntimeError):
-    """The adapters of a choice exceed the limit of `keep_within`, together with the adapters that cannot be offloaded;
-    or the tensors that an operation makes exceed the free memory of a device. Nothing was changed."""
+    """The adapters to activate, together with those that cannot be offloaded, need more memory than the limit set by
+    `keep_within`. Or an operation would need more memory than is free on a device. Nothing was changed."""
 
 
 class AdapterInUse(PeftcoreError, RuntimeError):
-    """An adapter cannot be merged, unmerged or removed while a forward runs that this would change; nothing was
-    changed."""
+    """An adapter cannot be merged, unmerged or removed while a forward is running that uses it. Nothing was changed."""
 
 
 class SwapError(PeftcoreError, ValueError):
-    """The values of one adapter cannot replace those of another adapter exactly; nothing was changed."""
+    """The values of one adapter cannot be swapped into another adapter without a change of outputs. Nothing was
+    changed."""
 
 
 class InactiveSite(PeftcoreError, RuntimeError):
-    """The host ran without running a grafted site, so the site's adapter would not train."""
+    """The host's forward did not run a site that has an operator, so this operator would not train."""
 
 
 class RouteError(PeftcoreError, RuntimeError):
-    """Rows of a batch cannot go to different injections here: the method, the host or the length of the batch."""
+    """The rows of a batch cannot use different injections (`route`), because of the method, the host or the length of
+    the batch."""
 
 
 class CompositionError(PeftcoreError, ValueError):
-    """Injections cannot act together as asked."""
+    """The requested composition of injections is not possible."""
 
 
 class MissingContext(PeftcoreError, LookupError):
-    """A method needs a value that is not among the arguments of forward: ``with peftcore.call(model, task=...)``."""
+    """A method needs a value that the forward's arguments do not contain. Pass it by ``with peftcore.call(model,
+    task=...)``."""
 
 
 class NoRouters(PeftcoreError, LookupError):
-    """A report of an adapter's routers is not possible: it lacks routers, or they were not recorded; run the model
-    within ``injection.reporting()`` first."""
+    """There is no report on the routers of an adapter, because it has no routers or because they were not recorded. To
+    record them, run the model within ``injection.reporting()``."""
 
 
 class AmbiguousChoice(PeftcoreError, RuntimeError):
-    """A thread runs the model without a choice, while another thread or task is in a block; choose the adapters in this
-    thread: ``peftcore.using(model, name)(function, ...)``."""
+    """A thread runs the model without choosing adapters, while another thread or task is inside a block of `activate`
+    or `route`. Choose the adapters in this thread too: ``peftcore.using(model, name)(function, ...)``."""
 
 
 class BlockOrderError(PeftcoreError, RuntimeError):
-    """Blocks of `activate`, `route` or `call` overlap, or a generator, task or thread outlives the block in which it
-    was started; make the choice for one call: ``peftcore.using(model, name)(function, ...)``."""
+    """Blocks of `activate`, `route` or `call` overlap without being nested. Or a generator, task or thread outlives the
+    block in which it was started. Choose adapters for one call instead: ``peftcore.using(model, name)(function,
+    ...)``."""
 
 
 class AmbiguousBackward(PeftcoreError, RuntimeError):
-    """A layer is recomputed inside backward, and several forwards under different choices could be meant."""
+    """Backward recomputes a layer (gradient checkpointing), and it is unknown which of several forwards with different
+    active adapters it belongs to."""
 
 
 class StaleBackward(PeftcoreError, RuntimeError):
-    """Backward recomputes a layer from tensors that were changed after the forward."""
+    """Backward recomputes a layer, but tensors that the layer uses were changed after the forward."""
 
 
 class CalibrationError(PeftcoreError, ValueError):
-    """Calibration is impossible: no ``data=``, data for a method that uses none, or batches without a loss."""
+    """A method cannot use the user's data: ``data=`` is missing, the method does not use data, or the batches do not
+    have what it needs, such as a loss."""
 
 
 class TrainingError(PeftcoreError, RuntimeError):
-    """Training with this setup would not follow the method."""
+    """In this setup, training would differ from the training that the method defines."""
 
 
 class SequenceError(PeftcoreError, RuntimeError):
-    """Rows cannot go in front of this sequence: an argument or a cache cannot be adjusted to them."""
+    """Virtual tokens cannot be inserted before this sequence, because an argument or a cache cannot be adjusted to
+    them."""
 
 
 class QuantizationError(PeftcoreError, ValueError):
-    """Weights cannot be quantized as asked: an unknown scheme, a missing package, a format that does not fit."""
+    """Weights cannot be quantized as requested: the scheme is unknown, a package is missing, or the format does not fit
+    the weights."""
 
 
 class MergeError(PeftcoreError, RuntimeError):
@@ -152,11 +160,11 @@ class MergeError(PeftcoreError, RuntimeError):
 
 
 class NotMergeable(MergeError):
-    """The method cannot be merged into weights at all."""
+    """Adapters of this method can never be merged into weights."""
 
 
 class CheckpointError(PeftcoreError, ValueError):
-    """A saved adapter is damaged, unreadable or not one of ours; nothing was loaded."""
+    """A saved adapter is damaged or unreadable, or has a format that peftcore does not read. Nothing was loaded."""
 
 
 class NoWeights(PeftcoreError, RuntimeError):
@@ -164,25 +172,25 @@ class NoWeights(PeftcoreError, RuntimeError):
 
 
 class ExportError(PeftcoreError, ValueError):
-    """An adapter or a model cannot be written in another library's format without losing something; nothing was
-    written."""
+    """An adapter or a model cannot be written in another library's format without loss. Nothing was written."""
 
 
 class HubError(CheckpointError, ExportError):
-    """The model hub refuses an adapter, does not know its name or does not answer; nothing was loaded or pushed."""
+    """The Hugging Face Hub rejects an adapter, has no adapter of that name, or does not respond. Nothing was loaded or
+    pushed."""
 
 
 class HostMismatch(CheckpointError):
-    """The saved adapter belongs to another base model; nothing was loaded."""
+    """The saved adapter was made for another base model. Nothing was loaded."""
 
 
 class NewerFormat(CheckpointError):
-    """The adapter was written by a newer version than the one installed."""
+    """The saved adapter was written by a newer version of peftcore than the one installed."""
 
 
 class BadInput(PeftcoreError, ValueError):
-    """A command, a file or a call has input that cannot be used; the message says why and what to do."""
+    """The input in a command, a file or a call cannot be used. The message has the reason, and what to do."""
 
 
 class MissingPackage(BadInput, ImportError):
-    """A Python package that is needed is not installed; the message has the pip line that installs it."""
+    """A required Python package is not installed. The message has the pip command that installs it."""

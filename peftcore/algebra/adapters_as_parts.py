@@ -1,4 +1,4 @@
-"""`gather`: existing adapters become the parts of a new hybrid."""
+"""`gather`: makes a new hybrid whose parts are existing adapters."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ def gather(
     name: str | None = None,
     **options: Any,
 ) -> Injection:
-    """Returns an injection of `method` whose parts are existing adapters, given by folder or by name on this host, each
-    with a weight. The injection is frozen (``trainable()`` makes it train again), and is active instead of the other
-    injections on the host.
+    """Returns an injection of a hybrid whose parts are copies of existing adapters, each with a weight. The injection
+    is frozen; call ``trainable()`` on it to train it. It is activated, and the existing adapters are deactivated.
 
     Args:
         model: the host.
-        method: a method with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare", "regmean",
-            "adapter_soup"; or a preset of such a method, "mix_of_show".
-        sources: weights by folder or name.
-        name: name of the new injection; the method's by default.
+        method: the name of a method with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare",
+            "regmean", "adapter_soup"; or of a preset of such a method, "mix_of_show".
+        sources: the weight of each adapter, by the name of an injection on this host or the folder of a saved adapter.
+        name: the name of the new injection; by default the name of the method.
         options: the method's other options.
 
     Raises:
-        PeftcoreError: as `peftcore.load` and `peftcore.apply` do; nothing was changed.
+        PeftcoreError: any error that `peftcore.load` or `peftcore.apply` raises. Nothing was changed.
     """
     kind = find_method(method)
     with changing(model):
@@ -64,7 +63,8 @@ def gather(
 
 
 def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:
-    """Returns the tensors of an injection, or of a part by the names that they would have without it."""
+    """Returns the tensors of an injection or a part by name. The names of a part's tensors do not have the prefix of
+    the part."""
     ours = [(graft.site.path, graft.operator) for graft in injection.grafts if graft.by_method]
     shared = [(f"shared:{name}", module) for name, module in injection.shared.items()]
     modules: Sequence[tuple[str, nn.Module]] = [*ours, *shared]

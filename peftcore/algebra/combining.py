@@ -1,5 +1,5 @@
-"""Adapter algebra on whole adapters: `deltas` returns the weight changes of an adapter, `to_lora` converts them to a
-LoRA, `combine` merges several adapters into one. The mathematics is in `peftcore.algebra.merge_math`."""
+"""Adapter algebra on whole adapters. `deltas` returns the weight changes of an adapter, `to_lora` converts an adapter
+to a LoRA, and `combine` combines several adapters into one. The mathematics is in `peftcore.algebra.merge_math`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magni
 Source = str | os.PathLike[str]
 """The name of an injection on the host, or the folder of a saved adapter."""
 LOSSY = 0.01
-"""The relative error at a site from which on `combine` gives a warning."""
+"""`combine` gives a warning if the relative error at a site is at least this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,8 @@ class Change:
 
     site: Site
     computed: Tensor | None
-    """The change in logical layout; None if it is the product of the factors, which takes the memory of a weight."""
+    """The change in logical layout. None if `delta` has to compute it from `factors`, which saves the memory of a whole
+    weight."""
     factors: Factors | None
     """The factors of the change, if it is low-rank; else None."""
 
@@ -64,15 +65,16 @@ class Change:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it changes a bias or the like, which has no low-rank form."""
+        """Whether the changed tensor is a vector, such as a bias, so that the change has no low-rank form."""
         like = self.computed if self.factors is None else self.factors[0]
         assert like is not None, "a change has a value or factors"
         return like.dim() < self.site.layer.batch_dims + 2
 
     def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
-        """Returns an update of at most `rank` with its relative error: the change itself if its factors have at most
-        this rank, otherwise the nearest update of that rank. For matrices ``[out, in]``, `moment`, the second moment of
-        the inputs, determines which update is nearest."""
+        """Returns an update of at most `rank`, and its relative error. If the change has factors of at most this rank,
+        the update is the change itself; otherwise it is the nearest update of this rank. `moment` is the second moment
+        of the inputs of a matrix ``[out, in]``. If it is given, the nearest update is the one with the nearest outputs
+        for such inputs."""
         if self.factors is not None and self.factors[1].shape[-1] <= rank:
             return self.factors, 0.0
         delta = self.delta
@@ -101,9 +103,9 @@ def _acting(injection: Injection) -> None:
 
 @torch.no_grad()
 def changes(injection: Injection) -> dict[str, Change]:
-    """Returns the change of each tensor (its effective value minus its base value) by site path, in float32 or better.
-    Modules that the user named in ``train`` are left out, since heads belong to one task, and so are tensors that
-    merging leaves out.
+    """Returns the change of each tensor by site path, in float32 or better. The change is the effective value minus the
+    base value. Modules that the user named in ``train`` (heads) are left out, because they belong to one task. Tensors
+    of operators that act only in training are left out too.
 
     Raises:
         NotMergeable: an operator has no effective weight.
@@ -221,8 +223,8 @@ def established(
     instead: Sequence[str] = (),
     fill: Callable[[Injection], object],
 ) -> Injection:
-    """Returns a new injection of a method with given selections (sites); `fill` writes its values. The injection is
-    frozen and active, like a loaded one; the injections named in `instead` are deactivated.
+    """Returns a new injection of a method, at given sites (`selections`) and with values that the function `fill`
+    writes. The injection is frozen and active, like a loaded one. The injections named in `instead` are deactivated.
 
     Raises:
         RouteError, CompositionError: the active route or composition uses one of the named injections.
@@ -245,8 +247,8 @@ def established(
 
 @contextmanager
 def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[Injection]]:
-    """Context manager that yields the injections of the given sources. Adapters that it loads from folders are removed
-    at its end.
+    """Context manager that yields an injection for each source: an existing injection, or an adapter loaded from a
+    folder. Loaded adapters are removed at the end of the block.
 
     Raises:
         UnknownInjection: a source is neither an injection nor a folder.
@@ -266,7 +268,8 @@ def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[I
 
 
 def _close(injection: Injection) -> None:
-    """Remove an opened adapter; an interrupt is raised when that is done."""
+    """Remove an adapter that `opened` has loaded. If this is interrupted (KeyboardInterrupt), the removal is completed
+    before the interrupt is raised again."""
     try:
         injection.remove()
     except BaseException:
@@ -276,7 +279,7 @@ def _close(injection: Injection) -> None:
 
 
 def warn_of_heads(sources: Iterable[Injection]) -> None:
-    """Warn that additionally trained modules (heads) are left out."""
+    """Warn if the adapters have additionally trained modules (heads), because the result leaves them out."""
     heads = sorted({head for each in sources for head in each.wishes.train})
     if heads:
         warnings.warn(f"heads belong to one task and are left out: {', '.join(heads)}", UserWarning, stacklevel=3)
@@ -285,21 +288,20 @@ def warn_of_heads(sources: Iterable[Injection]) -> None:
 def to_lora(
     injection: Injection, rank: int, name: str | None = None, *, data: Data | None = None
 ) -> tuple[Injection, dict[str, float]]:
-    """Returns a LoRA with the weight changes of another adapter, and the LoRA's error at each site relative to the
-    change.
+    """Returns a LoRA that makes the weight changes of another adapter, and the relative error of the LoRA at each site.
 
-    The LoRA is exact if the change has factors of at most `rank`; otherwise it is the nearest LoRA of that rank. Ranks
-    that the change does not need are initialized as in a new LoRA, so that they add zero and can train. The new
-    injection is frozen, and active instead of the old one, which stays on the host.
+    The LoRA is exact if the change has factors of at most `rank`; otherwise it is the nearest LoRA of that rank. If the
+    change has a smaller rank, the other ranks of the LoRA are initialized as in a new LoRA, so that they add zero and
+    can train. The LoRA is frozen and active. The old injection is deactivated, and remains on the host.
 
     Args:
-        data: batches of inputs. With these, the LoRA at a linear layer is the one whose outputs for the inputs are
-            nearest, and the error is that of the outputs.
+        data: batches of inputs. If given, the nearest LoRA at a linear layer is the one with the nearest outputs for
+            these inputs, and the error is the relative error of the outputs.
 
     Raises:
         CalibrationError: `data` has no batches, or the model cannot be called with one.
         NotMergeable: the method does not change weights.
-        UnsupportedSite: the method changes vectors (biases, norms), which a product of factors cannot represent.
+        UnsupportedSite: the method changes vectors (biases, norms), which a LoRA cannot change.
         UnknownMethod: LoRA is not installed.
         RouteError, CompositionError: the active route or composition uses the old injection.
     """
@@ -311,8 +313,8 @@ def to_lora(
 
 
 def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
-    """Returns the updates of at most `rank` that are nearest to the weight changes of an adapter, by site path, with
-    their errors as in `to_lora`.
+    """Returns, by site path, the updates of at most `rank` that are nearest to the weight changes of an adapter. Each
+    has its relative error, as in `to_lora`.
 
     Raises:
         CalibrationError, NotMergeable, UnsupportedSite: as `to_lora`.
@@ -332,12 +334,14 @@ def lora_of(
     instead: Sequence[str] = (),
     rank: int | None = None,
 ) -> Injection:
-    """Returns a LoRA with the given updates, by site path: A ``[rank, in, *kernel]``, B ``[out, rank]`` and a scale.
-    The LoRA is frozen, and active instead of the injections named in `instead`.
+    """Returns a new LoRA with given updates. It is frozen and active, and the injections named in `instead` are
+    deactivated.
 
     Args:
-        rank: the rank of the LoRA; by default the largest rank of the updates. Ranks that an update lacks are
-            initialized as in a new LoRA: one factor is zero and the other is not, so that they add zero and can train.
+        made: the updates by site path: the site, and the factors A ``[rank, in, *kernel]``, B ``[out, rank]`` and a
+            scale.
+        rank: the rank of the LoRA; by default the largest rank of the updates. If an update has a smaller rank, the
+            other ranks are initialized as in a new LoRA, so that they add zero and can train.
 
     Raises:
         UnknownMethod: LoRA is not installed.
@@ -364,7 +368,7 @@ def lora_of(
 
 
 Made = tuple[Site, Factors, float]
-"""An update of a site, and its relative error."""
+"""The update of one site: the site, the factors of the update, and its relative error."""
 Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
 
 
@@ -378,8 +382,8 @@ def _matrices(found: dict[str, Change]) -> dict[str, Change]:
 
 
 def _as_weight(site: Site) -> Site:
-    """Returns a site without the role of a module's output: there an update would act on the input of the whole
-    module."""
+    """Returns the site, without its role if that is the output of a module. With such a role, an update would act on
+    the input of the whole module."""
     return replace(site, role=None) if site.role is not None and site.role.endswith(".output") else site
 
 
@@ -394,28 +398,29 @@ def combine(
     sign: Sign = "total",
     seed: int = 0,
 ) -> Injection:
-    """Returns one new adapter that combines several adapters, each with a weight. The new adapter is frozen, and active
-    instead of the others, which do not change.
+    """Returns one new adapter that combines several adapters, each with a weight. The new adapter is frozen and active.
+    The others are deactivated, and do not change.
 
     Args:
         model: the host.
         sources: the weight of each adapter, by the name of an injection or the folder of a saved adapter.
-        how: "cat" is the exact sum of low-rank updates, as a LoRA of all their ranks. "linear" sums parameters of
-            adapters of one method with the same options (a soup, where weights sum to one). All other values sum or
-            merge the weight changes of adapters of any methods that change weights, and make the nearest LoRA of
-            `rank`: "svd" (the weighted sum), "magnitude_prune", "ties", "dare_linear", "dare_ties", and "slerp" (two
-            adapters; the weights define the position between them). At sites that an adapter does not change, its
-            change is 0.
+        how: "cat" is the exact weighted sum of low-rank updates, as a LoRA whose rank is the sum of their ranks.
+            "linear" is the weighted sum of the parameters of adapters that have the same method and options. With all
+            other values, the weight changes of the adapters are combined, whatever their methods, and the result is the
+            nearest LoRA of `rank`. They are "svd" (the weighted sum), "magnitude_prune", "ties", "dare_linear",
+            "dare_ties", and "slerp" (for two adapters; the weights define the position between them). At sites that an
+            adapter does not change, its change counts as 0.
         name: name of the new injection.
-        rank: the rank of the result, except for "cat" and "linear". If it loses at least one percent of the change at a
-            site, a warning is given.
+        rank: the rank of the result; not for "cat" and "linear". A warning is given if the result loses at least one
+            percent of the change at a site.
         density: the share of the values that "ties", "dare_*" and "magnitude_prune" keep.
         sign: how TIES elects the sign of a value (see `merge_math.ties`).
-        seed: the seed of the random choice of values that DARE drops.
+        seed: the seed for the values that DARE drops at random.
 
     Raises:
         ConfigError: `rank` or `density` is missing or does not apply to `how`, or the adapters do not fit together.
-        NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
+        NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: an adapter cannot be loaded, or
+            `how` cannot combine what it changes. Nothing was changed.
         RouteError, CompositionError: the active route or composition uses one of the adapters.
     """
     with changing(model):
@@ -471,7 +476,7 @@ def _check_use(option: str, value: object, used: bool, how: str) -> None:
 
 
 def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: int) -> Merge:
-    """Returns the function that makes one site's update of all adapters' changes."""
+    """Returns a function that combines the changes of all adapters at one site into one update."""
     generator = torch.Generator().manual_seed(seed)
     if how == "slerp" and (len(weights) != 2 or min(weights) < 0 or not sum(weights)):
         raise ConfigError("slerp needs two adapters, whose weights are not negative and not both 0")

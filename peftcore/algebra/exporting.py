@@ -1,7 +1,8 @@
-"""Exports an adapter to another program: as it is, as a LoRA that computes the same, or as the nearest LoRA.
+"""Exports an adapter to another program: unchanged, as a LoRA that computes the same, or as the nearest LoRA.
 
-Rules for each program (`peftcore.files.readers`) describe how it would read a file. Each file is checked by them before
-it is written to its final path, so an adapter that the program would change or drop in part is not written at all.
+`peftcore.files.readers` has rules for each program, which describe how the program reads a file. A file is checked by
+these rules before it is written to its final path. So an adapter that the program would load with changes or only in
+part is not written at all.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from peftcore.targets.sites import Site
 
 How = Literal["as it is", "as a LoRA", "projected"]
 NOTHING = 1e-6
-"""The relative error of an update up to which the update counts as exact."""
+"""An update counts as exact if its relative error is at most this."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """The result of an export for a program."""
+    """The result of `export`: how the adapter was written for a program."""
 
     how: How
     report: ReaderReport
-    """The report of how the program reads the files, by its rules."""
+    """The report on how the program reads the files, according to the rules for it."""
     rank: int
-    """Rank of the LoRA; 0 for an adapter that was written as it is."""
+    """The rank of the LoRA; 0 if the adapter was written unchanged."""
     errors: dict[str, float]
-    """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
+    """The relative errors of the LoRA by site; empty if the adapter was written unchanged."""
     filled: tuple[str, ...] = ()
-    """Modules that the adapter does not change, but that get an update of zero, since the program reads updates of
-    other modules only together with updates of these modules.
+    """Modules that the adapter does not change, but that have an update of zero in the file. The program requires it:
+    it reads updates of some modules only together with updates of these.
     """
 
     @property
@@ -69,14 +70,15 @@ def export(
     The model does not change.
 
     Args:
-        path: the folder, or the file if the program's format is a single file.
-        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None raises an
-            error instead.
-        data: batches of inputs for whose outputs the LoRA is nearest, as in `to_lora`.
-        home: the final path of the folder, if it is written to another path first.
+        path: the path of the folder to write, or of the file if the program's format is a single file.
+        reader: the program, with the rules of how it reads files.
+        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update. If `rank` is None,
+            such an adapter raises ExportError.
+        data: batches of inputs, with which the nearest LoRA is the one with the nearest outputs, as in `to_lora`.
+        home: the path to which the caller will move the folder, if it is not `path`.
 
     Raises:
-        ExportError: the program cannot read the adapter; the message says why; nothing was written.
+        ExportError: the program cannot read the adapter; the message has the reason. Nothing was written.
         NoWeights: the model is on the meta device, but its weights are needed to write the adapter as a LoRA.
         CalibrationError: `data` has no batches, or the model cannot be called with one.
     """
@@ -105,11 +107,12 @@ def export(
 
 
 def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> ReaderReport:
-    """Write an adapter in a format of the program, if the program then computes what the adapter computes here.
+    """Write an adapter unchanged in one of the program's formats, if the program then computes the same as peftcore.
+    Returns the report on how the program reads it.
 
     Raises:
         ExportError: no format of the program can store the adapter, or the program would change, drop or reject a part
-            of it; nothing was written.
+            of it. Nothing was written.
     """
     reasons = []
     for format in reader.writes:
@@ -134,11 +137,12 @@ Updates = dict[str, tuple[Site, Factors]]
 def _as_lora(
     injection: Injection, reader: Reader, rank: int | None, data: Data | None
 ) -> tuple[Updates, int, How, dict[str, float]]:
-    """Returns the updates of an adapter by site path, as those of a LoRA, its rank, how near it is, and its errors.
+    """Returns an adapter as a LoRA: the updates by site path, the rank, whether it is exact or projected, and its
+    errors.
 
     Raises:
-        MergeError: it makes no change of weights.
-        ExportError: it does more than a LoRA, or is no low-rank update and `rank` is None.
+        MergeError: the adapter does not change weights, or is merged.
+        ExportError: the adapter changes more than a LoRA can, or its updates are not low-rank and `rank` is None.
     """
     if injection.trained_along:
         raise ExportError(
@@ -170,10 +174,11 @@ def _as_lora(
 
 
 def _filled(model: nn.Module, reader: Reader, made: Updates) -> Updates:
-    """Returns updates of no columns at the modules beside which the program reads those that are adapted.
+    """Returns updates of rank 0 for modules that the adapter does not change, but that the program requires to have an
+    update together with the changed modules.
 
     Raises:
-        UnsupportedSite: one has no matrix.
+        UnsupportedSite: one of these modules has no matrix.
     """
     resolver = Resolver(model, host_map(model), layer_of)
     found: Updates = {}
@@ -185,8 +190,8 @@ def _filled(model: nn.Module, reader: Reader, made: Updates) -> Updates:
 
 
 def _lossless(change: Change) -> Factors | None:
-    """Returns factors of an update: its own, as few as its matrix can have, or those of one that has at most half as
-    many columns as its smaller side; None where it has more."""
+    """Returns factors that equal a change. If the change already has factors, their rank is reduced to what its matrix
+    can have. Otherwise the matrix is factored; the result is None if its rank is more than half of its smaller side."""
     matrix = change.delta.flatten(change.site.layer.batch_dims + 1)  # [*batch, out, in * kernel]
     kept = min(matrix.shape[-2:])
     if change.factors is None:

@@ -1,8 +1,8 @@
 """Adapter algebra on tensors: sums, means and merges of weight changes.
 
-Pure functions, differentiable in the tensors. A *delta* (task vector) is ``tau = W_adapted - W_base`` of one site, of
-any shape; all deltas of one call have the same shape. Weights may be negative. For whole adapters see
-`peftcore.algebra.combining`.
+The functions are pure, and differentiable with respect to the tensors. A *delta* (task vector) is ``tau = W_adapted -
+W_base`` at one site. It may have any shape, but all deltas of one call have the same shape. Weights may be negative.
+For whole adapters see `peftcore.algebra.combining`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Sign = Literal["total", "frequency"]
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum_t w_t tau_t``: task arithmetic (Ilharco et al., 2212.04089); a negative weight forgets a task."""
+    """Returns ``sum_t w_t tau_t``: task arithmetic (Ilharco et al., 2212.04089). A negative weight removes a task."""
     total = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total = total + tensor * weight
@@ -28,10 +28,10 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def magnitude_prune(t: Tensor, density: float) -> Tensor:
-    """Returns `t` with all values set to 0 except the share `density` with the largest magnitudes.
+    """Returns `t` with only its largest values by magnitude kept, a share of `density`; all others are set to 0.
 
-    All values with the same magnitude as the smallest kept value are kept, and at least one value is kept. (peft keeps
-    exactly ``int(density * n)`` values, any of those with equal magnitude.)
+    At least one value is kept. Of values with equal magnitude, all are kept or none, so there may be a few more. In
+    contrast, peft keeps exactly ``int(density * n)`` values.
     """
     kept = max(int(density * t.numel()), 1)
     if kept >= t.numel():
@@ -41,27 +41,29 @@ def magnitude_prune(t: Tensor, density: float) -> Tensor:
 
 
 def random_mask(shape: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
-    """Returns a mask whose values are True with probability `density`, independently; drawn on the generator's
-    device."""
+    """Returns a random mask on the generator's device. Each value is True with probability `density`, independently of
+    the others."""
     return torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float32) < density
 
 
 def random_prune(t: Tensor, density: float, generator: torch.Generator, rescale: bool = True) -> Tensor:
-    """DARE (Yu et al., 2311.03099): each value of `t` is kept with probability `density` (1 - p in the paper) and then
-    divided by it, so that the mean over masks is `t`. Without `rescale` kept values are not divided."""
+    """Returns `t` with values dropped at random, as in DARE (Yu et al., 2311.03099). Each value is kept with
+    probability `density` (1 - p in the paper), and is otherwise set to 0. Kept values are divided by `density`, so that
+    the mean over masks is `t`; without `rescale` they are not divided."""
     kept = t * random_mask(t.shape, density, generator).to(t.device)
     return kept / density if rescale else kept
 
 
 def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, sign: Sign = "total") -> Tensor:
-    """TIES (Yadav et al., 2306.01708). Trim: of each ``w_t tau_t``, the share `density` of the largest values is kept.
-    Elect: each position gets the sign of the sum over tasks ("frequency": the sign that most tasks have). Disjoint
-    mean: the result is the mean of the kept values that have this sign.
+    """Returns the TIES merge of deltas (Yadav et al., 2306.01708), in three steps. Trim: of each ``w_t tau_t``, the
+    largest values by magnitude are kept, a share of `density`. Elect: each position gets the sign of the sum over
+    tasks; with ``sign="frequency"``, the sign that most tasks have. Disjoint mean: the result is the mean of the kept
+    values that have this sign.
 
-    The authors' code trims the whole flattened model at once and does not have weights; here each tensor is trimmed
-    separately. If tasks cancel exactly, the authors' code takes the sign that most values of the tensor have, as here;
-    peft takes +1. peft elects signs before it multiplies by the weights, so a task with a negative weight votes for the
-    sign that it should undo.
+    The code of the TIES authors trims the whole flattened model at once, and has no weights. Here each tensor is
+    trimmed separately. If the tasks cancel exactly at a position, both use the sign that most values of the tensor
+    have; peft uses +1. Also, peft elects signs before it multiplies by the weights, so a task with a negative weight
+    votes for the sign that it should remove.
     """
     kept = torch.stack([magnitude_prune(t * w, density) for t, w in zip(tensors, weights, strict=True)])
     seen = kept.detach().sign()
@@ -76,7 +78,8 @@ def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, si
 def dare_linear(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, generator: torch.Generator
 ) -> Tensor:
-    """The weighted sum of deltas whose values were dropped at random and rescaled (2311.03099)."""
+    """Returns the weighted sum of deltas, after values of each were dropped at random and the others rescaled (DARE,
+    2311.03099)."""
     return linear([random_prune(t, density, generator) for t in tensors], weights)
 
 
@@ -88,15 +91,16 @@ def dare_ties(
     sign: Sign = "total",
     trim: float = 1.0,
 ) -> Tensor:
-    """TIES of deltas whose values were dropped at random and rescaled (2311.03099). `trim` is the density for TIES: the
-    authors' code uses 0.2, peft does not trim again.
+    """Returns the TIES merge of deltas, after values of each were dropped at random and the others rescaled (DARE,
+    2311.03099). `trim` is the density for TIES. The code of the DARE authors uses 0.2; peft does not trim again, like
+    the default here.
     """
     return ties([random_prune(t, density, generator) for t in tensors], weights, trim, sign)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Returns the point at `t` on the arc from `a` (t = 0) to `b` (t = 1), both flattened to vectors (Shoemake 1985).
-    If their directions are nearly equal or opposite, the point is on the straight line between them."""
+    """Returns the spherical interpolation between two tensors, taken as vectors (Shoemake 1985): `a` at t = 0, `b` at t
+    = 1. If their directions are nearly equal or opposite, the interpolation is linear."""
     lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     cosine = (a * b).sum() / lengths.clamp_min(torch.finfo(a.dtype).tiny)
     if abs(float(cosine)) > 0.9995:
@@ -106,9 +110,10 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def cat(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Returns the exact weighted sum of low-rank updates, each A ``[*batch, rank, in, *kernel]``, B ``[*batch, out,
-    rank]`` and a scale: the factors are concatenated, the ranks added. (peft's "linear" sums the A and the B
-    separately, times ``sqrt(w s)``, so the product also contains products of unrelated factors.)"""
+    """Returns the exact weighted sum of low-rank updates, as factors whose rank is the sum of the ranks. Each update
+    has the factors A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]``, and a scale. The factors are
+    concatenated. In contrast, "linear" of peft sums all A and all B separately, each times ``sqrt(w s)``, so its result
+    also contains products of A and B of different updates."""
     A = torch.cat([A for A, _, _ in factors], factors[0][1].dim() - 2)
     B = torch.cat([B * (scale * weight) for (_, B, scale), weight in zip(factors, weights, strict=True)], -1)
     return A, B, 1.0
@@ -122,13 +127,13 @@ def product(factors: Factors) -> Tensor:
 
 
 def nearest(delta: Tensor, rank: int, batch_dims: int = 0, moment: Tensor | None = None) -> tuple[Factors, float]:
-    """Returns the update of at most `rank` that is nearest to a delta ``[*batch, out, in, *kernel]``, `trimmed`, and
-    its error relative to the delta.
+    """Returns the update of at most `rank` that is nearest to a delta ``[*batch, out, in, *kernel]``, and its relative
+    error. Ranks that are only rounding errors are removed by `trimmed`.
 
-    Distances are in the Frobenius norm (Eckart and Young 1936). With `moment`, the second moment ``[in, in]`` of the
-    inputs of a delta ``[out, in]``, distances are root mean squares of the outputs for these inputs. With ``moment = R
-    R'``, B A R is then nearest to delta R: B are the first left singular vectors of delta R, and A = B' delta, so no
-    matrix is inverted.
+    Distances are in the Frobenius norm (Eckart and Young 1936). `moment`, for a delta ``[out, in]``, is the second
+    moment ``[in, in]`` of inputs. If it is given, distances are root mean squares of the outputs for these inputs. With
+    ``moment = R R'``, the result is the B A for which B A R is nearest to delta R: B are the first left singular
+    vectors of delta R, and A = B' delta. So no matrix is inverted.
     """
     matrix = delta.flatten(batch_dims + 1)
     if moment is None:
@@ -145,8 +150,9 @@ def nearest(delta: Tensor, rank: int, batch_dims: int = 0, moment: Tensor | None
 
 
 def trimmed(factors: Factors) -> Factors:
-    """Returns the same update, up to rounding, without the last ranks whose products consist of rounding errors: they
-    are too small, compared with the largest product, to be distinguished from zero.
+    """Returns the same update, up to rounding, without the last ranks that contribute only rounding errors. The size of
+    a rank's contribution is the norm of its column of B times the norm of its row of A, compared with the largest such
+    product.
     """
     A, B, scale = factors
     lead = B.dim() - 1

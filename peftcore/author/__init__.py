@@ -1,13 +1,14 @@
-"""The imports for authors of methods and plugins; users import from `peftcore`.
+"""All names that authors of methods and plugins import. Users import from `peftcore`.
 
 It may import all lower packages, and only plugins import it. In the order in which an author needs them:
 
-- `essentials`: the imports of most methods: a method, its options, its target modules, the operators at them.
-- `weights`: weights and modules in detail: layouts, slices, quantized layers, low-rank factors, gradients, routers.
-- `blocks`: blocks of a model and their branches, networks in parallel with a model, additional rows next to the tokens
-  of a diffusion model.
-- `sequences`: token sequences and attention: soft prompts, the contents of a cache, edits inside an attention.
-- `formats`: readers and writers for files of other programs; import them from `peftcore.author.formats`.
+- `essentials`: names that most methods need: for the method, its options, its target modules and its operators.
+- `weights`: names for methods that work on weights in detail: layouts, slices, quantized layers, low-rank factors,
+  gradients, routers.
+- `blocks`: names for methods that act on blocks and their branches, run a network in parallel with the model, or add
+  rows to the tokens of a diffusion model.
+- `sequences`: names for methods with soft prompts, or that edit attention or read caches.
+- `formats`: names for readers and writers of other programs' files. Import them from `peftcore.author.formats`.
 """
 
 from peftcore.author import blocks, essentials, sequences, weights

@@ -1,5 +1,5 @@
-"""Blocks of a model and their branches, networks in parallel with a model, and additional rows next to the tokens of a
-diffusion model."""
+"""Names for methods that act on blocks and their branches, run a network in parallel with the model, or add rows to the
+tokens of a diffusion model."""
 
 from peftcore.authoring.activations import ACTIVATIONS
 from peftcore.authoring.block_sites import (

@@ -1,4 +1,4 @@
-"""The imports of most methods: a method, its options, its target modules, the operators at them."""
+"""Names that most methods need: for the method, its options, its target modules and its operators."""
 
 from peftcore.contract.batches import Batches
 from peftcore.contract.config import MethodConfig, Share

@@ -1,10 +1,11 @@
-"""The contract of file formats, for readers and writers of other programs' files.
+"""Names for readers and writers of other programs' files.
 
-- A format: `Format`, with `Files`, `Tensors` and `Content`; `Description` describes its uses.
-- A reader finds its tensors as `Found` at `Place`s, reads options from `Keys`, and rejects unknown options.
-- Files of peft: `PeftMethod`, one for each type of configuration; `SoftPrompt` for prompts.
-- Files of kohya's scripts, LyCORIS and diffusers: `KohyaMethod`.
-- Files of AdapterHub: `HubArchitecture` and `HubPlace`.
+- For a format: `Format`, with `Files`, `Tensors` and `Content`. `Description` describes one adapter in a file.
+- For a reader: `Found` has the tensors in a file for one module, `Place` the operator that gets them, and `Keys` the
+  options in a file.
+- For files of peft: `PeftMethod`, with one subclass for each type of configuration; `SoftPrompt` for prompts.
+- For files of kohya's scripts, LyCORIS and diffusers: `KohyaMethod`.
+- For files of AdapterHub: `HubArchitecture` and `HubPlace`.
 
 See docs/write-a-format.md.
 """

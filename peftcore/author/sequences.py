@@ -1,4 +1,4 @@
-"""Token sequences and attention: soft prompts, the contents of a cache, edits inside an attention."""
+"""Names for methods with soft prompts, or that edit attention or read caches."""
 
 from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache

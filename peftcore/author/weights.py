@@ -1,4 +1,5 @@
-"""Weights and modules in detail: layouts, slices, quantized layers, low-rank factors, gradients, routers, hybrids."""
+"""Names for methods that work on weights in detail: layouts, slices, quantized layers, low-rank factors, gradients,
+routers, hybrids."""
 
 from peftcore.algebra import merge_math
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset

@@ -13,5 +13,5 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
-"""Functions that build the module of an activation, by its name. A method's option lists the names it accepts in a
-`Literal`."""
+"""Functions that build the module of an activation function, by name. An option of a method lists the names that it
+accepts in a `Literal`."""

@@ -1,4 +1,4 @@
-"""The blocks of a model as sites: their paths, their numbers in their stacks, the width of their hidden states."""
+"""The blocks of a model as sites, with their paths, their numbers in a stack, and the widths of their hidden states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftcore.roles.hostmap import under
 from peftcore.targets.sites import Site
 
 MIXERS = ("attn", "attn_mlp", "cross", "ssm")
-"""Families of roles that mix tokens: a module without any of them inside does not process a sequence."""
+"""Families of roles of modules that mix tokens. A block that contains no such module does not process a sequence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,23 +27,24 @@ class BlockSite(Site):
     depth: int = 0
     """The number of the block in its stack, from 0 on."""
     stack: str = ""
-    """The path of the block with `*` for its numbers: the same for all blocks of its stack."""
+    """The path of the block with every number replaced by `*`. It is the same for all blocks of one stack."""
     blocks: int = 0
     """The number of blocks in its stack."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width as a shape, for plans and files."""
+        """The width as a shape with one dimension. Plans and files show it as the shape of the site."""
         return torch.Size([self.width])
 
 
 def stack_path(path: str) -> str:
-    """Returns the path of a module with `*` for its numbers: the same for all blocks of a stack."""
+    """Returns the path of a module with every number replaced by `*`. It is the same for all blocks of one stack."""
     return alike(path)
 
 
 def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
-    """Maps the paths of blocks to their numbers in their stacks; the stages of a pyramid count as one stack."""
+    """Returns the number of each block in its stack, by the path of the block. All stages of a model with several
+    stages, such as Swin, count as one stack."""
     counts: Counter[str] = Counter()
     numbers: dict[str | None, int] = {}
     for entry in surgeon.resolver.host.entries:
@@ -55,16 +56,16 @@ def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
 
 
 def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
-    """Returns the blocks among the user's targets, or those of the method's default target.
+    """Returns the blocks that the user's target selects, or else those of the method's default target.
 
     Args:
-        surgeon: the method's surgeon.
-        each_run: whether the method treats each run of a block separately, so that the host may use one block as
-            several layers.
+        surgeon: the argument `surgeon` of `Method.inject`.
+        each_run: True if the method treats each run of a block separately. Then the host may run one block several
+            times in a forward.
 
     Raises:
-        UnsupportedSite: a target is not a block, or its input is not a sequence of features with the batch first; or a
-            forward runs it several times, without `each_run`.
+        UnsupportedSite: a target is not a block, or its input is not a sequence of features with the batch first. Or
+            the host runs a block several times in a forward, and `each_run` is False.
     """
     numbers = block_depths(surgeon)
     sites = [_block_site(surgeon, site, numbers, each_run) for site in surgeon.sites()]
@@ -79,12 +80,13 @@ def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
 
 
 def with_blocks(surgeon: Surgeon, *, each_run: bool = False) -> list[Site]:
-    """Returns the user's targets, or those of the method's default target; whole blocks among them are `BlockSite`s.
+    """Returns the sites that the user's target selects, or else those of the method's default target. Whole blocks
+    among them are returned as `BlockSite`s.
 
-    For methods that act on the output of a matrix, and also on the output of a block.
+    For methods that can act on the output of a matrix and on the output of a block.
 
     Raises:
-        UnsupportedSite: a target is a block, and `block_sites` would refuse it.
+        UnsupportedSite: a target is a block that `block_sites` does not accept.
     """
     numbers, sites = block_depths(surgeon), surgeon.sites()
     whole = [site.module_path in numbers and site.missing(site.tensor) for site in sites]
@@ -96,7 +98,7 @@ def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> Blo
     """Returns the block that a site is in; `each_run` as in `block_sites`.
 
     Raises:
-        UnsupportedSite: the site is not in a block, or in a block that `block_sites` would refuse.
+        UnsupportedSite: the site is not in a block, or in a block that `block_sites` does not accept.
     """
     numbers, path = block_depths(surgeon), site.module_path
     around = [block for block in numbers if block is not None and under(path, block)]
@@ -129,7 +131,7 @@ def block_width(surgeon: Surgeon, path: str) -> int:
     """Returns the number of features of a block's hidden states.
 
     Raises:
-        UnsupportedSite: the modules in the block do not determine the number.
+        UnsupportedSite: the number cannot be determined from the modules in the block.
     """
     for role in WIDTHS:
         for entry in surgeon.resolver.host.entries:
@@ -139,10 +141,12 @@ def block_width(surgeon: Surgeon, path: str) -> int:
 
 
 def stream_width(surgeon: Surgeon, stack: Site) -> int:
-    """Returns the width of the states that a stack of tokens returns.
+    """Returns the number of features of the hidden states that a stack (a module that embeds tokens and runs blocks)
+    returns.
 
     Raises:
-        UnsupportedSite: the blocks have another width than the token table, so the width of the states is ambiguous.
+        UnsupportedSite: the blocks and the embedding table have different widths, so the width of the output is
+            ambiguous.
     """
     width, top = stack.out_features, stack.module_path
     for entry in surgeon.resolver.host.entries:

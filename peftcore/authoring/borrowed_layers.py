@@ -1,10 +1,12 @@
-"""A network in parallel with the model that uses the model's layers: it holds low-rank updates of the layers, not their
-weights.
+"""A network in parallel with the model that uses the model's own layers. It has only low-rank updates of these layers,
+and no copies of their weights.
 
-A borrowed layer calls the model's layer of the same path in its current state, and adds a low-rank update. So the
-model's tensors exist once: they are moved, cast, quantized, offloaded, written to and replaced with the model, and are
-neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer.
-They are not merged into its weight either: the operator that runs the network names the tensors in `reads_from_base`.
+A `BorrowedLayer` calls the model's layer of the same path, and adds a low-rank update. So the model's tensors exist
+only once. If the model is moved, cast, quantized or offloaded, or its weights are changed, the network uses the new
+state. The tensors are neither among the network's parameters nor in its file.
+
+Other adapters of the layer do not act in the borrowed layer. They cannot be merged into the layer's weight either,
+because the operator that runs the network lists the weight in `reads_from_base`.
 """
 
 from __future__ import annotations
@@ -28,27 +30,27 @@ class BorrowedLayer(nn.Module):
     """A layer of the model with a low-rank update: ``W x + b + up down x + bias``.
 
     Attributes:
-        path: the layer's path, below the module that `lender` holds.
-        lender: the `Tap` into which an operator puts the module of the model that has the layer, before the network
-            runs.
-        down: ``[rank, in, *kernel]``; None if the layer is borrowed without an update.
+        path: the layer's path, relative to the module in `lender`.
+        lender: a `Tap` (a value that operators share during a forward). It contains the module of the model that has
+            the layer; an operator stores it there before the network runs.
+        down: ``[rank, in, *kernel]``; None if the layer has no update.
         up: ``[out, rank]``, zeros at the start.
-        bias: the change of its bias, ``[out]``, zeros at the start; None if the bias does not change, or the layer
-            lacks one.
+        bias: the change of the layer's bias, ``[out]``, zeros at the start; None if the bias does not change, or the
+            layer has no bias.
     """
 
     def __init__(self, path: str, lender: Tap, like: nn.Module, rank: int, vectors: bool) -> None:
-        """Stand for a layer.
+        """Build the layer's update.
 
         Args:
-            path: of the layer.
-            lender: see the class.
-            like: a layer of the same kind and sizes; its values do not matter.
-            rank: that of the update, at most the number of inputs or outputs; 0 for none.
-            vectors: whether its bias changes, too.
+            path: the path of the layer.
+            lender: as described for the class.
+            like: a layer of the same class and sizes. Its values are not used.
+            rank: the rank of the update, which is limited to the number of inputs and of outputs; 0 for no update.
+            vectors: whether the bias changes too.
 
         Raises:
-            UnsupportedSite: there is to be an update, and it is no linear map: it has groups, or a forward of its own.
+            UnsupportedSite: `rank` is not 0, but the layer is not a linear map: it has groups or its own forward.
         """
         super().__init__()
         self.path, self.lender, self.layer = path, lender, dense_layer(like, "weight")
@@ -65,11 +67,11 @@ class BorrowedLayer(nn.Module):
                 self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Call the layer, and add the update in the dtype of its output.
+        """Returns the output of the model's layer plus the update, in the dtype of that output.
 
         Raises:
-            MissingContext: no forward of the model runs.
-            UnsupportedHost: another adapter acts at the layer, and cannot be bypassed here.
+            MissingContext: no forward of the model is running.
+            UnsupportedHost: another adapter acts at the layer, and the layer cannot be called without it.
         """
         lender = self.lender.get()
         if lender is None:
@@ -85,7 +87,7 @@ class BorrowedLayer(nn.Module):
 
 
 def _bare(module: nn.Module, path: str) -> nn.Module:
-    """Returns what computes a layer of the model without the adapters that act there."""
+    """Returns a module that computes a layer of the model without the adapters at the layer."""
     if slot_of(module) is None:
         return module
     if not vars(module).keys().isdisjoint(FORWARDS):
@@ -99,21 +101,25 @@ def _bare(module: nn.Module, path: str) -> nn.Module:
 def borrow(
     network: nn.Module, model: nn.Module, lender: Tap, layer_of: LayerOf, rank: int, vectors: bool = True
 ) -> None:
-    """Let a network, built on the meta device, borrow its layers of a module of the model, in place.
+    """Replace layers of a network by layers that use those of the model (`BorrowedLayer`), in place. The network was
+    built on the meta device.
 
-    Layers with a matrix get an update. Norms, and all other vectors, are the network's own: they start from the
-    model's. Layers that the model does not have get the values of their `reset_parameters`.
+    Layers with a matrix get a low-rank update. Norms, and other layers with only vectors, become the network's own
+    layers, with the model's values as initial values. Layers that the model does not have are initialized by their
+    `reset_parameters`.
 
     Args:
-        network: its layers have the paths that they have in the model.
-        model: the module of the model that has them.
-        lender: the `Tap` into which an operator puts that module, before the network runs.
-        layer_of: how the model's modules store their tensors, ``surgeon.resolver.layer_of``.
+        network: the network. Its layers have the same paths as the layers in `model`.
+        model: the module of the model that contains the layers.
+        lender: a `Tap` (a value that operators share during a forward). An operator must store that module there before
+            the network runs.
+        layer_of: the function that returns the `Layer` of a tensor, ``surgeon.resolver.layer_of``.
         rank: the rank of the updates.
-        vectors: whether norms and biases change; otherwise they are borrowed unchanged.
+        vectors: whether norms and biases can train; otherwise the model's are used unchanged.
 
     Raises:
-        UnsupportedSite: a layer has a matrix that is not the weight of a linear map, or both tensors and child layers.
+        UnsupportedSite: a layer has a matrix that is not the weight of a linear map, or it has both tensors and child
+            layers.
     """
     lent = dict(model.named_modules())
     for path, layer in list(network.named_modules()):
@@ -140,7 +146,8 @@ def borrow(
 
 @torch.no_grad()
 def _start(layer: nn.Module, tensors: Mapping[str, Tensor], lent: nn.Module, layer_of: LayerOf) -> None:
-    """Set the values of a layer to those of the model's; a model without values has none to give."""
+    """Copy the values of the model's layer into a layer. If the model is on the meta device, the layer gets the values
+    of its `reset_parameters`."""
     layer.reset_parameters()  # type: ignore[operator]
     for name in tensors:
         held = layer_of(lent, name).read(lent, name)

@@ -1,7 +1,9 @@
-"""Adapters at the end of a branch of a block, or in parallel with the branch.
+"""Adapters at the end of a branch, or in parallel with the branch. A branch is the part of a block, such as attention
+or feed-forward, whose output is added to the hidden states (the stream).
 
-This module finds the start and the end of a branch, and passes the branch's input, or the input of the norm before it,
-to the end."""
+This module finds the first and the last modules of a branch. An adapter acts at the last one, and gets the branch's
+input, or the input of the norm before the branch.
+"""
 
 from __future__ import annotations
 
@@ -29,40 +31,41 @@ FIRST = {
     "cross.out": {"cross.qkv", "cross.q", "cross.q_a"},
     "attn_mlp.out": {"attn_mlp.in", "attn.qkv", "attn.q"},
 }
-"""Roles of the first matrices of a branch, which read its input, by the role of its last matrix."""
+"""Roles of the first matrices of a branch, by the role of its last matrix. The first matrices have the branch's input
+as input."""
 READ_STREAM = frozenset({"attn.k", "attn.v", "attn.kv"}).union(*FIRST.values())
-"""Roles of the matrices that read the hidden states of a block (its stream)."""
+"""Roles of the matrices whose input is the hidden states of the block."""
 
 Joins = Literal["stream", "matrix"]
-"""The point at which an adapter joins a branch: after all modules that the host applies to the branch's output before
-it adds it to the stream (dropout, layer scale, stochastic depth, a norm), or at the branch's last matrix, before these
-modules.
+"""The point of a branch at which an adapter acts. "matrix": the output of the branch's last matrix. "stream": the point
+where the branch is added to the hidden states (the stream), after dropout, layer scale, stochastic depth or a norm.
 """
 END, ENTERED = "end", "entered"
-"""Forms of two sites: the module after which a branch is added to the stream, and the module whose input is the sum."""
+"""Forms of sites. "end": the last module of a branch, before the branch is added to the hidden states. "entered": a
+module whose input is the sum of hidden states and branch."""
 
 
 @dataclass(frozen=True, eq=False)
 class BranchSite(Site):
-    """The last matrix of a branch, with the modules that read the branch's input and the module at which it ends.
-
-    A module that does not end a branch is treated as a branch of one module."""
+    """A site at the last matrix of a branch. It also has the modules that get the branch's input, and the last module
+    of the branch. A target that is not the last matrix of a known branch is treated as a branch of one module."""
 
     width: int = 0
     """The number of features of the branch's input."""
     places: tuple[Site, ...] = ()
-    """Further sites of the operator: modules that read the input (form "first"), the block's norms ("norm"), and the
-    module after which the branch is added to the stream ("end") or whose input is the sum ("entered")."""
+    """Further sites of the operator, by form. "first": modules that get the branch's input. "norm": norms of the block.
+    "end": the last module of the branch. "entered": a module whose input is the sum of hidden states and branch."""
     order: Order | None = None
-    """The order of dimensions of the branch's output, if it differs from the order in the output of the last matrix."""
+    """The order of the dimensions in the branch's output, if it differs from that in the output of the last matrix;
+    otherwise None."""
     drops_path: bool = False
     """Whether the module at the end of the branch is stochastic depth."""
 
 
 class AtBranchEnd(Operator):
-    """Acts on the output of a branch: after the module that ends the branch, or at its last matrix if that module is
-    unknown. `forward` notes the last matrix that ran, so that a module that ends several branches can be assigned to
-    the current one.
+    """Base class of operators that change the output of a branch. They act after the last module of the branch, or at
+    its last matrix if there is no other module. One module, such as a dropout, may end several branches. So `forward`,
+    which runs at the last matrix, records which branch is running.
     """
 
     def __init__(self, site: Site) -> None:
@@ -93,12 +96,14 @@ class AtBranchEnd(Operator):
         return on_first(output, lambda h: self.join(h, passed[0], call))
 
     def read(self, *args: Any) -> Tensor | None:
-        """Returns the values that `join` needs in addition to the branch's output. Called after the last matrix has
-        run."""
+        """Returns a tensor that `join` needs in addition to the branch's output, or None. Called after the last matrix
+        has run."""
         return None
 
     def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
-        """Returns the branch's output with the adapter applied; `end` calls the module at which the branch ends."""
+        """Returns the branch's output with the adapter applied, for `h`, the branch's output. `read` is the result of
+        the function of that name. `end` calls the last module of the branch; it is None if the adapter acts
+        elsewhere."""
         if self.order is None:
             return self.adapt(h)
         back = sorted(range(h.dim()), key=self.order.__getitem__)
@@ -110,11 +115,13 @@ class AtBranchEnd(Operator):
 
 
 class Bypass(AtBranchEnd):
-    """Adds `beside`, computed from a branch's input, to the branch's output; features are last in both.
+    """Base class of operators that add a tensor to a branch's output. The tensor is computed by `beside` from the
+    branch's input.
 
     Raises:
         UnsupportedSite: the branch's output has another number of tokens than its input.
-        RouteError: the first matrix of the branch is not called, so rows of a batch cannot be distinguished.
+        RouteError: the branch's first matrix is not called as a module, so in a route the rows of its input cannot be
+            assigned to adapters.
     """
 
     observes = frozenset({"first", "norm"})
@@ -167,25 +174,25 @@ class Bypass(AtBranchEnd):
         return self.kept(h, read) + (added if end is None else self.dropped(added, end))
 
     def kept(self, h: Tensor, read: Tensor) -> Tensor:
-        """Returns the part of the branch's output that is kept, by default all of it. An operator that changes the
-        output needs `branch` to be called with ``adds=False``.
+        """Returns the tensor that takes the place of the branch's output in the sum; by default the output itself. If
+        an operator overrides this, call `branch` with ``adds=False``.
 
         Args:
-            h: the output, as it joins the stream.
-            read: the operator's input, in the layout of the branch's input; `laid_out` converts tensors computed from
-                it to the layout of `h`.
+            h: the branch's output, as the host adds it to the hidden states.
+            read: the branch's input, or the input of the norm before it. `laid_out` converts tensors computed from it
+                to the layout of `h`.
         """
         return h
 
     def laid_out(self, made: Tensor) -> Tensor:
-        """Returns a tensor computed from the input, ``[batch, ..., features]``, in the layout of the branch's
-        output."""
+        """Returns a tensor ``[batch, ..., features]``, computed from the branch's input, converted to the layout of the
+        branch's output."""
         made = self.layer.channels_back(made)
         return made if self.order is None else made.permute(self.order)
 
     def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
-        """Returns the summand after the host's dropout or scaling at the end of the branch. `end` calls the module at
-        which the branch ends. By default the summand is returned unchanged."""
+        """Returns the tensor to add, after applying the host's dropout or scaling at the end of the branch to it. `end`
+        calls the last module of the branch. By default the tensor is returned unchanged."""
         return added
 
     def _beside(self, read: Tensor, y: Tensor) -> Tensor:
@@ -198,7 +205,8 @@ class Bypass(AtBranchEnd):
         return added
 
     def beside(self, x: Tensor) -> Tensor:
-        """Returns the summand for an input ``[batch, ..., features]``, in the dtype of the branch's output.
+        """Returns the tensor to add to the branch's output, given the branch's input ``[batch, ..., features]``, in the
+        dtype of the branch's output.
 
         Raises:
             UnsupportedSite: the features do not have the layout that the method needs.
@@ -207,13 +215,13 @@ class Bypass(AtBranchEnd):
 
 
 def branch_end(surgeon: Surgeon, site: Site, joins: Joins = "stream", *, adds: bool = False) -> BranchSite:
-    """Returns a site, the last matrix of a branch, with the module after which the branch is added to the stream, if
-    that is another module.
+    """Returns a `BranchSite` for the last matrix of a branch. It includes the last module of the branch, if that is
+    another module.
 
-    If the host drops or scales a branch's output by code outside of a module, an operator that `adds` to the branch
-    without reading its output (`Bypass`) is added to the sum of branch and stream, if a module returns that sum or has
-    it as its input. Otherwise the operator acts at the last module of the branch, or at the site itself, and the
-    surgeon's notices say so.
+    A host may apply dropout or scaling to a branch's output by code outside of a module. With `adds` (the operator only
+    adds to the branch, as `Bypass` does), the operator then acts on the sum of hidden states and branch, if some module
+    returns that sum or gets it as input. Otherwise it acts at the last module of the branch, or at the site itself, and
+    the user is notified that dropout or scaling is also applied to its output.
     """
     end = surgeon.resolver.end_of(site.module_path) if joins == "stream" else None
     if end is None:
@@ -237,7 +245,8 @@ _ACTS = {
 
 
 def _say(surgeon: Surgeon, acts: str, path: str) -> None:
-    """Add to the notices what acts on an adapter that joins at a path, in one line for all such paths."""
+    """Add a notice about dropout or scaling that the host applies to the adapter's output at a path. There is one
+    notice for all such paths."""
     begin, where = f"{surgeon.method.name}: {acts}, including outputs of its adapters, after ", stack_of(path)
     known = next((each for each in surgeon.notices if each.startswith(begin)), begin)
     listed = known.removeprefix(begin).split(", ") if known != begin else []
@@ -246,19 +255,20 @@ def _say(surgeon: Surgeon, acts: str, path: str) -> None:
 
 
 def stack_of(path: str) -> str:
-    """Returns a path with `*` for its numbers: the same for all blocks of a stack."""
+    """Returns a path with every number replaced by `*`. It is the same for all blocks of one stack."""
     return re.sub(r"\b\d+\b", "*", path)
 
 
 def branch(
     surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Joins = "stream", adds: bool = True
 ) -> BranchSite:
-    """Returns a site as the end of a branch, with the module after which the branch is added to the stream
-    (`branch_end`). With `before_norm`, the operator also acts at the norms of the block. With `adds`, the operator only
-    adds to the branch's output; without it, the operator may change that output.
+    """Returns a `BranchSite` for the last matrix of a branch, as `branch_end` does. It also has the modules that get
+    the branch's input. With `before_norm`, it has the norms of the block too, for operators that use the input of the
+    norm before the branch. `adds` says that the operator only adds to the branch's output, and does not change it
+    otherwise.
 
     Raises:
-        UnsupportedSite: no matrix is known that reads the input of the branch.
+        UnsupportedSite: no matrix was found whose input is the input of the branch.
     """
     host = surgeon.resolver.host
     last = next((entry for entry in host.at(site.module_path) if entry.role in FIRST), None)
@@ -280,8 +290,9 @@ def branch(
 
 
 def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> list[HostEntry]:
-    """Returns the modules that may get the input of a branch: its first matrix; and before that the attention around
-    it, where that keeps the matrix's bias, and so may read the weight without calling the matrix (BEiT, EVA, Swin V2).
+    """Returns the modules that may get the input of a branch. This is its first matrix. In some models (BEiT, EVA, Swin
+    V2) the attention module stores the bias of that matrix, and may use the matrix's weight without calling it. Then
+    the attention module is returned too.
     """
     around = [e for e in inside if e.role in ("attn", "cross") and first.path.startswith(f"{e.path}.")]
     nearest = sorted(around, key=lambda entry: len(entry.path))[-1:]
@@ -299,20 +310,20 @@ def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> lis
 
 
 def _steps_shared(path: str, other: str) -> int:
-    """Returns the number of steps from the host down that two paths have in common."""
+    """Returns the number of path components that two paths have in common at their start."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(path.split("."), other.split("."), strict=False))))
 
 
 def reads_stream(surgeon: Surgeon, site: Site) -> bool:
-    """Whether a site is a matrix that reads the hidden states of its block or their norm: the matrices of queries, keys
-    and values, and the first matrices of a feed-forward, but not the matrices of cross-attention that read another
-    stream."""
+    """Whether a site is a matrix whose input is the hidden states of its block, perhaps after a norm. These are the
+    matrices of queries, keys and values, and the first matrices of a feed-forward. The matrices of cross-attention for
+    keys and values are not among them, because their input is another sequence."""
     return any(entry.role in READ_STREAM for entry in surgeon.resolver.host.at(site.module_path))
 
 
 def is_post_norm(resolver: Resolver, block: str) -> bool:
-    """Whether the norms of a block are after its branches, not before them. Torch's layers have an attribute for this;
-    other hosts that normalize before branches have one more norm after their blocks.
+    """Whether a block has its norms after its branches, not before them. Layers of torch have an attribute for this.
+    For other hosts, a final norm after all blocks means that the norms are before the branches.
     """
     module, host = resolver.modules[block], resolver.host
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):

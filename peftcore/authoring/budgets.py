@@ -1,4 +1,4 @@
-"""Budgets: how many parameters a method trains with its default options, in models of well-known sizes.
+"""Computes how many parameters a method trains with its default options, in well-known models.
 
 The models are built on the meta device, so nothing is allocated or downloaded. Models of libraries that are not
 installed are left out.
@@ -57,12 +57,12 @@ REFERENCES: Mapping[str, Callable[[], nn.Module]] = {
         sample_size=32,
     ),
 }
-"""Reference hosts by name, in the order of the table."""
+"""Functions that build the reference hosts, by name."""
 
 
 @functools.cache
 def reference(name: str) -> nn.Module | None:
-    """Returns a reference host on the meta device; None when its library is not installed."""
+    """Builds and returns a reference host on the meta device; None if its library is not installed."""
     try:
         with torch.device("meta"):
             return REFERENCES[name]()
@@ -71,8 +71,8 @@ def reference(name: str) -> nn.Module | None:
 
 
 def budgets(method: str) -> dict[str, int]:
-    """Returns the trainable values of `method` with its default options, by name of the reference host; hosts in which
-    it finds no target are left out, and all hosts are left out if its options lack defaults.
+    """Returns the number of trainable values of `method` with its default options, by name of a reference host. Hosts
+    in which the method finds no target are left out. The result is empty if some option has no default.
     """
     found = {}
     for name in REFERENCES:

@@ -1,4 +1,4 @@
-"""Whole feed-forwards as sites, for methods that run a feed-forward several times or wrap it."""
+"""Whole feed-forward networks as sites, for methods that wrap a feed-forward network or run it several times."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from peftcore.errors import UnsupportedSite
 from peftcore.targets.sites import Site
 
 FIRST = ("mlp.gate", "mlp.up", "mlp.gate_up")
-"""Roles of matrices that read a feed-forward's input."""
+"""Roles of the first matrices of a feed-forward network."""
 
 
 @dataclass(frozen=True, eq=False)
 class FeedForwardSite(Site):
-    """A whole feed-forward as a site."""
+    """A site that is a whole feed-forward network."""
 
     width: int = 0
-    """The number of features of its input."""
+    """The number of features of the feed-forward network's input."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width as a shape, for plans and files."""
+        """The width as a shape with one dimension. Plans and files show it as the shape of the site."""
         return torch.Size([self.width])
 
 
 def feed_forward_around(surgeon: Surgeon, site: Site) -> FeedForwardSite | None:
-    """Returns the feed-forward to which a matrix belongs; None for matrices of attention and all others.
+    """Returns the feed-forward network to which a matrix belongs; None if the matrix does not belong to one, as in
+    attention.
 
     Raises:
-        UnsupportedSite: the feed-forward is not a separate module, or the width of its input is unknown.
+        UnsupportedSite: the feed-forward network is not a separate module, or the width of its input is unknown.
     """
     host = surgeon.resolver.host
     if not any(entry.role.startswith("mlp.") for entry in host.at(site.module_path)):

@@ -1,8 +1,9 @@
-"""A guest network in parallel with the model: a smaller one of the model's family, which runs over the same tokens.
+"""A guest network: a smaller network of the model's family that runs in parallel with the model, over the same tokens.
 
-It has the class and the config of the model's stack, with fewer layers, and belongs to the injection: it trains with
-it, is in its file, and is rebuilt from options alone when the file is loaded. It may share the model's token table and
-its head. In generation its cache of earlier tokens is stored after the layers of the model's cache (`PassCache`).
+It has the class and the config of the model's stack (the module that embeds tokens and runs blocks), with smaller
+sizes. It belongs to the injection: it trains and is saved with the injection, and is rebuilt from options when a file
+is loaded. It may share the model's embedding table and head. In generation, its cache of earlier tokens is stored after
+the layers of the model's cache (`PassCache`).
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from peftcore.roles.stacks import CACHES, EMBEDS, IDS, TokenStack, arguments, ca
 from peftcore.targets.sites import Site
 
 LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
-"""The names that configs of transformers have, or accept, for the depth and the width of a stack."""
+"""Names in configs of transformers of the number of layers and of the width of the hidden states."""
 OF_A_DECODER = "decoder_layers"
-"""A size that a config has if its common names, such as `hidden_size`, mean the encoder."""
+"""A name that a config has only if its common names, such as `hidden_size`, are sizes of an encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
-"""Other names of sizes, for configs that do not map them to the names in `LAYERS` and `WIDTH`."""
+"""Other names of sizes in configs of transformers. The key is the common name of a size."""
 TYPES = "token_type_ids"
 HANDED_ON = (
     *("attention_mask", POSITIONS, "cache_position", "use_cache"),
     *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
-"""Arguments of the stack that are passed to the guest unchanged; the last ones describe batches of packed sequences."""
+"""Arguments of the model's stack that the guest gets too. The last five describe batches of packed sequences."""
 
 
 class GuestNetwork(nn.Module):
-    """A network of a stack's own family.
+    """A smaller network of the same class as one stack of a model (a module that embeds tokens and runs blocks).
 
     Attributes:
-        network: the stack's class, built from its config with the changes.
-        projection: maps the guest's states to the width of the stack's hidden states; the identity if both are equal.
-        own_table: whether the guest embeds tokens itself; otherwise it gets the model's embeddings.
-        table: the path of the token table below the network, also if the guest does not have a table.
+        network: the network, built from the stack's class and its config with changed sizes.
+        projection: maps the guest's hidden states to the width of the stack's; the identity if both widths are equal.
+        own_table: whether the guest has its own embedding table; otherwise it gets embeddings from the model's table.
+        table: the path, relative to the network, at which an embedding table is or would be.
     """
 
     def __init__(
@@ -60,20 +61,23 @@ class GuestNetwork(nn.Module):
         types: bool = False,
         position_padding: int | None = None,
     ) -> None:
-        """Build it, with values of its own.
+        """Build the network, with new initial values.
 
         Args:
-            stack: the model's.
-            table: the path of its token table below it.
-            sizes: the options of its config that are others, by name: ``{"num_hidden_layers": 1}``.
-            own_table: whether the guest has a token table of its own.
-            without: children of the stack that the guest does not have: poolers.
-            types: whether it reads the types of tokens, for which it has a table of its own.
-            position_padding: the id of padding where positions count the other tokens, as in `TokenStack`.
+            stack: the model's stack.
+            table: the path of the stack's embedding table, relative to the stack.
+            sizes: the sizes that differ from the stack's config, by name: ``{"num_hidden_layers": 1}``.
+            own_table: whether the guest has its own embedding table. It always has one if its width differs from the
+                stack's.
+            without: names of child modules of the stack that the guest does not get, such as poolers.
+            types: whether the guest gets `token_type_ids`, for which it has its own embedding table.
+            position_padding: the id and position of padding, if positions count only the other tokens, as in
+                `TokenStack`.
 
         Raises:
-            ConfigError: the config has no such size, or a guest of these would be larger, or is none.
-            UnsupportedSite: its layers would have no attention.
+            ConfigError: the config does not have a size of that name, or has a smaller one, or no network can be built
+                with the sizes.
+            UnsupportedSite: none of the guest's layers would have attention.
         """
         super().__init__()
         config = _changed(stack, sizes)
@@ -96,15 +100,16 @@ class GuestNetwork(nn.Module):
         self._names = arguments(type(self.network))
 
     def forward(self, given: Mapping[str, Any], embeds: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
-        """Run over the input tokens of the stack.
+        """Run the guest on the same tokens as the stack.
 
         Args:
-            given: the stack's arguments by name.
-            embeds: embeddings to use instead of ids, ``[batch, tokens, width]``.
+            given: the arguments of the stack by name.
+            embeds: embeddings ``[batch, tokens, width]`` to use instead of token ids.
             cache: the guest's cache of earlier tokens.
 
         Returns:
-            The guest's states of the tokens, ``[batch, tokens, width of the stack]``, and its whole output.
+            The guest's hidden states, projected to ``[batch, tokens, width of the stack]``, and the complete output of
+                its network.
         """
         mine = {name: given[name] for name in self._handed_on if given.get(name) is not None}
         if cache is not None:  # which the stack fills whatever it is told
@@ -125,11 +130,11 @@ class GuestNetwork(nn.Module):
         """Copy the values of a trained network into the guest; the trained network does not change.
 
         Args:
-            network: a network of the guest's class and sizes. Its token table is ignored if the guest shares the
-                model's.
+            network: a trained network with the class and sizes of the guest. Its embedding table is ignored if the
+                guest shares the model's table.
 
         Raises:
-            ConfigError: the network has other tensors.
+            ConfigError: the network has tensors of other names or shapes than the guest.
         """
         values = network.state_dict()
         if not self.own_table:
@@ -149,18 +154,20 @@ class GuestNetwork(nn.Module):
 def guest_network(
     surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_table: bool = False, *, encoders: bool = False
 ) -> Shared:
-    """Returns a guest in parallel with a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.
+    """Builds and returns a guest, a smaller network of the same class as a stack. It is registered with the injection
+    as the shared module ``"guest"``.
 
     Args:
-        surgeon: the method's surgeon.
-        stack: the stack.
-        sizes: see `GuestNetwork`.
-        own_table: whether the guest has a separate token table, which trains; otherwise it shares the model's.
-        encoders: whether stacks whose tokens see later ones may have a guest too.
+        surgeon: the argument `surgeon` of `Method.inject`.
+        stack: the model's stack, as returned by `TokenStacks.around`.
+        sizes: as in `GuestNetwork`.
+        own_table: whether the guest has its own embedding table, which trains; otherwise it shares the model's.
+        encoders: whether `stack` may be an encoder, in which tokens attend to later tokens.
 
     Raises:
-        ConfigError: as of `GuestNetwork`.
-        UnsupportedSite: the stack is not a causal one of transformers; with `encoders`, not one of transformers.
+        ConfigError: as in `GuestNetwork`.
+        UnsupportedSite: the stack is not a causal stack of transformers; with `encoders`, not a stack of transformers
+            of the supported kinds.
     """
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
     config = getattr(stack.module, "config", None)
@@ -181,18 +188,19 @@ def guest_network(
 
 
 class GuestOperator(Operator):
-    """Runs a guest before the stack, over the same tokens, and stores the guest's states for other operators."""
+    """An operator around a stack that runs a guest (a smaller network in parallel with the stack) before the stack, on
+    the same tokens. It stores the guest's hidden states for other operators."""
 
     observes = frozenset({"activation"})
 
     def __init__(self, site: Site, guest: Shared, states: Tap) -> None:
-        """Stand around a stack; `states` is where ``[batch, tokens, width]`` is left, until backward."""
+        """Wrap a stack. The guest's hidden states ``[batch, tokens, width]`` are stored in `states`."""
         super().__init__(site)
         self.guest, self.states, self.cache = guest, states, PassCache()
         self.names, self.table = site.arguments, site.tensor.removesuffix(".weight")
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the function that wraps the stack; it reads the stack's token table."""
+        """Returns the function that wraps the stack. The function uses the stack's embedding table."""
         return functools.partial(self._beside, module)
 
     def _beside(self, stack: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -214,8 +222,8 @@ class GuestOperator(Operator):
 
 
 def _behind_the_body(stack: nn.Module, known: TokenStack, used: Sequence[str]) -> list[str]:
-    """Returns the children of a stack that come behind the module with all blocks, and are not among what is `used`
-    (by path): poolers, which read finished states."""
+    """Returns the names of child modules of a stack, such as poolers, that are registered after the module with all
+    blocks. Those that contain a module in `used` (paths) are left out."""
     if known.body == known.path:
         return []
     names = [name for name, _ in stack.named_children()]
@@ -225,7 +233,7 @@ def _behind_the_body(stack: nn.Module, known: TokenStack, used: Sequence[str]) -
 
 
 def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
-    """Returns the config of a stack with other sizes, of which none is larger."""
+    """Returns the config of a stack with changed sizes. No size may be larger than before."""
     config: Any = copy.deepcopy(stack.config)
     for name, size in sizes.items():
         name = next((each for each in NAMES.get(name, ()) if each in _names(config)), name)
@@ -252,12 +260,14 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
 
 
 def _names(config: Any) -> set[str]:
-    """Returns the names of a config of transformers, those of other architectures among them that stand for its own."""
+    """Returns the names of the options in a config of transformers, including the common names that are mapped to its
+    own names."""
     return {*config.to_dict(), *config.attribute_map}
 
 
 def _has_attention(config: Any) -> bool:
-    """Whether some layer keeps keys and values of tokens, without which hybrid stacks cannot count them."""
+    """Whether some layer caches keys and values. Without such a layer, the cache of a hybrid stack cannot count
+    tokens."""
     from transformers.cache_utils import DynamicCache
 
     return not all(DynamicCache(config=config).is_linear)

@@ -1,5 +1,4 @@
-"""Shared code of hybrids, which are methods that combine other methods: reads the options of a part, calls all
-parts."""
+"""Shared code of hybrids, which are methods that combine other methods (parts)."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ from peftcore.registry.preset_methods import method_of, preset_of
 
 
 def options_of(part: Mapping[str, Any]) -> MethodConfig:
-    """Returns the validated options of one part. A part has a method's options, the method's name as "method", and may
-    have a "target".
+    """Returns the validated options of one part. A part is a mapping with the name of a method as "method", options of
+    that method, and optionally a "target".
 
     Raises:
         ConfigError: the part does not name a method, or its options break a rule of that method.
@@ -33,10 +32,11 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
 
 
 def without_preset(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a part with the preset in "method", if any, replaced by the preset's method and options.
+    """Returns the part. If its "method" is the name of a preset, this is replaced by the preset's method, options and
+    target.
 
     Raises:
-        ConfigError: as `options_of`; or the preset trains additional modules, which a part cannot do.
+        ConfigError: as in `options_of`; or the preset trains additional modules, which a part of a hybrid cannot do.
     """
     config = options_of(part)
     cls = find_method(part["method"])
@@ -59,10 +59,11 @@ def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
 
 
 class OfParts:
-    """Mixin for hybrids whose functions call those of all parts; list it before `Method` among the base classes."""
+    """Mixin for hybrids (methods made of other methods). Its functions call the same function of each part. List it
+    before `Method` among the base classes."""
 
     def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
-        """Turn on requires_grad of the parameters that the parts select."""
+        """Turn on `requires_grad` of the parameters that the parts select."""
         for part in injection.parts.values():
             registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
 
@@ -75,6 +76,6 @@ class OfParts:
         return _sum(part.method.output_loss(part, output, call) for part in injection.parts.values())
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        """Returns the parameter groups of the parts."""
+        """Returns the parameter groups of all parts in one list."""
         parts = injection.parts.values()
         return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]

@@ -1,4 +1,5 @@
-"""The inputs of linear layers on the user's data: as vectors without padding, and their second moments."""
+"""Records the inputs of linear layers while the model runs on the user's data: as vectors without padding, or their
+second moments."""
 
 from __future__ import annotations
 
@@ -19,21 +20,21 @@ from peftcore.utils.journal import Journal
 IGNORED = -100
 """The label of positions that losses ignore."""
 Look = Callable[[nn.Module, Tensor, Tensor], None]
-"""Type of functions that get a module, its input, and that input as vectors ``[tokens, in]`` in float32 or better."""
+"""Type of functions that get a module, its input, and the same input as vectors ``[tokens, in]`` in float32 or
+better."""
 
 
 def sees_vectors(site: Site) -> bool:
-    """Returns whether the site is a linear layer that is called, so that its inputs are vectors that can be
-    recorded."""
+    """Returns whether the site is a linear layer that the host calls, so that its inputs can be recorded as vectors."""
     return site.form == "activation" and site.layer.called and site.layer.of_vectors and not site.batch
 
 
 @contextmanager
 def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, labels: bool = False) -> Iterator[None]:
-    """Context manager that calls `look` with the inputs of modules whenever they are called.
+    """Context manager that calls `look` with the input of each given module whenever the module is called.
 
-    Positions that the model's `attention_mask` hides are left out; with `labels`, positions with the label -100 are
-    left out, too. Mask and labels are used if they have the shape of the positions.
+    Positions that are masked in the model's `attention_mask` are left out of the vectors. With `labels`, positions with
+    the label -100 are left out too. A mask, or labels, whose shape does not fit the input is ignored.
     """
     masks: list[Tensor] = []
 
@@ -62,12 +63,12 @@ def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, l
 
 @torch.no_grad()
 def second_moments(injection: Injection, data: Data) -> dict[str, Tensor]:
-    """Returns the mean of ``x x'`` ``[in, in]`` over the inputs x of each linear layer that is called, by the path of
-    its site, in float32 or better. The model runs on `data` in evaluation mode with only this adapter active; padding
-    is not counted.
+    """Returns the second moment of the inputs of each adapted linear layer, by the path of its site. It is the mean of
+    ``x x'`` ``[in, in]`` over the inputs x, in float32 or better. Padding is left out. The model runs on `data` in
+    evaluation mode, with only this adapter active.
 
     Raises:
-        CalibrationError: there are no batches, or the model cannot be called with one.
+        CalibrationError: `data` has no batches, or the model cannot be called with one.
     """
     model = injection.model
     sites = [graft.site for graft in injection.grafts if graft.by_method]

@@ -1,8 +1,8 @@
-"""Soft prompts that depend on the text after them: they are computed for each text, or they change its embeddings.
+"""Soft prompts that depend on the text after them. Their virtual tokens (rows) are computed for each text.
 
-`PromptPositions` finds the text: the tokens before the first label, or the whole input, unless ``peftcore.call(model,
-prompt_length=...)`` sets its length. The text is read once, by the forward that inserts the rows; forwards that
-continue from a cache find the rows there.
+The text is the part of the input that `PromptPositions` returns. Its length is set by ``peftcore.call(model,
+prompt_length=...)``; otherwise it is the tokens before the first label, or the whole input. The rows are computed in
+the first forward. Forwards that continue from a cache do not compute them again, because the cache contains them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from peftcore.targets.sequence_sites import FORM, SequenceSite
 
 
 class InstanceOperator(SequenceOperator):
-    """Base class of soft prompts that depend on the text. Subclasses define `rows_of`, and may define `tokens`, `look`
-    and `learn`.
+    """Base class of soft prompts that depend on the text after them. Subclasses define `rows_of`, and may define
+    `tokens`, `look` and `learn`.
 
     Raises:
         UnsupportedSite: the stack reads the output of an encoder instead of the text.
@@ -44,33 +44,33 @@ class InstanceOperator(SequenceOperator):
         self._text = Tap()
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]`` for all
-        sequences, or ``[batch, length, width]``. `text` is a mask of the tokens that belong to the text, ``[batch,
-        tokens]``."""
+        """Returns the rows (virtual tokens) for a batch of embedded tokens ``[batch, tokens, width]``. They are
+        ``[batch, length, width]``, or ``[length, width]`` if all sequences have the same. `text` is a mask ``[batch,
+        tokens]`` of the tokens that belong to the text."""
         raise NotImplementedError
 
     def tokens(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Returns the tensor that replaces the embedded tokens ``[batch, tokens, width]``; by default the embedded
-        tokens.
+        """Returns new embeddings ``[batch, tokens, width]`` for the tokens after the rows; by default `embeds`. `text`
+        is a mask ``[batch, tokens]`` of the tokens that belong to the text.
         """
         return embeds
 
     def look(self, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> None:
-        """Read the text before the rows are computed: for example by the stack's own pass over the text,
-        ``forward_context().without(self, call, **given)``. By default nothing is done.
+        """Compute something from the text before the rows are computed. For example, ``forward_context().without(self,
+        call, **given)`` runs the stack on the text without this adapter. By default nothing is done.
 
         Args:
             call: the stack's forward.
-            given: its arguments by name.
+            given: the arguments of the stack by name.
             text: a mask of the tokens that belong to the text, ``[batch, tokens]``.
         """
 
     def learn(self, states: Tensor, text: Tensor) -> None:
-        """Add losses on the stack's output for the tokens after the rows, by ``forward_context().add_loss``. Called in
-        training only. By default nothing is done.
+        """Add losses that depend on the stack's output, by ``forward_context().add_loss``. Called only in training. By
+        default nothing is done.
 
         Args:
-            states: the stack's output for the tokens, ``[batch, tokens, width]``.
+            states: the stack's output for the tokens after the rows, ``[batch, tokens, width]``.
             text: a mask of the tokens that belong to the text, ``[batch, tokens]``.
         """
 
@@ -82,7 +82,7 @@ class InstanceOperator(SequenceOperator):
         return functools.partial(self._looking, act) if form == FORM else act
 
     def _looking(self, act: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the stack, and look at the text before, where the rows enter."""
+        """Run the stack. If this forward inserts the rows, find the text and call `look` first."""
         given = self._bind(FORM, args, kwargs)
         ids = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS][..., 0]
         text = None
@@ -104,22 +104,23 @@ class InstanceOperator(SequenceOperator):
         return super()._with_rows(self.tokens(embeds, self._text_in(embeds)))
 
     def _text_in(self, embeds: Tensor) -> Tensor:
-        """Returns which tokens are of the text: all of them where nobody told more."""
+        """Returns the mask of the tokens that belong to the text. It is the mask that `_looking` has stored, or else
+        all tokens."""
         text: Tensor | None = self._text.get()
         return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if text is None else text
 
     def _holds(self, cache: Any) -> bool:
-        """Whether a cache has the rows already."""
+        """Whether a cache already contains the rows."""
         own = None if cache is None else self_attention_cache(cache)
         return isinstance(own, Marked) and any(stamp == self.stamp for stamp, _ in own.rows)
 
     def _find(self, given: Mapping[str, Any], ids: Tensor) -> Tensor | None:
-        """Returns which tokens are of the text; None where it is a single token, of which a compiled forward cannot
-        tell whether it is the first.
+        """Returns the mask of the tokens that belong to the text. None for a single token in a compiled forward, which
+        may be the first token or a later one.
 
         Raises:
-            MissingContext: the input may be more than the text, and nobody said where that ends.
-            SequenceError: it is less.
+            MissingContext: the input may be longer than the text, and the length of the text is unknown.
+            SequenceError: the input is shorter than the text.
         """
         compiling = torch.compiler.is_compiling()  # numbers are tensors there, maybe
         told = 0 if compiling else _longest(forward_context().context.get("prompt_length"))
@@ -134,7 +135,8 @@ class InstanceOperator(SequenceOperator):
 
 
 def _longest(told: Any) -> int:
-    """Returns the longest of the lengths that a call was told; 0 where it would have to be waited for."""
+    """Returns the longest of the prompt lengths that the user passed. Returns 0 if there are none, or if they are on
+    another device, where reading them would be slow."""
     if isinstance(told, Tensor):
         told = told.flatten().tolist() if told.device.type == "cpu" else None
     lengths = [told] if isinstance(told, int) else told or ()

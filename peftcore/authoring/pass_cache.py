@@ -1,9 +1,10 @@
-"""A separate cache for an extra pass over the model, or for a network in parallel with it, in addition to the cache
-that the model's forward fills.
+"""A separate cache for an additional forward pass of the model without an adapter, or for a network in parallel with
+the model. It is stored inside the model's own cache.
 
-During generation each forward sees only the new tokens. A pass with an adapter off (`ForwardContext.without`) needs the
-cached states that earlier passes of this kind computed, not those of the adapted forwards. They are kept as more layers
-after those of the model's cache, so code that reorders, repeats, crops or empties the cache also does so to them.
+During generation each forward gets only the new tokens. An additional pass without an adapter
+(`ForwardContext.without`) needs the cache that earlier passes without the adapter have filled, not the cache of the
+adapted forwards. Its layers are appended to the layers of the model's cache. So code that reorders, repeats, crops or
+empties the model's cache does the same to them.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from peftcore.roles.stacks import cache_in
 
 
 class PassCache:
-    """Finds the cache of one operator's extra passes in the model's cache; copies of the model share it."""
+    """Finds the cache of one operator's additional passes inside the model's cache. Copies of the operator find the
+    same cache."""
 
     def __init__(self) -> None:
         self.stamp = uuid.uuid4().hex
 
     def beside(self, cache: Any, config: Any = None) -> Any:
-        """Returns the cache for the pass, for the `caches` of `ForwardContext.without`.
+        """Returns the cache for an additional pass. Use it for the argument `caches` of `ForwardContext.without`.
 
         Args:
-            cache: the model's cache, before its forward; in addition to the model's layers it has those of earlier
-                passes.
-            config: a config of transformers, for a network that is not the model's stack and has other layers.
+            cache: the model's cache before the model's forward. It may contain layers of earlier additional passes.
+            config: the config of the network, if the pass runs another network than the model; a config of
+                transformers.
 
         Raises:
-            SequenceError: `cache` holds tokens that earlier passes did not process; or it is not a cache of
+            SequenceError: `cache` contains tokens that the earlier passes did not process; or it is not a cache of
                 transformers.
         """
         own = self_attention_cache(cache)
@@ -53,12 +55,12 @@ class PassCache:
         return view
 
     def keep(self, given: Mapping[str, Any], output: Any, of_pass: Any) -> None:
-        """Store the cache of a pass after the model's own layers in the cache. Call it after the model's forward.
+        """Append the cache of an additional pass to the layers of the model's cache. Call it after the model's forward.
 
         Args:
-            given: the arguments of the forward by name.
-            output: the output of the forward; if no cache was passed, it contains the new cache.
-            of_pass: the output of the pass.
+            given: the arguments of the model's forward by name.
+            output: the output of the model's forward. If no cache was passed, it contains the new cache.
+            of_pass: the output of the additional pass.
         """
         cache, mine = _cache_of(output), _cache_of(of_pass)
         cache = cache_in(given) if cache is None else cache
@@ -76,9 +78,9 @@ class PassCache:
 
 
 def _layers_for(config: Any, own: Any) -> list[Any]:
-    """Returns empty layers for a network with a config: as large as those of the model's cache where these are static;
-    none yet where that cache adds layers of one kind as it goes, among which those of another kind would change what
-    the model's masks are made for."""
+    """Returns empty cache layers for a network with this config. If the model's cache is static, they are as large as
+    its layers. If the model's cache creates its layers during forwards, all of one class, the result is empty: layers
+    of another class would change the model's attention masks."""
     from transformers.cache_utils import DynamicCache, StaticCache
 
     if own.layer_class_to_replicate is not None:
@@ -97,5 +99,5 @@ def _unseen(count: Any) -> str:
 
 
 def _cache_of(output: Any) -> Any:
-    """Returns the cache in the output of a model of transformers."""
+    """Returns the cache in the output of a model of transformers; None if there is none."""
     return cache_in(output) if isinstance(output, Mapping) else None

@@ -1,5 +1,5 @@
-"""The tokens that pass through a block: the start and the end of the prompt, and the tokens that each token sees; with
-and without caches, padding, labels."""
+"""Finds the first and last positions of the prompt among the tokens that pass through a block, and builds attention
+masks. Caches, padding and labels are taken into account."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ from peftcore.targets.sites import Site
 
 S = TypeVar("S", bound=Site)
 MASKS = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask")
-"""The arguments that pass padding masks to blocks; in the masks of torch's layers, zero (or False) is a token."""
+"""Names of the arguments that pass padding masks to blocks. In the masks of torch's layers (the last two), 0 or False
+marks tokens that are not padding."""
 IGNORED = -100
-"""The label of tokens that are not to be predicted."""
+"""The label of tokens that the loss ignores."""
 REMEDY = "pass the length of the prompt: with peftcore.call(model, prompt_length=...): ..."
 
 
 class TokenStacks:
-    """The stacks of a model: modules that get tokens and run blocks."""
+    """Finds the stacks of a model. A stack is a module that embeds tokens and runs blocks."""
 
     def __init__(self, surgeon: Surgeon) -> None:
         self.stacks, self._modules = surgeon.resolver.token_stacks(), surgeon.resolver.modules
 
     def of(self, site: Site) -> TokenStack | None:
-        """Returns the stack that a block belongs to; None if the block does not process tokens (images).
+        """Returns the stack that a block belongs to; None if the block is not in a stack of tokens, as in a model of
+        images.
 
         Raises:
-            UnsupportedSite: the site gets inputs with tokens first instead of rows first.
+            UnsupportedSite: the first dimension of the block's input is tokens instead of the batch.
         """
         site.check_rows_first()
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
         return max(above, key=lambda stack: len(stack.path), default=None)
 
     def around(self, sites: Sequence[Site]) -> Site:
-        """Returns the stack whose tokens pass through all the given sites, as a site for an operator around it.
+        """Returns a site at the stack that contains all the given sites, for an operator that wraps the stack.
 
         Raises:
-            UnsupportedSite: `sites` is empty, or the sites are not in a common stack, or their stack reads another
-                stack or is read by one.
+            UnsupportedSite: `sites` is empty, or the sites are not in one stack, or the stack is part of an
+                encoder-decoder model.
         """
         found = self.of(sites[0]) if sites else None
         for site in sites:
@@ -60,11 +62,12 @@ class TokenStacks:
         return self._around(found, sites[0])
 
     def reading(self, sites: Sequence[Site]) -> tuple[TokenStack, Site] | None:
-        """Returns the stack that gets the prompt for all these sites, and a site for an operator around that stack: the
-        sites' own stack, or the encoder that it reads. None if the sites are not in a stack of tokens (images).
+        """Returns the stack that gets the prompt, and a site at it for an operator that wraps it. This is the stack
+        that contains the given sites; or the encoder, if that stack is a decoder that attends to an encoder. None if
+        the sites are not in a stack of tokens, as in a model of images.
 
         Raises:
-            UnsupportedSite: the sites are in stacks that get different tokens.
+            UnsupportedSite: the sites are in several stacks that get different tokens.
         """
         every = [self.of(site) for site in sites]
         read = [stack if stack is None or not stack.reads else self._read_by(stack) for stack in every]
@@ -85,16 +88,16 @@ class TokenStacks:
                     form="activation", layer_of=known.layer_of, meta=known.meta)  # fmt: skip
 
     def generates(self, site: Site) -> bool:
-        """Whether generation may continue after a block's tokens: its stack is causal, and no other stack reads its
+        """Whether the block is in a stack that can generate tokens: it is causal, and no other stack attends to its
         output."""
         stack = self.of(site)
         return stack is not None and stack.causal and not stack.readers
 
     def prompted(self, sites: list[S], strict: bool) -> list[S]:
-        """Returns the blocks through which the prompt passes: not those that read the output of an encoder.
+        """Returns the blocks that process the prompt: all but the blocks of a decoder that attends to an encoder.
 
         Raises:
-            UnsupportedSite: `strict` is set, and some blocks read the output of an encoder.
+            UnsupportedSite: `strict` is True, and some blocks are in such a decoder.
         """
         reading = [site for site in sites if (stack := self.of(site)) is not None and stack.reads]
         if reading and strict:
@@ -104,13 +107,12 @@ class TokenStacks:
         return [site for site in sites if site not in reading]
 
     def answering(self, sites: list[BlockSite], strict: bool) -> list[BlockSite]:
-        """Returns the blocks from which the model computes its answer, in order: without those of an encoder that
-        another stack reads.
+        """Returns, in order, the blocks that lead to the model's output: all but the blocks of an encoder that a
+        decoder attends to. With `strict`, all blocks are returned.
 
         Raises:
-            UnsupportedSite: the blocks are not in one common stack; or `strict` is set and some belong to an encoder;
-                or
-                they get inputs with tokens first.
+            UnsupportedSite: the blocks are not in one common stack. Or the first dimension of a block's input is tokens
+                instead of the batch.
         """
         last = [site for site in sites if (stack := self.of(site)) is None or not stack.readers]
         chosen = sorted(sites if strict or not last else last, key=lambda site: site.depth)
@@ -124,11 +126,12 @@ class TokenStacks:
 class PromptPositions:
     """Finds the first and the last positions of the prompt in one forward.
 
-    The length of the prompt is set by ``peftcore.call(model, prompt_length=...)`` (a number, or one a row; padding does
-    not count). Otherwise, in ``generate``, the prompt is the input of ``generate``; otherwise, in a language model that
-    gets labels, the tokens before the first label; otherwise the whole input. A step that adds one token to a cache is
-    not a prompt, but if the cache has fewer tokens than the first positions take, it may be one, and the caller has to
-    set the length.
+    The user can set the length of the prompt by ``peftcore.call(model, prompt_length=...)``: one number, or one per
+    row, without padding. Otherwise the prompt is the first of these that applies: the input of ``generate``; the tokens
+    before the first label, in a language model that gets labels; the whole input.
+
+    A forward that adds one token to a cache does not belong to the prompt. But if the cache has fewer tokens than the
+    first positions need, that is uncertain, and an error asks the user to set the length.
     """
 
     def __init__(
@@ -141,19 +144,30 @@ class PromptPositions:
         last_wins: bool = False,
         whole: bool = False,
     ) -> None:
-        """Set which positions: `first` and `last` ones, and whether either has half of the prompt at most; without
-        `halves` the first ones come first, or the last ones where these win. `whole`: something is made of the prompt,
-        so that it has to come at once."""
+        """Choose the positions.
+
+        Args:
+            depth: the number of the block in its stack.
+            generates: whether the block is in a stack that can generate tokens.
+            first: the number of first positions.
+            last: the number of last positions.
+            halves: whether the first and the last positions are each limited to half of the prompt.
+            last_wins: whether a position that is both a first and a last one counts as a last one; otherwise as a first
+                one.
+            whole: whether the method needs the whole prompt in one forward.
+        """
         self.depth, self.generates, self.first, self.last, self.halves = depth, generates, first, last, halves
         self.last_wins, self.whole = last_wins, whole
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
-        """Returns masks ``[batch or 1, tokens]`` of the first and of the last positions of the prompt (none is in
-        both), for the input of a block and its other arguments by name; None if no token belongs to the prompt.
+        """Returns two masks ``[batch or 1, tokens]``: of the first and of the last positions of the prompt. No position
+        is in both. Returns None if no token belongs to the prompt. `hidden` is the input of the block, and `given` has
+        its other arguments by name.
 
         Raises:
             MissingContext: the input may be longer than the prompt, and the prompt's length is unknown.
-            SequenceError: the padding is unknown; or the method needs the `whole` prompt, and the input is only a part.
+            SequenceError: the padding is unknown; or the method needs the whole prompt, and the input is only a part of
+                it.
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
         running = forward_context()
@@ -195,12 +209,12 @@ class PromptPositions:
 
     @property
     def settled(self) -> int:
-        """The number of tokens from which on further tokens do not change the first positions."""
+        """The number of tokens after which further tokens of the prompt do not change the first positions."""
         return self.first * (1 + self.halves)
 
     def _check_pieces(self, seen: Tensor, moves: bool) -> None:
-        """Raise where a prompt that goes on would move the positions in what came before, or would have some where a
-        step that is no prompt has none."""
+        """Raise MissingContext if the cached tokens are so few that the positions depend on whether this input belongs
+        to the prompt."""
         if moves and not torch.compiler.is_compiling() and bool((seen < self.settled).any()):
             raise MissingContext(
                 f"this input continues a cache of fewer than {self.settled} tokens, which were the whole prompt or "
@@ -208,8 +222,8 @@ class PromptPositions:
             )
 
     def _check_uncached(self, length: Tensor) -> None:
-        """Raise where generation without a cache would move the positions: each step gets the whole sequence, whose end
-        is not the prompt's."""
+        """Raise MissingContext if the positions would change during generation without a cache. There each forward gets
+        the whole sequence, and the end of the sequence is not the end of the prompt."""
         if self.last:
             raise MissingContext(f"with use_cache=False, generated tokens are part of the input: {REMEDY}")
         if not torch.compiler.is_compiling() and bool((length < self.settled).any()):
@@ -217,9 +231,9 @@ class PromptPositions:
 
 
 class VisibleTokens:
-    """The attention mask for a network in parallel with the model. In causal stacks, and if a block gets ``is_causal``,
-    a token sees the tokens from the first one up to itself, elsewhere all tokens; padding is hidden, but each token
-    sees itself.
+    """Builds the attention mask for a network in parallel with the model. In causal stacks, and if a block gets
+    ``is_causal``, a token attends to earlier tokens and itself; otherwise to all tokens. Padding is masked, except that
+    each token attends to itself.
     """
 
     def __init__(self, stack: TokenStack | None) -> None:
@@ -227,8 +241,8 @@ class VisibleTokens:
         self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
 
     def mask(self, held: int, new: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Returns the mask for `new` tokens after the `held` tokens of a cache (`given`: the block's arguments by
-        name): True where a token is seen, ``[batch or 1, 1, new, held + new]``.
+        """Returns the attention mask ``[batch or 1, 1, new, held + new]`` for `new` tokens after the `held` tokens of a
+        cache. It is True where a token may attend. `given` has the block's arguments by name.
 
         Raises:
             SequenceError: the padding is unknown.
@@ -241,15 +255,20 @@ class VisibleTokens:
         return seen | torch.ones(new, count, dtype=torch.bool, device=device).triu(held).tril(held)
 
     def real(self, count: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Returns a mask of the tokens that are not padding, ``[batch or 1, tokens]``, from the arguments of the block
-        (by name); one row if they do not contain a mask. Raises SequenceError as `mask`.
+        """Returns a mask ``[batch or 1, tokens]`` of the tokens that are not padding. It is computed from the block's
+        arguments by name (`given`). If these contain no mask, the result has one row of True. Raises SequenceError as
+        `mask` does.
         """
         return _real([given], count, device)
 
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
-    """Returns the number of tokens of earlier forwards in the cache that a block of this depth gets, while `new` tokens
-    pass through the block. `given` are the block's arguments by name.
+    """Returns the number of tokens that earlier forwards have put into the cache of a block.
+
+    Args:
+        given: the arguments of the block by name; the cache is one of them.
+        depth: the number of the block in its stack.
+        new: the number of tokens in this forward.
 
     Raises:
         SequenceError: the cache does not count tokens.
@@ -268,11 +287,12 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
 
 
 def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:
-    """Returns which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
+    """Returns a mask ``[batch or 1, tokens]`` of the tokens that are not padding, for `count` tokens: cached tokens
+    first, then new ones.
 
-    The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's. A
-    block that looks through a window does not show all tokens of a cache: then there is none, if the host was told of
-    none.
+    It is computed from the mask that was passed to the host. If there is none, or its size does not fit, the mask that
+    was passed to the block is used. With sliding-window attention that mask does not contain all cached tokens. Then
+    there is no padding, provided that no mask was passed to the host.
     """
     masks = [(name, source[name]) for source in sources for name in MASKS if source.get(name) is not None]
     host_told_of_none = len(sources) > 1 and sources[0] and not any(sources[0].get(name) is not None for name in MASKS)
@@ -296,8 +316,8 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
 
 
 def _seen(mask: Tensor, held: int) -> Tensor:
-    """Returns which tokens see which by the mask of a block ``[.., new, held + new or more]``; where no token would see
-    itself, it says what is hidden (MPT's)."""
+    """Returns a bool mask that is True where a token attends, from a block's mask ``[.., new, held + new or more]``. If
+    the mask forbids each token to attend to itself, it is taken as a mask of hidden tokens and inverted (MPT)."""
     if mask.is_floating_point():
         return mask == 0
     seen = mask != 0
@@ -305,17 +325,18 @@ def _seen(mask: Tensor, held: int) -> Tensor:
 
 
 def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
-    """Returns the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
+    """Returns the prompt lengths as ``[batch or 1, 1]``. If ``generate`` repeats rows (beams), the lengths are repeated
+    too."""
     lengths = forward_context().for_rows("prompt_length", rows, torch.as_tensor(told, device=device).view(-1, 1))
     return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
 
 
 def _check_seen(seen: Tensor, length: Tensor) -> None:
-    """Check that each row has all tokens of its prompt, of which something is made. On a GPU the check runs there:
-    reading a value would wait for it.
+    """Verify that the input contains the whole prompt of each row. On a GPU the check runs asynchronously, because
+    reading the result would be slow.
 
     Raises:
-        SequenceError: a row has fewer; on a GPU it is a RuntimeError of torch.
+        SequenceError: a row has fewer tokens than its prompt. On a GPU, torch raises RuntimeError instead.
     """
     message = "tokens are fewer than those of the prompt, which this method needs in one forward"
     if seen.device.type != "cpu":
@@ -325,7 +346,8 @@ def _check_seen(seen: Tensor, length: Tensor) -> None:
 
 
 def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:
-    """Returns the number of tokens before the first label; all of them where the first token has one, or none has."""
+    """Returns the number of tokens before the first label, or the number of all tokens if the first token has a label
+    or no token has one."""
     started = (real & (labels != IGNORED)).cumsum(-1) > 0
     before = (real & ~started).sum(-1, keepdim=True)
     return torch.where(before > 0, before, length)

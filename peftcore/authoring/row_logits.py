@@ -1,7 +1,7 @@
-"""The predictions of a model at the rows of a soft prompt: their logits, for losses on them.
+"""The logits of a model at the rows (virtual tokens) of a soft prompt, for losses on these logits.
 
-The rows are dropped before the head computes logits, so labels need no change. In training the stack's output for the
-rows is kept, and the head also computes the logits of the rows that the method asks for.
+The stack's output for the rows is removed before the head computes logits, so labels need no change. In training it is
+stored, and the head also computes the logits of the rows that the method has chosen.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from peftcore.targets.sequence_sites import SequenceSite
 from peftcore.targets.sites import BesideSite, Site
 
 AFTER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Options of configs with which models change logits after their head."""
+"""Names of options in configs of transformers by which a model changes its logits after the head."""
 
 
 def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator, rows: Sequence[int]) -> Tap:
-    """Let the head compute the logits of rows of a soft prompt in training.
+    """Make the head also compute the logits of some rows (virtual tokens) of a soft prompt, in training.
 
     Args:
-        surgeon: the method's surgeon, which has installed the operator at the site.
-        site: the stack.
-        operator: the soft prompt of the stack.
-        rows: the numbers of the soft prompt's rows, in order.
+        surgeon: the argument `surgeon` of `Method.inject`, which has already recorded the soft prompt at the site.
+        site: the stack with the soft prompt.
+        operator: the operator of the soft prompt.
+        rows: the numbers of the rows whose logits are computed, in order.
 
     Returns:
-        The `Tap` into which a training forward puts the logits for `Method.output_loss`: a `Rows` whose states are
-        ``[batch, rows, vocabulary]``. It stays empty if the rows are in a cache already.
+        A `Tap`, which stores a value during a forward. In training it contains the logits, for use in
+            `Method.output_loss`: a `Rows` whose states are ``[batch, rows, vocabulary]``. It is empty if the rows come
+            from a cache.
 
     Raises:
-        UnsupportedSite: the stack lacks a head that scores its vocabulary, or the model changes the logits of the head.
+        UnsupportedSite: the model is not a causal language model with one head, or it changes the logits after the
+            head.
     """
     name = type(surgeon.model).__name__
     heads = [head for head in head_sites(surgeon) if head.out_features >= site.in_features]
@@ -62,7 +64,8 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
 
 
 def head_sites(surgeon: Surgeon) -> list[Site]:
-    """Returns the heads of the model, independent of the user's targets: for operators that do not adapt the heads."""
+    """Returns the sites of the model's heads, whatever the user's targets are. For operators that use a head without
+    adapting it."""
     try:
         found = default_sites(surgeon.resolver, ("head",)).sites
     except TargetError:
@@ -71,7 +74,7 @@ def head_sites(surgeon: Surgeon) -> list[Site]:
 
 
 class RowScorer(Operator):
-    """Computes the logits of rows of a soft prompt, in addition to those of the tokens, which do not change."""
+    """Computes the logits of some rows of a soft prompt, in addition to the logits of the tokens."""
 
     def __init__(self, site: Site, states: Tap, logits: Tap, rows: Sequence[int]) -> None:
         super().__init__(site)

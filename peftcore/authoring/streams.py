@@ -1,17 +1,17 @@
 """A stream of extra rows in parallel with the tokens of a diffusion transformer (SD3, Flux, PixArt, DiT).
 
-Such a transformer lays an image out as tokens, modulates all tokens by one timestep, and puts them back on a grid at
-the end. Rows inserted among the tokens would have to be removed before that, would need positions between those of the
-tokens, and would share their timestep. So the rows are a separate stream. Each block runs once for the tokens and once
-for the rows, with the same weights but separate arguments (timestep, positions); the attention in which tokens see each
-other sees both:
+Such a transformer converts an image to a sequence of tokens, modulates all tokens by one timestep, and converts them
+back to an image. If the rows were inserted into this sequence, they would have to be removed at the end, and would need
+positions and the same timestep. So the rows are a separate stream. Each block runs once for the tokens and once for the
+rows, with the same weights but separate arguments (timestep, positions). In self-attention, tokens and rows attend to
+each other:
 
     k_r, v_r of L(r)   ->   x' = L(x; keys [k_r, k_x])   ->   r' = L(r; keys [k_x, k_r])
 
-If both get the same arguments, that equals the block on [x; r]. The length of the transformer's sequence does not
-change, so rows need not be cut off, and tensors along the sequence stay as they are. Rows may be in parallel with the
-tokens of the image, or with those of the text if the text is a separate stream (SD3, Flux). Several streams do not see
-each other.
+If both get the same arguments, this equals the block on [x; r]. The length of the transformer's own sequence does not
+change, so rows need not be removed, and other tensors with the sequence's length still fit. The rows may be processed
+like tokens of the image, or like tokens of the text if the text is a separate stream (SD3, Flux). Several streams of
+rows do not attend to each other.
 """
 
 from __future__ import annotations
@@ -40,52 +40,54 @@ from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.sites import Site
 
 IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
-"""The arguments of the transformer and of its blocks that contain the streams of image and text."""
+"""The arguments of the transformer and of its blocks with the tokens of the image and of the text."""
 ROTARY = "image_rotary_emb"
-"""The argument that passes cosines and sines of the positions of all tokens to a block, ``[tokens, width]`` each."""
+"""The argument of a block with the cosines and sines of the positions of all tokens, ``[tokens, width]`` each."""
 PLACES = {"txt_ids": -2}
-"""Arguments of the transformer with one entry for each token of the text, and the dimension of these entries."""
+"""Arguments of the transformer that have one entry for each token of the text, with the dimension along which the
+tokens are."""
 ALONG = "attention_mask"
-"""The argument that hides tokens of the image from each other."""
+"""The argument that masks tokens of the image in self-attention."""
 TOLD = frozenset({"temb", "timestep"})
-"""The arguments that pass the timestep to blocks: blocks of a diffusion transformer have one of them."""
+"""The arguments that pass the timestep to blocks. Every block of a diffusion transformer has one of them."""
 FORM = "stream"
 BLOCK = f"{FORM}.block."
-"""The start of the form of a block's site; the block's path follows."""
+"""The form of a block's site begins with this, and the path of the block follows."""
 
 S = TypeVar("S", bound="RowStream")
 
 
 @dataclass(frozen=True, eq=False)
 class StreamSite(Site):
-    """A diffusion transformer, as a site for a stream of rows in parallel with its tokens."""
+    """A diffusion transformer as a site for a stream of extra rows, which its blocks process in parallel with its
+    tokens."""
 
     width: int = 0
-    """The number of features of its tokens inside the blocks."""
+    """The number of features of the tokens inside the blocks."""
     places: tuple[Site, ...] = ()
     """The blocks of the transformer."""
     attentions: tuple[AttentionSite, ...] = ()
-    """The attentions in which its tokens see each other."""
+    """The self-attention of each block."""
     joint: bool = False
     """Whether the blocks also change the text, instead of only reading it."""
     text: bool = False
-    """Whether its blocks get a text."""
+    """Whether the blocks get a text."""
 
     def _make_path(self) -> str:
         return f"{self.module_path}:{FORM}".lstrip(":")
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width as a shape, for plans and files."""
+        """The width as a shape with one dimension. Plans and files show it as the shape of the site."""
         return torch.Size([self.width])
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The paths of its blocks."""
+        """The paths of the blocks."""
         return tuple(place.module_path for place in self.places)
 
     def only(self, blocks: Iterable[str]) -> StreamSite:
-        """Returns the site for rows that pass only through these blocks; the other blocks do not see the rows."""
+        """Returns a copy of the site in which only the given blocks (by path) process the rows."""
         kept = set(blocks)
         pairs = [pair for pair in zip(self.places, self.attentions, strict=True) if pair[0].module_path in kept]
         places, attentions = zip(*pairs, strict=True)
@@ -93,11 +95,10 @@ class StreamSite(Site):
 
 
 def stream_sites(surgeon: Surgeon, paths: Iterable[str] = ("",)) -> list[StreamSite]:
-    """Returns the diffusion transformers of the host that contain a target module, or are inside a target module.
+    """Returns the diffusion transformers of the host that contain one of the modules at `paths`, or are inside one.
 
     Raises:
-        UnsupportedSite: no diffusion transformer is found; or a block does not have exactly one attention in which its
-            tokens see each other.
+        UnsupportedSite: no diffusion transformer is found; or a block does not have exactly one self-attention.
     """
     wanted, host = list(paths), surgeon.resolver.host
     lists: dict[str, list[str]] = {}
@@ -155,7 +156,8 @@ def _site(surgeon: Surgeon, owner: str, blocks: list[str]) -> StreamSite:
 
 
 class Reached(Exception):  # no error: it ends a pass that has given what it was for
-    """Raised to end a pass for the rows at the requested module."""
+    """Raised to end a forward for the rows early, as soon as it has reached the required module. It is caught inside
+    this file."""
 
     def __init__(self, running: Running) -> None:
         super().__init__()
@@ -170,15 +172,15 @@ class Running:
     """The state of a stream of rows in one forward of its transformer.
 
     Attributes:
-        told: the arguments of the first block for the rows, by name.
-        begins: the form of the first block, if the rows are inserted there.
+        told: the arguments for the rows with which the first block is called, by name.
+        begins: the form of the first block's site, if `RowStream.first` made the rows there.
         rows: the rows after the last block that ran; None before the first block, and after their stream has ended.
-        before: the rows before each block that ran, for blocks that run again inside backward.
-        makes: whether the transformer now computes the rows from an input.
-        asks: whether the block now runs only to get the keys and values of the rows.
+        before: the input rows of each block that ran, by form, for blocks that run again inside backward.
+        makes: whether the transformer is now running up to its first block, to compute the rows from a second input.
+        asks: whether a block is now running only to get the keys and values of the rows.
         counts: the numbers of tokens and of rows in the attention of the current block.
-        of_tokens: keys and values of the tokens in that attention, once they are known.
-        of_rows: keys and values of the rows in that attention, once they are known.
+        of_tokens: keys and values of the tokens in the attention of the current block; None until they are computed.
+        of_rows: keys and values of the rows in the attention of the current block; None until they are computed.
     """
 
     def __init__(self) -> None:
@@ -193,13 +195,14 @@ class Running:
         self._inside = _reentrant()
 
     def check_gradients(self) -> None:
-        """Verify that the rows get gradients: a reentrant checkpoint of a block loses them, since rows are not its
-        arguments."""
+        """Raise TrainingError if the rows would get no gradients. This is so if a block runs under reentrant gradient
+        checkpointing, because the rows are not arguments of the block."""
         if (here := _reentrant()) is not None and here != self._inside:
             raise TrainingError(REENTRANT)
 
     def enter(self, form: str, rows: Tensor) -> Tensor:
-        """Returns the rows before a block; a block that runs again inside backward gets the same rows."""
+        """Returns the input rows of a block. If the block runs again inside backward, it gets the same rows as
+        before."""
         if form in self.before and not forward_context().repeating:
             raise SequenceError(
                 "a block runs twice in one forward, so it is ambiguous which rows belong to which tokens: run it once"
@@ -208,31 +211,31 @@ class Running:
 
 
 def _reentrant() -> int | None:
-    """Returns the reentrant checkpoint in whose forward this is."""
+    """Returns an id of the reentrant gradient checkpoint whose forward is running; None if there is none."""
     return None if torch.compiler.is_compiling() or torch.is_grad_enabled() else reentrant()
 
 
 NOW = Tap()
-"""The key of the stream for whose rows modules run now; empty while they run for the transformer's own tokens."""
+"""The key of the stream whose rows are being processed now; empty while the transformer's own tokens are processed."""
 
 
 class Turn(Tap):
-    """Holds the state of one stream in a forward (`Running`), and shows operators inside the blocks whether modules run
-    for the stream's rows."""
+    """Stores the state (`Running`) of one stream during a forward. Operators inside the blocks use it to find out
+    whether a module is running on the stream's rows or on the transformer's tokens."""
 
     def __init__(self) -> None:
         super().__init__(until_backward=True)
 
     def is_now(self) -> bool:
-        """Whether modules now run for the rows of this stream."""
+        """Whether the modules are now running on the rows of this stream."""
         return bool(NOW.get() == self.key)
 
     def is_others(self) -> bool:
-        """Whether modules now run for the rows of another stream."""
+        """Whether the modules are now running on the rows of another stream."""
         return NOW.get() not in (None, self.key)
 
     def run(self, call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-        """Run a module for the rows of this stream."""
+        """Run a module on the rows of this stream, with `given` arguments by name."""
         NOW.put(self.key)
         try:
             return _called(call, given)
@@ -241,17 +244,18 @@ class Turn(Tap):
 
 
 def _called(call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-    """Call a module on arguments by name; the image is by position, where operators inside expect it."""
+    """Call a module on arguments by name. The image is passed by position, as operators inside the module expect."""
     return call(given[IMAGE], **{name: value for name, value in given.items() if name != IMAGE})
 
 
 class RowStream(Operator):
-    """Base class of operators with a stream of rows. Subclasses define `second` or `first`."""
+    """Base class of operators that add a stream of rows in parallel with the tokens of a diffusion transformer.
+    Subclasses define `second` or `first`, which return the rows."""
 
     beside_text = False
-    """Whether the rows are in parallel with the tokens of the text, instead of those of the image."""
+    """Whether the rows are processed like tokens of the text, instead of tokens of the image."""
     sees_tokens = True
-    """Whether the rows see the tokens; tokens always see the rows."""
+    """Whether the rows attend to the tokens. The tokens always attend to the rows."""
 
     def __init__(self, site: StreamSite) -> None:
         super().__init__(site)
@@ -266,29 +270,30 @@ class RowStream(Operator):
         self.turn = Turn()
 
     def second(self, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """Returns arguments by name from which the transformer computes the rows in the same way as its tokens,
-        timestep and positions included; None if `first` returns the rows.
+        """Returns a second set of arguments for the transformer, by name, including timestep and positions. The
+        transformer computes the rows from them, as it computes its tokens from its own arguments. None if `first`
+        returns the rows.
 
         Args:
-            given: the arguments that the user passed to the transformer.
+            given: the arguments of the transformer by name.
 
         Raises:
-            MissingContext, RouteError, ConfigError: this call lacks the values from which rows are computed, or the
-                values do not fit.
+            MissingContext, RouteError, ConfigError: the values from which rows are computed are missing in this call,
+                or do not fit.
         """
         return None
 
     def first(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the arguments of the first block for the rows, by name; `alike` builds them from rows ``[batch, rows,
-        width]``.
+        """Returns the arguments with which the first block is called for the rows, by name. `alike` builds them from
+        rows ``[batch, rows, width]``.
 
         Args:
-            given: the arguments of the first block for the tokens.
+            given: the arguments with which the first block is called for the tokens, by name.
         """
         raise NotImplementedError
 
     def at_block(self, block: str, rows: Tensor) -> Tensor:
-        """Returns the rows that enter a block, ``[batch, rows, width]``; by default the output rows of the previous
+        """Returns the input rows of a block, ``[batch, rows, width]``; by default the output rows of the previous
         block.
 
         Args:
@@ -298,7 +303,7 @@ class RowStream(Operator):
         return rows
 
     def alike(self, given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-        """Returns the arguments of a block for rows without positions; the other arguments are the same as for the
+        """Returns the arguments of a block for rows without positions. All other arguments are the same as for the
         tokens."""
         mine = {**given, self.stream: rows}
         if given.get(ROTARY) is not None:  # the angle of rows is zero
@@ -308,11 +313,11 @@ class RowStream(Operator):
         return mine
 
     def at(self, form: str, module: Any) -> Callable[..., Any]:
-        """Returns the function that wraps the transformer, or one of its blocks."""
+        """Returns the function that wraps `module`, the transformer or one of its blocks."""
         return self if form == FORM else partial(self._block, form)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the transformer."""
+        """Returns the output of the transformer, whose blocks also process the rows."""
         if NOW.get() is not None:  # another stream has it make rows
             return call(*args, **kwargs)
         given = self._bind(FORM, args, kwargs)
@@ -324,7 +329,7 @@ class RowStream(Operator):
         return _called(call, given)
 
     def _make(self, running: Running, call: Callable[..., Any], second: Mapping[str, Any]) -> None:
-        """Run the transformer on a second input up to its first block, which tells what that is given."""
+        """Run the transformer on a second input up to its first block, and record the arguments of that block."""
         running.makes = True
         try:
             self.turn.run(call, self._without_text(second) if self.joint else second)
@@ -335,12 +340,13 @@ class RowStream(Operator):
             running.makes = False
 
     def _without_text(self, second: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns arguments with no tokens of text, which are in the transformer's own already."""
+        """Returns the second input without tokens of the text, because the transformer's own input already contains the
+        text."""
         none = {name: second[name].narrow(dim, 0, 0) for name, dim in PLACES.items() if second.get(name) is not None}
         return {**second, TEXT: second[TEXT][:, :0], **none}
 
     def _block(self, form: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a block, for the tokens and for the rows."""
+        """Run a block on the tokens and on the rows. Returns the output for the tokens."""
         running: Running | None = self.turn.get()
         if running is None or self.turn.is_others():
             return call(*args, **kwargs)
@@ -373,7 +379,7 @@ class RowStream(Operator):
         return output
 
     def _ask(self, running: Running, call: Callable[..., Any], mine: Mapping[str, Any]) -> None:
-        """Run the block for the rows up to its attention, for their keys."""
+        """Run the block on the rows up to its attention, to get their keys and values."""
         running.asks = not torch.compiler.is_compiling()  # there what is not used falls away by itself
         try:
             self.turn.run(call, mine)
@@ -384,11 +390,11 @@ class RowStream(Operator):
             running.asks = False
 
     def _check(self, told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        """Check that nothing is lost on the way.
+        """Verify that the rows fit the tokens.
 
         Raises:
-            SequenceError: tokens of the image are hidden from each other, or the rows are not those of this batch.
-            PluginError: the rows have another shape.
+            SequenceError: tokens of the image are masked in self-attention, or the rows have another batch size.
+            PluginError: the rows have a wrong shape.
         """
         if given.get(ALONG) is not None:
             raise SequenceError(
@@ -403,7 +409,8 @@ class RowStream(Operator):
             )
 
     def _for_rows(self, form: str, told: Mapping[str, Any], given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-        """Returns what a block is given for the rows: what the first one was, and no tokens of the other stream."""
+        """Returns the arguments of a block for the rows: those that were recorded for the first block, and no tokens of
+        the other stream."""
         mine = {**given, **{name: value for name, value in told.items() if name in self.names[form]}, self.stream: rows}
         if self.joint:
             mine[self.other] = given[self.other][:, :0]
@@ -414,13 +421,14 @@ class RowStream(Operator):
 
 
 def _of_length(output: Any, rows: int) -> Tensor | None:
-    """Returns the rows of what a block returns, where the other stream has no tokens; None where they end there."""
+    """Returns the rows in the output of a block; None if the block does not return them, as the last block of SD3 for
+    text."""
     parts = (output,) if isinstance(output, Tensor) else output
     return next((each for each in parts if isinstance(each, Tensor) and each.shape[1] == rows), None)
 
 
 class JointAttention(AttentionOperator):
-    """Lets tokens and rows see each other in one attention."""
+    """Makes the tokens and the rows attend to each other in one attention module."""
 
     def __init__(self, site: AttentionSite, stream: RowStream) -> None:
         super().__init__(site)
@@ -443,16 +451,18 @@ class JointAttention(AttentionOperator):
 
 
 def _last(count: int, key: Tensor, value: Tensor) -> Keys:
-    """Returns the attention's own keys and values, without those that other edits put in front."""
+    """Returns the last `count` keys and values. These are the attention's own, without those that other adapters have
+    inserted before them."""
     return key[:, :, -count:], value[:, :, -count:]
 
 
 def add_stream(
     surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None, **own: Any
 ) -> S:
-    """Install ``operator(site, config, **own)``, a `RowStream`, at a diffusion transformer.
+    """Build ``operator(site, config, **own)``, a `RowStream`, and put it at a diffusion transformer.
 
-    Returns the operator. Its `turn` shows operators inside the blocks when the blocks run for the rows.
+    Returns the operator. Operators inside the blocks can use its `turn` to find out whether a block is running on the
+    rows.
     """
     stream = surgeon.graft(site, operator, config, site.places, **own)
     for attention in site.attentions:

@@ -1,5 +1,4 @@
-"""The user's data, which a method uses before training: batches with the model's output and loss, and a progress
-bar."""
+"""The user's data, as a method gets it before training. Each batch can return the model's output and loss for it."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ class Labelled:
 
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any] | Labelled]
-"""The type of the user's data, an iterable of batches. A mapping is called as ``model(**batch)``, a tuple or list as
-``model(*batch)``. A function gets the model and runs it; if the model's output lacks a loss, the function returns the
-loss. Each batch may be `Labelled`."""
+"""The type of the user's data, an iterable of batches. If a batch is a mapping, the model is called as
+``model(**batch)``; if it is a tuple or list, as ``model(*batch)``. If it is a function, it gets the model and has to
+call it; it returns the model's output, or the loss. Each batch may be wrapped in `Labelled`."""
 
 
 class Batch:
@@ -46,8 +45,8 @@ class Batch:
 
     @property
     def beside(self) -> Tensor | None:
-        """The labels of a `Labelled` batch; None for other batches, also if the model's inputs contain labels (use
-        `labels` for these). For methods that need extra information for some batches only.
+        """The labels of a `Labelled` batch; None for other batches. Labels among the model's inputs do not count here;
+        `labels` returns both kinds. For methods that need extra information for some batches only.
         """
         return self._labels
 
@@ -69,7 +68,7 @@ class Batch:
         )
 
     def _run(self, function: Callable[[nn.Module], Any]) -> Any:
-        """Run a function of the model, and note the arguments of its first call."""
+        """Run the user's function on the model, and record the arguments of the function's first call of the model."""
         seen: list[Mapping[str, Any]] = []
 
         def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -84,10 +83,11 @@ class Batch:
         return output
 
     def loss(self) -> Tensor:
-        """Returns the output's loss, or the output itself if it is a scalar: a tensor of shape ``[]``, with its graph.
+        """Returns the loss for the batch, a tensor of shape ``[]`` with its graph. It is the loss in the model's
+        output, or the output itself if that is a single value.
 
         Raises:
-            CalibrationError: the output lacks a loss.
+            CalibrationError: the output has no loss.
         """
         output = self.output()
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -99,9 +99,9 @@ class Batch:
         return loss.view(())
 
     def inputs(self) -> Mapping[str, Any]:
-        """Returns the model's inputs: the arguments of its forward by name, on its device. If the batch is a function,
-        these are the arguments of its first call of the model; the function runs once to find them, unless it ran
-        already.
+        """Returns the arguments of the model's forward for this batch, by name, on the model's device. If the batch is
+        a function, they are the arguments with which it first calls the model. The function is run once to find them,
+        unless `output` has run it already.
 
         Raises:
             CalibrationError: the function does not call the model, or the model cannot be called with the batch.
@@ -122,8 +122,8 @@ class Batch:
         return self._called
 
     def labels(self) -> Tensor:
-        """Returns the labels of the batch, on the model's device: those of a `Labelled` batch, or the model's input
-        ``labels``.
+        """Returns the labels of the batch, on the model's device: `Labelled.labels`, or for other batches the model's
+        input ``labels``.
 
         Raises:
             CalibrationError: the batch lacks labels.
@@ -139,8 +139,8 @@ class Batch:
 
 
 class Batches:
-    """The batches in their order, iterable as often as the user's data. Iterating shows a progress bar, and raises
-    CalibrationError if the data is empty.
+    """An iterable of `Batch` over the user's data, in the order of the data. It can be iterated as often as the data
+    itself. Iterating shows a progress bar, and raises CalibrationError if the data is empty.
     """
 
     def __init__(self, model: nn.Module, data: Data, title: str) -> None:

@@ -1,7 +1,7 @@
-"""Records the calls of one module in one forward, so that the inputs of a call can be found by its output.
+"""Records the calls of one module in one forward, so that the input of a call can be found from its output.
 
-A composition uses this to combine operators that change a module's input: each operator runs as usual, and the input
-that it passed to the module is looked up by the module's output.
+A composition uses this to combine operators that only change a module's input. Each operator runs as usual. Then the
+composition looks up the input that the operator passed to the module, from the output that the module returned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Calls:
     """A module's forward that records its calls.
 
     Args:
-        run: the forward. Its first argument, a tensor, is the input; the other arguments of a call stay as they are.
+        run: the module's forward. Its first argument is the input, a tensor.
     """
 
     def __init__(self, run: Callable[..., Any]) -> None:
@@ -31,10 +31,10 @@ class Calls:
         return output
 
     def given(self, output: Any) -> Tensor:
-        """Returns the input of the call that returned this output.
+        """Returns the input of the recorded call that returned `output`.
 
         Raises:
-            CompositionError: no call returned it: an operator changed the output.
+            CompositionError: no call returned `output`, because an operator changed it.
         """
         args, kwargs = self._of(output)
         given: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -44,7 +44,7 @@ class Calls:
         """Returns the module's output for another input, with the other arguments of the call that returned `output`.
 
         Raises:
-            CompositionError: no call returned it.
+            CompositionError: no call returned `output`.
         """
         args, kwargs = self._of(output)
         if args:

@@ -1,10 +1,10 @@
-"""Compositions of several injections. They can be nested, and are activated like a name.
+"""Compositions of several injections. They can be nested, and `activate` accepts them in place of a name.
 
     activate(model, Stack("style", Average("german", "french")))
 
-Each branch of a composition runs its injections at a module, one after the other; there the outputs of the branches are
-combined, or the inputs that they pass to the module (`Combiner.mixes_inputs`). In a stack, the parts after a
-composition act in each of its branches.
+In a composition other than `Stack`, each part is a branch. At each module, every branch runs its injections one after
+the other. Then the outputs of the branches are combined, or the inputs that the branches pass to the module
+(`Combiner.mixes_inputs`). In a stack, the parts after a composition act in each branch of that composition.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from peftcore.errors import CompositionError
 
 Names = tuple[str, ...]
 Outputs = Mapping[Names, Any]
-"""A module's outputs, by the names of the active injections in the order in which they act."""
+"""The output of a module in each branch. The key is the names of the branch's injections, in the order in which they
+act."""
 Combiners = Mapping[str, Combiner]
-"""The combiners at a module, by name of their injection."""
+"""The combiners at a module, by the name of the injection that each belongs to."""
 
 
 class Composition(ABC):
@@ -47,17 +48,18 @@ class Composition(ABC):
             yield from (part,) if isinstance(part, str) else part.names()
 
     def combined(self) -> Iterator[str]:
-        """Yields the names of the injections whose outputs are combined with other outputs."""
+        """Yields the names of the injections whose outputs are combined with outputs of other injections."""
         yield from self.names()
 
     def mixer(self, here: Combiners) -> Combiner | None:
-        """Returns the combiner that mixes the inputs which the parts pass to a module; None if outputs are combined
-        instead."""
+        """Returns the combiner that mixes the inputs of a module, one from each part; None if the parts' outputs are
+        combined instead."""
         return None
 
     @abstractmethod
     def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
-        """Returns one output, from the outputs of the branches and the module's output without them."""
+        """Returns one output, combined from the outputs of the branches and from `base`, the module's output without
+        the branches."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -71,7 +73,7 @@ class Composition(ABC):
 
 
 class Stack(Composition):
-    """Parts that act one after the other, in this order."""
+    """A composition whose parts act one after the other, in the given order."""
 
     def __init__(self, *parts: str | Composition) -> None:
         super().__init__(*parts)
@@ -92,8 +94,8 @@ def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[f
 
 
 class Sum(Composition):
-    """``base + sum_i w_i (y_i - base)``: the sum of the parts' changes, each times its weight. Without `weights`, every
-    weight is 1; a negative weight subtracts a change.
+    """``base + sum_i w_i (y_i - base)``: the base output plus the weighted sum of the parts' changes. Without
+    `weights`, every weight is 1; a negative weight subtracts a change.
 
     Raises:
         CompositionError: there are not as many weights as parts.
@@ -110,7 +112,7 @@ class Sum(Composition):
 
 
 class Average(Composition):
-    """``sum_i w_i y_i / sum_i w_i``: the mean of the parts' outputs; every w is 1 without `weights`.
+    """``sum_i w_i y_i / sum_i w_i``: the weighted mean of the parts' outputs. Without `weights`, every weight is 1.
 
     Raises:
         CompositionError: there are not as many weights as parts, or they add up to 0.
@@ -128,12 +130,12 @@ class Average(Composition):
 
 
 class Split(Composition):
-    """Parts for ranges of tokens, [batch, tokens, ...]: the first for the first ``lengths[0]`` tokens, and so on; a
-    last length of None takes the remaining tokens. Every module must get the whole sequence, so generation cannot use a
-    cache.
+    """Parts that each act on a range of the tokens, in outputs [batch, tokens, ...]. The first part acts on the first
+    ``lengths[0]`` tokens, and so on. If the last length is None, the last part acts on all remaining tokens. Every
+    module must get the whole sequence, so generation cannot use a cache.
 
     Raises:
-        CompositionError: here, the lengths do not fit the parts; in forward, they do not fit the sequence.
+        CompositionError: the lengths do not fit the parts (on construction), or the sequence (in forward).
     """
 
     def __init__(self, *parts: str | Composition, lengths: Sequence[int | None]) -> None:
@@ -161,8 +163,8 @@ class Split(Composition):
 
 
 class Fuse(Composition):
-    """The parts' outputs combined by the injection `by`: for example by the learned attention of adapter_fusion. At
-    modules without an operator of `by`, the parts are averaged."""
+    """Combines the parts' outputs by the operators of another injection, named `by`: for example by the learned
+    attention of the method adapter_fusion. At modules without an operator of `by`, the outputs are averaged."""
 
     def __init__(self, *parts: str | Composition, by: str) -> None:
         super().__init__(*parts, by=by)
@@ -190,13 +192,13 @@ KINDS = {kind.__name__: kind for kind in (Stack, Sum, Average, Split, Fuse)}
 
 
 def composed(composition: Composition, outputs: Outputs, here: Combiners, calls: Calls) -> Any:
-    """Returns a module's output under a composition: if the output is a tuple, only its first entry is combined, and
-    the other entries are those of the base.
+    """Returns a module's output under a composition. If the module returns tuples, only the first entries are combined,
+    and the other entries come from the module's output without the branches.
 
     Args:
         outputs: the output of each branch (see `branches`); branches with the same operators share one object.
         here: the combiners at the module.
-        calls: the module's calls in the branches that only change its input.
+        calls: the recorded calls of the module in branches that only change the module's input.
     """
     return _branches([composition], (), outputs, here, calls)
 
@@ -229,16 +231,17 @@ def _first_of(output: Any) -> Tensor:
 
 
 def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator[Names]:
-    """Yields every branch that `composed` may run, as names in the order in which the injections act."""
+    """Yields every branch that `composed` may run. A branch is a tuple of the names of injections, in the order in
+    which they act."""
     for names, _ in _ways(nodes, before, {}, None):
         if not isinstance(names, Composition):
             yield names
 
 
 def mixed(composition: Composition, here: Combiners) -> Iterator[tuple[Composition, Names | Composition]]:
-    """Yields the branches that may only change the module's input, because a combiner in `here` mixes their inputs.
-    Each item is a pair: the composition whose parts are mixed, and one of its branches, or a composition inside it that
-    mixes outputs."""
+    """Yields the branches whose inputs a combiner in `here` mixes. The injections of these branches may only change the
+    module's input. Each item is a pair: first the composition whose parts are mixed, then either one of its branches or
+    a composition inside it that mixes outputs."""
     for inside, by in _ways([composition], (), here, None):
         if by is not None:
             yield by, inside
@@ -247,7 +250,8 @@ def mixed(composition: Composition, here: Combiners) -> Iterator[tuple[Compositi
 def _ways(
     nodes: Sequence[str | Composition], before: Names, here: Combiners, by: Composition | None
 ) -> Iterator[tuple[Names | Composition, Composition | None]]:
-    """Yields every branch, and every composition that mixes outputs, with the one around it that mixes inputs."""
+    """Yields every branch, and every composition that mixes outputs. Each is paired with the nearest composition around
+    it that mixes inputs, or None."""
     if not nodes:
         yield before, by
         return

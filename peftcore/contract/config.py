@@ -43,8 +43,8 @@ MAX_GLOBS = 100_000
 
 
 def fits(value: Any) -> bool:
-    """Whether tensors can be computed with a number. False for integers of more than 64 bits and for other numbers near
-    the limits of float32 (other checks reject infinities and NaN)."""
+    """Whether a number is small enough to compute with in tensors. False for integers of more than 64 bits, and for
+    floats above 1e30 in magnitude. Infinities and NaN return True, because other checks reject them."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     return not isinstance(value, float) or abs(value) <= 1e30 or not math.isfinite(value)
@@ -60,22 +60,23 @@ def matches(path: str, pattern: str) -> bool:
 
 
 class MethodConfig(BaseModel):
-    """Options of one method: typed, strict, immutable; unknown keys are refused. Docstrings under fields become schema
-    descriptions."""
+    """Base class of the options of one method. Options are typed, strict and immutable, and unknown keys raise an
+    error. The docstring under a field becomes its description in the JSON schema."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     overridable: ClassVar[tuple[str, ...] | None] = None
-    """The options that `overrides` may change; None: all. A method whose sites share parameters names those that do not
-    affect the shared ones; with ``()`` it takes no overrides."""
+    """The names of the options that `overrides` may change; None for all options. If the sites of a method share
+    parameters, only options that do not affect the shared parameters are listed. With ``()``, the method takes no
+    overrides."""
 
     method: str
     """Name of the method these options belong to."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_OVERRIDES)
-    """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; for each site
-    the first glob that matches is used."""
+    """Options for some sites that differ from those of the others: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs
+    for site paths; for each site the first glob that matches is used."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -120,9 +121,9 @@ class MethodConfig(BaseModel):
 
     @classmethod
     def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Returns the options with the names of the tasks added. Rows of the data belong to these tasks, and each call
-        names its task (`peftcore.call(model, task=...)`). By default the options stay unchanged: a method without tasks
-        trains all rows alike.
+        """Returns the options with the names of tasks added, for methods that treat tasks differently. Each row of the
+        data belongs to a task, which `peftcore.call(model, task=...)` names in a call. By default the options are
+        returned unchanged.
 
         Raises:
             ConfigError: the options already name other tasks.
@@ -130,7 +131,7 @@ class MethodConfig(BaseModel):
         return dict(options)
 
     def replace(self, **changes: Any) -> Self:
-        """Returns a copy with some options changed, validated like a new one.
+        """Returns a copy of the options with some of them changed. The copy is validated.
 
         Raises:
             ConfigError: an option is unknown or its value breaks a rule.
@@ -158,19 +159,21 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float
 
 
 MAX_ERRORS = 1000
-"""The number of wrong values up to which each is reported: a report of a million values takes seconds and a
-gigabyte."""
+"""The largest number of wrong values that are reported one by one. A report of a million values would take seconds and
+a gigabyte."""
 
 
 def described(error: ValidationError) -> list[dict[str, Any]]:
-    """Returns the errors of a model, one line each; if there are too many, a single line."""
+    """Returns the errors of a pydantic validation, one entry each; if there are more than `MAX_ERRORS`, a single entry
+    with their number."""
     if error.error_count() > MAX_ERRORS:
         return [{"type": "many", "loc": (), "msg": f"{error.error_count():,} values are wrong", "input": "..."}]
     return [dict(each) for each in error.errors(include_url=False)]
 
 
 Advice = Callable[[str], str | None]
-"""Type of functions that return the advice for an option of another library; None for other names."""
+"""Type of functions that get the name of an unknown option. They return advice if another library has that option,
+otherwise None."""
 
 
 def no_advice(option: str) -> None:
@@ -195,7 +198,8 @@ def _explain(kind: type[MethodConfig], error: ValidationError, advice: Advice = 
 
 
 def validate(kind: type[C], options: dict[str, Any], advice: Advice = no_advice) -> C:
-    """Returns the options as a config of `kind`. Lists are accepted for tuples, which YAML and flags do not have.
+    """Returns the options as a config of class `kind`. A list is accepted where the class has a tuple, because YAML and
+    command-line flags have no tuples.
 
     Raises:
         ConfigError: an option is unknown or breaks a rule. The message has one line for each error, with method, field,
@@ -216,7 +220,8 @@ def _as_asked(kind: type[MethodConfig], name: str, value: Any) -> Any:
 
 
 def validate_json(kind: type[C], text: str | bytes) -> C:
-    """Returns the options in JSON text as a config of `kind` (lists are accepted for tuples).
+    """Returns options that are given as JSON text, as a config of class `kind`. A list is accepted where the class has
+    a tuple.
 
     Raises:
         ConfigError: an option is unknown or breaks a rule. The message has one line for each error, with method, field,
@@ -229,10 +234,10 @@ def validate_json(kind: type[C], text: str | bytes) -> C:
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
-    """Returns the operator dtype of this name, or `name` itself if it is a dtype; float32 if it is None.
+    """Returns the dtype called `name`; `name` itself if it already is a dtype; float32 if it is None.
 
     Raises:
-        ConfigError: not a floating-point dtype.
+        ConfigError: the dtype is not one of `DTYPES`.
     """
     if name is None:
         return torch.float32

@@ -1,9 +1,9 @@
 """The hooks, in the order in which they run for an injection.
 
-A hook asks all plugins; the steps of one method are functions of its class. For every hook that stops at the first
-answer, the core's own implementation runs last and calls the method's function, so a plugin can answer before it or
-wrap it. No hook runs while the host runs forward or backward. An implementation may accept fewer arguments than are
-listed here.
+A hook is called in all plugins. For hooks with ``firstresult=True`` the calls stop at the first result that is not
+None. The core has its own implementation of these, which runs last, so a plugin can return a result before it or wrap
+it. For a step of one method (inject, select, merge) the core's implementation calls the code of the method. No hook
+runs while the host runs forward or backward. An implementation may accept fewer arguments than are listed here.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ if TYPE_CHECKING:
     from peftcore.roles import HostMap
 
 API = 2
-"""The version of these specifications; a plugin declares in ``PEFTCORE_API`` the version that it was written for."""
+"""The version of the hooks in this file. A plugin declares in ``PEFTCORE_API`` the version that it was written for."""
 
 
 @dataclass(frozen=True)
 class ForcedAttributes:
-    """The forced attributes of modules of one class."""
+    """The forced attributes of modules of one class: attributes that have other values while the host is adapted."""
 
     attributes: Mapping[str, Any]
-    """Attributes of the view that replace the module's own."""
+    """The forced attributes by name. They are set on the view (the stand-in object on which forward runs) instead of
+    the module."""
     always: bool = True
-    """Forced while any injection is on the host; otherwise only while one acts inside the module."""
+    """True if the attributes are forced while any injection is on the host; False if only while an injection acts
+    inside the module."""
     wanted: Callable[[nn.Module], bool] = lambda module: True
     """Returns whether a given module of the class needs the forced attributes."""
     ready: Callable[[nn.Module], None] = lambda module: None
-    """Puts a module into the state that the forced attributes assume, without changing its weights."""
+    """Prepares a module so that the forced attributes work on it. It does not change the module's weights."""
 
 
 hookspec = pluggy.HookspecMarker("peftcore")
@@ -53,16 +55,17 @@ hookimpl = pluggy.HookimplMarker("peftcore")
 def peftcore_methods() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Name the methods of a plugin.
 
-    Runs when the catalogue is first asked for anything; once for each plugin. Returns method names mapped to
-    ``"module:Class"``: strings, so that a method's module is imported only on its first use.
+    Runs once for each plugin, on the first use of the catalogue of methods. Returns method names mapped to
+    ``"module:Class"``. They are strings, so that a method's module is imported only on its first use.
     """
 
 
 @hookspec
 def peftcore_presets() -> Mapping[str, Preset]:  # type: ignore[empty-body]
-    """Name the presets of a plugin: named sets of options of a method, which may belong to another plugin.
+    """Name the presets of a plugin. A preset is a named set of options of a method; the method may belong to another
+    plugin.
 
-    Runs when the catalogue is first asked for anything; once for each plugin. Returns names mapped to `Preset`.
+    Runs once for each plugin, on the first use of the catalogue of methods. Returns names mapped to `Preset`.
     """
 
 
@@ -71,14 +74,15 @@ def peftcore_map(model: nn.Module) -> HostMap | None:
     """Map the modules of a host to their roles.
 
     Runs at the start of `apply` and `plan`, unless the user passed a map. Gets the host. Returns the host's map, or
-    None if the plugin cannot map this host; the core derives one from structure and names. Stops at the first result
-    that is not None.
+    None if the plugin cannot map this host. Stops at the first result that is not None. If no plugin returns a map, the
+    core derives one from structure and names.
     """
 
 
 @hookspec(firstresult=True)
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return how a module stores one of its tensors: the logical layout, how to read and write it, the linear map.
+    """Return the `Layer` of a module's tensor: it describes the logical layout and the linear map, and reads and writes
+    the tensor.
 
     Runs when sites are chosen, once for all modules with the same structure: modules of one class, with equal
     attributes, and with plain tensors of equal shapes and dtypes. The `Layer` is plain data; later it reads and writes
@@ -92,8 +96,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
     """Return the attributes that modules of a class must have while their host is adapted.
 
-    Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, or None;
-    the core returns those for modules of torch. Stops at the first result that is not None.
+    Runs once for each class of modules in an adapted host. Gets the class. Returns `ForcedAttributes`, or None. The
+    core returns the forced attributes of classes of torch. Stops at the first result that is not None.
     """
 
 
@@ -101,8 +105,9 @@ def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
 def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Name the quantization schemes of a plugin, for `quantize`.
 
-    Runs when a scheme is first asked for. Returns names mapped to ``"module:Class"``, each a `Scheme`: strings, so that
-    the packages are imported only on first use. `peftcore_layer` recognizes the quantized modules.
+    Runs when a scheme is first looked up. Returns names mapped to ``"module:Class"``, where each class is a `Scheme`.
+    They are strings, so that the packages are imported only on first use. The plugin also implements `peftcore_layer`,
+    which recognizes the quantized modules.
     """
 
 
@@ -119,17 +124,18 @@ def peftcore_formats() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Name the classes that describe how files of other libraries store a plugin's methods.
 
-    Runs when such a file is read or written. Returns ``"format/name"`` mapped to ``"module:Class"``, where the name is
-    the format's own name for the method: ``"peft/LORA"``. The format defines the interface of the class.
+    Runs when a file of another library is read or written. Returns ``"format/name"`` mapped to ``"module:Class"``, for
+    example with the key ``"peft/LORA"``. The name after the slash is the name of the method in that format. The format
+    defines the interface of the class.
     """
 
 
 @hookspec
 def peftcore_tasks() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Name the tasks that a plugin adds to ``peftcore train``, ``compare`` and ``search``. A task defines its examples,
-    and how they are scored.
+    """Name the tasks that a plugin adds to ``peftcore train``, ``compare`` and ``search``. A task defines its examples
+    and the scores of a model's answers.
 
-    Called by the distribution peftcore-lab, when it looks for the task of a run. Returns names mapped to
+    Runs in the distribution peftcore-lab, when it looks up the task of a run by name. Returns names mapped to
     ``"module:Class"``, each a `peftcore_lab.tasks.task.Task`.
     """
 
@@ -139,9 +145,9 @@ def peftcore_commands(app: typer.Typer) -> None:
     """Add commands to the command line ``peftcore``.
 
     Runs when the user calls a command that the core does not have, or lists all commands; never on ``import peftcore``.
-    Gets a typer application of the plugin's own: ``app.command()(function)`` adds a command, and ``app.add_typer`` a
-    group of commands. Returns nothing. If a command has a name that is taken, the plugin's commands are left out and a
-    warning says why.
+    Gets a new typer application for this plugin: ``app.command()(function)`` adds a command to it, and
+    ``app.add_typer`` a group of commands. Returns nothing. If another command already has the name of one of the
+    commands, the plugin's commands are left out with a warning.
     """
 
 
@@ -158,9 +164,9 @@ def peftcore_file_schemas() -> Mapping[str, str]:  # type: ignore[empty-body]
 def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
     """Put a method's operators at its sites.
 
-    Runs once in `apply` and `plan`. The host does not change before the hook returns. Gets the host, the method, its
-    options and the surgeon whose verbs record the changes. Returns True when done; the core calls ``method.inject``.
-    Stops at the first result that is not None.
+    Runs once in `apply` and `plan`. The host does not change before the hook returns. Gets the host, the method, the
+    method's options, and the surgeon, the object that records the changes. Returns True when done. The core's
+    implementation calls ``method.inject``. Stops at the first result that is not None.
     """
 
 
@@ -169,10 +175,10 @@ def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, inje
     """Choose the parameters that train.
 
     Runs after the operators are in the host and the base is frozen, and when an injection is made trainable again. Runs
-    in a plan too, where the operators are on the meta device and not in the host: choose by names, shapes and options.
-    Gets the host, the method, its options and the injection; for a hybrid also each part, if the hybrid's method calls
-    the hook for its parts. Returns True when done; the core calls ``method.trainable``. Stops at the first result that
-    is not None.
+    in a plan too, where the operators are on the meta device and not in the host. So choose by names, shapes and
+    options, not by values. Gets the host, the method, its options and the injection. For a hybrid, it runs for the
+    parts too, if the hybrid's method calls the hook for them. Returns True when done. The core's implementation calls
+    ``method.trainable``. Stops at the first result that is not None.
     """
 
 
@@ -183,7 +189,7 @@ def peftcore_merge(
     """Compute the tensors that a merge writes.
 
     Runs in `Injection.merge`, before any weight changes. Gets the host, the method, its options and the injection.
-    Returns the new stored tensors by (module path, tensor path); the core asks every operator for its effective
-    tensors. The core then checks that all are finite and writes all or none. Stops at the first result that is not
-    None.
+    Returns the new tensors, in the form in which modules store them, by (module path, tensor path). The core's
+    implementation computes them from every operator's effective tensor. Then the core checks that all are finite, and
+    writes all of them or none. Stops at the first result that is not None.
     """

@@ -1,5 +1,5 @@
-"""One method with its operators in a model, as the functions of that method get it: an injection, or a part of a
-hybrid."""
+"""One method with its operators in a model: an injection, or a part of a hybrid. The functions of `Method` get it as an
+argument."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 class AppliedMethod(ABC):
     """One method in a model, with its operators: the argument of the functions of `Method`. It is an `Injection`, or a
-    `HybridPart` if the method is a part of a hybrid. Both have the same names of operators and tensors, as if the part
-    were applied alone. For a plan, `trainable` gets a `Planned`.
+    `HybridPart` if the method is a part of a hybrid. A part has the names of operators and tensors that it would have
+    if it were applied alone. In a plan, `Method.trainable` gets a `Planned` instead.
 
     Attributes:
         name: the name of the injection on this model, or the name of the part in the hybrid.
         model: the model.
         method: the method.
         config: its options.
-        grafts: the operators, each with its sites.
+        grafts: the `Graft` objects, each an operator with its sites.
         steps_taken: the number of the last step that the method's schedule has processed.
     """
 
@@ -46,8 +46,8 @@ class AppliedMethod(ABC):
     @property
     @abstractmethod
     def whole(self) -> Installed:
-        """The injection itself; for a part, the injection that contains it and can be activated, merged, saved,
-        removed."""
+        """The injection itself; for a part of a hybrid, the injection that contains the part. Only the whole injection
+        can be activated, merged, saved or removed."""
 
     @property
     @abstractmethod
@@ -56,7 +56,8 @@ class AppliedMethod(ABC):
 
     @property
     def operators(self) -> dict[str, _Base]:
-        """The operators by site path (of a hybrid, prefixed with the name of the part: ``0/model.layers.0.mlp``)."""
+        """The operators by site path. In a hybrid, the path is prefixed with the name of the part:
+        ``0/model.layers.0.mlp``."""
         return {graft.key.removeprefix(self._surgeon.part): graft.operator for graft in self.grafts}
 
     @property
@@ -66,7 +67,7 @@ class AppliedMethod(ABC):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """State that several operators use, by name."""
+        """The modules that several operators share, by name."""
         return {name: shared.module for name, shared in self._surgeon.owned.items()}
 
     @property
@@ -81,7 +82,7 @@ class AppliedMethod(ABC):
             yield from part.family()
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yields operators and shared modules with the names that they have in files."""
+        """Yields (name, module) for all operators and shared modules. The names are those in files."""
         yield from self.operators.items()
         for name, module in self.shared.items():
             yield f"shared:{name}", module
@@ -95,11 +96,11 @@ class AppliedMethod(ABC):
         yield from {id(each): each for each in tensors if each is not None}.values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the adapter's tensors by ``<site path>.<operator tensor>``, the names in files, without the
-        injection's name. They are the operators' own tensors, not copies, and may be pieces (FSDP2).
+        """Returns the adapter's tensors by ``<site path>.<operator tensor>``. These are the names in files, without the
+        injection's name. The tensors are not copied. With FSDP2 they are sharded tensors.
 
         Raises:
-            ExportError: DeepSpeed (ZeRO-3) has partitioned the tensors, and they are empty.
+            ExportError: DeepSpeed (ZeRO-3) has partitioned the tensors, so they are empty in this process.
         """
         if any(map(is_empty, self.parameters())):
             raise ExportError(
@@ -111,11 +112,12 @@ class AppliedMethod(ABC):
 
 
 class Installed(AppliedMethod):
-    """An applied method that is not a part of a hybrid: the interface of `Injection` for methods and for forwards of
-    the model.
+    """An applied method that is not a part of a hybrid. This is the interface of `Injection` that methods and the
+    model's forward use.
 
     Attributes:
-        reads_from_base: paths of the model's tensors, other than those at its sites, with which its operators compute.
+        reads_from_base: paths of the model's tensors that the operators compute with, except the tensors at their own
+            sites.
     """
 
     def __init__(self, name: str, surgeon: Surgeon) -> None:
@@ -130,16 +132,17 @@ class Installed(AppliedMethod):
     @property
     @abstractmethod
     def made_dense(self) -> tuple[str, ...]:
-        """The paths of quantized modules that are dense while the adapter is merged."""
+        """The paths of quantized modules that are dense (not quantized) while the adapter is merged."""
 
     @property
     @abstractmethod
     def low_memory(self) -> bool:
-        """Whether to use the least memory instead of being fast."""
+        """Whether the adapter's computations save memory at the cost of time."""
 
     @abstractmethod
     def stored_anew(self, module: nn.Module) -> None:
-        """Find the layers of a module's sites again, after the module was quantized or made dense."""
+        """Look up the layers of the adapter's sites in a module again, after the module was quantized or
+        dequantized."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:

@@ -1,10 +1,11 @@
 """The trainable modules that methods put at sites. Operators own their parameters and never hold a reference to the
 host.
 
-* `Operator`: a wrapper around a module's forward; ``forward(call, *inputs)``, where `call` is the next inner wrapper or
-  the module itself.
-* `WeightOperator`: a reparameterization of one tensor; ``forward(weight) -> weight`` in logical layout.
-* `Replacement`: the weight operator of selective methods: a value that replaces the tensor while it is active.
+* `Operator`: wraps a module's forward by ``forward(call, *inputs)``. `call` runs the next inner wrapper, or the module
+  itself.
+* `WeightOperator`: reparameterizes one tensor by ``forward(weight) -> weight``, in logical layout.
+* `Replacement`: the weight operator of selective methods. It has a value that replaces the tensor while the adapter is
+  active.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ from peftcore.errors import NotMergeable, NoWeights, TrainingError
 from peftcore.targets.sites import Site
 
 PROBABILITIES = ("dropout", "input_dropout")
-"""Attributes that hold the probability with which something is dropped."""
+"""Names of attributes of operators that contain a dropout probability."""
 Factors = tuple[Tensor, Tensor, float]
 """``(A, B, scale)`` of a low-rank update ``scale * B A``; A is ``[*batch, rank, in, *kernel]`` and B is ``[*batch, out,
 rank]``."""
 
 
 class Checked(nn.Module):
-    """A module that checks values from a file before the model changes: values such as indices into a weight can be
+    """A module that can check values from a file before they are loaded. Values such as indices into a weight can be
     wrong although their shapes and dtypes are right."""
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yields the errors in values from a file for this module's own tensors, in words that follow the tensor's
-        name.
+        """Yields a message for each error in values from a file for this module's own tensors. A message begins with
+        the tensor's name.
 
         Args:
-            values: tensors of the right shapes by their names in this module; some may be missing.
+            values: tensors from the file, by their names in this module. They have the right shapes; some may be
+                missing.
 
         Yields:
             ``"index holds places beyond the weight"``.
@@ -46,51 +48,56 @@ class Checked(nn.Module):
 
 
 class _Base(Checked):
-    """Base class of all operators: holds the layer at which the operator acts (plain data, never the host's module)."""
+    """Base class of all operators. It stores the `Layer` at which the operator acts, which is plain data, and not the
+    host's module."""
 
     needs_recompute = True
-    """True if the effective tensor is computed, so backward recomputes it instead of saving it; False if a parameter is
-    used as the effective tensor."""
+    """True if the operator computes the effective tensor; backward then recomputes it instead of saving it. False if a
+    parameter is the effective tensor."""
     observes: frozenset[str] = frozenset()
-    """Forms of sites at which the operator only observes: it reads the module's original inputs and final output, after
-    all other operators, and changes neither; in routes and compositions too."""
+    """Forms of sites (`Site.form`) at which the operator only reads and changes nothing. There it gets the module's
+    original inputs, and its output after all other operators. This holds in routes and compositions too."""
     factors_are_parameters = False
-    """True if `factors` returns parameters. In training, the updates of many adapters are then one product; gradients
-    of computed factors would need further products."""
+    """True if `factors` returns parameters instead of computed tensors. In training, a route then computes the updates
+    of many adapters as one product."""
     changes_inputs = False
-    """True if the operator, or its activation form, calls the wrapped module with changed inputs. In a route the module
-    then runs once for the rows of each injection instead of once for all rows."""
+    """True if the operator (or `WeightOperator.activation_form`) calls the wrapped module with changed inputs. In a
+    route, the module then runs once for the rows of each injection, instead of once for all rows."""
     only_inputs = False
-    """True if the operator only changes the input of the module that it wraps, and returns the module's output as it
-    is. A composition can then mix the inputs of its branches (`Combiner`)."""
+    """True if the operator only changes the input of the module that it wraps, and returns the module's output
+    unchanged. A composition can then mix inputs instead of outputs (`Combiner.mixes_inputs`)."""
     stackable = False
-    """True if `torch.vmap` can run the forward, which depends on its inputs and its own tensors alone. In a route,
-    equal operators of several adapters are then computed as one operator with stacked tensors."""
+    """True if `torch.vmap` can run the forward: it must depend only on its inputs and on the operator's own tensors. In
+    a route, operators of several adapters that differ only in values are then computed as one operator with stacked
+    tensors."""
     padded: ClassVar[frozenset[str]] = frozenset()
-    """Names of the tensors, such as ``"A"`` or ``"down.weight"``, that may be padded with zeros to a larger rank: the
-    operator then computes the same. An adapter of a smaller rank can be swapped in."""
+    """Names of the tensors, such as ``"A"`` or ``"down.weight"``, that may be padded with zeros to a larger rank
+    without a change of outputs. So the values of an adapter of a smaller rank can be swapped into this one."""
     scaled: ClassVar[frozenset[str]] = frozenset()
-    """Names of tensors, one of each product, by which `scale` is multiplied, if `scale` has no other effect. An adapter
-    with another scale can then be swapped in: the ratio of scales is multiplied into these tensors."""
+    """Names of the tensors, one for each product, that can absorb the attribute `scale`. Only for operators in which
+    `scale` has no other effect. So an adapter with another scale can be swapped in: these tensors are multiplied by the
+    ratio of the scales."""
     training_only: ClassVar[frozenset[str]] = frozenset({"input_dropout", "dropout"})
-    """Names of attributes that have no effect in evaluation. A swap leaves them as they are."""
+    """Names of attributes that have no effect in evaluation. They do not change when another adapter's values are
+    swapped in."""
     known_by: ClassVar[frozenset[str]] = frozenset()
-    """Names of attributes that identify the operator, such as keys of caches: they differ between any two operators."""
+    """Names of attributes that identify the operator, such as cache keys. Any two operators have different values of
+    them."""
     trains_only = False
     """True if the operator acts only in training; merging skips it."""
     overrides = False
     """True if the operator ignores its input tensor, so earlier adapters on that tensor have no effect."""
     reads_from_base: frozenset[str] = frozenset()
-    """Paths of tensors of the model, other than those of its site, that the operator computes with as they are stored.
-    No other adapter may be merged into them as long as the operator is installed."""
+    """Paths of tensors of the model, outside its own site, whose stored values the operator computes with. No other
+    adapter may be merged into these tensors while the operator is installed."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.layer = site.layer
 
     def get_tensor(self, name: str) -> Tensor:
-        """Returns a parameter or buffer by its name. Within torch.func it is a plain tensor, which `get_parameter`
-        refuses."""
+        """Returns a parameter or buffer by its name. Unlike `get_parameter`, it also works within torch.func, where
+        parameters are plain tensors."""
         found: Tensor = getattr(self, name)
         return found
 
@@ -98,7 +105,7 @@ class _Base(Checked):
         """Add a hook, like `register_forward_hook` of any module.
 
         Raises:
-            TrainingError: the hook is one of Opacus, which expects that all inputs of a module are tensors.
+            TrainingError: the hook belongs to Opacus, which requires that all inputs of a module are tensors.
         """
         if (getattr(hook, "__module__", None) or "").partition(".")[0] == "opacus":
             raise TrainingError(
@@ -109,7 +116,8 @@ class _Base(Checked):
         return super().register_forward_hook(hook, **options)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Returns the effective weight for the base weight `weight` (logical layout): the same mathematics as forward.
+        """Returns the effective weight, in logical layout, given the base weight `weight`. A module with this weight
+        computes the same as forward.
 
         Raises:
             NotMergeable: the operator does not override `merged`.
@@ -120,17 +128,17 @@ class _Base(Checked):
         )
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """Returns the effective bias that goes with `merged`; most methods leave it alone. `weight` returns the weight
-        that `merged` gets, for the few methods whose bias depends on it."""
+        """Returns the effective bias, to be used with the effective weight from `merged`; by default, the unchanged
+        bias. `weight` is a function that returns the base weight, for the few methods whose bias depends on it."""
         return bias
 
     def base_to_pack(self, weight: Tensor) -> Tensor:
-        """Returns the weight that `quantize` packs in place of the base weight ``[out, in]``, for methods that are made
-        for a quantized base; by default the base weight."""
+        """Returns the weight that `quantize` quantizes in place of the base weight ``[out, in]``; by default the base
+        weight. For methods that adjust the base to its quantization."""
         return weight
 
     def base_was_packed(self) -> None:
-        """Called after the result of `base_to_pack` was packed and has replaced the base weight."""
+        """Called after the result of `base_to_pack` was quantized and has replaced the base weight."""
 
     def tables(self) -> Iterator[Mapping[str, Tensor | None]]:
         """Yields the dictionaries of all parameters and buffers of the operator and of the shared modules that it
@@ -142,7 +150,8 @@ class _Base(Checked):
                     yield from (table for each in held.module.modules() for table in tables(each))
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns `tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        """Returns `tensors` converted to the dtype of `like`. Needed under autocast too, which does not convert the
+        operands of elementwise products."""
         dtype = like.dtype
         for tensor in tensors:
             if tensor.dtype is not dtype:
@@ -150,11 +159,11 @@ class _Base(Checked):
         return tensors  # as nearly always, and at every token
 
     def check_here(self, values: Tensor, like: Tensor) -> None:
-        """Check that `values`, a tensor of the operator, is not offloaded while the operator computes on the device of
-        `like`.
+        """Verify that `values`, a tensor of the operator, is available on a real device, as `like` is, and not
+        offloaded to the meta device.
 
         Raises:
-            NoWeights: the tensor is offloaded. Offloading restores tensors only when their module is called.
+            NoWeights: the tensor is offloaded, and no module is called whose hook would restore it.
         """
         if values.is_meta and not like.is_meta:
             raise NoWeights(
@@ -163,8 +172,8 @@ class _Base(Checked):
             )
 
     def drop_nothing(self) -> bool:
-        """Turn the operator's dropout off, for trainers that turn off the dropout of the whole model. Override it if
-        the operator's probabilities are neither dropout modules of torch nor attributes called ``dropout`` or
+        """Turn off the operator's dropout, for trainers that turn off the dropout of the whole model. Override it if
+        the operator has dropout that is neither a dropout module of torch nor an attribute called ``dropout`` or
         ``input_dropout``.
 
         Returns:
@@ -173,8 +182,8 @@ class _Base(Checked):
         return turn_off_dropout(self)
 
     def factors(self) -> Factors | None:
-        """Returns the low-rank factors of a low-rank update, for export, routing and adapter algebra; None for other
-        updates."""
+        """Returns the factors of the operator's update, if that is low-rank; otherwise None. Export, routing and
+        adapter algebra use them."""
         return None
 
 
@@ -182,8 +191,9 @@ class Operator(_Base):
     """An operator that wraps the forward of a module: its `forward` gets the inner call and the module's inputs, and
     returns the output.
 
-    At a tensor whose module cannot be called alone (a bare parameter, a fused projection of attention, a grouped
-    convolution), the core uses `merged` instead. So a method that defines both works on every kind of module.
+    For some tensors there is no module that can be called: a parameter that is not in a linear layer or convolution, a
+    slice of a fused projection, a grouped convolution. There the core uses `merged` instead of `forward`. So an
+    operator that defines both works on every kind of module.
     """
 
     input_dropout: float = 0.0
@@ -195,8 +205,8 @@ class Operator(_Base):
         Args:
             call: runs the wrapped module on given inputs. It returns a tensor ``[..., out]`` (linear layers), a tensor
                 ``[batch, out, *positions]`` (convolutions) or a tuple (some attentions, see `on_first`).
-            args: the module's inputs by position.
-            kwargs: its inputs by name.
+            args: the module's positional inputs.
+            kwargs: the module's keyword inputs.
 
         Raises:
             MissingContext, SequenceError, ConfigError: this call lacks arguments that the operator needs, or has
@@ -205,14 +215,15 @@ class Operator(_Base):
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the callable that wraps a module: by default the operator itself. An operator of several modules may
-        return another one for each form of site. It may read the module here, and must not keep it."""
+        """Returns the callable that wraps a module; by default the operator itself. An operator that acts on several
+        modules may return a different callable for each form of site. It may read `module` here, but must not store
+        it."""
         return self
 
 
 Mine = Callable[[Tensor], Tensor | None]
-"""Type of functions that return, for a tensor ``[batch, ...]``, a mask ``[batch]`` of bool of an adapter's rows; None
-if all rows are the adapter's."""
+"""Type of functions that get a tensor ``[batch, ...]`` and return a bool mask ``[batch]`` of the rows that belong to
+one adapter; None if all rows belong to it."""
 
 
 class InputOperator(Operator):
@@ -226,7 +237,11 @@ class InputOperator(Operator):
         self._names = site.arguments
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
-        """Returns the module's arguments by name: `given`, with changes only in the rows of the adapter.
+        """Returns the module's arguments by name, changed only in the rows of the adapter.
+
+        Args:
+            given: the original arguments by name.
+            mine: a function that returns the mask of the adapter's rows.
 
         Raises:
             MissingContext, SequenceError, ConfigError: as `Operator.forward`.
@@ -236,8 +251,8 @@ class InputOperator(Operator):
     def change(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Mine
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the changed arguments of a call: arguments that were passed by position stay positional, as the
-        operators that wrap the module expect; the others are passed by name."""
+        """Returns the changed positional and keyword arguments of a call. Arguments that were passed by position are
+        passed by position again, as other operators at the module expect."""
         names = self._names[: len(args)]
         changed = self.arguments({**dict(zip(names, args, strict=False)), **kwargs}, mine)
         first = []
@@ -248,21 +263,21 @@ class InputOperator(Operator):
         return (*first, *args[len(self._names) :]), changed
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module on the changed arguments of all rows."""
+        """Returns the output of the module for the changed arguments, with all rows changed."""
         args, kwargs = self.change(args, kwargs, _all)
         return call(*args, **kwargs)
 
 
 def _all(like: Tensor) -> None:
-    """All rows are an adapter's."""
+    """Return None: all rows belong to the adapter."""
 
 
 def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate the forward of an operator that is only a low-rank update: ``call(x) + scale * B A dropout(x)`` with the
-    factors of its `factors`, and with the probability `Operator.input_dropout` in training.
+    """Decorator for the forward of an operator that only adds a low-rank update: ``call(x) + scale * B A dropout(x)``.
+    A, B and scale are the result of `factors`. In training the dropout probability is `Operator.input_dropout`.
 
-    The core then computes the update by a fused kernel on layers that have one (`Layer.fuses_updates`), and runs the
-    forward on all other layers. The conformance kit tests that both have equal outputs and gradients.
+    On layers with a fused kernel for such updates (`Layer.fuses_updates`), the kernel replaces the decorated forward.
+    The conformance kit tests that both have equal outputs and gradients.
     """
 
     @functools.wraps(forward)
@@ -278,11 +293,12 @@ def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Combiner(Operator):
-    """Combines the outputs of several injections into one, in the composition `Fuse`; it has no effect by itself.
+    """Combines the outputs of several injections into one output, when the composition `Fuse` names its injection.
+    Outside of `Fuse` it has no effect.
 
-    With `mixes_inputs` it combines the inputs that the injections pass to the module, and the module (a norm, for
-    example) then runs once more on the combined input. Every injection in the composition must only change the module's
-    input (`only_inputs`); otherwise an error is raised.
+    If `mixes_inputs` is True, it combines the inputs that the injections pass to the module instead. The module, such
+    as a norm, then runs once more on the combined input. All operators of the composition at the module must have
+    `only_inputs`; otherwise an error is raised.
     """
 
     mixes_inputs = False
@@ -292,7 +308,8 @@ class Combiner(Operator):
         return call(*args, **kwargs)
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
-        """Returns one output, from the outputs of the parts and the module's output without them, all [..., features].
+        """Returns one output, combined from the outputs of the composition's parts and from `base`, the module's output
+        without them. All are [..., features].
 
         Raises:
             CompositionError: the outputs have another number of features than the combiner.
@@ -300,8 +317,12 @@ class Combiner(Operator):
         raise NotImplementedError
 
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
-        """Returns one input for the module, from the inputs of the parts, the module's input without the parts, and its
-        output for that input, all [..., features]. Called if `mixes_inputs`.
+        """Returns one input for the module. Called if `mixes_inputs` is True. All tensors are [..., features].
+
+        Args:
+            inputs: the inputs that the composition's parts pass to the module.
+            base: the module's input without the parts.
+            output: the module's output for `base`.
 
         Raises:
             CompositionError: the inputs have another number of features than the combiner.
@@ -310,55 +331,63 @@ class Combiner(Operator):
 
 
 class Held(ABC):
-    """The weight and bias of the module at which an operator acts, in logical layout, for reading."""
+    """Read access to the weight and bias of the module at which an operator acts, in logical layout."""
 
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """``[out, in, *kernel]``."""
+        """The weight, ``[out, in, *kernel]``."""
 
     @property
     @abstractmethod
     def bias(self) -> Tensor | None:
-        """``[out]``; None if the module lacks a bias."""
+        """The bias, ``[out]``; None if the module has no bias."""
 
 
 class WeightOperator(_Base):
-    """A reparameterization: maps one tensor, in logical layout, to the effective one. Works on every kind of module."""
+    """An operator that reparameterizes one tensor: it maps the base tensor, in logical layout, to the effective tensor.
+    It works on every kind of module."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Returns the effective tensor for `weight` ``[*batch, out, in, *kernel]``, of the same shape and in any dtype;
-        the core casts it once. For a tensor without two dimensions, such as a bias, `weight` is ``[out]``."""
+        """Returns the effective tensor for the base tensor `weight`, in the same shape ``[*batch, out, in, *kernel]``,
+        or ``[out]`` for a bias and other vectors. It may have any dtype; the core casts it."""
         raise NotImplementedError
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether `activation_form` is cheaper than an effective weight for an input ``[..., in]``."""
+        """Whether `activation_form` is cheaper for an input ``[..., in]`` than computing the effective weight."""
         return False
 
     def prepare(self, held: Held) -> Any:
-        """Returns values for `activation_form` that no input changes, such as a rotation: small, made of parameters and
-        of the module's tensors, at their own precision. In `generate` and `cache_weights` it is called once."""
+        """Returns values for `activation_form` that do not depend on the input, such as a rotation. They should be
+        small, and are computed from parameters and from the module's tensors in the dtype of these. In `generate` and
+        `cache_weights` they are computed once and reused."""
         return None
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
-        """Returns the module's output by the same mathematics on activations: `call` is ``W x + b``, `x` ``[..., in]``,
-        `prepared` the result of `prepare`.
+        """Returns the module's output, computed from activations without an effective weight. It must equal the output
+        of the module with the effective weight.
 
-        Used in training and with gradients, for batches whose rows have different adapters, and on quantized layers, if
-        the module is a linear map that is called (`layer.called`) and no other operator acts on its weight. It needs
-        neither an effective weight nor a gradient of that size.
+        Used in training and with gradients, for batches whose rows have different adapters, and on quantized layers.
+        The module must be a linear map that the host calls (`layer.called`), and no other operator may act on its
+        weight.
+
+        Args:
+            call: computes ``W x + b`` with the base weight and bias.
+            x: the input ``[..., in]``.
+            prepared: the result of `prepare`.
         """
         raise NotImplementedError
 
     def take_base(self, weight: Tensor) -> None:
-        """Called with the base weight ``[*batch, out, in, *kernel]`` after a state dict of the whole model has set it.
+        """Update the operator from the base weight ``[*batch, out, in, *kernel]``. Called after a state dict of the
+        whole model was loaded into the base.
 
-        Operators that compute with values of the base which their file does not store, such as singular vectors, define
-        this function. They are applied and loaded only while no adapter is merged into their tensor.
+        Define it if the operator computes with values derived from the base that are not stored in files, such as
+        singular vectors. Such operators can be applied and loaded only while no adapter is merged into their tensor.
         """
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Returns `forward` of the weight. An operator with dropout in its forward overrides this, without dropout."""
+        """Returns `forward` of the weight. Override it if forward has dropout, to leave the dropout out."""
         merged: Tensor = self(weight)
         return merged
 
@@ -387,22 +416,23 @@ def tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str,
 
 
 class Shared:
-    """State that several operators use: the surgeon registers and saves it once, so an operator holds a reference but
-    does not register it."""
+    """A module that several operators share. It is registered and saved once for the injection. An operator has a
+    reference to it, but does not register it as a submodule."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module  # of a class that the method knows: its operators read attributes of it
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `change` to a module's output, or to its first entry where it is a tuple (attention: output, weights)."""
+    """Returns a module's output with `change` applied. If the output is a tuple, such as an attention's output and
+    weights, `change` is applied to the first entry."""
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])
     return change(output)
 
 
 def is_mergeable(operator: _Base) -> bool:
-    """Whether the operator has an effective weight: it defines `merged`."""
+    """Whether the operator has an effective weight, which means that it defines `merged`."""
     return isinstance(operator, WeightOperator) or type(operator).merged is not _Base.merged
 
 
@@ -412,17 +442,19 @@ def changes_bias(operator: _Base) -> bool:
 
 
 def is_made_of_base(operator: nn.Module) -> bool:
-    """Whether the operator computes with values of the base that its file does not store: it defines `take_base`."""
+    """Whether the operator computes with values of the base that are not stored in its file, which means that it
+    defines `take_base`."""
     return isinstance(operator, WeightOperator) and type(operator).take_base is not WeightOperator.take_base
 
 
 def turn_off_dropout(module: nn.Module) -> bool:
-    """Set the dropout probabilities of a module and its submodules to 0: those of torch's dropout modules, and
-    attributes with a name in `PROBABILITIES`. For trainers that turn off the dropout of the whole model (DPO, KTO), so
-    that the policy and its reference differ only by the learned weights.
+    """Set the dropout probabilities of a module and its submodules to 0. They are those of torch's dropout modules, and
+    attributes with a name in `PROBABILITIES`. Trainers for DPO and KTO need this, so that the policy and its reference
+    differ only by the learned weights.
 
     Returns:
-        Whether the module has a dropout module, whatever its probability was, or such an attribute.
+        Whether the module has a dropout module with any probability, or an attribute with a name in `PROBABILITIES`
+            above 0.
     """
     found = False
     for each in module.modules():
@@ -436,6 +468,6 @@ def turn_off_dropout(module: nn.Module) -> bool:
 
 
 def trainable_numbers(operators: Iterable[nn.Module]) -> int:
-    """Returns the number of distinct trainable values."""
+    """Returns the number of trainable values of the operators. Parameters that several operators share count once."""
     seen = {id(p): p.numel() for operator in operators for p in operator.parameters() if p.requires_grad}
     return sum(seen.values())

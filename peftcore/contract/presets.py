@@ -9,9 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of a method's options, such as rsLoRA; `apply` accepts its name in place of a method's.
+    """A named set of a method's options, such as rsLoRA. `apply` accepts the name of a preset in place of the name of a
+    method.
 
-    Options of the user override options of the preset. The adapter is an adapter of the method, in its file too.
+    Options of the user override options of the preset. The resulting adapter, and its file, are those of the method.
     """
 
     method: str
@@ -21,13 +22,13 @@ class Preset:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method that differ from its defaults."""
     target: str | tuple[str, ...] | None = None
-    """Default targets; None for the method's."""
+    """Default targets; None for the default targets of the method."""
     train: tuple[str, ...] = ()
     """Additional modules to train, as in the argument of `apply`."""
     claims: Mapping[str, Any] = field(default_factory=dict)
     """Tags that differ from the method's tags: ``{"identity_at_init": False}``."""
     workflow: str = ""
-    """Instructions for the user, if more than one call of `apply` is needed; else empty."""
+    """Instructions for the user, if one call of `apply` is not enough; otherwise empty."""
     note: str = ""
     """One sentence about the parts of the paper that the preset covers and leaves out; empty if it covers the whole
     method."""

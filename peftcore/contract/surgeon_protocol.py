@@ -1,4 +1,5 @@
-"""The surgeon, the object with which `Method.inject` puts operators at sites, and the operators that it records."""
+"""`Surgeon`, the object by which `Method.inject` puts operators at sites, and `Graft`, an operator that it has
+recorded."""
 
 from __future__ import annotations
 
@@ -25,21 +26,22 @@ O = TypeVar("O", bound=_Base)  # noqa: E741
 
 @dataclass(eq=False, slots=True)
 class Graft:
-    """One recorded operator."""
+    """One operator that a method has put at a site, as `Surgeon` records it."""
 
     site: Site
     """The site of the operator."""
     operator: _Base
     """The operator itself."""
     holders: tuple[Site, ...]
-    """Every (module, tensor) that it acts on: several when a tensor is tied."""
+    """Every (module, tensor) that the operator acts on. There are several if the tensor is tied."""
     by_method: bool
-    """False for modules that the user named in ``train``, and for rows that were added to the base."""
+    """True if the method itself put the operator there. False for modules that the user named in ``train``, and for
+    rows added to an embedding of the base."""
     part: str = ""
     """The part of a hybrid that the operator belongs to, ``"0/"``; empty for other methods."""
 
     adds_rows: bool = False
-    """Whether the operator holds rows that were added to a token table of the base."""
+    """Whether the operator contains rows that were added to an embedding table of the base, for new tokens."""
 
     @property
     def trained_along(self) -> bool:
@@ -62,19 +64,20 @@ class Wishes:
     seed: int = 0
     dtype: torch.dtype = torch.float32
     saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
-    """The selections of a saved adapter, which are used unchanged instead of being resolved again."""
+    """The sites of a saved adapter by target. They are used unchanged, and targets are not matched again."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """The rows (first, end) of token tables that a saved adapter contains, by path of the table."""
+    """The range of rows (first, end) of each embedding table that a saved adapter contains, by path of the table."""
     left_out: Collection[str] = ()
-    """The paths of sites that get no operator, as the method decided from the user's data (`Method.structure`)."""
+    """The paths of sites that get no operator, because `Method.structure` excluded them."""
     untied: tuple[str, ...] = ()
-    """The paths of modules whose trained tensors are not shared with the other modules that hold the same tensor: the
-    other modules keep the original tensor.
+    """The paths of modules that train a copy of a tied tensor. The other modules that share the tensor keep the
+    original.
     """
 
 
 class Surgeon(ABC):
-    """Records the operators that a method puts into a host. Nothing is changed until `inject` has returned."""
+    """Records the operators that a method puts into a host. The host does not change before `Method.inject` has
+    returned."""
 
     model: nn.Module
     """The host."""
@@ -83,7 +86,7 @@ class Surgeon(ABC):
     config: MethodConfig
     """The options of the method."""
     resolver: Resolver
-    """Finds modules and tensors of the host, and holds the host map."""
+    """The object that finds modules and tensors of the host. It also contains the host map."""
     wishes: Wishes
     """The user's arguments besides the method's options."""
     dry: bool
@@ -97,13 +100,14 @@ class Surgeon(ABC):
     owned: dict[str, Shared]
     """The shared modules built by `own`, by name."""
     selections: dict[str, list[Site]]
-    """The sites of each target, by the text of the target; "" for the user's or the default target."""
+    """The sites of each target, by the text of the target. The key "" is the user's target, or the default target."""
     notices: list[str]
-    """Lines for the user about targets: the alternative that is used, the parts of the host that are left out."""
+    """Messages to the user about targets: which alternative is used, and which parts of the host are left out."""
 
     @abstractmethod
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
-        """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
+        """Returns the sites that match `target`. Without `target`, the user's target is used, or else the method's
+        default targets.
 
         Default targets select sites in one tower of a multimodal host only, and ignore roles that the host lacks.
 
@@ -114,9 +118,9 @@ class Surgeon(ABC):
 
     @abstractmethod
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
-        """Returns those of the given sites whose modules match the user's target, or all of them if the user did not
-        pass a target; in both cases without excluded ones. For methods that find their sites themselves. The result is
-        recorded for files, like that of `sites`."""
+        """Returns the given sites without those that the user did not target or excluded. If the user did not pass a
+        target, only excluded sites are removed. For methods that find their sites themselves. The result is recorded
+        for files, like that of `sites`."""
 
     def at(self, role: str) -> list[Site]:
         """Returns the sites of one role in the main tower; an empty list if the host lacks the role."""
@@ -131,13 +135,14 @@ class Surgeon(ABC):
         holders: tuple[Site, ...] = (),
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)`` at a site; without `config`, ``operator(site, **own)``. Random initial
-        values depend only on the seed and the site's path. The operator is moved to the site's device and to the
-        requested dtype. It also acts at `holders`, further sites; see `Operator.at`.
+        """Build ``operator(site, config, **own)`` (without `config`: ``operator(site, **own)``), record it at the site,
+        and return it. Random initial values depend only on the seed and the site's path. The operator is moved to the
+        site's device and to the requested dtype. With `holders`, it also acts at these sites; see `Operator.at`.
 
         Raises:
-            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read without a call; or the
-                operator acts on a weight that cannot be read; or the user named the site in ``train``.
+            UnsupportedSite: the operator wraps the forward of a module, but the site is a tensor that is used without
+                calling a module. Or the operator acts on a weight that cannot be read. Or the user named the site in
+                ``train``.
             PluginError: the method has put an operator at this site before.
         """
 
@@ -152,8 +157,8 @@ class Surgeon(ABC):
 
     @abstractmethod
     def attention_site(self, site: Site) -> AttentionSite:
-        """Returns the attention at a site, with the sizes of its heads; raises UnsupportedSite if it cannot be
-        edited."""
+        """Returns the attention module at a site as a site with the sizes of its heads. Raises UnsupportedSite if its
+        attention cannot be edited."""
 
     @abstractmethod
     def sequence(
@@ -166,27 +171,30 @@ class Surgeon(ABC):
         counted: bool = False,
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)``, a `SequenceOperator`, at a stack: its virtual tokens are put in front
-        of the tokens. With `behind`, they are put there after the tokens are embedded and have their positions. With
-        `blocks` (numbers of blocks of the stack), an `InnerRows` makes them at the numbered blocks, and tokens do not
-        see them before the first of the blocks. If block 0 is among the blocks, the virtual tokens may be `counted`:
-        the positions of tokens then continue after them, as after words.
+        """Put ``operator(site, config, **own)``, a `SequenceOperator`, at a stack (a module that embeds tokens and runs
+        blocks). It inserts virtual tokens in front of the tokens.
+
+        With `behind`, they are inserted after the tokens are embedded and have their positions. With `blocks` (numbers
+        of blocks of the stack), the operator is an `InnerRows`, which makes new virtual tokens at each of these blocks.
+        Tokens cannot attend to them before the first of the blocks. If block 0 is among the blocks, the virtual tokens
+        may be `counted`: then they take up positions, and the positions of tokens start after them.
 
         Raises:
-            UnsupportedSite: the site is not a stack (a module that takes token ids, embeds them and runs blocks); or
-                rows cannot be inserted after the embeddings of the stack, or at a block.
-            PluginError: `blocks` are given, and the operator is not an `InnerRows`; or rows are `counted` that are
-                inserted only after block 0.
+            UnsupportedSite: the site is not a stack, or virtual tokens cannot be inserted after the stack's embeddings
+                or at a block.
+            PluginError: `blocks` are given, and the operator is not an `InnerRows`; or `counted` is given without block
+                0.
         """
 
     @abstractmethod
     def sequence_site(self, site: Site) -> SequenceSite:
-        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite if the
-        site is not a stack."""
+        """Returns the stack (a module that embeds tokens and runs blocks) at a site, for an operator that wraps the
+        whole stack. Raises UnsupportedSite if the site is not a stack."""
 
     @abstractmethod
     def blocks_of(self, site: Site) -> int:
-        """Returns the number of blocks of the stack at a site; raises UnsupportedSite if the site is not a stack."""
+        """Returns the number of blocks of the stack (a module that embeds tokens and runs blocks) at a site. Raises
+        UnsupportedSite if the site is not a stack."""
 
     @abstractmethod
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
@@ -194,25 +202,25 @@ class Surgeon(ABC):
         the part are recorded under its name.
 
         Raises:
-            CompositionError: the part would replace a tensor by a trainable value, but an earlier part changes that
-                tensor.
+            CompositionError: the part would replace a tensor by a trainable value, but an earlier part already changes
+                that tensor.
         """
 
     @abstractmethod
     def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
-        """Returns the operators of another method, which is a part of this method. They are not installed: this method
-        uses them as children of its own operators. The part's shared modules and selections are recorded as by
+        """Returns the operators of another method, without installing them. This method uses them as children of its
+        own operators. The other method's shared modules and selections are recorded under the name `part`, as by
         `include`."""
 
     @abstractmethod
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
-        """Returns a module as state that several operators share: built on the first call with its name, and registered
+        """Returns a module that several operators share. It is built on the first call with this name, and registered
         and saved once."""
 
     @abstractmethod
     def replace(self, site: Site) -> Replacement:
-        """Replace the site's tensor by a trainable value of the same shape, stored like the host's tensor. All modules
-        that are tied to the tensor get the same value, except modules that a file unties.
+        """Replace the site's tensor by a trainable value of the same shape and layout. All modules that share the
+        tensor (tied weights) get the same value, except modules that the file of a saved adapter unties.
 
         Raises:
             UnsupportedSite: the tensor already has an operator.
@@ -220,7 +228,8 @@ class Surgeon(ABC):
 
     @abstractmethod
     def train(self, path: str) -> list[Replacement]:
-        """Replace every parameter of the module at `path` and below (or the one parameter of that name).
+        """Replace every parameter of the module at `path`, and of its submodules, by a trainable value. `path` may also
+        be the path of a single parameter.
 
         Raises:
             TargetError: there is neither a module nor a parameter at `path`.

@@ -1,8 +1,8 @@
-"""The core's own implementations of the hooks. They run after those of all plugins, and call the function of the
-method.
+"""The core's own implementations of the hooks. They run after the implementations of all plugins. For steps of one
+method, such as `peftcore_inject`, they call the method's function.
 
-The registry loads this plugin by name, like any other plugin, so no lower package imports it. It may import everything
-that is below the public API.
+The registry imports this module by name when it is first needed, so no lower package depends on it. It may import
+everything that is below the public API.
 """
 
 from __future__ import annotations

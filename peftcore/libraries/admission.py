@@ -1,8 +1,10 @@
-"""Makes transformers' Trainer accept adapted quantized models, which it rejects because it only knows adapters of peft.
+"""Makes transformers' Trainer accept adapted quantized models. By default it rejects them, because it recognizes only
+adapters of peft.
 
-Before the Trainer processes its callbacks, it reads one attribute of the model, which declares that the model has
-adapters of peft. On an adapted model the attribute is true while a new callback of peftcore waits for its Trainer, and
-false otherwise: without the callback, checkpoints of quantized weights could not be written or read.
+A new Trainer first reads the attribute ``_hf_peft_config_loaded`` of the model, which says whether the model has
+adapters of peft. On adapted models, this module makes the attribute true from the creation of a peftcore callback until
+that callback's Trainer exists. Without the callback it is false, because the Trainer could neither write nor read
+checkpoints of quantized weights.
 """
 
 from __future__ import annotations
@@ -14,34 +16,35 @@ from typing import Any, Protocol, runtime_checkable
 from peftcore.libraries.instance_methods import InstanceMethod
 
 _WAITING: ContextVar[weakref.ref[Any] | None] = ContextVar("waiting_for_trainer", default=None)
-"""The last callback that was created in this context, until it is passed to a Trainer."""
+"""The last callback that was created in this context and does not have a Trainer yet."""
 
 
 def await_trainer(callback: object) -> None:
-    """Let the next Trainer that this thread creates train adapted quantized models. This ends when the callback is
-    deleted."""
+    """Make the next Trainer that this thread creates accept adapted quantized models. It ends with `has_trainer`, or
+    when the callback is deleted."""
     _WAITING.set(weakref.ref(callback))
 
 
 def has_trainer() -> None:
-    """End `await_trainer`: the Trainer of the callback exists now."""
+    """End the effect of `await_trainer`. Called when the Trainer of the callback exists."""
     _WAITING.set(None)
 
 
 @runtime_checkable
 class TakesAdapters(Protocol):
-    """A model with methods that add adapters of peft, like models of transformers."""
+    """A model that can add adapters of peft, like the models of transformers."""
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Add an adapter of peft."""
 
     def enable_input_require_grads(self) -> Any:
-        """Let gradients through frozen embeddings."""
+        """Make the outputs of frozen embeddings require gradients."""
 
 
 class Admitted(InstanceMethod):
-    """The attribute that declares that a model has adapters of peft, on a model with adapters of peftcore: true while a
-    callback waits for its Trainer. If it stayed true, transformers would save adapters of peft instead of the model."""
+    """Replaces the attribute ``_hf_peft_config_loaded`` of a model with adapters of peftcore, which says whether the
+    model has adapters of peft. It is true only while a new callback does not have a Trainer yet. If it were always
+    true, transformers would save adapters of peft instead of the model."""
 
     name = "_hf_peft_config_loaded"
     having = TakesAdapters

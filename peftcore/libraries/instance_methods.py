@@ -1,5 +1,5 @@
-"""Replaces methods of a model while it is adapted. A method is replaced on the instance, so the class and other models
-of the class do not change."""
+"""Replaces methods of a model while it is adapted. The method is replaced on the instance, so the class and its other
+instances do not change."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from peftcore.utils.journal import Journal
 
 
 class InstanceMethod(ABC):
-    """Replaces the method `name` on an instance of a class that has it."""
+    """A replacement for the method `name` of one model. It is stored as an attribute of the model, and called in place
+    of the method."""
 
     name: ClassVar[str]
     having: ClassVar[type]
-    """The protocol of classes that have the method."""
+    """The protocol that identifies the classes with the method."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.owners: list[object] = []
-        """The states of the hosts to which the model belongs: the model itself and models that contain it."""
+        """The states of the adapted hosts that need the replacement: the model itself, and models that contain it."""
 
     @property
     def plain(self) -> Callable[..., Any]:
-        """The method of the class, bound to the instance."""
+        """The original method, from the class and bound to the model."""
         bound: Callable[..., Any] = getattr(type(self.model), self.name).__get__(self.model)
         return bound
 
@@ -37,12 +38,19 @@ class InstanceMethod(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the method of the class, with the steps before and after it."""
+        """Run the original method, with additional steps before or after it."""
 
 
 def replace_methods(journal: Journal, modules: Iterable[nn.Module], kind: type[InstanceMethod], owner: object) -> None:
-    """Replace the method on each module whose class has it, unless the instance already has an attribute of that
-    name."""
+    """Replace the method on each module whose class has it, for one owner (the state of an adapted host). If the
+    instance already has another attribute of that name, it is not replaced.
+
+    Args:
+        journal: records the changes, so that they can be undone.
+        modules: the modules to look through.
+        kind: the replacement, with the name of the method.
+        owner: the reason for the replacement. Several owners may replace the method; the last one restores it.
+    """
     having: dict[type, bool] = {}
     for module in modules:
         cls = type(module)
@@ -56,7 +64,7 @@ def replace_methods(journal: Journal, modules: Iterable[nn.Module], kind: type[I
 
 
 def give_methods_back(journal: Journal, model: nn.Module, owner: object) -> None:
-    """Undo `replace_methods` of this owner, for the model and its submodules."""
+    """Undo `replace_methods` of one owner, for the model and its submodules."""
     for module in model.modules():
         for name, each in list(vars(module).items()):
             if isinstance(each, InstanceMethod) and any(one is owner for one in each.owners):

@@ -1,9 +1,9 @@
-"""Saving an adapted model with other libraries' ``save_pretrained``: it writes the original base, and `Injection.save`
-writes the adapters. It raises an error if the result could not be loaded again, because the model's config describes
-another form of the weights (quantized or dense).
+"""Replaces ``save_pretrained`` of adapted models, so that it writes only the base; `Injection.save` writes the
+adapters. It raises an error if the result could not be loaded again: for example, if the weights are dense (not
+quantized), but the model's config says that they are quantized.
 
-``state_dict()`` contains base and adapters, since checkpoints of a training need both. So ``save_pretrained(folder)``,
-which transformers, diffusers and hub mixins have, is replaced on the instance while the host is adapted.
+``state_dict()`` contains base and adapters, because training checkpoints need both. So ``save_pretrained(folder)`` is
+replaced on the instance while the host is adapted. Models of transformers, diffusers and hub mixins have this method.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from peftcore.utils.notices import notice
 from peftcore.utils.variables import holding
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
-"""Dtypes of buffers that count as quantized values in unknown layers; buffers with positions have wider dtypes."""
+"""In layers of unknown classes, buffers of these dtypes count as quantized values. Buffers of positions have wider
+dtypes."""
 
 
 @contextmanager
 def saving_base() -> Iterator[None]:
-    """Context manager in which the state dicts of adapted hosts, in this thread, contain only the base, under its own
-    names.
+    """Context manager in which `state_dict` of adapted hosts returns only the tensors of the base, under their original
+    names. It affects this thread only.
 
         with peftcore.saving_base():
             timm.models.save_for_hf(model, "folder")
 
-    Merged injections are part of the base's weights, and are saved with them.
+    If an injection is merged into the base, the merged weights are saved.
     """
     with holding(BASE_ALONE, True):
         yield
@@ -51,30 +52,31 @@ class Saves(Protocol):
 
 
 class Owner(Protocol):
-    """The reason why ``save_pretrained`` of a model is replaced: the state of a host, or a `QuantizationChanges`."""
+    """An object because of which ``save_pretrained`` of a model is replaced: the state of an adapted host, or
+    `QuantizationChanges`."""
 
     @property
     def made_dense(self) -> Sequence[str]:
-        """Returns the paths of modules that were quantized when the model was loaded, and are dense now."""
+        """Returns the paths of modules that were quantized when the model was loaded, and are not quantized now."""
 
     @property
     def left_out(self) -> Sequence[str]:
-        """Returns the names of injections that train and are not merged into the weights of the base."""
+        """Returns the names of trainable injections that are not merged, so that saving the base does not save them."""
 
 
 class SavesBase(InstanceMethod):
-    """A ``save_pretrained`` that leaves adapters out. A caller that passes a state dict (the Trainer, for its
-    checkpoints) decides what is saved."""
+    """A ``save_pretrained`` that saves the base without adapters. If the caller passes a state dict, as the Trainer
+    does for checkpoints, that state dict is saved."""
 
     name = "save_pretrained"
     having = Saves
     owners: list[Owner]  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the model.
+        """Save the base of the model.
 
         Raises:
-            ExportError: its weights have another form than its config says; nothing was written.
+            ExportError: the weights are quantized but the config does not say so, or the reverse. Nothing was written.
         """
         if "state_dict" in self.__signature__.bind(*args, **kwargs).arguments:
             return self.plain(*args, **kwargs)
@@ -86,38 +88,39 @@ class SavesBase(InstanceMethod):
             return self.base(*args, **kwargs)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the base. Weights that were loaded in quantized form still have the format of their folder, and
-        transformers cannot convert them to it a second time."""
+        """Save the base by the original method. If transformers cannot convert quantized weights back to the tensor
+        names of their checkpoint, they are saved under the model's own names."""
         try:
             return self.plain(*args, **kwargs)
         except NotImplementedError:
             return self.plain(*args, **kwargs, **self.own_names())
 
     def own_names(self) -> dict[str, bool]:
-        """Returns the argument that keeps the model's own names of tensors, if the class's ``save_pretrained`` has
-        it."""
+        """Returns the argument with which ``save_pretrained`` saves tensors under the model's own names; empty if the
+        class's method does not have it."""
         name = "save_original_format"
         return {name: False} if name in self.__signature__.parameters else {}
 
     def check_form(self) -> None:
-        """Verify that the weights have the form (quantized or dense) that the model's config describes.
+        """Verify that the model's weights are quantized exactly if the model's config says so.
 
         Raises:
-            ExportError: they have another form.
+            ExportError: the weights and the config do not agree.
         """
         _check_form(self.model, [path for owner in self.owners for path in owner.made_dense])
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizationChanges:
-    """Records permanently that modules of a model were quantized or made dense after the model was loaded."""
+    """Permanent record that modules of a model were quantized or dequantized after the model was loaded."""
 
     made_dense: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
 def _tell(names: Iterable[str]) -> None:
-    """Say which adapters are not in what is saved: elsewhere, a training script may end with this line."""
+    """Tell the user which adapters are not saved. With other libraries, a training script may end with this call and
+    have saved everything."""
     notice(
         f"save_pretrained (and push_to_hub) of the model writes only the base, without the adapter {name!r}, which "
         "trains: save it with injection.save(folder), or push it with injection.push_to_hub(...)"
@@ -137,10 +140,10 @@ class Quantizer(Protocol):
     """A quantizer of transformers. (Quantizers of diffusers cannot remove their entry from a config.)"""
 
     def remove_quantization_config(self, model: Any) -> None:
-        """Remove the model's declaration that it is quantized."""
+        """Remove the entry in the model's config that says that it is quantized."""
 
     def is_serializable(self) -> bool:
-        """Whether its models can be written."""
+        """Whether the quantizer's models can be saved."""
 
 
 def _says_quantized(model: nn.Module) -> bool:
@@ -173,10 +176,10 @@ def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
 
 
 def check_saves(model: nn.Module) -> None:
-    """Verify that quantized weights can be written as they are.
+    """Verify that the quantized weights of a model can be saved in quantized form.
 
     Raises:
-        ExportError: they cannot be written; the message says what to do instead.
+        ExportError: some weights cannot be saved; the message says what to do instead.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, Quantizer) and not quantizer.is_serializable():
@@ -190,10 +193,10 @@ def check_saves(model: nn.Module) -> None:
 
 
 def check_readable(model: nn.Module) -> None:
-    """Verify that all weights of a model that declares itself quantized can be made dense.
+    """Verify that all weights of a quantized model can be dequantized.
 
     Raises:
-        UnsupportedSite: some weights cannot be made dense.
+        UnsupportedSite: some weights cannot be dequantized.
     """
     for path, module in model.named_modules():
         layer_of(module, "weight").check_readable(module, "weight")
@@ -208,8 +211,9 @@ def check_readable(model: nn.Module) -> None:
 
 
 def note_form(journal: Journal, model: nn.Module, made_dense: Sequence[str] = ()) -> None:
-    """Record permanently that modules of a model were quantized or made dense. The config records it if it can;
-    otherwise ``save_pretrained`` of the model raises an error."""
+    """Record permanently that modules of a model were quantized or dequantized (`made_dense`). If all weights are
+    dense, the config's entry on quantization is removed. If weights and config cannot be made to agree,
+    ``save_pretrained`` of the model raises an error from now on."""
     modules = list(model.modules())
     if not _is_packed(model) and _is_readable(model):
         for module in modules:

@@ -6,12 +6,12 @@ peftcore`` stays fast. Code in a model's repository is never run, and pickles ar
 
 - `configurations`: configurations, and the classes that they name.
 - `model_names`: the kinds of names that a MODEL may have, one class for each kind.
-- `loading`: models and tokenizers to train, by folder, file, package or name.
-- `opening`: opens and writes folders with a model of any of the three libraries.
-- `example_inputs`: inputs of a forward, from a configuration.
-- `skeletons`: models without their weights, from a configuration.
-- `resource_counters`: the tensors that a forward keeps for its backward.
-- `activation_memory`: the memory that a forward keeps for its backward.
+- `loading`: loads models and tokenizers for training, by folder, file, package or name.
+- `opening`: opens and writes folders with a model of transformers, diffusers or timm.
+- `example_inputs`: builds inputs of a forward from a configuration.
+- `skeletons`: builds models without weights (skeletons) from a configuration.
+- `resource_counters`: counts operations and allocated memory.
+- `activation_memory`: counts the memory that a forward saves for its backward.
 - `dry_run`: records the changes that a method would make to a model, without making them.
 - `costs`: the parameters that a method would add, and the cost of a training step.
 """

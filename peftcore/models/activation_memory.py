@@ -1,4 +1,4 @@
-"""Counts the memory that a forward keeps for its backward, without allocating it.
+"""Counts the memory that a forward saves for its backward, without allocating it.
 
 The model runs with torch's fake tensors, which have no values but behave as if they were on the CPU. So each operation
 uses the same kernel as on a CPU, and saves the same tensors for backward. Tensors on the meta device would use other
@@ -31,14 +31,15 @@ Run = Callable[[Inputs], Any]
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """The inputs of a forward; with labels, if the model computes a loss from them."""
+    """The inputs of one forward. They include labels if the model computes a loss from labels; then `loss` is True."""
 
     inputs: Inputs
     loss: bool
 
     @classmethod
     def of(cls, skeleton: Skeleton, size: Size, run: Run) -> ExampleBatch:
-        """Make a batch of the given size; `run` returns the model's outputs for inputs."""
+        """Build a batch of the given size for a skeleton (a model without weights). `run` is a function that runs the
+        model on inputs and returns its outputs."""
         inputs = skeleton.inputs(size)
         with torch.no_grad():
             labelled = skeleton.with_labels(inputs, run(inputs))
@@ -55,14 +56,15 @@ class ExampleBatch:
 
 
 def kept(tensors: Mapping[str, Tensor], run: Run, inputs: Inputs, repeated: Collection[nn.Module] = ()) -> int:
-    """Count the bytes that a forward saves for backward: of distinct storages, without those of the model's tensors.
+    """Count the bytes that a forward saves for backward. Each storage counts once, and storages of the model's own
+    tensors do not count.
 
     Args:
         tensors: the model's tensors.
         run: the forward.
         inputs: the inputs of the forward.
-        repeated: blocks that backward runs again (gradient checkpointing). The inputs of each block are counted, and
-            the tensors that the largest block saves when it runs again.
+        repeated: blocks that backward runs again (gradient checkpointing). For these, the inputs of all blocks are
+            counted, and the tensors that one block saves when it runs again: the block that saves most.
     """
     own = {_storage(each) for each in tensors.values()}
     outside: dict[int, Tensor] = {}  # alive until the end: a storage that is freed gives its address to the next
@@ -104,7 +106,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; tied ones occur under all their names."""
+    """Return the parameters and buffers of a model by name. A tied tensor occurs under each of its names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -113,12 +115,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Pretended:
-    """Runs models of the meta device with fake tensors, on batches that are shared between the models."""
+    """Runs models on the meta device with torch's fake tensors. Batches made by one object can be passed to several
+    models."""
 
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     def batch(self, skeleton: Skeleton, size: Size) -> ExampleBatch:
-        """Make a batch for the model.
+        """Build a batch for a skeleton (a model without weights).
 
         Raises:
             UnknownInputs: the model's forward cannot run without values.
@@ -130,7 +133,8 @@ class Pretended:
             )
 
     def kept(self, model: nn.Module, batch: ExampleBatch, repeated: Collection[nn.Module] = ()) -> int:
-        """Count the bytes that a forward saves for backward, if backward runs the given blocks again.
+        """Count the bytes that a forward saves for backward. `repeated` are the blocks that backward runs again
+        (gradient checkpointing).
 
         Raises:
             UnknownInputs: the forward cannot run without values.
@@ -140,8 +144,8 @@ class Pretended:
             return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs, repeated)
 
     def step(self, model: nn.Module, batch: ExampleBatch) -> StorageCounter:
-        """Run a forward and its backward, and return a counter of the operations and of the peak memory, which includes
-        the model's tensors and the gradients of its parameters.
+        """Run a forward and its backward, and return a counter with the operations and the peak memory. The memory
+        includes the model's tensors and the gradients of its parameters.
 
         Raises:
             UnknownInputs: forward or backward cannot run without values.
@@ -164,7 +168,8 @@ class Pretended:
 
 
 class _Step(nn.Module):
-    """A forward with its backward inside, where blocks that run again find the same tensors."""
+    """A module whose forward runs the model's forward and backward. So blocks that backward runs again use the same
+    fake tensors."""
 
     def __init__(self, model: nn.Module, has_loss: bool) -> None:
         super().__init__()
@@ -180,15 +185,15 @@ class _Step(nn.Module):
 
 
 def stand_in(tensor: Tensor) -> Tensor:
-    """Make an empty tensor like the given one; for a parameter, a parameter."""
+    """Return an empty tensor of the same shape and dtype; a parameter if `tensor` is a parameter."""
     like = torch.empty(tensor.shape, dtype=tensor.dtype)
     return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Context manager that turns any error of a forward into the reason why its costs are unknown, without torch's
-    report."""
+    """Context manager that turns any error of a forward into `UnknownInputs`, whose message is the reason why costs are
+    unknown. Torch's log messages about the error are suppressed."""
     log = logging.getLogger(FakeTensorMode.__module__)
     level = log.level
     try:

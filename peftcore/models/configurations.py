@@ -1,7 +1,7 @@
-"""Configurations of transformers, diffusers and timm, and the classes that they name.
+"""Reads configurations of transformers, diffusers and timm, and finds the classes named in them.
 
-A key in ``config.json`` shows to which library the file belongs. The classes named in the file are looked up among the
-exports of that library, so a file cannot cause the import of other modules.
+The keys in ``config.json`` determine the library that the file belongs to. Class names in the file are looked up only
+among the exports of that library, so a file cannot cause the import of other modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ CONFIG, PIPELINE = "config.json", "model_index.json"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Infinities are allowed: configurations of Mamba have some."""
+    """Read a JSON file that contains an object, and return the object. Infinities are allowed, because configurations
+    of Mamba contain them."""
     if not path.is_file():
         raise BadInput(f"{path.parent}: not a folder of a model; it has no {path.name}")
     try:
@@ -34,7 +35,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: Path | str) -> Reader:
-    """Return the reader of a configuration: that of the first key of `readers` that the configuration has."""
+    """Return the reader for a configuration. `readers` maps a key of the configuration to a reader; the first key that
+    the configuration has is used."""
     found = next((reader for key, reader in readers.items() if key in config), None)
     if found is None:
         kinds = "transformers, timm or diffusers"

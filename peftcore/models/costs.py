@@ -1,4 +1,5 @@
-"""Costs of a method: the parameters that it would add to a model, and the memory and operations of a training step."""
+"""Computes the costs of a method on a model: the parameters that it would add, and the memory and operations of a
+training step."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Passes:
-    """The memory and the operations of a forward and its backward; None where they are not known."""
+    """The memory and the operations of a forward and its backward. Unknown values are None."""
 
     activations: int | None = None
     """Bytes that the forward keeps for its backward."""
@@ -41,7 +42,8 @@ class Passes:
 
 @dataclass(frozen=True)
 class Counted:
-    """The passes of the adapted model and of the original model, or the reason why they are unknown."""
+    """The costs of a forward and backward, for the adapted model and for full fine-tuning of the original model; or the
+    reason why they are unknown."""
 
     batch: ExampleBatch | None = None
     adapted: Passes = Passes()
@@ -59,9 +61,9 @@ class Memory:
     optimizer: int
     activations: int | None
     gathered: int = 0
-    """Sharded weights that are whole while the largest block runs."""
+    """The weights that are gathered from the shards while the largest block runs."""
     within: int | None = None
-    """The peak memory in a forward and its backward, as in `Passes.peak`."""
+    """The peak memory within forward and backward, as in `Passes.peak`."""
 
     @classmethod
     def of(cls, weights: int, adapter: int, trained: Iterable[Tensor], passes: Passes) -> Memory:
@@ -74,15 +76,15 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """Return the sum of all parts; None if a part is unknown. Memory that is allocated and freed within a step
-        (gradients of activations, buffers of kernels) is not included."""
+        """Return the sum of all parts; None if the activations are unknown. Memory that is allocated and freed within a
+        step (gradients of activations, buffers of kernels) is not included."""
         known = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
         return None if self.activations is None else known + self.activations
 
     @property
     def peak(self) -> int | None:
-        """Return the peak memory in bytes: in forward and backward, or in the optimizer's step, when all gradients
-        exist."""
+        """Return the peak memory of a step in bytes; None if it is unknown. It is reached in forward and backward, or
+        in the optimizer's step, when all gradients exist."""
         if self.within is None:
             return None
         return self.optimizer + max(self.within, self.weights + self.adapter + self.gradients)
@@ -107,7 +109,7 @@ class Costs:
     sharded: tuple[Memory, ...] = ()
     """The memory of each process; empty unless a number of processes was given."""
     adapters: int = 1
-    """The number of adapters that are in memory at once when the model serves them."""
+    """The number of adapters that are in memory at once when the model is served."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class Costs:
 
     @property
     def resident(self) -> int:
-        """Return the bytes of these adapters, without those of the model's weights."""
+        """Return the bytes of all `adapters` together, without the model's weights."""
         return self.adapters * self.recorded.plan.resident
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,13 +150,13 @@ def costs(
     """Compute the costs of a method on a model, without loading the model's weights.
 
     Args:
-        source: the name of the model, as MODEL in commands.
+        source: the name of the model: a folder, a name on the Hub, or any other MODEL that commands accept.
         wanted: the method with its options.
         size: the size of a batch.
         dtype: the dtype of the weights; by default that of the configuration.
         checkpointed: whether gradient checkpointing is on, so that blocks run again in backward.
         shards: the number of processes over which the weights are sharded.
-        adapters: the number of adapters that are in memory at once when the model serves them.
+        adapters: the number of adapters that are in memory at once when the model is served.
 
     Raises:
         BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: the method cannot be
@@ -199,15 +201,15 @@ def repeating(model: nn.Module, source: str) -> Sequence[nn.Module]:
 
 
 def checkpointable(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that run again in backward if transformers' gradient checkpointing is on."""
+    """Return the blocks that backward runs again if gradient checkpointing of transformers is turned on."""
     transformers = sys.modules.get("transformers")
     kind = () if transformers is None else transformers.modeling_layers.GradientCheckpointingLayer
     return [each for each in model.modules() if isinstance(each, kind)]
 
 
 def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.Module] = ()) -> Counted:
-    """Count the passes of the original model, then of the adapted model, on tensors without values. The model stays
-    adapted."""
+    """Count the costs of a forward and backward of the original model, then of the adapted model, on tensors without
+    values. The adapter remains on the model."""
     pretended = Pretended()
     batch, full, adapted = None, Passes(), Passes()
     try:
@@ -234,8 +236,8 @@ def held(tensors: Iterable[Tensor]) -> int:
 
 
 def size_of_file(recorded: Recorded) -> int:
-    """Return the size of ``adapter.safetensors`` in bytes: eight for the header's length, the header, padded to a
-    multiple of eight, and the tensors, those with the widest dtype first."""
+    """Return the size of the file ``adapter.safetensors`` in bytes. The file has eight bytes for the length of the
+    header, the header padded to a multiple of eight bytes, and the tensors. Tensors with the widest dtype are first."""
     planned = recorded.plan
     envelope = envelope_of(Injection("planned", recorded.surgeon, HostState()))
     header: dict[str, Any] = {"__metadata__": {METADATA: envelope.short}}

@@ -1,4 +1,4 @@
-"""The changes that a requested method would make to a model: they are recorded, but not made."""
+"""Records the changes that a method would make to a model, without making them."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class RequestedMethod:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One site or shared module at which the method adds tensors."""
+    """One site at which the method would add tensors, or one module that several sites would share."""
 
     name: str
-    """The site's path, in a hybrid with the part's number in front; or the name of a module that several sites
-    share."""
+    """The path of the site, with the part's number in front if the method is a hybrid. For a shared module, its
+    name."""
     path: str
-    """The path of the module or bare parameter."""
+    """The path of the target module or parameter."""
     shape: tuple[int, ...]
     role: str | None
     tensors: Mapping[str, tuple[int, ...]]
-    """The shapes of the tensors that the method saves for it."""
+    """The shapes of the tensors that the method saves for the site."""
     trainable: int
     rows: bool = False
-    """Whether the site is only one part of a fused weight: the slices of its role."""
+    """Whether the site is only some rows of a fused weight, such as the query rows of a QKV matrix."""
 
     @classmethod
     def of(cls, name: str, operator: nn.Module) -> PlannedSite:
@@ -87,7 +87,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The recorded changes that a method would make to a model."""
+    """The changes that a method would make to a model, as recorded by `of`."""
 
     request: Request
     surgeon: RecordingSurgeon

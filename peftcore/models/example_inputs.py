@@ -1,7 +1,7 @@
 """Example inputs of a model's forward, from its configuration: zeros of the right shapes and kinds.
 
-There is one table for each library. It maps the name of an argument to a function that computes its tensor from the
-configuration, or returns None if the model lacks the argument.
+There is one table for each library. It maps the name of an argument to a function. The function computes a tensor for
+the argument from the configuration, or returns None if the model does not have this input.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from peftcore.errors import BadInput
 Config = Mapping[str, Any]
 
 TOKENS, PROMPT, SOUND = 128, 77, 16_000
-"""Default lengths: of a text, of a denoiser's prompt (the length of CLIP's text encoder), and of a sound (one
-second)."""
+"""Default lengths: the tokens of a text, the tokens of a denoiser's prompt (as CLIP's text encoder has), and the
+samples of a sound (one second)."""
 PICTURE = 224
-"""Height and width of a picture if the configuration does not define them, since convolutions accept any size."""
+"""Height and width of a picture, if the configuration does not define them. Convolutions accept any size."""
 LATENTS = 4096
 """The number of positions of a picture of 1024 x 1024, for denoisers that take the positions as a sequence."""
 
@@ -41,7 +41,7 @@ class UnknownInputs(Exception):
 
 @dataclass(frozen=True)
 class Given:
-    """The configuration and the sizes from which the shapes of inputs are computed."""
+    """The arguments of the functions that build inputs: the configuration, the size of the batch, and the dtype."""
 
     config: Config
     size: Size
@@ -54,7 +54,7 @@ class Given:
         return torch.zeros(self.size.batch, *shape, dtype=self.dtype)
 
     def first(self, *names: str) -> Any:
-        """Return the value of the first of these keys that the configuration has."""
+        """Return the value of the first key among `names` that the configuration has; None if it has none of them."""
         return next((self.config[name] for name in names if self.config.get(name) is not None), None)
 
 
@@ -62,7 +62,8 @@ Build = Callable[[Given], Tensor | None]
 
 
 def pair(size: Any) -> tuple[int, ...]:
-    """Return height and width; a single number means both."""
+    """Return height and width as a tuple, for a size in a configuration. If the size is a single number, it is both
+    height and width."""
     if isinstance(size, Mapping):
         return int(size["height"]), int(size["width"])
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -113,7 +114,7 @@ TRANSFORMERS: Mapping[str, Build] = {
 def for_transformers(
     config: Any, main: Collection[str], accepted: Collection[str], size: Size, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the main inputs of a model of transformers, and the inputs of its decoder if it has one."""
+    """Return example inputs for a model of transformers: its main inputs, and decoder tokens if it has a decoder."""
     given = Given(flattened(config), size, dtype)
     wanted = {*main, "decoder_input_ids"} & {*accepted}
     found = {name: build(given) for name, build in TRANSFORMERS.items() if name in wanted}
@@ -126,8 +127,9 @@ def for_transformers(
 
 
 def flattened(config: Any) -> dict[str, Any]:
-    """Return the values of a configuration of transformers and of the configurations inside it, by their most common
-    names. If several have a value, that of the outer configuration is used, then that of the text configuration."""
+    """Return the values of a configuration of transformers, and of the configurations inside it, in one dictionary with
+    transformers' common names. If several configurations have a name, the outer configuration has priority, then the
+    text configuration."""
     values: dict[str, Any] = {}
     inner = [part for name in config.sub_configs if (part := vars(config).get(name)) is not None]
     for each in (config, config.get_text_config(), *inner):
@@ -161,7 +163,8 @@ def _latents(given: Given) -> Tensor | None:
 
 
 def _places(count: Callable[[Given], int]) -> Build:
-    """Return a builder of the places of what stands in a row, the same for the whole batch: an axis each."""
+    """Return a function that builds the positions of `count` tokens, ``[tokens, axes]``, the same for the whole
+    batch."""
     return lambda given: torch.zeros(count(given), len(given.config["axes_dims_rope"]), dtype=given.dtype)
 
 
@@ -187,7 +190,8 @@ DIFFUSERS: Mapping[str, Build] = {
 
 
 def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all arguments of forward whose shapes the configuration defines."""
+    """Return example inputs for a model of diffusers: all arguments of forward whose shapes the configuration
+    defines."""
     given = Given(config, size, dtype)
     found = {name: build(given) for name, build in DIFFUSERS.items() if name in accepted}
     inputs: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
@@ -200,7 +204,7 @@ def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype
 
 
 def _size_and_text(given: Given) -> dict[str, Tensor]:
-    """Return SDXL's conditions: six sizes, and the text as one vector."""
+    """Return SDXL's additional conditions: six numbers for the sizes of the picture, and the text as one vector."""
     ids = 6
     width = given.config["projection_class_embeddings_input_dim"] - ids * given.config["addition_time_embed_dim"]
     return {"text_embeds": given.numbers(width), "time_ids": given.numbers(ids)}

@@ -1,4 +1,5 @@
-"""Loads models and tokenizers to train. Classifiers get a head, which is trained in the same way with every method."""
+"""Loads models and tokenizers for training. A classifier gets a new head, which is trained in the same way with every
+method."""
 
 from __future__ import annotations
 
@@ -19,14 +20,15 @@ from peftcore.layers.layer import is_dense
 from peftcore.models.model_names import Use, find
 
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
-"""Options that keep transformers from loading kernels from the Hub, which are code; it uses its own kernels instead."""
+"""Options that stop transformers from loading kernels from the Hub, because kernels are code. Transformers uses its own
+kernels instead."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""Errors that transformers raises for a folder without a model, with an incomplete model or a model of another kind, or
-with a model that needs a package that is not installed, such as quantized models."""
+"""Errors that transformers raises for a folder that it cannot load. The folder may have no model, an incomplete model,
+or a model of another kind. Or its model may need a package that is not installed, as quantized models do."""
 
 
 def load_tokenizer(model: Path | str) -> Any:
-    """Load the model's tokenizer. If it lacks a padding token (most decoders), it pads with its end-of-text token."""
+    """Load the model's tokenizer. If the tokenizer has no padding token, its end-of-text token is used for padding."""
     named = find(model)
     named.check(Use.TEXT)
     where, options = named.origin()
@@ -45,7 +47,7 @@ def load_tokenizer(model: Path | str) -> Any:
 
 
 def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:
-    """Load a model with its weights, by one of transformers' Auto classes.
+    """Load a model with its weights, by `auto`, one of transformers' Auto classes.
 
     Raises:
         BadInput: the model does not exist.
@@ -62,8 +64,8 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
 
 
 def made_dense(model: Any) -> None:
-    """Remove the mark of quantization from a model whose weights were made dense when they were loaded. Transformers
-    still treats the model as quantized, and would neither train nor save it."""
+    """Remove transformers' record that a model is quantized, if all its weights were dequantized on loading (GGUF
+    files). With that record, transformers would refuse to train or save the model."""
     if all(map(is_dense, model.parameters())):
         model.hf_quantizer.remove_quantization_config(model)
 
@@ -71,8 +73,8 @@ def made_dense(model: Any) -> None:
 def classifier(
     auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Load a model with a head for these classes, by one of the Auto classes. Return the model and the names of its
-    head modules."""
+    """Load a model with a classification head for `labels`, by `auto`, one of transformers' Auto classes. Return the
+    model and the names of its head modules."""
     loaded, info = from_pretrained(
         auto,
         model,
@@ -90,8 +92,8 @@ def classifier(
 
 
 def _without_classes(model: Path | str) -> dict[str, Any]:
-    """Return the arguments that a model of timm was saved with, without the number of its classes: transformers would
-    give it twice."""
+    """Return ``{"model_args": ...}``, the arguments that a timm model was saved with, but without its number of
+    classes, which transformers would pass twice. Empty for models of other libraries."""
     where, own = find(model).origin()
     try:
         config = transformers.AutoConfig.from_pretrained(where, **own)
@@ -103,12 +105,12 @@ def _without_classes(model: Path | str) -> dict[str, Any]:
 
 
 def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
-    """Return the names of the modules outside the base model, and of the modules of the base model that the folder has
-    no tensors of (a pooler, for example). If nothing is outside the base model, the modules with the role head are
-    used.
+    """Return the names of the modules that every method has to train, because their weights are new or from another
+    task.
 
-    These modules have fresh weights or weights for another task, so every method has to train them. No other tensor may
-    be missing.
+    They are the modules outside the base model, and modules of the base model whose tensors are not in the folder, such
+    as a pooler. If no module is outside the base model, the modules with the role "head" are returned. BadInput is
+    raised if any other tensor is missing.
     """
     outside = parts(model)
     backbones = [name for name, part in outside.items() if isinstance(part, BackboneMixin)]

@@ -1,7 +1,7 @@
-"""The kinds of names that a MODEL may have in commands, files and Python: one class for each kind, which finds the
-model's files and knows how to load it.
+"""The kinds of names that a MODEL argument may have in commands, files and Python. There is one class for each kind; it
+finds the model's files, and returns the arguments for loading them.
 
-Nothing is loaded here. `Named.check` raises an error for uses that a kind does not support, before anything else runs.
+No weights are loaded here. `Named.check` raises an error for uses that a kind of name does not support.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ MODEL = (
     "A folder of a model, a GGUF file, package:NAME or package:NAME/FOLDER for what an installed Python package holds, "
     "timm:NAME, or a name on the Hub."
 )
-"""The help text of MODEL in all commands and in the schemas of their files: it lists all names that are accepted."""
+"""The help text of MODEL in all commands and in the schemas of their files. It lists the names that are accepted."""
 GGUF, TIMM = ".gguf", "timm:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline of diffusers that may contain the model to train."""
+"""Names of the folders in a pipeline of diffusers that may contain the model to train."""
 SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Files of a repository other than weights: configurations and tokenizers."""
+"""Patterns of the files in a repository that are not weights: configurations and tokenizers."""
 WEIGHTS = ".safetensors"
 
 
 class Use(Enum):
-    """The use for which a command needs a model."""
+    """The purposes for which commands need a model."""
 
     TEXT = "text"
     """A model that reads tokens, so it has a tokenizer."""
@@ -51,18 +51,18 @@ class ModelConfiguration:
 
     config: Mapping[str, Any]
     source: str
-    """The name that is shown: the name that the user passed, or the folder inside a pipeline."""
+    """The name that is shown to the user: the name that the user passed, or a folder inside a pipeline."""
     name: str
     """The name that the library's loaders accept; files of adapters store it."""
     folder: Path | None = None
-    """The folder with its files, if there is one."""
+    """The folder with the model's files; None if there is no such folder."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Additional arguments for transformers' loaders."""
 
 
 @dataclass(frozen=True)
 class Named(ABC):
-    """Base class of models that the user named, one subclass for each kind of name."""
+    """Base class of models given by name. Each kind of name has one subclass."""
 
     said: str
     refusals: ClassVar[Mapping[Use, str]] = {}
@@ -79,7 +79,7 @@ class Named(ABC):
 
     @abstractmethod
     def origin(self) -> tuple[str, dict[str, Any]]:
-        """Return the name and the arguments with which transformers' loaders load the model.
+        """Return the name and the keyword arguments to pass to transformers' `from_pretrained`.
 
         Raises:
             BadInput: transformers cannot load it.
@@ -102,13 +102,13 @@ class Named(ABC):
         """
 
     def local(self) -> tuple[Path, ...]:
-        """Return the user's files or folders that are read, so that a command does not overwrite them."""
+        """Return the user's own files or folders that contain the model, so that a command does not overwrite them."""
         return ()
 
 
 @dataclass(frozen=True)
 class InFolder(Named):
-    """A folder of a model of transformers, timm or diffusers, or of a whole pipeline."""
+    """A folder that contains a model of transformers, timm or diffusers, or a whole pipeline of diffusers."""
 
     path: Path
 
@@ -128,7 +128,7 @@ class InFolder(Named):
 
 @dataclass(frozen=True)
 class InGguf(Named):
-    """A GGUF file, which transformers reads as a dense language model."""
+    """A GGUF file, which transformers dequantizes and loads as a language model."""
 
     path: Path
     refusals: ClassVar[Mapping[Use, str]] = {
@@ -156,7 +156,7 @@ class InGguf(Named):
 
 @dataclass(frozen=True)
 class OnHub(Named):
-    """A repository of the Hub, with the local cache; offline, only the cache is used."""
+    """A repository on the Hub. Its files are downloaded into the local cache; offline, only the cache is used."""
 
     name: str
 
@@ -175,7 +175,8 @@ class OnHub(Named):
         return ModelConfiguration(config, self.said, name, where)
 
     def _fetched(self, files: tuple[str, ...], top: bool = False) -> Path:
-        """Return the folder of the repository in the cache, with these files, of weights those at its `top` alone."""
+        """Download the files that match the patterns, and return the repository's folder in the cache. With `top`,
+        weights in subfolders are skipped."""
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -229,7 +230,7 @@ class OfTimm(Named):
 
 
 def find(model: Path | str) -> Named:
-    """Return the model that a MODEL names.
+    """Return the object for the name of a model, whatever kind of name it is.
 
     Raises:
         BadInput: the name looks like a path that does not exist, or like a package that is not installed.
@@ -270,19 +271,20 @@ def check_architecture(source: str, name: str) -> None:
 
 
 def _models(folder: Path) -> list[Path]:
-    """Return the models of a folder: itself, or its GGUF files."""
+    """Return the paths of the models in a folder: the folder itself if it has a configuration, otherwise its GGUF
+    files."""
     described = any((folder / name).exists() for name in (CONFIG, PIPELINE))
     return [folder] if described else sorted(folder.glob(f"*{GGUF}"))
 
 
 def _inside(said: str, folder: Path) -> str:
-    """Return in words which of its folders hold models."""
+    """Return the end of an error message, which names subfolders that contain models; empty if there are none."""
     found = [f"{said}/{each.name}" for each in sorted(folder.iterdir()) if each.is_dir() and _models(each)][:5]
     return f", but {' and '.join(found)} {'does' if len(found) == 1 else 'do'}" if found else ""
 
 
 def _in_package(model: str) -> Path:
-    """Return a folder inside a package, which is found but not imported."""
+    """Return a folder inside a Python package. The package is not imported."""
     name, _, inside = model.removeprefix(PACKAGE).partition("/")
     if (folder := package_folder(name)) is None:
         raise BadInput(f"{model}: the package {name!r} is not installed")

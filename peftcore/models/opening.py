@@ -41,35 +41,37 @@ COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
     "AutoProcessor": ("processor_config.json", "preprocessor_config.json"),
 }
-"""Parts that prepare a model's inputs: transformers' loaders, and the files that show that a folder has such a part."""
+"""Files by name of the transformers class that loads them, for tokenizers and processors. A folder with one of the
+files has such a tokenizer or processor."""
 
 
 @dataclass(frozen=True)
 class MadeOn:
-    """The model that an adapter was made on, as its file describes it."""
+    """The model that an adapter was trained on, as described in the adapter's file."""
 
     host: str = ""
     """The model's class; empty if the file does not name it."""
     task: str = ""
-    """Peft's task type, used if the file does not name a class."""
+    """The task type in a file of peft. It is used if the file does not name a class."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that the adapter contains, such as those of a head."""
+    """The shapes of the host's own parameters that the adapter's file contains, such as those of a head, by name."""
     base: str = ""
-    """The file's name for the model's weights; empty if the file does not contain it."""
+    """The name or path of the model, as written in the adapter's file; empty if the file does not have it."""
     meant: str | None = None
-    """The class of transformers that the user chose."""
+    """The name of the transformers class that the user chose; None if the user chose none."""
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model, and the function that writes it into a folder together with its tokenizer and other companions."""
+    """A model, and the function that writes it into a folder, together with its tokenizer and processor."""
 
     model: Any
     write: Callable[[Path], None]
     fresh: Collection[str] = ()
-    """Parameters that the folder lacks, so that the adapter must contain them."""
+    """Names of the parameters that are not in the folder, so the adapter must contain them."""
     unpack: Callable[[], None] = lambda: None
-    """Make all quantized weights dense, and remove the marks of quantization, so that a dense model is written."""
+    """Dequantizes all weights, and removes transformers' record that they are quantized, so that `write` writes a model
+    that is not quantized."""
 
 
 Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], OpenedModel]
@@ -80,9 +82,9 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
 
     Args:
         folder: the folder, or the GGUF file.
-        weights: False builds it from its configuration on the meta device.
-        made_on: the model that an adapter was made on. If the adapter contains a head, the head is added to a model
-            without one.
+        weights: False to build the model on the meta device from its configuration, without reading weights.
+        made_on: the model that an adapter was trained on. If the adapter contains a head and the opened model has none,
+            the model is built with such a head.
 
     Raises:
         BadInput: there is no model, its library is not installed, or the weights are damaged, pickled, or belong to
@@ -97,7 +99,7 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
 
 
 def _of_gguf(file: Path) -> dict[str, Any]:
-    """Return what a configuration would say of the language model in a GGUF file."""
+    """Return the values that the configuration of the language model in a GGUF file would have."""
     with _loading(file):
         found = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         made: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
@@ -105,7 +107,7 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 
 def _located(place: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder from which transformers' loaders read, and their arguments."""
+    """Return the folder and the keyword arguments to pass to transformers' `from_pretrained`."""
     gguf = {"gguf_file": place.name, "dtype": torch.float32}
     return (place.parent, gguf) if place.suffix == GGUF else (place, {})
 
@@ -122,7 +124,7 @@ def components(pipeline: Path) -> dict[str, Path]:
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """Turn what a library raises about a folder that it cannot read into one sentence."""
+    """Context manager that turns an error of a library about a folder into `BadInput` with one sentence."""
     try:
         yield
     except BROKEN as error:
@@ -130,10 +132,10 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model without values.
+    """Build a model on the meta device, without values.
 
     Raises:
-        NoWeights: it cannot be built without.
+        NoWeights: the model cannot be built on the meta device.
     """
     try:
         with torch.device("meta"):
@@ -196,8 +198,9 @@ def _settings(cls: Any, folder: Path, base: str = "") -> Any:
 
 
 def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
-    """Return the class that the folder names; where that has no place for a head that the adapter brings, the
-    adapter's."""
+    """Return the class of the model. If the user chose a class, it is that class. Otherwise it is the class named in
+    the folder, unless the adapter contains parameters that this class does not have, such as a head. Then it is the
+    class that the adapter was trained on."""
     names = config.get("architectures")
     own = _known(folder, names[0] if isinstance(names, list) and names else names, "its architecture is")
     if made_on.meant is not None:
@@ -233,14 +236,15 @@ def _for_task(config: type, task: str) -> type | None:
 
 
 def _labels(skeleton: nn.Module, made_on: MadeOn) -> int | None:
-    """Return how many outputs the head has that an adapter brings, where the configuration says something else."""
+    """Return the number of outputs of the head in an adapter's file, if it differs from the number in the
+    configuration; otherwise None."""
     own = dict(skeleton.named_parameters())
     other = {shape[0] for path, shape in made_on.trained.items() if path in own and shape and own[path].shape != shape}
     return other.pop() if len(other) == 1 else None
 
 
 def _companions(folder: Path) -> list[Any]:
-    """Load tokenizer and processor, where there are any."""
+    """Load the tokenizer and the processor in a folder, if it has them."""
     found = []
     for loader, files in COMPANIONS.items():
         if any((folder / name).exists() for name in files):
@@ -280,15 +284,16 @@ def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: 
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the weights in a folder; diffusers would load all in float32."""
+    """Return the dtype that most of the stored weights in a folder have. Diffusers would load the weights in float32 if
+    no dtype were passed."""
     files = sorted(folder.glob("*.safetensors"))
     dtypes = [dtype for file in files[:1] for dtype in TensorFile(file).dtypes.values() if dtype in FLOATS]
     return max(dtypes, key=dtypes.count, default=torch.float32)
 
 
 def _variant(folder: Path, stem: str) -> str | None:
-    """Return the variant in the names of weights that are there in one variant only: ``fp16`` of
-    ``model.fp16.safetensors``."""
+    """Return the variant in the file names of weights: ``fp16`` for ``model.fp16.safetensors``. None if there are
+    weights without a variant, or several variants."""
     if any((folder / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json")):
         return None
     names = [path.name.removeprefix(f"{stem}.") for path in folder.glob(f"{stem}.*.safetensors")]
@@ -317,7 +322,8 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
 
 
 READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _transformers, "architecture": _timm}
-"""The functions that open a folder, by a key of its ``config.json``; the first key that the file has is used."""
+"""The function that opens a folder, by a key in the folder's ``config.json``. If the file has several of these keys,
+the first one in this order is used."""
 
 
 def _cannot(out: Path) -> None:

@@ -1,5 +1,5 @@
-"""Counts the operations within a ``with`` block, and the bytes that are allocated at once: for tensors with values and
-for fake tensors."""
+"""Counts the operations and the peak memory within a ``with`` block. It works for real tensors and for torch's fake
+tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-"""Functions that count the operations of each operator, by `torch.utils.flop_counter`."""
+"""Functions that count floating-point operations, by torch operator. They are those of `torch.utils.flop_counter`, and
+some more."""
 
 
 class StorageCounter(TorchDispatchMode):

@@ -1,8 +1,8 @@
-"""Skeletons of models: built from a configuration, without weights, on the meta device, for code that inspects a model
-and does not train it.
+"""Builds skeletons, which are models without weights: they are built from a configuration on the meta device. They are
+for code that inspects a model and does not train it.
 
-For each library, `LIBRARIES` has a class that builds the model and its inputs, found by a key of ``config.json``. Code
-in a model's repository is never run, and files of weights are not opened.
+`LIBRARIES` has one class for each library, which builds a model and its inputs. A key of ``config.json`` determines the
+class. Code in a model's repository is never run, and files of weights are not opened.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ UNBUILT = "no model can be built from its configuration"
 
 @dataclass(frozen=True)
 class Skeleton(ABC):
-    """A model on the meta device, in training mode, with its source and the inputs of its forward."""
+    """A model without weights, on the meta device and in training mode. It can also build example inputs for the
+    model's forward."""
 
     source: str
     model: nn.Module
@@ -43,16 +44,16 @@ class Skeleton(ABC):
     @classmethod
     @abstractmethod
     def build(cls, found: ModelConfiguration, dtype: torch.dtype | None) -> Skeleton:
-        """Build the model of a configuration: in `dtype`, by default in the dtype of the configuration, otherwise in
-        float32."""
+        """Build the model of a configuration in `dtype`. If `dtype` is None, the dtype of the configuration is used, or
+        else float32."""
 
     @property
     def title(self) -> str:
-        """Return the class, the library and the source, in two lines."""
+        """Return two lines for the user: the model's class, library and dtype, and the name of its source."""
         return f"{type(self.model).__name__} ({self.library}, {str(self.dtype).removeprefix('torch.')})\n{self.source}"
 
     def as_dict(self) -> dict[str, str]:
-        """Return class, library and source as a dictionary."""
+        """Return the source, class, library and dtype of the model as a dictionary."""
         return {
             "model": self.source,
             "class": type(self.model).__name__,
@@ -62,7 +63,7 @@ class Skeleton(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the model's floating-point inputs, such as pictures."""
+        """Return the dtype of the first floating-point parameter, which inputs such as pictures need to have."""
         return next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
 
     @abstractmethod
@@ -74,13 +75,14 @@ class Skeleton(ABC):
         """
 
     def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
-        """Return the inputs, with labels that fit the outputs if forward computes a loss from labels."""
+        """Return the inputs, with labels added if forward accepts labels and computes a loss from them. The labels have
+        the shape that fits `outputs`."""
         return inputs
 
 
 class TransformersSkeleton(Skeleton):
-    """Skeletons of transformers: of the class that ``architectures`` names, otherwise of the class that ``AutoModel``
-    chooses."""
+    """Builds a model of transformers without weights. Its class is the one that ``architectures`` names in the
+    configuration, or else the one that ``AutoModel`` chooses."""
 
     library = "transformers"
 
@@ -121,7 +123,8 @@ class TransformersSkeleton(Skeleton):
 
 
 class TimmSkeleton(Skeleton):
-    """Skeletons of timm: the architecture by name, with the arguments that were saved with it."""
+    """Builds a model of timm without weights, from the name of the architecture and the arguments in its
+    configuration."""
 
     library = "timm"
 
@@ -145,7 +148,7 @@ class TimmSkeleton(Skeleton):
 
 
 class DiffusersSkeleton(Skeleton):
-    """Skeletons of diffusers: one component of a pipeline, by the class that its configuration names."""
+    """Builds one component of a diffusers pipeline without weights, from the class named in its configuration."""
 
     library = "diffusers"
 
@@ -173,11 +176,12 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
     "model_type": TransformersSkeleton,
     "architecture": TimmSkeleton,
 }
-"""The classes that build a model, by a key of its ``config.json``; the first key that the file has is used."""
+"""The class that builds a model, by a key in the model's ``config.json``. If the file has several of these keys, the
+first one in this order is used."""
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:
-    """Build the skeleton of the model that the user named.
+    """Build a model without weights (a skeleton), from the name of the model.
 
     Raises:
         BadInput: there is no such model, its library is not installed, or no model can be built from its configuration.
@@ -191,7 +195,7 @@ def skeleton(source: str, dtype: str | None = None) -> Skeleton:
 
 
 def chosen_dtype(name: str) -> torch.dtype:
-    """Return a dtype by its name."""
+    """Return the dtype called `name`."""
     if name not in DTYPES:
         raise BadInput(f"--dtype {name} is not supported: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -203,8 +207,8 @@ def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def emptied(model: nn.Module) -> nn.Module:
-    """Return the model in training mode, with all tensors on the meta device, also those that it built on another
-    device."""
+    """Return the model in training mode, after moving all its tensors to the meta device. Models build some tensors on
+    other devices."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -219,7 +223,8 @@ def emptied(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def meta(dtype: torch.dtype | None) -> Iterator[None]:
-    """Context manager in which modules are built on the meta device, with this dtype unless they choose another one."""
+    """Context manager in which modules are built on the meta device. Their default dtype is `dtype`, or float32 if it
+    is None."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype or torch.float32)
@@ -231,8 +236,8 @@ def meta(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(source: str, what: str) -> Iterator[None]:
-    """Context manager that turns any error of a library into `BadInput`, since libraries do not list the errors that a
-    configuration may cause."""
+    """Context manager that turns any error into `BadInput`. Libraries do not document which errors a configuration may
+    cause."""
     try:
         yield
     except Exception as error:

@@ -3,10 +3,10 @@
 It may import `contract` and lower packages. In the order of reading:
 
 - `plugins`: loads plugins from entry points, and the core's own plugin by name.
-- `evidence`: the sources of numbers with which a plugin's tests compare its methods, from a file in its package.
+- `evidence`: lists the libraries and authors' code with whose results a plugin's tests compare its methods.
 - `peft_names`: recognizes configurations of peft, and advises what to write instead of peft's options.
-- `preset_methods`: the class of a preset, which is the method's class with other defaults.
+- `preset_methods`: builds the class of a preset, a copy of the method's class with other defaults.
 - `catalogue`: methods by name, their descriptions, and the schema of their options.
-- `method_text`: the description of a method, divided at the headings of its docstring.
-- `equation_only`: the notice that a method was compared only with its equation.
+- `method_text`: splits the description of a method, its docstring, at the headings.
+- `equation_only`: logs a warning for methods whose tests compare them only with their equation.
 """

@@ -23,66 +23,72 @@ M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
 TRAINS, COMBINES, QUANTIZED = "trains", "combines", "quantized"
-"""The values of `MethodInfo.kind`, the purpose of a method."""
+"""The possible values of `MethodInfo.kind`."""
 BUDGETS = "peftcore.authoring.budgets:budgets"
-"""The function that counts parameters on reference models. It is in a higher layer, so it is imported by name on
-use."""
+"""The path of the function behind `MethodInfo.budgets`. The function is in a package above this one, so it is imported
+by name when it is needed."""
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One entry of `methods()`. Its attributes import at most the method's own module."""
+    """One entry of `methods()`: a method or a preset. Reading an attribute imports at most the method's own module,
+    except for `budgets`."""
 
     name: str
     """The name by which `apply` finds the method."""
     plugin: str
-    """The plugin's name. If two plugins have a method of the same name, ``"plugin/name"`` identifies one."""
+    """The name of the plugin that has the method. If two plugins have a method of the same name, ``"plugin/name"``
+    identifies one of them."""
     distribution: str
-    """The distribution that contains the method, with its version; or "registered at run time"."""
+    """The distribution that contains the method, with its version; "registered at run time" for methods added by
+    `register`."""
     location: str = field(repr=False)
     """The path of the method's class, ``module:Class``."""
     aliases: tuple[str, ...] = ()
     """Other names of the method."""
     preset: Preset | None = None
-    """The preset (its method and options), if the entry is one; None for a method."""
+    """The `Preset`, if the entry is a preset; None for a method."""
 
     def _tags(self) -> Tags:
         return method(f"{self.plugin}/{self.name}").tags
 
     @property
     def tags(self) -> Tags:
-        """The declared capabilities (imports the method's module)."""
+        """The declared abilities of the method. Reading it imports the method's module."""
         return self._tags()
 
     @property
     def category(self) -> str:
-        """The survey's category (imports the method's module)."""
+        """The category of the method, such as "additive" or "selective", from the survey arXiv 2410.19878. Reading it
+        imports the method's module."""
         return self._tags().category
 
     @property
     def paper(self) -> str:
-        """Reference of the defining paper (imports the method's module)."""
+        """The arXiv number or another reference of the paper that defines the method. Reading it imports the method's
+        module."""
         return self._tags().paper
 
     @property
     def mergeable(self) -> bool:
-        """`Tags.mergeable` (imports the method's module)."""
+        """Whether the method can be merged into weights (`Tags.mergeable`). Reading it imports the method's module."""
         return self._tags().mergeable
 
     @property
     def per_row(self) -> bool:
-        """`Tags.per_row` (imports the method's module)."""
+        """Whether the rows of a batch can use different adapters of the method (`Tags.per_row`). Reading it imports the
+        method's module."""
         return self._tags().per_row
 
     @property
     def needs_data(self) -> bool:
-        """`Tags.needs_data` (imports the method's module)."""
+        """Whether `apply` needs ``data=`` (`Tags.needs_data`). Reading it imports the method's module."""
         return self._tags().needs_data
 
     @property
     def kind(self) -> str:
-        """The purpose of the method: it "trains" new parameters, "combines" trained adapters as its parts, or is for
-        "quantized" models (imports the method's module)."""
+        """The purpose of the method. "trains": it trains new parameters. "combines": it combines adapters that are
+        already trained. "quantized": it is for quantized models. Reading it imports the method's module."""
         if self.category == "quantized":
             return QUANTIZED
         parts = "parts" in method(f"{self.plugin}/{self.name}").Config.model_fields
@@ -90,37 +96,39 @@ class MethodInfo:
 
     @property
     def checked_against(self) -> str:
-        """The sources of numbers that the plugin's tests compare with: libraries with their versions, and "the authors'
-        code", separated by commas; empty if its tests compare only with the equation."""
+        """The implementations with whose results the plugin's tests compare this method, separated by commas. They are
+        libraries with their versions, "the authors' code" (of the method's paper), or code of others. Empty if the
+        tests compare only with the equation."""
         return sources(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
     def compared(self) -> Mapping[str, tuple[str, ...]]:
-        """The parts of the method that the plugin's tests compare with each source: "outputs", "start" (the initial
-        values), "trains" (which tensors train) and "defaults" (of its options), by the words of `checked_against`."""
+        """The parts of the method that the plugin's tests compare with another implementation, by the name of that
+        implementation as in `checked_against`. The parts are "outputs", "start" (the initial values), "trains" (which
+        tensors train) and "defaults" (the defaults of options)."""
         return parts(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
     def checked(self) -> bool:
-        """Whether the tests compare the method with numbers of another source. Otherwise the method is *equation
+        """Whether the plugin's tests compare the method with another implementation. Otherwise the method is *equation
         only*."""
         return bool(self.checked_against)
 
     @property
     def budgets(self) -> Mapping[str, int]:
-        """The number of trainable values with default options, by name of the reference hosts in which the method finds
-        a target.
+        """The number of trainable values that the method has with default options, by name of a reference model. Models
+        in which the method finds no target are left out.
 
-        It plans the method on the meta device, on models of those of transformers and diffusers that are installed.
-        This takes one or two seconds.
+        The method is planned on the meta device. The reference models are from transformers and diffusers, as far as
+        these are installed. This takes one or two seconds.
         """
         found: Mapping[str, int] = imported(BUDGETS)(f"{self.plugin}/{self.name}")
         return found
 
 
 def register(cls: M) -> M:
-    """Add a method at run time, without a package, for example in a notebook. Usable as a decorator. A method
-    registered earlier under the same name is replaced.
+    """Register a method class at run time, without a package, for example in a notebook. It returns the class, so it
+    can be used as a decorator. A method registered earlier under the same name is replaced.
 
     Raises:
         PluginError: the class breaks the contract.
@@ -131,7 +139,7 @@ def register(cls: M) -> M:
 
 
 def _of(plugin: Plugin, called: str | None = None) -> list[MethodInfo]:
-    """Returns the methods of a plugin, or the one that is called so."""
+    """Returns the methods of a plugin; with `called`, only the method of that name."""
     names: dict[str, list[str]] = {}
     for name, place in plugin.methods.items():
         if called is None or place == plugin.methods[called]:
@@ -161,9 +169,9 @@ def _ordered(found: Iterable[MethodInfo]) -> list[MethodInfo]:
 
 
 def methods(category: str | None = None, *, presets: bool = False) -> list[MethodInfo]:
-    """Returns the methods of all loaded plugins, by name; with `category`, only the methods of that category of the
-    survey. A call with `category` imports the modules of all methods; other calls import none of them. With `presets`,
-    the presets are included.
+    """Returns the methods of all loaded plugins, sorted by name. With `category`, only the methods of that category.
+    With `presets`, the presets are included. A call with `category` imports the modules of all methods; other calls
+    import none of them.
 
     Raises:
         PluginError: `category` is given and a method's module cannot be imported.
@@ -174,8 +182,9 @@ def methods(category: str | None = None, *, presets: bool = False) -> list[Metho
 
 
 def method(name: str) -> type[Method]:
-    """Returns the method class called `name`; ``"plugin/name"`` if two plugins have one. Capitals and dashes do not
-    matter. A preset has the class of its method, with other defaults.
+    """Returns the method class called `name`. If two plugins have a method of that name, write ``"plugin/name"``. Case
+    is ignored, and dashes count as underscores. For the name of a preset, it returns a copy of the method's class with
+    other defaults.
 
     Raises:
         UnknownMethod: no plugin has the method. The message lists similar names, plugins that failed to load, and
@@ -194,7 +203,8 @@ def method(name: str) -> type[Method]:
 
 
 def _called(name: str, plugin: str | None) -> list[MethodInfo]:
-    """Returns the methods of a name, of one plugin where it is given; or the presets, where no method has it."""
+    """Returns the methods of a name; if there are none, the presets of that name. With `plugin`, only those of that
+    plugin."""
     plugins = registry().plugins.values()
     having = [each for each in plugins if name in each.methods]
     listed = [*chain(*(_of(each, name) for each in having), _of_run_time())]
@@ -205,7 +215,8 @@ def _called(name: str, plugin: str | None) -> list[MethodInfo]:
 
 
 def _plain(name: str) -> str:
-    """Returns a name as people write it ("LoRA", "houlsby-adapter", "LoRA+") as methods are called."""
+    """Converts a name as people write it ("LoRA", "houlsby-adapter", "LoRA+") to the form that names of methods
+    have."""
     return name.lower().replace("-", "_").replace("+", "_plus").replace(" ", "_")
 
 
@@ -251,8 +262,8 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
 
 
 def schema(name: str | None = None) -> dict[str, Any]:
-    """Returns the JSON schema of one method's options; without a name, the schemas of all methods as alternatives that
-    are distinguished by `method`."""
+    """Returns the JSON schema of one method's options. Without a name, it returns one schema with the options of all
+    methods as alternatives, distinguished by the key `method`."""
     if name is not None:
         return method(name).Config.model_json_schema()
     kinds = [method(f"{info.plugin}/{info.name}").Config for info in methods()]

@@ -1,4 +1,5 @@
-"""The notice, logged once, that a method is *equation only*: tested only against its equation. See `evidence`."""
+"""Logs a warning, once, for methods that are *equation only*: their tests compare them only with their equation. See
+`evidence`."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
-"""Names of the methods for which this process has given the notice."""
+"""Names of the methods for which this process has logged the warning."""
 
 
 def notice_equation_only(methods: Iterable[Method]) -> None:
-    """Log one line, a warning of the logger "peftcore", for each method that was compared only with its equation; once
-    per method in a process."""
+    """Log a warning, by the logger "peftcore", for each method whose tests compare it only with its equation. It is
+    logged once per method and process."""
     for method in methods:
         if not sources(type(method).__module__, method.name) and method.name not in told:
             told.add(method.name)

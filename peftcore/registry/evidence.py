@@ -1,8 +1,8 @@
-"""Evidence: the sources with whose numbers a plugin's tests compare its methods, and the parts of a method that are
-compared. It is in the file `evidence.json` of the plugin's package.
+"""Evidence: which other implementations (sources) a plugin's tests compare its methods with, and which parts of a
+method they compare. It is in the file `evidence.json` of the plugin's package.
 
-The file is generated from tests (`peftcore.testing.against`) and read as data. A method without evidence is *equation
-only*.
+The file is generated from the plugin's tests (`peftcore.testing.against`). A method without evidence is *equation
+only*: its tests compare it only with its equation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, Literal, get_args
 from peftcore.errors import PluginError
 
 FILE = "evidence.json"
-"""The file's name in a plugin's package."""
+"""The name of the evidence file in a plugin's package."""
 AUTHORS = "authors"
-"""The name of a source that is the code of a paper's authors."""
+"""The `Source.name` of code by the authors of the method's paper."""
 OTHERS = "others"
-"""The name of a source that is code of people other than the authors of the method's paper."""
+"""The `Source.name` of code that is neither a library nor by the authors of the method's paper."""
 
 Part = Literal["outputs", "start", "trains", "defaults"]
 """The part of a method that is compared: its outputs, its initial values, the tensors that it trains, or the defaults
@@ -32,17 +32,18 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True, order=True)
 class Source:
-    """A source of numbers that tests compare with."""
+    """Another implementation with whose results tests compare a method."""
 
     name: str
-    """A library with its version, ``"peft 0.21"``; or ``"authors"``, or ``"others"``."""
+    """A library with its version, ``"peft 0.21"``; or ``"authors"`` for code by the authors of the paper, or
+    ``"others"`` for other code."""
     repository: str = ""
-    """The repository of the code, ``"owner/name"``: for authors and others, and for a library whose numbers are stored
-    in the tests."""
+    """The repository of the code, ``"owner/name"``. Set for authors and others, and for a library whose results are
+    stored in the tests."""
     commit: str = ""
     """The commit of the repository that was run."""
     script: str = ""
-    """The file of the repository whose functions computed the numbers."""
+    """The file in the repository whose functions computed the results."""
 
     def __str__(self) -> str:
         return {AUTHORS: "the authors' code", OTHERS: f"code of {self.repository}"}.get(self.name, self.name)
@@ -50,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True, order=True)
 class EvidenceRow:
-    """A row of the evidence of a method."""
+    """One comparison in the evidence of a method: one source, and one part of the method."""
 
     source: Source
     part: Part = "outputs"
@@ -61,15 +62,16 @@ class EvidenceRow:
 
 
 Evidence = Mapping[str, tuple[EvidenceRow, ...]]
-"""The evidence of a plugin: rows by the name of the method."""
+"""The evidence of a plugin: the comparisons of each method, by the name of the method."""
 
 
 def sources(location: str, name: str) -> str:
-    """Returns the sources with which a method's tests compare its outputs or its set of trainable tensors, separated by
-    commas; empty without evidence. A source of only initial values or defaults is left out.
+    """Returns the other implementations with which a method's tests compare its outputs or its set of trainable
+    tensors, separated by commas. Those that are compared only in initial values or defaults are left out. Empty if
+    there are none.
 
     Args:
-        location: where the method is, ``"package.module:Class"``; the package is not imported.
+        location: the path of the method's class, ``"package.module:Class"``. The package is not imported.
         name: the method's name.
 
     Raises:
@@ -79,7 +81,8 @@ def sources(location: str, name: str) -> str:
 
 
 def parts(location: str, name: str) -> dict[str, tuple[Part, ...]]:
-    """Returns the parts of a method that its tests compare with each source, by the source's text, libraries first.
+    """Returns the parts of a method that its tests compare with another implementation, by the name of that
+    implementation, libraries first.
 
     The arguments are those of `sources`.
 
@@ -132,8 +135,8 @@ def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[Eviden
 
 
 def written(evidence: Mapping[str, Iterable[EvidenceRow]]) -> str:
-    """Returns the text of a file with this evidence; equal evidence has equal text. It lists each source once, with the
-    compared parts unless these are just the outputs."""
+    """Returns the JSON text of a file with this evidence. Each source is listed once, with the compared parts if they
+    are not only the outputs. Equal evidence gives equal text."""
     return json.dumps({name: _written(set(evidence[name])) for name in sorted(evidence)}, indent=2) + "\n"
 
 

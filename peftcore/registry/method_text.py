@@ -1,4 +1,4 @@
-"""The description of a method: the docstring of its module, divided at four headings."""
+"""Splits the description of a method, the docstring of its module, at its four headings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def text_of(cls: type[Method]) -> str:
 
 
 def sections(text: str) -> dict[str, str]:
-    """Returns a description by heading, in the order of the text. The part in front of the first heading has the key
-    ``""``; it is the whole text if there is no heading."""
+    """Returns the parts of a description by heading, in the order of the text. The part before the first heading has
+    the key ``""``."""
     found: dict[str, list[str]] = {"": []}
     lines = found[""]
     for line in text.splitlines():

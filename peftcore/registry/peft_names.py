@@ -1,7 +1,7 @@
-"""Configurations of peft, and advice for users who use peft's name of an option.
+"""Recognizes configurations of peft, and has advice for users who write an option by its name in peft.
 
-This module has the names of options that many methods of peft share. Names that only one method has are in
-`PeftMethod.advice`, in the plugin of that method.
+This module contains options that many methods of peft share. Options of a single method are in `PeftMethod.advice`, in
+the plugin of that method.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PASSED = {
     "task_type": "leave it out: no task changes how a model is adapted",
     "token_dim": "leave it out: the model has the width",
 }
-"""Advice for options that many methods have in peft, but none in peftcore, because an argument of `apply` or the model
-itself defines their values."""
+"""Advice by option, for options that exist in peft but in no method of peftcore. Their values are an argument of
+`apply`, or are determined by the model."""
 RENAMED = (
     (r"r", "rank", "use rank="),
     (r"num_virtual_tokens", "length", "use length="),
@@ -43,18 +43,19 @@ RENAMED = (
     (r"\w+_dropout", "dropout", "use dropout="),
     (r"(\w+)_pattern", r"\1", r'use overrides={"*.q_proj": {"\1": 4}}'),
 )
-"""Names of peft's options that follow a rule: a pattern, the option that a method must have, and the advice."""
+"""Rules for options of peft that have another name in peftcore. Each rule is a pattern of the name in peft, the option
+that the method of peftcore must have, and the advice."""
 
 
 def is_peft_config(method: object) -> bool:
-    """Whether an object is a configuration of peft. This does not import peft, since a process with such an object has
-    already imported it."""
+    """Whether an object is a configuration of peft. This does not import peft: if such an object exists, peft is
+    already imported."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(method, peft.PeftConfig)
 
 
 def peft_advice(method: str, option: str, options: Collection[str]) -> str | None:
-    """Returns the advice what to write instead of an option of peft; None if there is no advice.
+    """Returns what to write instead of an option of peft, as advice for the user; None if there is no advice.
 
     Args:
         method: the name of the method.
@@ -71,7 +72,8 @@ def peft_advice(method: str, option: str, options: Collection[str]) -> str | Non
 
 
 def _translations(method: str) -> tuple[list[Mapping[str, str]], list[Mapping[str, str]]]:
-    """Returns the advice of the types of peft that hold the method, and that of all others."""
+    """Returns the advice of the configuration types of peft that represent the method, and then the advice of all other
+    types."""
     places = named_places("peftcore_translations", "translation")
     kinds = [imported(place) for name, place in places.items() if re.fullmatch(r"peft/\w+", name)]
     own = [kind.advice for kind in kinds if method in kind.methods]
@@ -83,6 +85,6 @@ def _first(types: Iterable[Mapping[str, str]], option: str, options: Collection[
 
 
 def _applies(text: str, options: Collection[str]) -> bool:
-    """Whether the method has the option that the advice names."""
+    """Whether the advice applies: if it says to use an option, the method must have that option."""
     named = re.match(r"use (\w+)=", text)
     return named is None or named[1] in options or named[1] in RESERVED

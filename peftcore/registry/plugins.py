@@ -1,4 +1,4 @@
-"""Loads plugins, one entry point at a time, so that a broken plugin is reported and does not break the others."""
+"""Loads plugins, one entry point at a time. A broken plugin is reported, and the others still work."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ GROUP = "peftcore"
 RUNTIME = "registered"
 """The plugin name of methods that are added with `register`."""
 CORE = "peftcore.core_plugin"
-"""The module of the core's own hook implementations, a plugin that is imported on first use like the others."""
+"""The module with the core's own hook implementations. It is loaded like a plugin."""
 RESERVED = {RUNTIME, CORE}
 DISABLE = "PEFTCORE_DISABLE"
-"""The environment variable with the names of plugins not to load, separated by commas."""
+"""An environment variable: the names of plugins that are not loaded, separated by commas."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Plugin:
     """One loaded plugin."""
 
     name: str
-    """The name of its entry point."""
+    """The name of the plugin's entry point."""
     distribution: str
-    """The distribution with its version."""
+    """The distribution that contains the plugin, with its version."""
     methods: Mapping[str, str]
-    """The methods: ``"module:Class"`` by name."""
+    """The methods of the plugin: ``"module:Class"`` by name."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
     """Presets by name."""
 
@@ -61,7 +61,7 @@ class Failure:
 
 
 class PluginWarning(UserWarning):
-    """The warning that a plugin could not be loaded; all other plugins work."""
+    """Warns that a plugin could not be loaded. All other plugins still work."""
 
 
 @dataclass
@@ -74,11 +74,13 @@ class Registry:
 
     @property
     def hook(self) -> Any:
-        """The hooks; calling one calls all its implementations: ``registry().hook.peftcore_map(model=model)``."""
+        """The hooks of pluggy. A call of a hook calls its implementations in all plugins:
+        ``registry().hook.peftcore_map(model=model)``."""
         return self.manager.hook
 
     def load(self, name: str, distribution: str, module: Any) -> None:
-        """Register one plugin module, or record why it failed. A failed plugin is removed completely."""
+        """Register the module of one plugin. If that fails, the plugin is removed completely, and the failure is
+        recorded."""
         try:
             version = getattr(module, "PEFTCORE_API", None)
             if version != API:
@@ -97,14 +99,14 @@ class Registry:
             self.fail(name, distribution, error)
 
     def fail(self, name: str, distribution: str, error: BaseException) -> None:
-        """Record a failure and warn once."""
+        """Record that a plugin could not be loaded, and give a `PluginWarning`."""
         failure = Failure(name, distribution, f"{type(error).__name__}: {error}")
         self.failures.append(failure)
         warnings.warn(str(failure), PluginWarning, stacklevel=2)
 
 
 def _answers(manager: pluggy.PluginManager, module: Any, hook: str) -> dict[str, Any]:
-    """Returns what one plugin answers to a hook that names things."""
+    """Returns the result of one plugin for one hook, a hook that maps names to objects."""
     found: dict[str, Any] = {}
     for caller in manager.get_hookcallers(module) or []:
         for implementation in caller.get_hookimpls() if caller.name == hook else ():
@@ -141,7 +143,7 @@ def _distribution(point: importlib.metadata.EntryPoint) -> str:
 
 @functools.cache
 def registry() -> Registry:
-    """Returns the registry of plugins; the first call loads them."""
+    """Returns the registry of plugins. The first call loads all plugins."""
     manager = pluggy.PluginManager("peftcore")
     manager.add_hookspecs(hookspecs)
     manager.register(importlib.import_module(CORE), CORE)
@@ -165,8 +167,10 @@ def registry() -> Registry:
 
 
 def named_places(hook: str, what: str) -> dict[str, str]:
-    """Returns the names that all plugins return for one hook, mapped to ``"module:Class"``; the core's names come
-    first.
+    """Calls a hook that maps names to ``"module:Class"``, and returns the results of all plugins in one dictionary. The
+    core's names are first.
+
+    `what` is the word for such a name in error messages.
 
     Raises:
         PluginError: two plugins return the same name.

@@ -1,5 +1,5 @@
-"""The class of a preset: the method's class with the preset's options as defaults. Adapters of a preset are adapters of
-the method."""
+"""Builds the class of a preset: a copy of the method's class with the preset's options as defaults. Adapters made with
+a preset are adapters of the method."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.errors import ConfigError
 from peftcore.registry.peft_names import peft_advice
 
 _presets: dict[type[Method], tuple[type[Method], Preset]] = {}
-"""The method and the preset, by the preset's class."""
+"""The class of the method, and the `Preset`, by the class of the preset."""
 
 
 def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
@@ -53,13 +53,13 @@ def _members(cls: type[Method]) -> dict[str, Any]:
 
 
 def preset_of(cls: type[Method]) -> Preset | None:
-    """Returns the preset of a preset's class; None for a method's own class."""
+    """Returns the `Preset` of a class made by `class_of`; None for a class of a method."""
     return _presets[cls][1] if cls in _presets else None
 
 
 def as_arguments(cls: type[Method]) -> tuple[type[Method], dict[str, Any]]:
-    """Returns the method's own class and the arguments of `apply` that have the effect of the preset; for a method, no
-    arguments."""
+    """Returns the class of the method, and the arguments of `apply` with which the method does the same as the preset
+    `cls`. If `cls` is already the class of a method, there are no arguments."""
     if cls not in _presets:
         return cls, {}
     own, preset = _presets[cls]
@@ -72,7 +72,8 @@ def as_arguments(cls: type[Method]) -> tuple[type[Method], dict[str, Any]]:
 
 
 def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
-    """Returns a method and its validated options; `cls` may be the class of a preset.
+    """Returns a method object and its validated options. For the class of a preset, these are the preset's method, and
+    the options of user and preset.
 
     Raises:
         ConfigError: an option is unknown, or its value breaks a rule; or the preset needs more than one call

@@ -1,37 +1,38 @@
-"""The conformance kit for authors of methods, which is installed with peftcore, and the tiny hosts on which its checks
-run.
+"""The conformance kit: checks that authors of methods run on their methods, and the tiny hosts on which the checks run.
+It is installed with peftcore.
 
     @conformance("mymethod", expected_failures={"check-host": "why"})
     def test_conformance(check):
         check()
 
-or, without pytest, ``for result in check_method("mymethod"): print(result)``. `quantizer_conformance` and
-`check_quantizer` do the same for schemes that quantize weights. `plugged` registers hooks for a block, to try them
-without a package.
+Without pytest: ``for result in check_method("mymethod"): print(result)``. `quantizer_conformance` and `check_quantizer`
+do the same for schemes that quantize weights. `plugged` registers hooks within a ``with`` block, to try them without a
+package.
 
 It may import all of peftcore but `comparing` and `cli`. In the order of reading:
 
 - `failures`: the message of a failed check.
-- `copies`: many copies of one model.
-- `kit`: cases, checks, and the registration of checks.
+- `copies`: makes many copies of one model, fast.
+- `kit`: the base classes `Host`, `Case` and `Check`, and the list of checks.
 - `hosts`: tiny models on which checks run.
-- `tools`: helpers of several checks.
+- `tools`: helpers that several checks use.
 - `probes`: tiny models and tools for single checks.
-- `trained_once`: tensors that are trained beforehand, cached on disk.
+- `trained_once`: a cache on disk for trained tensors.
 - `learning_tasks`: small tasks that a method has to learn.
-- `plugging`: registers hooks for a block, without a package.
+- `plugging`: registers hooks within a ``with`` block, without a package.
 - `compiling`: a backend of torch.compile for checks.
 - `snapshots`: records the state of models, files and the process, for comparisons.
-- `fault_points`: the points of an operation at which an error can be raised.
+- `fault_points`: finds the points of an operation at which an error can be raised.
 - `faults`: runs an operation with an error at each of its points.
-- `doors`: `conformance` and `check_method`.
-- `declared_evidence`: tests declare the code whose numbers they compare with, and it is checked that they did.
-- `starts`: records initial values of reference code, and compares ours with them.
-- `default_options`: compares our default options with those of other code.
-- `checkouts`: imports the authors' code, for scripts that compute frozen numbers.
+- `doors`: `conformance` and `check_method`, which run the checks.
+- `declared_evidence`: a decorator by which a test declares the reference code that it compares with; the test fails if
+  it does not.
+- `starts`: compares the initial values of a method with those of reference code.
+- `default_options`: compares the default options of a method with those of reference code.
+- `checkouts`: imports code of a paper's authors, for scripts that compute frozen numbers (reference numbers in a file).
 - `freeze`: the command that computes frozen numbers again.
 - `gathering`: a plugin of pytest that records the reference code with which tests compare.
-- `quantizers`: the kit for schemes that quantize weights.
+- `quantizers`: the conformance kit for schemes that quantize weights.
 - `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
   `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_routers`, `checks_merge`, `checks_files`,
   `checks_refused_files`, `checks_faults`, `checks_packed`, `checks_learning`, `checks_quantizers`,

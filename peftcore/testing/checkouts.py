@@ -1,5 +1,5 @@
-"""Imports files of the authors' code, and reads options from their commands, for scripts that compute frozen
-numbers."""
+"""Imports files from code of a paper's authors, and reads options from their commands. For scripts that compute frozen
+numbers, which are reference numbers stored in a file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from unittest.mock import MagicMock
 
 
 def load(file: Path, root: Path | None = None, absent: Iterable[str] = ()) -> Any:
-    """Returns the module imported from a file. `root` stays at the front of ``sys.path``.
+    """Imports a file and returns the module. `root` is inserted at the front of ``sys.path``, and is not removed
+    afterwards.
 
     Args:
-        file: the file in a checkout.
-        root: the folder from which the file imports its own modules; by default the file's folder.
-        absent: dotted names of imported modules that are not needed; they are replaced by mocks.
+        file: the file, in a checkout of the authors' repository.
+        root: the folder that contains the modules which the file imports; by default the file's folder.
+        absent: dotted names of modules that the file imports but that are not needed. They are replaced by mocks.
     """
     root = file.parent if root is None else root
     for name in absent:
@@ -30,9 +31,9 @@ def load(file: Path, root: Path | None = None, absent: Iterable[str] = ()) -> An
 
 
 def flags(text: str) -> dict[str, Any]:
-    """Returns the options of a command in the text of a shell script or a README, by their names without dashes.
-    Numbers are converted, and options without a value are True. Variables that the text sets are replaced by their
-    values. If an option occurs several times, the last value is returned.
+    """Returns the options of a command that is written in a shell script or a README, by name without dashes. Numbers
+    are converted, and options without a value are True. Shell variables that the text sets are replaced by their
+    values. If an option occurs several times, its last value is returned.
 
     Args:
         text: the text with the command; it should contain no other commands.

@@ -131,7 +131,8 @@ def _as_large(tensor: Tensor) -> bool:
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers which dense tensors as large as weights are made."""
+    """Context manager that records which dense (not quantized) tensors as large as weights are computed within its
+    block."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Checks of a method's additions to training: calibration with data, a schedule, a loss, an optimizer."""
+"""Checks of what a method adds to training: calibration with data, a schedule, a loss, an optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.tools import differences, findable, raises, trace
 
 SEVERAL = ("mlp", "encoder", "llama")
-"""Hosts for checks whose results hardly depend on the host."""
+"""Hosts for checks that need only a few hosts, because their results hardly depend on the host."""
 
 
 @check(
@@ -69,7 +69,7 @@ def data_that_breaks_off_leaves_no_trace(case: Case) -> None:
 
 
 def _everything(injection: Injection) -> dict[str, Tensor]:
-    """Return the parameters and buffers of an injection, those included that no file has."""
+    """Return copies of all parameters and buffers of an injection, including buffers that are not saved in files."""
     named = ((path, [*module.named_parameters(), *module.named_buffers()]) for path, module in injection.modules())
     return {f"{path}.{name}": tensor.detach().clone() for path, tensors in named for name, tensor in tensors}
 

@@ -1,5 +1,5 @@
-"""Checks of single calls of the model: batches whose rows use different injections, choices of adapters that backward
-has to repeat, and generation."""
+"""Checks of calls of the model: batches whose rows use different injections, recomputation in backward with the same
+active adapters as in the forward, and generation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENERATORS = ("llama", "gpt2", "t5", "moe", "mistral")
 
 
 def _two(case: Case, shallow: bool = False) -> tuple[nn.Module, Mapping[str, Any], list[Injection]]:
-    """Make two filled injections of the method, neither of which acts yet."""
+    """Build a model with two inactive injections of the method, whose tensors are filled with noise."""
     model, inputs = case.shallow() if shallow else case.fresh()
     injections = [case.filled(model, seed=seed, name=name) for seed, name in ((1, "one"), (5, "two"))]
     peftcore.activate(model)
@@ -45,10 +45,10 @@ def _separately(case: Case, model: nn.Module, inputs: Mapping[str, Any], names: 
 
 
 def _routable(model: nn.Module, names: Sequence[str | None]) -> Any:
-    """Return a route over these injections.
+    """Return a context manager that routes the rows of a batch to these injections.
 
     Raises:
-        NotApplicable: the method's default sites in this host see no rows.
+        NotApplicable: at the method's default sites in this host, rows of a batch cannot be distinguished.
     """
     try:
         return peftcore.route(model, names)
@@ -111,8 +111,8 @@ def each_pays_for_its_own_rows(case: Case) -> None:
 
 
 SURPLUS = 1.03
-"""The largest accepted cost of a step in which the rows use several injections, relative to separate steps for the rows
-of each."""
+"""The largest accepted cost of a step whose rows use several injections, relative to the cost of a separate step for
+each injection."""
 
 
 def _flops(case: Case, model: nn.Module, inputs: Mapping[str, Any], training: bool) -> int:

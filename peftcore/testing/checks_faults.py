@@ -1,5 +1,5 @@
-"""The check that a failed operation is undone, and the operations (apply, merge, save and so on) in which it raises
-errors."""
+"""The check that an operation which fails is undone, and the operations (apply, merge, save and so on) in which the
+check raises errors."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from peftcore.testing.snapshots import Scene
 from peftcore.testing.tools import findable
 
 FEW = {"apply": 2}
-"""The number of faults that the check tries in an operation; one in any other."""
+"""The number of faults (artificial errors) that the check tries in an operation; 1 for operations that are not
+listed."""
 
 
 class LifeStep(NamedTuple):
-    """An operation on an adapted model, such as apply or merge, with the scene for it.
+    """An operation on a model, such as apply or merge, and the function that builds the objects for it.
 
     Attributes:
-        make: builds the scene on which it runs.
-        operation: runs on the scene.
+        make: builds a `Scene`, the model and other objects that the operation needs.
+        operation: runs the operation on a scene.
     """
 
     make: Make
@@ -41,7 +42,7 @@ class LifeStep(NamedTuple):
 
 
 def life(case: Case) -> dict[str, LifeStep]:
-    """Return the operations of a method in which a fault may be raised, by name."""
+    """Return, by name, the operations of a method that are tested with faults (artificial errors)."""
     steps = {
         "apply": LifeStep(_scene(case), lambda scene: case.apply_alone(scene.model, name="new")),
         "load": LifeStep(_saved(case), lambda scene: peftcore.load(scene.model, _adapter(scene), name="new")),
@@ -66,7 +67,7 @@ def life(case: Case) -> dict[str, LifeStep]:
 
 
 def break_step(case: Case, name: str, **options: Any) -> FaultReport:
-    """Run one of the operations of `life` with faults, as `inject_faults` does with these options."""
+    """Run one of the operations of `life` with faults (artificial errors). `options` are passed to `inject_faults`."""
     step = life(case)[name]
     leave = ("state, choice",) if case.context is not None else ()  # every call of the model tells the context anew
     with findable(case.method):
@@ -78,7 +79,7 @@ def break_step(case: Case, name: str, **options: Any) -> FaultReport:
 
 
 def _package(case: Case) -> list[str]:
-    """Return the folder of the package in which the method is, if it is in one."""
+    """Return the folders of the package that contains the method; empty if the method is not in a package."""
     package = sys.modules[case.method.__module__.partition(".")[0]]
     return [str(Path(each)) for each in getattr(package, "__path__", ())]
 
@@ -106,7 +107,7 @@ def _saved(case: Case) -> Make:
 
 
 def _files(case: Case) -> Iterator[tuple[str, bytes]]:
-    """Yield the files of a saved adapter."""
+    """Yield the name and the content of each file of a saved adapter."""
     with TemporaryDirectory() as folder:
         model, _ = case.fresh()
         case.filled(model, name="a").save(folder)
@@ -138,7 +139,7 @@ def _disabled(scene: Scene) -> None:
 
 
 def _other_values(injection: Injection) -> dict[str, Tensor]:
-    """Return half of each number; indices stay as they are."""
+    """Return the tensors of an injection with every floating-point value halved. Integer tensors are unchanged."""
     with torch.no_grad():
         return {
             key: value * 0.5 if value.is_floating_point() else value.clone()
@@ -147,7 +148,7 @@ def _other_values(injection: Injection) -> dict[str, Tensor]:
 
 
 def _shallow(case: Case) -> Case:
-    """Return the case on the host with one layer, if that is enough for the method."""
+    """Return the case with the one-layer version of its host, if the method can be applied to that."""
     if case.host.shallow is None:
         return case
     found = replace(case, host=replace(case.host, build=case.host.shallow))
@@ -163,8 +164,8 @@ def _shallow(case: Case) -> Case:
     hosts=("mlp", "llama"),
 )
 def faults_leave_nothing_half_done(case: Case) -> None:
-    """Raise a few faults in `apply`, and in one other operation, which depends on the method's name; ``make faults``
-    tries all."""
+    """Raise a few faults (artificial errors) in `apply` and in one other operation. The method's name determines which
+    operation. ``make faults`` tries all faults in all operations."""
     case = _shallow(case)
     drawn = random.Random(zlib.crc32(case.method.name.encode()))
     other = drawn.choice([name for name in life(case) if name != "apply"])

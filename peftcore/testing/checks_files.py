@@ -1,5 +1,5 @@
-"""Checks of files: a saved adapter loads unchanged on any equal host, equal adapters give equal bytes, and wrong files
-are refused."""
+"""Checks of files: a saved adapter can be loaded unchanged on any equal host, equal adapters are saved as equal bytes,
+and wrong files raise errors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from peftcore.testing.tools import default_dtype, findable
 
 FILES = sorted([CARD, ENVELOPE, TENSORS])
 ONE = ("mlp", "encoder", "llama")
-"""Hosts for checks of the file itself, whose results hardly depend on the host."""
+"""Hosts for checks that need only one host, because they test the file itself."""
 
 
 @contextmanager
 def saved(case: Case, **changes: Any) -> Iterator[tuple[Path, Injection, nn.Module, dict[str, Any]]]:
-    """Save an injection of the case with random values; yield the folder, the injection, its model and inputs."""
+    """Save an injection with random values. Yields the folder of the file, the injection, its model and the model's
+    inputs."""
     model, inputs = case.fresh()
     injection = case.apply(model, seed=7, **changes)
     fill(injection)
@@ -63,7 +64,7 @@ def loading_gives_the_same_outputs(case: Case) -> None:
 
 
 def _expect_same_tensors(case: Case, injection: Injection, expected: Injection, what: str) -> None:
-    """Fail unless two adapters hold the same tensors, those that no file has among them."""
+    """Fail unless two adapters have equal parameters and buffers, including buffers that are not saved in files."""
     mine, theirs = (
         {f"{path}.{name}": tensor for path, module in each.modules()
          for name, tensor in (*module.named_parameters(), *module.named_buffers())}
@@ -153,8 +154,8 @@ def values_can_be_swapped(case: Case) -> None:
 
 
 def _has_room(case: Case, path: Path, injection: Injection, expected: torch.Tensor) -> bool:
-    """Whether there is a number among the options of which tensors come that have room for a saved adapter; fail where
-    it computes something else with it."""
+    """Whether the method has an integer option, such as a rank, that can be larger on loading than in the file
+    (``room=``). Fail if the output of an adapter that is loaded so differs."""
     sizes, found = {key: value.shape for key, value in injection.state_dict().items()}, False
     for option, value in injection.config:
         if type(value) is int:

@@ -33,7 +33,7 @@ from peftcore.testing.probes import (
 from peftcore.testing.tools import differences, raises, shapes_only, trace
 
 ON_TORCH = ("mlp", "encoder", "convnet")
-"""Hosts of torch's own modules, without other libraries: the cause of a failure on them is the method."""
+"""Hosts built only from modules of torch. If a check fails on them, the cause is the method and not another library."""
 
 
 def _flipped(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _noting(seen: dict[str, Any], path: str) -> Callable[..., None]:
 
 @functools.cache
 def _stays_behind(build: Build) -> str:
-    """Return why a host by itself does not run where there are shapes only; empty where it does."""
+    """Return the error of a host that cannot run on the meta device even without adapters; empty if it can."""
     model, inputs = build()
     there = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
     try:
@@ -108,8 +108,8 @@ def _stays_behind(build: Build) -> str:
     "values decide",
 )
 def it_works_where_its_host_is(case: Case) -> None:
-    """Run on the meta device, whose tensors have no values: code that reads values, or uses a tensor of another device,
-    raises an error."""
+    """Run the adapted host on the meta device. Code that reads values of tensors, or uses tensors on another device,
+    raises an error there."""
     if reason := _stays_behind(case.host.build):
         raise NotApplicable(f"the host by itself cannot: {reason}")
     model, inputs = case.fresh()
@@ -129,7 +129,7 @@ WAYS: Mapping[str, Callable[[Tensor], object]] = {
     "through a numpy view": lambda tensor: np.add(array := tensor.detach().numpy(), array.dtype.type(FILL), out=array),
     "by another tensor in .data": lambda tensor: setattr(tensor, "data", tensor.data * 1.5),
 }
-"""Ways to write to a weight; only the first increases the version counter of torch."""
+"""Ways to write to a weight. Only the first way increases torch's version counter of the weight."""
 
 
 @check(

@@ -1,4 +1,5 @@
-"""Checks of `apply`: a fresh adapter's effect, its sites, its costs, and that an error leaves the host unchanged."""
+"""Checks of `apply`: the effect of a fresh adapter, its sites and its costs, and that the host is unchanged after an
+error."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def a_fresh_adapter_changes_nothing(case: Case) -> None:
 
 
 def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tensor, Injection]]:
-    """Yield, for each kind of layer that the method accepts: its name, the model that holds it, the base output and the
-    fresh injection."""
+    """Apply the method to single layers of every kind. For each kind that the method accepts, yield the name of the
+    kind, the host with the layer, the host's output before, and the injection."""
     accepted = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -185,14 +186,14 @@ def unmatched_targets_change_nothing(case: Case) -> None:
 
 
 def _main_modules(case: Case, injection: Injection) -> list[str]:
-    """Return the modules that the user's `target` (or the default) selected, and that carry operators."""
+    """Return the paths of the modules that the target has selected and that have operators."""
     grafted = {site.module_path for site in injection.sites}
     return list(dict.fromkeys(s.module_path for s in injection.main_selection if s.module_path in grafted))
 
 
 def _addressable(case: Case, model: nn.Module) -> str:
-    """Return the last module of the default target that a plain path can name (an attention's output has a role, no
-    path)."""
+    """Return the path of the last module of the default target that can be targeted by its path. The output of an
+    attention, for example, can be targeted only by its role."""
     injection = case.apply(model)
     modules = _main_modules(case, injection)
     injection.remove()

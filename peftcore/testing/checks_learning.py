@@ -1,4 +1,4 @@
-"""The check that a method learns a small real task, which the kit defines instead of the method's author."""
+"""The check that a method learns a small real task. The task is defined by the kit, not by the author of the method."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, LearningTask, full_fine_tuning
 
 SHARE = 1 / 3
-"""The share of full fine-tuning's gain that a method has to reach in the same number of steps."""
+"""The share of the score gain of full fine-tuning that a method has to reach in the same number of steps."""
 MULTIPLES = (30, 100, 10, 300, 3, 1)
-"""Factors of the learning rate that a method's source uses, in the order in which they are tried. Hosts of the tasks
-are about thirty times narrower than those of papers, and are trained for 80 steps instead of thousands."""
+"""Factors by which the method's own learning rate is multiplied, in the order in which they are tried. They are needed
+because the hosts of the tasks are about thirty times narrower than the models of papers, and are trained for 80 steps
+instead of thousands."""
 UNKNOWN = LearningRate(1e-3, source="", on="")
-"""The learning rate for methods whose source names none."""
+"""The learning rate for methods without `Method.learning_rate`."""
 
 
 def _told(case: Case, task: LearningTask) -> LearningTask:
-    """Return the task with calls that give the method the context that it needs."""
+    """Return a copy of the task in which all calls of the model pass the arguments of ``peftcore.call`` that the method
+    needs."""
     context = case.context
     if context is None:
         return task
@@ -50,7 +52,7 @@ def _adapted(case: Case, task: LearningTask) -> Injection:
 
 
 def _shown(task: LearningTask) -> list[Any]:
-    """Return a batch of the task to look at before training, with its labels beside it where there are some."""
+    """Return one batch of the task as the argument ``data`` of `apply`, with labels if the task has labels."""
     batch = task.batch(STEPS)
 
     def loss(model: nn.Module) -> Tensor:
@@ -60,7 +62,8 @@ def _shown(task: LearningTask) -> list[Any]:
 
 
 def _gains(case: Case, task: LearningTask) -> Iterator[tuple[float, float]]:
-    """Yield shares of the gain of full fine-tuning, before training and after it, by multiple of the learning rate."""
+    """Yield, for each multiple of the learning rate, two shares of the gain of full fine-tuning: the share that the
+    method reaches before training, and the share after training."""
     base = task.scored(task.pretrained())
     whole = full_fine_tuning(task) - base
     task = _told(case, task)

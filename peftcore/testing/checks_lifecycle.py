@@ -1,4 +1,4 @@
-"""Checks of an injection from its naming to its removal, and of its reports, such as `summary`."""
+"""Checks of an injection's name, its removal, and its reports, such as `summary`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def a_replaced_module_is_missed(case: Case) -> None:
 
 
 class _Over(nn.Module):
-    """A model over a backbone, as an actor or a critic is."""
+    """A model that contains another model as its backbone, like the actor or critic of reinforcement learning."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class _EverythingConfig(MethodConfig):
 
 
 class _Everything(Method):
-    """Lists every tensor below the target; for looking only."""
+    """A method that replaces every tensor below the target. It is used only to find these tensors."""
 
     name = "everything"
     Config = _EverythingConfig

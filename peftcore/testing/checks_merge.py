@@ -1,4 +1,5 @@
-"""Checks of merging: outputs are the same, a failed merge changes nothing, and unmerging restores every bit."""
+"""Checks of merging: outputs do not change, a merge that fails changes nothing, and unmerging restores every bit of the
+weights."""
 
 from __future__ import annotations
 
@@ -68,8 +69,8 @@ def merging_keeps_the_outputs(case: Case) -> None:
 
 
 ROUNDED = 4e-2
-"""Largest accepted relative error of outputs in bfloat16, as the norm over all numbers: rounding a weight's entries
-gives 2e-3 (half a unit in the last place), which grows over the layers of a host."""
+"""The largest accepted relative error of outputs in bfloat16, in the norm over all entries. Rounding the weights gives
+an error of 2e-3 (half a unit in the last place), which grows over the layers of a host."""
 
 
 @check(
@@ -370,7 +371,7 @@ def merging_goes_with_the_choice(case: Case) -> None:
 
 
 class _Bent(nn.Module):
-    """A parametrization that cannot give any value."""
+    """A parametrization (of `torch.nn.utils.parametrize`) that can represent only some weights."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight.tanh()
@@ -392,10 +393,11 @@ COMPUTED: dict[str, Callable[[nn.Module, str], Any]] = {
 
 
 def _compute(model: nn.Module, injection: Injection, how: Callable[[nn.Module, str], Any]) -> None:
-    """Let modules compute the weights on which an injection acts, where no other module holds these.
+    """Replace the weights on which an injection acts by computed weights, such as weight norm, by calling `how`. Tied
+    weights are left out.
 
     Raises:
-        NotApplicable: there are none.
+        NotApplicable: all weights on which the injection acts are tied or missing.
     """
     done: set[tuple[int, str]] = set()
     held = [id(each) for module in model.modules() for each in module._parameters.values()]
@@ -436,8 +438,8 @@ def computed_weights_merge_as_any(case: Case) -> None:
 
 
 def _tie(model: nn.Module, injection: Injection) -> Tensor:
-    """Let another module of the host hold the first tensor on which the injection acts in a copy of the host; return
-    the tensor."""
+    """Tie a tensor of the host: register it in another module of the host too, and return it. It is the first tensor on
+    which the injection (of a copy of the host) acts."""
     for graft in injection.grafts:
         module = model.get_submodule(graft.site.module_path).get_submodule(graft.site.tensor.rpartition(".")[0])
         tensor = module._parameters.get(graft.site.tensor.rpartition(".")[2])

@@ -1,5 +1,5 @@
-"""The check of quantized models: a method computes the same on a quantized base as on a dense base with the same
-weights."""
+"""The check of quantized models: on a quantized base, a method computes the same as on a dense (dequantized) base with
+the same weights."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from peftcore.testing.kit import ALL, Build, Case, NotApplicable, check
 from peftcore.testing.tools import findable
 
 TELLING_SCHEMES = ("nf4", "bnb-nf4")
-"""The schemes of a quick run: one in plain torch, and one whose kernel has no gradient."""
+"""The schemes that are tested in a quick run: one that uses only torch, and one whose kernel has no gradient."""
 SMALL_GROUPS = 8
-"""The group size for the hosts, whose widths are smaller than usual groups; it divides the widths."""
+"""The group size for quantizing the hosts. It divides their widths, which are smaller than common group sizes."""
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"group_size": SMALL_GROUPS} for name in ("int4", "torchao-int4", "hqq-8", "hqq-4")
 }
 PACKS_INPUTS = {"bnb-int8": 1e4}
-"""Schemes whose forward also rounds the inputs, with the factor by which the tolerance of outputs is multiplied."""
+"""Schemes whose forward also quantizes the inputs, each with a factor for the tolerance of outputs."""
 HOSTS = ("llama", "vit", "gpt2", "unet")
 
 
 @dataclass(frozen=True)
 class Life:
-    """The results of a method on one quantized model."""
+    """What a method could do on one quantized model."""
 
     trains: str
     merges: str
@@ -66,7 +66,7 @@ def packed_bases_are_like_dense_ones(case: Case) -> None:
 
 
 def life(case: Case, scheme: str, build: Build | None = None) -> Life:
-    """Evaluate, train, merge, save and load on a model that is quantized by `scheme`.
+    """Evaluate, train, merge, save and load a method on a model that is quantized by `scheme`.
 
     Args:
         case: the method and the host.
@@ -74,8 +74,8 @@ def life(case: Case, scheme: str, build: Build | None = None) -> Life:
         build: builds the model and its inputs; by default the whole host.
 
     Raises:
-        CheckFailed: a result differs from that on a dense base.
-        NotApplicable: the host has no linear layers to pack.
+        CheckFailed: a result differs from the result on a dense (dequantized) base.
+        NotApplicable: the host has no linear layers that can be quantized.
     """
     build = build or case.fresh
     model, inputs = _packed(build, scheme)
@@ -107,7 +107,7 @@ def _does_not_fit(path: str, module: nn.Module) -> bool:
 
 
 def _dense(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a copy of the adapted host with dense weights of the same numbers."""
+    """Return a dequantized copy of the adapted host."""
     return dequantize(copy.deepcopy(model)), inputs
 
 

@@ -27,8 +27,8 @@ from peftcore.testing.quantizers import LINEAR, QuantizerCase, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
 
 USELESS = 0.3
-"""The relative error of quantizing and reading a weight above which a scheme is useless; formats of 3 bits have a
-smaller one."""
+"""A scheme fails if its relative error of quantizing and reading a weight is larger than this. Formats with 3 bits have
+a smaller error."""
 
 
 @check(
@@ -86,7 +86,7 @@ def gradients_pass_to_the_input(case: QuantizerCase) -> None:
 
 @contextmanager
 def never_unpacking(case: QuantizerCase) -> Iterator[None]:
-    """Context manager that fails the check if the whole dense weight of a layer is computed within the block."""
+    """Context manager that fails the check if a layer's weight is dequantized as a whole within the block."""
     kind = type(case.scheme.layer)
     with mock.patch.object(kind, "unpack", autospec=True, side_effect=kind.unpack) as unpack:
         yield

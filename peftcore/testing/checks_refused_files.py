@@ -1,5 +1,5 @@
-"""Checks of files that must be refused (damaged, newer, for another base) with one error that leaves the host
-unchanged."""
+"""Checks of files that cannot be loaded, because they are damaged, written by a newer version, or for another base.
+Loading must raise one error, and the host must not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from peftcore.testing.tools import differences, raises, trace
 
 
 def _refused(case: Case, path: Path, kind: Any, what: str, *names: str, host: nn.Module | None = None) -> None:
-    """Fail unless loading raises `kind`, naming everything, and leaves the host as it was."""
+    """Fail unless loading a file raises an error of class `kind` whose message contains all of `names`, and the host
+    does not change."""
     model = case.fresh()[0] if host is None else host
     before = trace(model)
     with raises(case, kind, what, names):
@@ -32,14 +33,15 @@ def _refused(case: Case, path: Path, kind: Any, what: str, *names: str, host: nn
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the envelope of a saved adapter, where it is read."""
+    """Change the envelope (the metadata) in the file of a saved adapter."""
     envelope = json.loads(TensorFile(path / TENSORS).metadata[METADATA])
     change(envelope)
     write_tensors(path / TENSORS, load_file(path / TENSORS), {METADATA: json.dumps(envelope)})
 
 
 def _damages(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Damage up to four tensors, each in another way; return the words that the error must name, by key."""
+    """Damage a dictionary of tensors in up to four ways. Return, by name of the tensor, the word that the error message
+    must contain."""
     keys = sorted(tensors)
     tensors["unheard.of"] = torch.zeros(2)
     damaged = {"unheard.of": "unknown"}
@@ -110,7 +112,7 @@ def unknown_options_in_files_are_refused(case: Case) -> None:
 
 
 def _inside(site: Site) -> list[str]:
-    """Return the host's parameters below a site that is a whole module, such as an attention."""
+    """Return the names of the host's own parameters inside a site that is a whole module, such as an attention."""
     return [name for name, _ in site.module.named_parameters() if ".peft." not in f".{name}."]
 
 

@@ -15,7 +15,7 @@ from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import raises
 
 PADS = 3
-"""The number of columns of padding that are added to inputs."""
+"""The number of padding tokens that are added to each input sequence."""
 
 
 @check(

@@ -91,7 +91,8 @@ def switching_back_reproduces_the_first(case: Case) -> None:
 
 
 def _called_alone(model: nn.Module, paths: list[str], forward: Callable[[], Any]) -> dict[str, list[tuple[Any, ...]]]:
-    """Return the calls of some modules in one forward: inputs, keyword inputs and output."""
+    """Return the calls of some modules in one forward, by path. Each call is a tuple of positional inputs, keyword
+    inputs and output."""
     calls: dict[str, list[tuple[Any, ...]]] = {path: [] for path in paths}
 
     def hook(path: str) -> Callable[..., None]:

@@ -1,5 +1,5 @@
-"""Checks of training: gradients reach the adapter's parameters, no other tensor changes, and backward stores no
-needless tensors."""
+"""Checks of training: the adapter's parameters get gradients, no other tensor changes, and no needless tensors are
+saved for backward."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 from peftcore.testing.tools import raises
 
 STEP = 1e-6
-"""The step of finite differences, for numbers in float64."""
+"""The step size of finite differences, for float64."""
 
 
 def loss(output: Tensor) -> Tensor:
-    """Return a loss with a different weight for each entry, so that gradients do not cancel in norms and softmaxes."""
+    """Return a loss that weights each entry of the output differently, so that gradients do not cancel in norms and
+    softmaxes."""
     weights = torch.linspace(-1.0, 1.5, output.numel(), device=output.device).view_as(output)
     return (output.float() * weights).sum() + output.float().square().mean()
 
@@ -44,9 +45,9 @@ def backward(
 
 
 def expect_same_gradients(case: Case, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Fail unless gradients agree. The difference of each is relative to its own largest value, or to a hundredth of
-    the largest value of all gradients if that is more: smaller gradients are sums of terms that cancel, with the
-    rounding errors of these terms."""
+    """Fail unless two sets of gradients agree. The error of a gradient is relative to its own largest value, or to a
+    hundredth of the largest value of all gradients, whichever is larger. Very small gradients are sums of terms that
+    cancel, so they have the rounding errors of these larger terms."""
     largest = max(g.abs().max().item() for g in expected.values())
     for name, gradient in expected.items():
         scale = max(gradient.abs().max().item(), largest / 100)
@@ -57,7 +58,7 @@ def expect_same_gradients(case: Case, actual: Mapping[str, Tensor], expected: Ma
 
 @torch.no_grad()
 def _without_dropout(model: nn.Module) -> None:
-    """Switch dropout and noise off: in training mode only what trains should differ from evaluation."""
+    """Turn off dropout and noise, so that the model computes the same in training mode as in evaluation."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name in ("p", "noise")):
@@ -84,8 +85,9 @@ def zero_rows_stay_finite(case: Case) -> None:
 
 
 def _trained(case: Case, steps: int = 3) -> tuple[nn.Module, Injection, dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """Train a little, by the method's own losses too; return model, injection, the base before, the operators before,
-    and the names that got a gradient."""
+    """Train the method for a few steps, with its own losses added. Return the model, the injection, copies of the
+    base's tensors and of the operators' tensors before training, and the names of the parameters that got a
+    gradient."""
     model, inputs = case.fresh()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     injection = case.apply(model)
@@ -117,7 +119,8 @@ def every_trainable_tensor_learns(case: Case) -> None:
 
 
 def _held(case: Case, model: nn.Module, inputs: Mapping[str, Any], seed: int = 0) -> Tensor:
-    """Return the output of one pass in which torch's generator is held: the same draws in each."""
+    """Return the output of one forward with torch's random generator seeded, so that all calls draw the same
+    numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return case.run(model, inputs)
@@ -270,7 +273,7 @@ def gradient_checkpointing_changes_nothing(case: Case) -> None:
 
 
 CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
-"""Hosts that support activation checkpointing of their blocks."""
+"""Hosts that support gradient checkpointing of their blocks."""
 
 
 @check(
@@ -300,7 +303,7 @@ def each_block_may_run_again(case: Case) -> None:
 
 
 def _reentrant_is_refused(case: Case) -> None:
-    """Check that training under reentrant checkpoints raises, with the draws that the method makes."""
+    """Check that training the method under reentrant gradient checkpointing raises TrainingError."""
     model, inputs = case.fresh()
     injection = case.filled(model)
     model.train().enable_input_require_grads()  # type: ignore[operator]
@@ -353,8 +356,8 @@ def effective_weights_do_not_outlive_their_use(case: Case) -> None:
 
 
 def _kept_shapes(case: Case, model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple[int, ...]]:
-    """Count the shapes of tensors that a forward saves for backward, without the model's own; their sides sorted, since
-    weights are saved transposed."""
+    """Count the tensors that a forward saves for backward, by shape, without the model's own tensors. The dimensions of
+    a shape are sorted, because weights may be saved transposed."""
     held = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: Counter[tuple[int, ...]] = Counter()
 

@@ -1,5 +1,5 @@
-"""A backend of torch.compile for checks: it runs graphs unchanged, and finds operations that the default backend,
-inductor, would compile wrongly."""
+"""A backend of torch.compile for checks. It runs graphs unchanged, and finds operations that inductor, the default
+backend, compiles wrongly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.t.default, aten.per
 
 
 class AsItStands:
-    """A backend of torch.compile that runs graphs of torch's operations as they are.
+    """A backend of torch.compile that runs graphs unchanged.
 
     Attributes:
         graphs: the compiled graphs, forward and backward.
@@ -40,8 +40,8 @@ class AsItStands:
 
     @property
     def lost(self) -> list[str]:
-        """Return the operations whose `alpha` or `beta` inductor would drop when it fuses a sum and a product, or
-        splits them (https://github.com/pytorch/pytorch/issues/167313), so that its results are wrong without any
+        """Return the operations in the graphs whose `alpha` or `beta` inductor would ignore when it fuses or splits a
+        sum and a product (https://github.com/pytorch/pytorch/issues/167313). Its results would then be wrong without an
         error."""
         return [node.format_node() or "" for graph in self.graphs for node in graph.nodes if _loses(node)]
 

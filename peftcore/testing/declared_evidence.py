@@ -1,5 +1,5 @@
-"""Tests declare by `against` the reference code with which they compare a method, and fail if they did not use its
-numbers.
+"""The decorator `against`, by which a test declares the reference code that it compares a method with. The test fails
+if it does not use numbers of that code.
 
     @against("peft 0.21", "dora")
     def test_beside_peft(): ...
@@ -8,16 +8,17 @@ numbers.
     def test_numbers_of_the_authors():
         numbers = frozen(Path(__file__).parent / "numbers" / "ssf.json")
 
-While the test runs, either a function of that library has to return numbers, or the test has to read "frozen" numbers,
-which a script computed with that code and stored in a file. Code of the method has to run too. Otherwise the test
-fails. `gathering` writes the declarations of passed tests into the file that `registry.evidence` reads.
+There are two ways to use such numbers. A function of the declared library returns numbers while the test runs. Or the
+test reads frozen numbers: a script has computed them with the reference code, and stored them in a file. Code of the
+method has to run in the test too. `gathering` writes the declarations of tests that passed into the file that
+`registry.evidence` reads.
 
-By default, a test compares outputs. With another `part` it compares a method's initial values (``part="start"``), the
-tensors that it trains (``"trains"``) or its default options (``"defaults"``), and reads the reference values by
-``frozen(path, part)``.
+By default, a test compares outputs. With another `part` it compares the initial values of a method (``part="start"``),
+the set of tensors that train (``"trains"``) or the default options (``"defaults"``). Then it reads the reference values
+by ``frozen(path, part)``.
 
-For a library that cannot be installed together with the others, numbers are frozen as for the code of authors: its
-declaration also has a repository, a commit and a script.
+Some libraries cannot be installed together with the others. Their numbers are frozen too, and the declaration then has
+a repository, a commit and a script.
 """
 
 from __future__ import annotations
@@ -50,18 +51,19 @@ T = TypeVar("T")
 FROZEN = ("repository", "commit", "script", "versions")
 """Keys that a file of frozen numbers must have."""
 MADE: Mapping[Part, str] = {"outputs": "numbers", "start": "start", "trains": "trains", "defaults": "defaults"}
-"""For each part: the name of the script's function that computes it, which is also its key in the file."""
+"""For each part of a method: the name of the function in the script that computes the reference values, which is also
+their key in the file."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """The comparison that a test declares."""
+    """The comparison that a test has declared by `against`."""
 
     row: EvidenceRow
     methods: tuple[str, ...]
-    """Names of the methods; empty if an argument of the test is the name."""
+    """Names of the methods; empty if `of` is used."""
     of: str | None = None
-    """The argument of the test that is the method's name."""
+    """The name of the argument of the test that contains the method's name."""
 
     def named(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         """Returns the names of the methods, given the arguments of the test."""
@@ -70,17 +72,18 @@ class Declaration:
 
 @dataclass
 class _Watch:
-    """The code that ran, and the frozen numbers that were read, while a test ran."""
+    """Records which code runs, and which frozen numbers are read, while a test runs."""
 
     libraries: tuple[str, ...] = ()
-    """Folders of the library that has to return numbers; none where frozen ones have to be read."""
+    """Folders of the library that has to return numbers; empty if the test has to read frozen numbers instead."""
     files: set[str] = field(default_factory=set)
-    """Files of methods of which no code ran so far."""
+    """Files of the declared methods from which no code has run yet."""
     returned: bool = False
     read: list[EvidenceRow] = field(default_factory=list)
 
     def see(self, frame: FrameType, event: str, result: Any) -> bool:
-        """Takes note of a call or of what it returned. Returns whether there is nothing more to see."""
+        """Records a call, or the value that a call returned. Returns whether everything that the test needs has been
+        recorded."""
         if event == "call":
             self.files.discard(frame.f_code.co_filename)
         elif event == "return" and not self.returned and frame.f_code.co_filename.startswith(self.libraries):
@@ -89,7 +92,7 @@ class _Watch:
 
 
 _watches: list[_Watch] = []
-"""Watches of the tests that run now; a test has one for each of its declarations."""
+"""The records (`_Watch`) of the tests that are running now, one for each declaration of a test."""
 
 
 def _profile(frame: FrameType, event: str, result: Any) -> None:
@@ -107,18 +110,19 @@ def against(
     script: str = "",
     part: Part = "outputs",
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Declare that a test compares methods with reference numbers.
+    """Decorator that declares that a test compares methods with numbers of reference code. The test fails if it does
+    not.
 
     Args:
         source: the name and version of the library that runs, such as ``"peft 0.21"``; ``"authors"`` for code of the
             paper's authors; or ``"others"`` for code of other people.
         methods: the names of the methods.
-        of: instead of `methods`, the argument of a parametrized test that is the method's name.
-        repository: for frozen numbers, the repository of the code, ``"owner/name"``; ``"authors"`` and ``"others"``
-            always need it.
-        commit: for frozen numbers, the commit of the code that computed them.
-        script: for frozen numbers, the file in the repository that was used.
-        part: the part of the method that is compared; parts other than outputs need frozen numbers.
+        of: instead of `methods`, the name of an argument of a parametrized test; the argument is the method's name.
+        repository: the repository of the code, ``"owner/name"``, if the test uses frozen numbers (stored in a file).
+            Required for ``"authors"`` and ``"others"``.
+        commit: the commit of that repository with which the frozen numbers were computed.
+        script: the file in that repository with which the frozen numbers were computed.
+        part: the part of the method that is compared. All parts except outputs need frozen numbers.
 
     Raises:
         ValueError: the declaration is incomplete.
@@ -160,15 +164,15 @@ def declarations(test: Any) -> tuple[Declaration, ...]:
 
 
 def frozen(path: Path, part: Part = "outputs") -> Any:
-    """Returns frozen numbers, which the authors' code or a library computed, from a file. The script that computes them
-    has to be next to the file, with the same name.
+    """Returns frozen numbers from a file: reference numbers that were computed by a library or by code of a paper's
+    authors. The script that computes them must be next to the file, and have the same name.
 
     Args:
         path: the file.
-        part: the part to read, computed by the script's function of that name; outputs are computed by ``numbers``.
+        part: the part of the method whose reference numbers are returned.
 
     Raises:
-        CheckFailed: the file does not name its source, lacks the part, or has no script with its name next to it.
+        CheckFailed: the file does not contain the part or the source of its numbers, or the script is not next to it.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     if lacking := [key for key in (*FROZEN, MADE[part]) if key not in found]:
@@ -182,18 +186,18 @@ def frozen(path: Path, part: Part = "outputs") -> Any:
 
 
 def freeze(script: Path, checkout: Path) -> str:
-    """Returns the text of a file of frozen numbers, which one of our scripts computes with a checkout of the authors'
-    code.
+    """Runs a script that computes reference numbers with other code, and returns the text of the file to store them in
+    (frozen numbers).
 
     Args:
-        script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of the packages whose versions are recorded; and at
-            least one of the functions ``numbers(checkout)``, ``start(checkout)``, ``trains(checkout)`` and
-            ``defaults(checkout)``, which run the authors' code and return JSON values. All random number generators are
-            seeded before each function except ``numbers``.
-        checkout: a folder with the authors' code at the commit that `SOURCE` names.
+        script: the script. It defines `SOURCE`, a `Source`, and `VERSIONS`, the names of the packages whose versions
+            are recorded. It also defines at least one of the functions ``numbers(checkout)``, ``start(checkout)``,
+            ``trains(checkout)`` and ``defaults(checkout)``, which run the reference code and return JSON values. All
+            random number generators are seeded before each function except ``numbers``.
+        checkout: a folder with the reference code, at the commit in `SOURCE`.
 
     Raises:
-        CheckFailed: `SOURCE` is a library, and another version of it is installed; or the script has none of the
+        CheckFailed: `SOURCE` is a library of which another version is installed, or the script has none of the
             functions.
     """
     module: Any = types.ModuleType(f"frozen_{script.stem}")
@@ -239,10 +243,10 @@ def _watching(source: Source, methods: tuple[str, ...]) -> Iterator[_Watch]:
 
 
 def _judge(watch: _Watch, row: EvidenceRow, methods: tuple[str, ...]) -> None:
-    """Check that what was declared has happened.
+    """Verify that a test has used the numbers that it declared.
 
     Raises:
-        CheckFailed: it has not.
+        CheckFailed: it has not, or no code of a method ran.
     """
     source = row.source
     if watch.files:
@@ -257,7 +261,8 @@ def _judge(watch: _Watch, row: EvidenceRow, methods: tuple[str, ...]) -> None:
 
 
 def _folders(source: Source) -> tuple[str, ...]:
-    """Returns the folders of a library that is run, for which its version has to be the declared one."""
+    """Returns the folders of a library that runs in the test; empty for frozen numbers. Raises CheckFailed if the
+    installed version is not the declared one."""
     if source.repository:
         return ()
     spec = importlib.util.find_spec(_check_version(source))
@@ -267,15 +272,16 @@ def _folders(source: Source) -> tuple[str, ...]:
 
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
-    """Returns the distributions of each package that is installed; looking for them takes a fifth of a second."""
+    """Returns the distributions of each installed package. The result is cached, because computing it takes a fifth of
+    a second."""
     return importlib.metadata.packages_distributions()
 
 
 def _check_version(library: Source) -> str:
-    """Returns the package of a library of which the declared version is installed.
+    """Returns the import name of a library, after verifying that the declared version is installed.
 
     Raises:
-        CheckFailed: another one is.
+        CheckFailed: another version is installed.
     """
     package, version = library.name.split()
     installed = importlib.metadata.version(_distributions().get(package, [package])[0])

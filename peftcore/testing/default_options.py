@@ -1,4 +1,4 @@
-"""Compares a method's default options with those of other code."""
+"""Compares the default options of a method with those of reference code."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from peftcore.testing.failures import CheckFailed
 
 
 def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapping[str, str] | None = None) -> None:
-    """Check that the default options of a method equal those of other code.
+    """Verify that the default options of a method equal those of reference code.
 
     Args:
         config: ``injection.config`` of an injection or a plan that was made without passing these options.
-        told: the defaults of the other code, by the names of our options.
-        otherwise: our options whose default differs on purpose, each with the reason.
+        told: the defaults of the reference code, by the names of the options in peftcore.
+        otherwise: the options whose defaults differ on purpose, by name, each with the reason.
 
     Raises:
-        CheckFailed: an option is unknown, was passed a value, or has another default that is not in `otherwise`; or it
-            has the same default although it is in `otherwise`.
+        CheckFailed: an option is unknown, or a value was passed for it. Or its default differs although it is not in
+            `otherwise`, or equals the other default although it is in `otherwise`.
     """
     otherwise = {} if otherwise is None else otherwise
     ours = config.model_dump(mode="json")

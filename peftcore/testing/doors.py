@@ -1,4 +1,5 @@
-"""The two entry points that run the checks: `conformance` for pytest, `check_method` without it."""
+"""The two functions that run the checks: `conformance` makes tests for pytest, and `check_method` runs without
+pytest."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ from peftcore.testing.hosts import ALL_HOSTS, HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
 
 TELLING = ("llama", "encoder")
-"""The hosts of a quick run: one with separate projections that are called as modules, and one with a fused projection
-whose weight its parent module reads."""
+"""The default hosts of a quick run. One has separate projections that are called as modules. The other has a fused
+projection, whose weight is used by its parent module."""
 CHANGED = "PEFTCORE_TEST_CHANGED"
-"""Environment variable with names of methods, separated by spaces, that run on all hosts even in a quick run."""
+"""Environment variable: names of methods, separated by spaces. These are checked on all hosts even in a quick run."""
 
 Options = Mapping[str, Mapping[str, Any]]
 Status = Literal["passed", "failed", "expected", "skipped"]
@@ -36,16 +37,17 @@ class Result:
     host: str
     """The host's name."""
     status: Status
-    """"expected" means that the check failed, as declared."""
+    """"expected" means that the check failed, and that this failure was declared in advance."""
     message: str = ""
-    """The failure, or the reason why the check was skipped."""
+    """The message of the failure, or the reason why the check was skipped."""
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.check}-{self.host}" + (f": {self.message}" if self.message else "")
 
 
 def _method(method: str | type[Method], options: Options | None) -> tuple[type[Method], Options, Tags]:
-    """Return a method, its options by host, and its tags, with those of the preset that it may be."""
+    """Return the class of a method, its options by host, and its tags. For a preset, the options and tags include those
+    of the preset."""
     named = find_method(method) if isinstance(method, str) else method
     found, own = as_arguments(named)
     given = options or {}
@@ -68,10 +70,10 @@ def _named(
     context: Context | None,
     tags: Tags,
 ) -> dict[str, tuple[Check, Case]]:
-    """Return the checks that the method's tags call for, by id.
+    """Return the checks that apply to a method, each with its case, by id.
 
     Raises:
-        ConfigError: a failure is expected of a check that does not run.
+        ConfigError: `expected` contains a check that does not run.
     """
     chosen = {name: ALL_HOSTS[name] for name in hosts}
     named = {
@@ -84,8 +86,8 @@ def _named(
 
 
 def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
-    """Return the hosts of a check in a quick run: the telling ones, or one of those that the check wants, where it
-    wants some hosts only."""
+    """Return the hosts of a check in a quick run: those in `telling`. If the check runs only on some hosts, it is one
+    of these."""
     if check.chooses:
         return (ANYWHERE.name,)
     if check.hosts is None:
@@ -111,21 +113,21 @@ def check_method(
     expected_failures: Mapping[str, str] | None = None,
     context: Context | None = None,
 ) -> list[Result]:
-    """Run all checks that apply to the method by its tags, on all hosts or only on `hosts`.
+    """Run all checks that apply to a method, according to its tags, and return their results.
 
     Args:
-        method: a name, or a class that need not be registered. The name of a preset means its method with the preset's
-            options.
-        hosts: names of hosts in `HOSTS`, or in `APART`; the latter only run if they are named here.
-        options: options of the method by host name, and "target" if the default target is not to be used; options under
-            "*" apply to every host.
-        expected_failures: reasons by "<check>-<host>" for checks that are known to fail; if such a check passes, that
-            counts as a failure.
-        context: for methods that need arguments in ``peftcore.call``: a function that returns these arguments from the
-            host and a picture [rows or 1, 1, 16, 16].
+        method: the name of a method, or its class, which need not be registered. With the name of a preset, the
+            preset's method is checked with the preset's options.
+        hosts: names of hosts in `HOSTS` or `APART`; by default all hosts in `HOSTS`.
+        options: options of the method, by name of the host. They may include "target", to replace the default target.
+            Options under "*" apply to every host.
+        expected_failures: checks that are known to fail, as "<check>-<host>", each with the reason. If such a check
+            passes, that counts as a failure.
+        context: a function that returns the arguments of ``peftcore.call`` that the method needs. It gets the host and
+            a picture [rows or 1, 1, 16, 16].
 
     Raises:
-        ConfigError: a host does not exist, or a failure is expected of a check that does not run.
+        ConfigError: a host does not exist, or `expected_failures` contains a check that does not run.
     """
     expected = expected_failures or {}
     results = []
@@ -137,7 +139,7 @@ def check_method(
 
 
 def judged(check: Check, where: str, run: Callable[[], str | None], reason: str | None) -> Result:
-    """Run a check and return its result; `reason` says why it is expected to fail, if it is."""
+    """Run a check by `run` and return the result. `reason` is the reason why it is expected to fail, or None."""
 
     def result(status: Status, message: str = "") -> Result:
         return Result(check.name, where, status, message)
@@ -158,8 +160,8 @@ def judged(check: Check, where: str, run: Callable[[], str | None], reason: str 
 def parametrized(
     runs: Mapping[str, Callable[[], object]], expected: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn a function with an argument `check` into one test for each run, by its id; tests that are expected to fail
-    must fail."""
+    """Decorator that turns a function with an argument `check` into one pytest test for each entry of `runs`. Tests
+    that are in `expected` must fail."""
     import pytest
 
     def thunk(run: Callable[[], object]) -> Callable[[], None]:
@@ -184,20 +186,19 @@ def parametrized(
 
 @dataclass(frozen=True)
 class Declared:
-    """The arguments that a test passed to `conformance`; the decorated function has them as its attribute
-    `declared`."""
+    """The arguments of a call of `conformance`. The decorated test function has them as its attribute `declared`."""
 
     method: type[Method]
     telling: tuple[str, ...]
     options: Options
     context: Context | None
     checks: Mapping[str, Check]
-    """The checks that the test runs, by the id of each."""
+    """The checks that the test runs, by id."""
     tags: Tags | None = None
     """The tags of the method, or of the preset."""
 
     def case(self, host: str) -> Case:
-        """Return the case of the method on one host, with the options that the test declares."""
+        """Return the `Case` of the method on one host, with the options that were passed for it."""
         options = {**self.options.get("*", {}), **self.options.get(host, {})}
         return Case(self.method, ALL_HOSTS[host], options, self.context, self.tags)
 
@@ -211,15 +212,16 @@ def conformance(
     expected_failures: Mapping[str, str] | None = None,
     context: Context | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn one test function into a test for each check and host. The function's argument `check` runs the check when
-    it is called without arguments.
+    """Decorator that turns a test function into one pytest test for each check and host. The function gets an argument
+    `check`; calling it without arguments runs the check.
 
-    The arguments are those of `check_method`, and `telling`: the hosts of a quick run if `hosts` is not passed. All
-    hosts are used if PEFTCORE_TEST_ALL=1, or if PEFTCORE_TEST_CHANGED contains the method's name. An expected failure
-    that passes fails the test. Hosts are built, and their packages imported, only when a test runs.
+    The arguments are those of `check_method`, and `telling`. If `hosts` is not passed, only the hosts in `telling` are
+    used. All hosts are used instead if the environment variable PEFTCORE_TEST_ALL is 1, or if PEFTCORE_TEST_CHANGED
+    contains the method's name. If a check in `expected_failures` passes, the test fails. Hosts are built, and their
+    packages imported, only when a test runs.
 
     Raises:
-        ConfigError: as `check_method`, when pytest collects.
+        ConfigError: as in `check_method`; it is raised when pytest collects the tests.
     """
     found, told, tags = _method(method, options)
     everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()

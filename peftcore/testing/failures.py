@@ -1,4 +1,4 @@
-"""The error of a failed check, and its message, which tells the author of a method what to do."""
+"""The error that a failed check raises. Its message says what the author of the method can do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class CheckFailed(AssertionError):
-    """Raised if a promise does not hold."""
+    """Raised if a check fails: a promise that methods must keep does not hold."""
 
 
 def explained(check: Check, case: Expecting, error: Exception) -> str:
-    """Return the message of a failure: the check and the case, the values found, the usual cause, the remedy, and the
-    command that runs this check alone.
+    """Return the error message of a failed check. It contains the check and the case, what was found, the usual cause,
+    the remedy, and a command that runs only this check.
 
     Args:
         check: the check that failed.
@@ -44,9 +44,10 @@ def explained(check: Check, case: Expecting, error: Exception) -> str:
 
 
 def _raised_in(subject: type, error: Exception) -> str:
-    """Return the last line of the author's own that an error came through; empty where it came through none.
+    """Return the last line in the traceback of an error that belongs to the author of the method; empty if there is
+    none.
 
-    The author's own are the files beside the one that the class is in.
+    Files in the same folder as the file of the class count as the author's.
     """
     try:
         folder = Path(inspect.getfile(subject)).parent

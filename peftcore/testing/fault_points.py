@@ -1,7 +1,8 @@
-"""The points of an operation at which `inject_faults` raises errors: operations of torch, system calls for files, and
-lines of Python.
+"""Finds the points of an operation at which `inject_faults` raises errors: operations of torch, system calls for files,
+and lines of Python.
 
-A counter of one kind counts the points while the operation runs, and raises an error at one of them.
+There is one class for each kind of point. It counts the points while the operation runs, and can raise an error at one
+of them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Point:
     """A point of an operation at which an error can be raised.
 
     Attributes:
-        place: the line of the package, and the function that it calls.
-        count: the number of the pass through the place, starting at 1.
+        place: the line of the package, and the torch function or system call that the line calls.
+        count: how often the place has been passed then, starting at 1.
     """
 
     place: str
@@ -50,7 +51,7 @@ class Point:
 
 
 class PointCounter(ABC):
-    """Counts the points of one kind within a block, and raises an error at one of them."""
+    """Counts the points of one kind while an operation runs, and can raise an error at one of them."""
 
     kind: Kind
     errors: ClassVar[dict[str, Callable[[], BaseException]]]
@@ -63,11 +64,11 @@ class PointCounter(ABC):
         self._known: dict[str, bool] = {}
 
     def allows(self, place: str, error: str) -> bool:
-        """True if this error can be raised at a place."""
+        """True if the error of this name can be raised at a place."""
         return True
 
     def is_at(self, place: str) -> bool:
-        """Count a pass through a place; returns whether the error is to be raised now."""
+        """Count a pass through a place, and return whether the error must be raised now."""
         self.passes[place] += 1
         if self.hit or self.at is None or place != self.at.place or self.passes[place] != self.at.count:
             return False
@@ -75,7 +76,7 @@ class PointCounter(ABC):
         return True
 
     def place(self, what: str = "") -> str:
-        """Return the line of the package that runs now, as text."""
+        """Return, as text, the line of the package that is running now, followed by `what`."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and not self._inside(frame.f_code.co_filename):
             frame = frame.f_back
@@ -97,7 +98,7 @@ class PointCounter(ABC):
 
     @abstractmethod
     def entered(self) -> Any:
-        """Return the context manager in which points are counted."""
+        """Return a context manager in which points are counted."""
 
 
 OWN = str(Path(__file__).parent) + os.sep
@@ -115,7 +116,8 @@ class TensorPoints(PointCounter):
         return _TensorMode(self)
 
     def before(self, function: Any) -> None:
-        """Raise the error if this operation is to fail."""
+        """Raise the error if this operation of torch is the point at which it must be raised. After running out of
+        memory, later operations that need memory fail too."""
         full = self.hit and self.error == "OutOfMemoryError"  # and stays so
         if self.is_at(self.place(str(function))) or (full and _needs_memory(function)):
             raise self.errors[self.error]()
@@ -152,7 +154,7 @@ class FilePoints(PointCounter):
         "KeyboardInterrupt": KeyboardInterrupt,
     }
     roots: tuple[str, ...] = ()
-    """The folders within which system calls count as points."""
+    """The folders whose files count: only system calls for files in them are points."""
 
     def allows(self, place: str, error: str) -> bool:
         call = place.rpartition(", ")[2]
@@ -179,11 +181,12 @@ class FilePoints(PointCounter):
             yield
 
     def names(self) -> set[str]:
-        """Return the names of the packages."""
+        """Return the names of the packages, without their folders."""
         return {Path(each).name for each in self.packages}
 
     def before(self, call: str, path: Any) -> None:
-        """Raise the error if this call is to fail."""
+        """Raise the error if this system call is the point at which it must be raised. After running out of space,
+        later writes fail too."""
         if not self._counts(path):
             return
         place = self.place(call)
@@ -240,12 +243,12 @@ _STAT, _TRUNCATE = os.stat, os.truncate
 
 
 def _cut(path: Any) -> None:
-    """Leave the first half of a file."""
+    """Truncate a file to the first half of its content."""
     _TRUNCATE(path, _STAT(path).st_size // 2)
 
 
 class _Written:
-    """A file that is open to be written, of which a write may fail."""
+    """Wraps a file that is open for writing, so that a write can fail."""
 
     def __init__(self, file: Any, faults: FilePoints) -> None:
         self._file, self._faults = file, faults
@@ -309,7 +312,7 @@ class LinePoints(PointCounter):
 
 
 def _ends_a_block(frame: FrameType) -> bool:
-    """Whether a frame runs inside of an ``__exit__``, which Python does not guard from an interrupt."""
+    """Whether a frame is inside an ``__exit__``, which Python does not protect from an interrupt."""
     above: FrameType | None = frame
     while above is not None:
         if above.f_code.co_name == "__exit__":
@@ -320,8 +323,8 @@ def _ends_a_block(frame: FrameType) -> bool:
 
 @functools.cache
 def _ends(file: str) -> dict[int, range]:
-    """Return the lines of ``with`` statements of a file, each with the lines of its block: Python comes to such a line
-    again before it calls ``__exit__``."""
+    """Return the line numbers of the ``with`` statements in a file, each with the range of lines of its block. Python
+    executes the line of a ``with`` statement again before it calls ``__exit__``."""
     nodes = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
     blocks = [node for node in nodes if isinstance(node, ast.With | ast.AsyncWith)]
     return {node.lineno: range(node.body[0].lineno, (node.end_lineno or 0) + 1) for node in blocks}

@@ -1,21 +1,24 @@
-"""Raises errors at every point of an operation, and checks that the model is then in the state before or after the
-operation.
+"""Raises artificial errors (faults) at every point of an operation. After each fault, the model must be in the state
+before or in the state after the operation.
 
     report = inject_faults(lambda scene: scene.needs.merge(), make)
     assert not report.found, report
 
-`make` builds a `Scene`, an equal one each time: a model, and the other objects that the operation needs. The operation
-first runs without a fault, to count its points. Then, for each point and each error that can be raised at it, the
-operation runs on a fresh scene. After each run, the scene has to be equal, bit by bit, to the scene before or after the
-operation, and the state of the process has to be unchanged. If the operation was undone, it has to succeed at the next
-try.
+`make` builds a `Scene`: a model, and the other objects that the operation needs. All scenes that it builds must be
+equal. The operation first runs without a fault, to count its points. Then it runs on a fresh scene for each point and
+each error that can be raised at it. After each run, the scene must be equal, bit by bit, to the scene before or after
+the operation, and the state of the process must be unchanged. If the operation was undone, it must succeed when it is
+run again.
 
-There are three kinds of points. "tensor": an operation of torch that fails, runs out of memory (then later operations
-do too), or is interrupted. "files": a system call for files in the scene's folder or the folder of temporary files,
-that has no space or permission, misses its folder, writes only a part, or is interrupted. "line": a line of Python in
-the package, before which Ctrl-C is pressed; the beginning of ``__enter__`` and the ends of ``with`` blocks are left
-out, since Python cannot protect them from an interrupt. If a point is passed several times, its first passes and the
-last one count as separate points.
+There are three kinds of points:
+
+- "tensor": an operation of torch. It fails, runs out of memory (then later operations do too), or is interrupted.
+- "files": a system call for files in the scene's folder or in the folder of temporary files. It has no space or no
+  permission, does not find its folder, writes only a part, or is interrupted.
+- "line": a line of Python in the package, before which Ctrl-C is pressed. The beginning of ``__enter__`` and the ends
+  of ``with`` blocks are left out, because Python cannot protect them from an interrupt.
+
+If a point is passed several times, its first passes and its last pass count as separate points.
 """
 
 from __future__ import annotations
@@ -42,20 +45,22 @@ from peftcore.testing.fault_points import FAULTS, KINDS, FilePoints, Kind, Point
 from peftcore.testing.snapshots import FILE, Scene, Snapshot, process, put_back, snapshot
 
 Make = Callable[[Path], Scene]
-"""Builds a scene, an equal one each time, with its files in the empty folder that is passed."""
+"""Type of functions that build a scene (`Scene`), with its files in the given empty folder. All scenes that a function
+builds must be equal."""
 Operation = Callable[[Scene], object]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A run that left the scene in a state which is neither that before nor that after the operation.
+    """A run of an operation that left the scene in a wrong state: neither the state before nor the state after the
+    operation.
 
     Attributes:
         operation: the name of the operation.
         kind: the kind of the point.
         error: the error that was raised.
         point: the point.
-        wrong: the differences, as text.
+        wrong: the differences between the states, as text.
     """
 
     operation: str
@@ -75,7 +80,7 @@ class FaultReport:
     Attributes:
         operation: the name of the operation.
         points: the number of points of each kind.
-        tried: the number of runs with a fault of each kind.
+        tried: the number of runs with a fault, for each kind of point.
         found: the faults that left a wrong state.
     """
 
@@ -108,22 +113,23 @@ def inject_faults(
     """Run an operation with a fault at each of its points, and return a report of the faults that left a wrong state.
 
     Args:
-        operation: a function of the scene.
-        make: builds the scene in an empty folder; an equal one each time.
+        operation: a function that runs the operation on a scene.
+        make: a function that builds the scene, with its files in an empty folder. All scenes must be equal.
         name: the name of the operation in the report.
-        kinds: the kinds of points.
-        every: try only one in `every` faults, chosen by `seed`.
-        most: the largest number of faults of each kind, chosen by `seed`.
+        kinds: the kinds of points to try.
+        every: if larger than 1, only one in `every` faults is tried, chosen at random.
+        most: the largest number of faults to try for each kind, chosen at random.
         often: the number of first passes through a place that count as points, in addition to the last pass.
-        seed: see `every`.
-        packages: folders of further packages whose lines are points.
+        seed: the seed of the random choices.
+        packages: folders of packages, besides peftcore, whose lines are points.
         leave: prefixes of places (see `Snapshot.differences`) that may differ.
-        ends: operations whose results are further accepted states after a fault, if a note of the raised error names
-            them.
+        ends: other operations whose final states are accepted after a fault too, if the raised error has a note
+            (`add_note`).
         seconds: the time after which no further faults are tried.
 
     Raises:
-        ValueError: two scenes of `make` differ, or two runs of the operation do, so that nothing can be compared.
+        ValueError: two scenes built by `make` differ, or two runs of the operation have different results, so that
+            nothing can be compared.
     """
     end = None if seconds is None else time.monotonic() + seconds
     report = FaultReport(name or getattr(operation, "__name__", "operation"))
@@ -148,7 +154,7 @@ def inject_faults(
 
 
 class _Trial:
-    """Runs one operation many times."""
+    """Runs one operation many times, with and without faults."""
 
     def __init__(
         self,
@@ -179,8 +185,8 @@ class _Trial:
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:
-        """Context manager with a fresh scene, and a folder of temporary files of its own. Uuids are counted, so two
-        scenes have the same ones."""
+        """Context manager that yields a fresh scene, and in which temporary files are in a separate folder. Uuids are
+        numbered from the start, so that two scenes get the same ones."""
         self.drawn = 0
         with (
             tempfile.TemporaryDirectory(prefix="faults-") as root,
@@ -197,7 +203,7 @@ class _Trial:
         return uuid.UUID(int=self.drawn)
 
     def points(self, kind: Kind, often: int) -> list[Point]:
-        """Return the points of the operation."""
+        """Return the points of one kind in the operation."""
         faults = FAULTS[kind](self.packages)
         with self.scene() as scene:
             self._run(faults, scene)
@@ -208,7 +214,7 @@ class _Trial:
         ]
 
     def _run(self, faults: PointCounter, scene: Scene) -> BaseException | None:
-        """Run the operation; returns what it raised, without the frames that it came through."""
+        """Run the operation. Return the error that it raised, without its traceback; None if it raised none."""
         if isinstance(faults, FilePoints):
             faults.roots = (self.root,)
         try:
@@ -221,8 +227,8 @@ class _Trial:
         return None
 
     def run(self, kind: Kind, point: Point, error: str) -> str | None:
-        """Return what is wrong after a run with a fault, an empty text where nothing is; None where the point was not
-        reached."""
+        """Run the operation with a fault. Return, as text, what is wrong afterwards; empty if nothing is wrong; None if
+        the point was not reached."""
         faults = FAULTS[kind](self.packages, point, error)
         with self.scene() as scene, _quiet():
             before, around, drawn = snapshot(scene), process(), self.drawn
@@ -252,7 +258,7 @@ class _Trial:
         return "; ".join(wrong)
 
     def _half_written(self, before: Snapshot, now: Snapshot) -> Iterator[str]:
-        """Yield the files that are neither those of before nor those of after."""
+        """Yield messages about files whose content is neither that before nor that after the operation."""
         old, new, here = before.files(), self.after.files(), now.files()
         for place in sorted({*old, *new, *here}):
             if here.get(place) not in (old.get(place), new.get(place)):
@@ -260,7 +266,7 @@ class _Trial:
                 yield f"{place} is {what if place in here else 'lost'}"
 
     def _again(self, scene: Scene) -> Iterator[str]:
-        """Yield what is wrong after the next try, without a fault."""
+        """Run the operation again, without a fault. Yield messages about what is wrong afterwards."""
         try:
             self.operation(scene)
         except Exception as error:
@@ -271,7 +277,7 @@ class _Trial:
 
 
 def _misreported(faults: PointCounter, raised: BaseException | None) -> Iterator[str]:
-    """Yield what is wrong with the error that the operation raised."""
+    """Yield a message if the operation raised another error than the fault, or did not raise an interrupt."""
     expected = faults.errors[faults.error]()
     if "UntypedStorage" in str(raised):  # safetensors replaces any error of torch in its get_tensor by a ValueError
         return
@@ -285,7 +291,7 @@ def _misreported(faults: PointCounter, raised: BaseException | None) -> Iterator
 
 
 def _changed(around: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the operation left in the process."""
+    """Yield messages about changes that the operation left in the state of the process."""
     if _left(around):
         gc.collect()  # what an error held
     for what, (before, now) in _left(around).items():
@@ -294,14 +300,15 @@ def _changed(around: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _left(around: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs in the process, before and now; of what is counted, what there is more of."""
+    """Return the entries of the process's state that have changed, as (before, now). Counted entries, such as open
+    files, count as changed only if there are more now."""
     both = {what: (around[what], now) for what, now in process().items()}
     return {what: (a, b) for what, (a, b) in both.items() if (b - a if isinstance(b, Counter) else b != a)}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager without warnings, and without reports of errors that are raised while objects are freed."""
+    """Context manager that suppresses warnings, and reports of errors that are raised while objects are deleted."""
     with warnings.catch_warnings(), patch.object(sys, "unraisablehook", lambda raised: None):
         warnings.simplefilter("ignore")
         yield

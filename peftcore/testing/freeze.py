@@ -1,5 +1,6 @@
-"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: runs the authors' code again, and compares its numbers with
-the frozen ones in the file next to SCRIPT. With ``--write`` the new numbers are written into that file.
+"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: runs reference code, such as code of a paper's authors, by
+SCRIPT. It compares the resulting numbers with the frozen numbers, which are in the JSON file next to SCRIPT. With
+``--write`` it writes the new numbers into that file.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def close(one: Any, other: Any) -> bool:
 
 
 def parts(text: str) -> dict[str, Any]:
-    """Returns the parts with numbers from the text of a file of frozen numbers."""
+    """Returns the parts that contain numbers, by name, from the text of a file of frozen numbers."""
     return {key: value for key, value in json.loads(text).items() if key in MADE.values()}
 
 
 def kept(text: str, before: str) -> str:
-    """Returns `text` with the numbers of `before` in all parts that are equal up to rounding, so that these parts do
-    not change."""
+    """Returns the text of a new file of frozen numbers. Parts of `text` that equal those in the old text `before`, up
+    to rounding, are replaced by the old ones, so that they do not change."""
     old, new = parts(before), parts(text)
     same = {key: old[key] for key in old.keys() & new.keys() if close(old[key], new[key])}
     return json.dumps({**json.loads(text), **same}, indent=1) + "\n"

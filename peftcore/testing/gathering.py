@@ -1,5 +1,6 @@
-"""A plugin of pytest that checks that the `evidence.json` of each peftcore plugin equals the declarations of its tests:
-``pytest -p peftcore.testing.gathering``; with ``--evidence`` it writes the files from the tests that passed.
+"""A pytest plugin for the declarations of reference code in tests (`against`): ``pytest -p
+peftcore.testing.gathering``. It checks that the file `evidence.json` of each peftcore plugin equals the declarations of
+its tests. With ``--evidence`` it writes these files from the tests that passed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests with declarations, so that ``-m against`` runs only these. If all tests are collected, fail if a
-    package's file differs from the declarations."""
+    """Add a marker to the tests with declarations, so that ``-m against`` runs only these. If all tests are collected,
+    and the file of a package differs from the declarations of its tests, an error is raised."""
     config.addinivalue_line("markers", "against: declares with whose numbers it compares")
     for item in items:
         if _of(item):
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[EvidenceRow]]]:
-    """Returns the rows of evidence that tests declare, by package and method."""
+    """Returns the comparisons that tests have declared, by evidence file of the plugin and by method."""
     found: defaultdict[Path, defaultdict[str, set[EvidenceRow]]] = defaultdict(lambda: defaultdict(set))
     for item in items:
         for name, row in _of(item):
@@ -57,7 +58,7 @@ def _of(item: pytest.Item) -> list[tuple[str, EvidenceRow]]:
 
 
 def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
-    """Returns a line of text for each row that is only in a file, or only declared by tests."""
+    """Returns a line of text for each comparison that is in a file but not declared by a test, or the reverse."""
     told, lines = declared(items), []
     for file in sorted({*told, *(package / FILE for package in packages)}):
         says, proves = read(file), told.get(file, {})
@@ -69,7 +70,7 @@ def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
 
 
 class Gathering:
-    """Collects the declarations of tests that passed, and writes them."""
+    """Collects the declarations of tests that passed, and writes them into the evidence files."""
 
     def __init__(self) -> None:
         self.proved: defaultdict[Path, defaultdict[str, set[EvidenceRow]]] = defaultdict(lambda: defaultdict(set))

@@ -1,7 +1,7 @@
 """Tiny hosts on which the checks run: they are built from configurations with random weights, and nothing is
 downloaded.
 
-They have the features of real models that toy models usually lack: biases and gains that differ from their initial
+They have features of real models that toy models usually do not have: biases and gains that differ from their initial
 values, padding in the batch, tied tensors, fused projections, grouped and overlapping convolutions, statistics of batch
 norms.
 """
@@ -24,7 +24,7 @@ _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_
 
 
 class MLP(nn.Module):
-    """Three linear layers, of which the last one is the head; inputs have two leading dimensions."""
+    """Three linear layers; the last one is the head. Inputs have two dimensions before the features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``nn.TransformerEncoder``, whose fused path in eval mode reads weights without calling their modules."""
+    """A ``nn.TransformerEncoder``. In eval mode its fused path uses weights without calling their modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class ConvNet(nn.Module):
 
 @torch.no_grad()
 def stir(model: nn.Module) -> nn.Module:
-    """Change biases, gains and statistics from their initial zeros and ones, so that the loss of a bias changes
-    outputs."""
+    """Add noise to biases, gains and statistics, which are zeros and ones initially. So outputs change if a method
+    loses a bias."""
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() == 1:
@@ -104,7 +104,7 @@ def _convnet() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
-    """Return a builder of a model of transformers, which is imported on the first use only."""
+    """Return a function that builds a model of transformers. Transformers is imported when the function is called."""
 
     def build() -> tuple[nn.Module, dict[str, Any]]:
         try:
@@ -125,7 +125,7 @@ def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[n
 
 
 def gpt2(width: int, layers: int = 2) -> Build:
-    """Return a builder of a GPT-2: transposed and fused weights."""
+    """Return a function that builds a GPT-2, which has transposed and fused weights."""
     sizes = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
     return _transformers("GPT2Config", "GPT2LMHeadModel", **sizes)
 
@@ -140,7 +140,7 @@ def _moe(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _without_grouped_products(host: Any) -> None:
-    """Let experts run one by one: torch's product of grouped matrices has no float64."""
+    """Make the experts run one by one, because torch's grouped matrix product does not support float64."""
     host.set_experts_implementation("eager")
 
 
@@ -161,7 +161,7 @@ def _vit(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _diffusers(model: str, **sizes: Any) -> nn.Module:
-    """Build a model of diffusers, which is imported on the first use only."""
+    """Build a model of diffusers. Diffusers is imported when this is called."""
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:
@@ -221,7 +221,7 @@ def _dit(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _clip() -> tuple[nn.Module, dict[str, Any]]:
-    """Build a CLIP: a tower of texts and one of images, whose features are compared."""
+    """Build a CLIP, a model that compares features of texts with features of images."""
     shape = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
     words = {**_TOKENS, "max_position_embeddings": 8, "hidden_size": WIDTH}
     del words["use_cache"]
@@ -244,7 +244,7 @@ def _sample(output: Any) -> Tensor:
 
 
 def _of_pairs(output: Any) -> Tensor:
-    """Return what is said of each image and the text of its own row, [rows, 1]: rows do not depend on each other."""
+    """Return the logit of each image for the text in the same row, [rows, 1]. So rows do not depend on each other."""
     logits: Tensor = output.logits_per_image
     return logits.diagonal()[:, None]
 
@@ -326,7 +326,7 @@ HOSTS: dict[str, Host] = {
         Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),
     )
 }
-"""The hosts by name."""
+"""The default hosts of all checks, by name."""
 
 APART: dict[str, Host] = {
     host.name: host

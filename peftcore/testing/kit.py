@@ -1,8 +1,9 @@
 """The base of the conformance kit: `Host`, `Case`, `Check`, and the list of all checks.
 
-A check is one function, named as the sentence that it proves. It gets a `Case` (one method on one tiny host) and raises
-`CheckFailed`, whose message (see `failures`) names the method, the host, the promise, the usual cause and what to do.
-Checks are chosen by a method's tags, never by its name. The tolerances of all checks are defined here, by dtype.
+A check is a function whose name states what it tests. It gets a `Case` (one method on one tiny host), and raises
+`CheckFailed` if the method fails. The message names the method, the host, the promise that does not hold, the usual
+cause and what to do (see `failures`). The tags of a method determine which checks apply, never its name. The tolerances
+of all checks are defined here, by dtype.
 """
 
 from __future__ import annotations
@@ -28,35 +29,35 @@ from peftcore.testing.copies import Copies
 from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-"""Largest accepted difference relative to the largest output, by dtype."""
+"""The largest accepted difference, relative to the largest value of the expected tensor, by dtype."""
 ALL = "PEFTCORE_TEST_ALL"
 """Environment variable: if it is 1, every method runs on every host."""
 FILL = 0.1
-"""The standard deviation of the noise that is added to operator tensors, since a fresh LoRA-like adapter does not
-change the base's outputs."""
+"""The standard deviation of the noise that is added to operator tensors. Without noise, a fresh LoRA-like adapter would
+not change the base's outputs."""
 
 
 class NotApplicable(Exception):
-    """Raised if the method has no sites in this host, or the host's package is missing; the message is the reason."""
+    """Raised if a check cannot run on a case: for example, because the method has no sites in the host, or because the
+    host's package is not installed. The message is the reason."""
 
 
 Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
-"""Builds a host and its inputs."""
+"""Type of functions that build a host and its inputs."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A tiny host.
+    """A tiny model on which checks run.
 
     Attributes:
-        name: its name in test ids.
-        build: builds the seeded model in eval mode, and its inputs as keyword arguments.
-        output: returns the tensor to compare from the model's result.
-        fallback: the target for methods whose default roles the host lacks.
-        shallow: builds the host with one layer if it has several, for checks whose time grows with the number of
-            layers, such as compiling.
-        in_double: changes the model so that it can compute in float64; None if no change is needed.
-        like: the name of another host: checks for that host run on this one too.
+        name: the name of the host in test ids.
+        build: builds the model, in eval mode, and its inputs as keyword arguments. The caller seeds the random numbers.
+        output: returns the tensor that checks compare, from the model's result.
+        fallback: the target for methods whose default targets match nothing in the host.
+        shallow: builds the host with a single layer, for slow checks such as compiling; None if it has only one layer.
+        in_double: changes the model so that it can run in float64; None if no change is needed.
+        like: the name of another host. Checks that are limited to that host run on this one too.
     """
 
     name: str
@@ -73,24 +74,26 @@ def _nothing(*_: Any) -> Any:
 
 
 ANYWHERE = Host("task", _nothing, _nothing)
-"""Stands for the hosts of checks that choose hosts by themselves; options for them are passed under its name,
+"""The placeholder host of checks that choose their hosts themselves. Options for these hosts are passed under its name,
 "task"."""
 
 
 @functools.lru_cache(maxsize=64)
 def _prototype(build: Build) -> Copies[tuple[nn.Module, dict[str, Any]]]:
-    """Build a host, always the same. Each check gets a copy, which takes a tenth of the time."""
+    """Build a host once, with a fixed seed, and return an object that copies it. A copy takes a tenth of the time of
+    building."""
     with preserved_rng():
         torch.default_generator.manual_seed(0)
         return Copies(build())
 
 
 Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
-"""Returns the arguments of ``peftcore.call(model, ...)`` from a host and pictures [rows or 1, 1, 16, 16]."""
+"""Type of functions that get a host and pictures [rows or 1, 1, 16, 16], and return the arguments of
+``peftcore.call(model, ...)``."""
 
 
 class Expecting:
-    """The assertions that all checks use; base class of cases."""
+    """Base class of cases, with the assertions that all checks use."""
 
     @property
     def label(self) -> str:
@@ -106,14 +109,14 @@ class Expecting:
         """Fail the check unless `holds`.
 
         Raises:
-            CheckFailed: with the message `what`, to which `Check` adds the explanation.
+            CheckFailed: `holds` is False. The message is `what`; `Check` adds an explanation.
         """
         if not holds:
             raise CheckFailed(what)
 
     def expect_close(self, actual: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
-        """Fail unless the tensors agree within the tolerance of their dtype, times `factor` for sums of many rounding
-        errors."""
+        """Fail unless two tensors agree within the tolerance of their dtype times `factor`. Use a larger `factor` for
+        sums of many rounding errors."""
         tolerance = TOLERANCES[expected.dtype] * factor
         scale = max(expected.abs().max().item(), 1e-3)
         error = (actual.double() - expected.double()).abs().max().item() / scale
@@ -127,8 +130,8 @@ class Expecting:
         self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
 
     def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
-        """Fail unless the output changed by at least 100 times the tolerance: otherwise a comparison would prove
-        nothing."""
+        """Fail unless the output differs from `base` by more than 100 times the tolerance. Otherwise a comparison of
+        outputs would not test the adapter."""
         scale = max(base.abs().max().item(), 1e-3)
         moved = (actual.double() - base.double()).abs().max().item() / scale
         self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
@@ -145,9 +148,9 @@ class Case(Expecting):
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method for this host (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None
-    """Makes the arguments of every call, for methods that need them."""
+    """Returns the arguments of ``peftcore.call``, for methods that need them in every call."""
     claimed: Tags | None = None
-    """The tags of the preset whose options this case has; None if the case has no preset."""
+    """The tags of the preset, if a preset is checked; None for a method."""
 
     @property
     def label(self) -> str:
@@ -159,7 +162,7 @@ class Case(Expecting):
 
     @property
     def tags(self) -> Tags:
-        """The tags of the method, or of its preset."""
+        """The tags of the method or preset that is checked."""
         return self.method.tags if self.claimed is None else self.claimed
 
     @cached_property
@@ -168,12 +171,13 @@ class Case(Expecting):
         return self.method.asks_for_data(self.options)
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-        """Build a new host, always an equal one, and its inputs; floating-point inputs have `dtype`."""
+        """Build a new host and its inputs. All calls return equal ones. Floating-point inputs have `dtype`."""
         return self._built(self.host.build, dtype)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The method's own options, without the arguments `target` and `train` of `apply`."""
+        """The options of this case that are options of the method, without the arguments `target` and `train` of
+        `apply`."""
         return {name: value for name, value in self.options.items() if name in self.method.Config.model_fields}
 
     @cached_property
@@ -187,7 +191,8 @@ class Case(Expecting):
         return None
 
     def shallow(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Build the host with one layer and its inputs, if that is enough for the method."""
+        """Build the one-layer version of the host and its inputs, if the method can be applied to it; otherwise the
+        whole host."""
         if self.host.shallow is not None:
             with contextlib.suppress(TargetError):
                 self.apply(self._built(self.host.shallow)[0])
@@ -202,14 +207,14 @@ class Case(Expecting):
         return model.to(dtype).eval(), cast
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
-        """Apply the method with its default targets, or with the host's `fallback` if the host lacks these roles, and
-        set the context that the method needs."""
+        """Apply the method with its default targets, or with the host's `fallback` if these match nothing. Also set the
+        arguments of ``peftcore.call`` that the method needs."""
         injection = self.apply_alone(model, **changes)
         self.tell(model)
         return injection
 
     def apply_alone(self, model: nn.Module, **changes: Any) -> Injection:
-        """Apply as `apply` does, but set no context."""
+        """Apply the method as `apply` does, but do not set the arguments of ``peftcore.call``."""
         curious = self.method.asks_for_data({**self.options, **changes})  # changes may make it one that does not
         _, inputs = self.fresh(next(model.parameters()).dtype) if curious else (None, {})
         data = self.batches(lambda host: self.run(host, inputs), inputs) if curious else {}
@@ -225,15 +230,17 @@ class Case(Expecting):
             return peftcore.apply(model, self.method, target=self.host.fallback, **arguments)
 
     def tell(self, model: nn.Module) -> None:
-        """Set the context that the method needs for all further calls of the model: one picture for all rows."""
+        """Set the arguments of ``peftcore.call`` that the method needs, for all further calls of the model. They are
+        computed from one picture for all rows."""
         if self.context is not None:
             picture = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3))
             there = next(model.parameters()).device
             peftcore.call(model, **self.context(model, picture.to(there)))
 
     def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the argument ``data`` for methods that need data: two batches, whose losses are computed from one half
-        each of the outputs of `run`. Each batch has labels of two classes for the rows of `inputs`."""
+        """Return the argument ``data`` of `apply` if the method needs data; otherwise an empty dictionary. The data is
+        two batches. The loss of each is computed from one half of the values that `run` returns. Each batch has labels
+        of two classes for the rows of `inputs`."""
         rows = next((len(each) for each in (inputs or {}).values() if isinstance(each, Tensor) and each.dim()), 0)
 
         def batch(half: int) -> Labelled:
@@ -243,18 +250,19 @@ class Case(Expecting):
         return {"data": [batch(0), batch(1)]} if self.looks_at_data else {}
 
     def filled(self, model: nn.Module, seed: int = 1, **changes: Any) -> Injection:
-        """Apply, and add noise from N(0, FILL) to every operator tensor."""
+        """Apply the method, and add noise to every floating-point parameter of its operators (see `fill`)."""
         injection = self.apply(model, **changes)
         fill(injection, seed)
         return injection
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the host's output tensor, with gradients."""
+        """Run the model and return the output tensor that checks compare, with its graph."""
         self.tell(model)
         return self.host.output(model(**inputs))
 
     def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the host's output tensor, computed in eval mode without gradients; the training mode is restored."""
+        """Run the model in eval mode without gradients, and return the output tensor that checks compare. Afterwards
+        the training mode is restored."""
         training = {name: module.training for name, module in model.named_modules()}
         model.eval()
         self.tell(model)
@@ -266,31 +274,31 @@ class Case(Expecting):
 
 
 Cost = Literal["quick", "slow"]
-"""The cost of a check on one case: "quick" checks take a fraction of a second, "slow" ones several seconds (they train
-or compile a model). Quick runs of a suite of many methods may run slow checks for only some methods."""
+"""The cost of a check on one case. "quick" checks take a fraction of a second. "slow" checks train or compile a model,
+and take several seconds. A quick run of many methods may run slow checks for only some of them."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A promise of methods, and the function that checks it."""
+    """One check: something that all methods promise, and the function that tests it."""
 
     function: Callable[[Any], str | None]
-    """The function; it may return text about its measurements."""
+    """The function. It may return text about what it has measured."""
     promise: str
-    """The promise, as a sentence."""
+    """What the check tests, as a sentence about methods."""
     cause: str
     """The usual cause of a failure, for the message."""
     remedy: str
-    """What the author of the method can do about it, for the message."""
+    """What the author of the method can do about a failure, for the message."""
     when: Callable[[Tags], bool] = lambda tags: True
     """Returns True if the check applies to methods with these tags."""
     hosts: tuple[str, ...] | None = None
-    """Names of the hosts on which the check runs; None for all hosts. A check of files, for example, needs only one
+    """Names of the hosts on which the check runs; None for all hosts. For example, a check of files needs only one
     host."""
     chooses: bool = False
-    """True if the check chooses hosts by itself, and runs once for each method."""
+    """True if the check chooses its hosts itself, and runs once for each method."""
     cost: Cost = "quick"
-    """The cost of a case."""
+    """The cost of the check on one case."""
 
     @property
     def name(self) -> str:
@@ -301,8 +309,9 @@ class Check:
         """Run on one case.
 
         Raises:
-            CheckFailed: with a message as of `explained`; also when the method raises something else.
-            NotApplicable: the method has nothing to act on in the host.
+            CheckFailed: the check failed, or any other error was raised in it. The message is that of
+                `failures.explained`.
+            NotApplicable: the check cannot run on this case.
         """
         try:
             return self.function(case)
@@ -326,15 +335,15 @@ def check(
     chooses: bool = False,
     cost: Cost = "quick",
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
-    """Register a function as a check.
+    """Decorator that registers a function as a check.
 
     Args:
-        promise: the promise that it checks, as a sentence.
+        promise: what the check tests, as a sentence.
         cause: the usual cause of a failure, in terms of the code of a method.
-        remedy: what the author of the method can do about it.
+        remedy: what the author of the method can do about a failure.
         when: returns True if the check applies to methods with these tags.
-        hosts: names of the hosts on which it runs; None for all hosts.
-        chooses: True if it chooses hosts by itself, and runs once for each method.
+        hosts: names of the hosts on which the check runs; None for all hosts.
+        chooses: True if the check chooses its hosts itself, and runs once for each method.
         cost: the cost of the check on one case, see `Cost`.
     """
 
@@ -347,8 +356,8 @@ def check(
 
 @torch.no_grad()
 def fill(injection: Injection, seed: int = 1) -> None:
-    """Add noise from N(0, FILL) to every floating-point parameter of the injection, the same noise for the same seed
-    and name."""
+    """Add normally distributed noise, with the standard deviation `FILL`, to every parameter of the injection. The
+    noise depends only on the seed and on the parameter's name."""
     for path, module in injection.modules():
         for name, parameter in module.named_parameters():
             generator = torch.Generator().manual_seed(seed + zlib.crc32(f"{path}.{name}".encode()))
@@ -363,8 +372,8 @@ def cases(
     context: Context | None = None,
     tags: Tags | None = None,
 ) -> Iterator[tuple[Check, Case]]:
-    """Yield each check that applies by the tags of the method or its preset, with a case for each host on which the
-    check runs."""
+    """Yield the checks that apply to a method or preset, according to its tags. Each check is yielded once for each
+    host on which it runs, with the `Case` for that host."""
     everywhere = options.get("*", {})
     anywhere, *on = [
         Case(method, host, {**everywhere, **options.get(host.name, {})}, context, tags)

@@ -1,9 +1,11 @@
-"""Small real tasks: a host that was pretrained on one kind of data has to learn another kind.
+"""Small real tasks. In each, a host that was pretrained on one kind of data has to learn another kind.
 
-A classifier learns scikit-learn's handwritten digits rotated by 90 degrees; a language model, Python's documentation
-with upper and lower case exchanged; a matcher of pictures and names, rotated pictures; a denoiser, negatives of the
-digits that it was trained on. All random numbers come from seeds, and each host is pretrained once on a machine (see
-`trained_once`).
+- A classifier of scikit-learn's handwritten digits learns digits that are rotated by 90 degrees.
+- A language model of Python's documentation learns the text with upper and lower case exchanged.
+- A CLIP that matches pictures with names learns rotated pictures.
+- A denoiser of digits learns their negatives.
+
+All random numbers are seeded. Each host is pretrained once on a machine (see `trained_once`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ Batch = dict[str, Tensor]
 STEPS = 80
 """The number of training steps of every adaptation."""
 PICTURE = "picture"
-"""The key of a batch's picture, for methods that use one as context; only some tasks have it."""
+"""The key in a batch for pictures that some methods need as arguments of ``peftcore.call``. Only some tasks have it."""
 HELD_OUT = -1
 """The index of the batch on which scores are computed; training batches are 0, 1, 2, …"""
 
@@ -51,12 +53,12 @@ class LearningTask:
     score: Callable[[nn.Module, Batch], float]
 
     def scored(self, model: nn.Module) -> float:
-        """Return the score on data that was not used for training."""
+        """Return the score of a model on data that was not used for training."""
         with torch.no_grad():
             return self.score(model.eval(), self.batch(HELD_OUT))
 
     def learn(self, model: nn.Module, optimizer: torch.optim.Optimizer, first: int = 0, steps: int = STEPS) -> None:
-        """Train for some steps, on the batches from index `first` on."""
+        """Train a model for `steps` steps, on batches with the indices `first`, ``first + 1``, and so on."""
         model.train()
         for step in range(first, first + steps):
             optimizer.zero_grad()
@@ -78,14 +80,15 @@ def _drawn(number: int) -> torch.Generator:
 
 @functools.cache
 def _recipe() -> str:
-    """Return the text of this module, which decides what a host learns."""
+    """Return the source text of this module, which determines the weights of pretrained hosts."""
     return inspect.getsource(sys.modules[__name__])
 
 
 def _learned(
     name: str, make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], lr: float
 ) -> nn.Module:
-    """Return a host that knows the first kind of data; the global generator does not move."""
+    """Return a host that was pretrained on the first kind of data. The state of torch's global random generator does
+    not change."""
 
     def train() -> dict[str, Tensor]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -164,7 +167,7 @@ def _classifier() -> nn.Module:
 
 @functools.cache
 def _manual() -> Tensor:
-    """Return bytes of the reference of the Python language, which is part of every Python."""
+    """Return the bytes of the Python language reference, which is included in every Python."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return torch.tensor(list("\n".join(topics.values()).encode("ascii", "ignore")[:300_000]))
 
@@ -177,7 +180,7 @@ def _passages(number: int, length: int = 48) -> Tensor:
 
 
 def _exchanged(number: int) -> Batch:
-    """Return passages with small and capital letters exchanged."""
+    """Return a batch of passages of text with upper and lower case exchanged."""
     text = _passages(number)
     letter = ((text | 32) >= ord("a")) & ((text | 32) <= ord("z"))
     return {"input_ids": torch.where(letter, text ^ 32, text)}
@@ -211,7 +214,8 @@ def _writer() -> nn.Module:
 
 
 def _noised(number: int, sign: float = -1.0) -> Batch:
-    """Return digits (negatives of them) with noise, the noise, how much of it, and words for the label."""
+    """Return a batch for the denoiser: negatives of digits with noise added, the timesteps, embeddings for the labels,
+    the noise, and the pictures without noise."""
     images, labels = (each[: 128 if number == HELD_OUT else 24] for each in _scans(number))
     drawn = _drawn(number)
     noise = torch.randn(images.shape, generator=drawn)
@@ -256,11 +260,12 @@ def _denoiser() -> nn.Module:
 
 
 PLACES = 4
-"""The number of meaningless words before each name, which a method may replace by learned ones."""
+"""The number of placeholder words before each name, which a method may replace by learned embeddings."""
 
 
 def _named(number: int, turned: bool = True) -> Batch:
-    """Return digits and the texts of all ten names: start, places, the name, end."""
+    """Return a batch with pictures of digits, their labels, and ten texts. Each text is a start token, placeholder
+    words, the name of a digit, and an end token."""
     images, labels = _scans(number)
     names = torch.arange(4, 14).view(10, 1)
     texts = torch.cat([torch.full((10, 1), 1), torch.full((10, PLACES), 3), names, torch.full((10, 1), 2)], 1)

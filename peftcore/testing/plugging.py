@@ -1,4 +1,4 @@
-"""Registers hooks for a block, to try them without packaging a plugin."""
+"""Registers hooks within a ``with`` block, to try them without packaging a plugin."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftcore.registry.plugins import registry
 
 @contextmanager
 def plugged(*hooks: Callable[..., Any]) -> Iterator[None]:
-    """Context manager in which functions marked with `peftcore.author.hookimpl` are registered as hooks, like those of
-    a plugin.
+    """Context manager in which functions are registered as hooks, like those of a plugin. Each function is decorated
+    with `peftcore.author.hookimpl`, and has the name of a hook.
 
     Example:
         with plugged(peftcore_layer):

@@ -1,4 +1,4 @@
-"""Tools of the checks: hosts with a single layer, wrappers of hosts, and ways to interrupt, interleave and count
+"""Tools for checks: hosts with a single layer, models around a host, and functions that interrupt, interleave or count
 calls."""
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class ByKeyword(Holder):
 
 
 def zoo() -> Iterator[tuple[str, Holder]]:
-    """Yield hosts with one layer of each kind, with realistic shapes and options: overlapping patches, stride, padding,
-    dilation, groups, no bias."""
+    """Yield hosts with a single layer, for all kinds of layers, each with a name. The layers have realistic shapes and
+    options: overlapping patches, stride, padding, dilation, groups, no bias."""
     for bias in (True, False):
         for features in (7, 8):
             for shape in ((3, 8), (2, 3, 8), (2, 2, 3, 8), (1, 2, 2, 3, 8)):
@@ -74,7 +74,7 @@ def zoo() -> Iterator[tuple[str, Holder]]:
 
 
 class Wrapper(nn.Module):
-    """A model with the host as a submodule of any name."""
+    """A model that contains the host as a submodule, under any given name."""
 
     def __init__(self, name: str, model: nn.Module) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Wrapper(nn.Module):
 
 
 class Unused(nn.Module):
-    """A model with the host and a layer that is never called."""
+    """A model that contains the host, and a layer that is never called."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ class Interrupted(Exception):
 
 
 def interrupted(method: type[Method], stop: int | None) -> type[Method]:
-    """Return a subclass of the method that raises `Interrupted` when it builds operator number `stop`; with None, after
-    all operators are installed."""
+    """Return a method class that does the same as `method`, but raises `Interrupted` when it builds operator number
+    `stop`. If `stop` is None, it raises after all operators are installed."""
 
     def inject(self: Method, model: nn.Module, config: MethodConfig, surgeon: Any) -> None:
         left = [stop]
@@ -134,7 +134,8 @@ def interrupted(method: type[Method], stop: int | None) -> type[Method]:
 
 
 class FailingAt(TorchFunctionMode):
-    """Raises an error at the `at`-th call of a torch function; if `at` is negative, it only counts the calls."""
+    """Context manager that raises an error at call number `at` of a torch function. If `at` is negative, it only counts
+    the calls."""
 
     def __init__(self, at: int, error: type[BaseException] = Interrupted) -> None:
         super().__init__()
@@ -148,7 +149,8 @@ class FailingAt(TorchFunctionMode):
 
 
 class Lockstep(TorchFunctionMode):
-    """Lets two threads alternate at every call of a torch function, so that errors by shared state occur."""
+    """Context manager, one for each of two threads, that makes the threads alternate at every call of a torch function.
+    So errors that are caused by shared state occur."""
 
     def __init__(self, barrier: threading.Barrier) -> None:
         super().__init__()
@@ -161,7 +163,8 @@ class Lockstep(TorchFunctionMode):
 
 
 def together(*tasks: Callable[[], Tensor]) -> list[Any]:
-    """Return the results (or errors) of tasks that run in separate threads, in lockstep (see `Lockstep`)."""
+    """Run tasks in separate threads, which alternate at every call of a torch function (see `Lockstep`). Return their
+    results, or the errors that they raised."""
     barrier = threading.Barrier(len(tasks))
     results: list[Any] = [None] * len(tasks)
 
@@ -187,9 +190,10 @@ def together(*tasks: Callable[[], Tensor]) -> list[Any]:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[list[int]]:
-    """Count the calls of Python functions in the block, as a measure of work that does not depend on time.
+    """Context manager that counts the calls of Python functions, as a measure of work that does not depend on time. It
+    yields a list whose only entry is the count.
 
-    The garbage collector is switched off within the block, so that finalizers of objects from earlier code are not
+    The garbage collector is turned off within the block, so that finalizers of objects from earlier code are not
     counted.
     """
     count = [0]

@@ -1,10 +1,11 @@
-"""The conformance kit for quantizers: it checks the promises of a scheme and its `QuantizedLayer` to methods and users.
+"""The conformance kit for quantization schemes. It checks that a scheme, and its `QuantizedLayer`, do what methods and
+users rely on.
 
     @quantizer_conformance("nf4", double_quant=True, declared={"pickles_compute_the_same": "why"})
     def test_conformance(check):
         check()
 
-or, without pytest, ``for result in check_quantizer("nf4"): print(result)``; the message of the first result is the
+Without pytest: ``for result in check_quantizer("nf4"): print(result)``. The message of the first result is the
 quantization error.
 """
 
@@ -38,7 +39,7 @@ class TwoLinears(nn.Module):
         self.first, self.norm, self.second = nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., 64] to [..., 64]."""
+        """Returns the output [..., 64] for an input [..., 64]."""
         y: Tensor = self.second(torch.tanh(self.norm(self.first(x))))
         return y
 
@@ -61,25 +62,25 @@ class QuantizerCase(Expecting):
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme with its options."""
+        """The quantization scheme, with the options of the case."""
         return scheme(self.name, **self.options)
 
     def values(self, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw values from N(0, 1), the same for the same seed."""
+        """Return normally distributed values, which depend only on the seed."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
-        """Build a dense host."""
+        """Build a host that is not quantized; all calls build equal ones."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             return TwoLinears().to(dtype).eval()
 
     def packed(self, dtype: torch.dtype = torch.float32) -> Any:
-        """Build the same host as `dense` does, quantized."""
+        """Build the host of `dense`, and quantize it."""
         return quantize(self.dense(dtype), self.name, **self.options)
 
     def twin(self, packed: nn.Module) -> Any:
-        """Build a dense host with the dequantized weights of a quantized one."""
+        """Build a host in float32 with the dequantized weights of a quantized host."""
         twin = self.dense()
         for path in LINEAR:
             module: Any = twin.get_submodule(path)
@@ -89,19 +90,19 @@ class QuantizerCase(Expecting):
         return twin
 
     def read(self, module: nn.Module) -> Tensor:
-        """Return the dense weight of a module, which may be quantized."""
+        """Return the weight of a module, dequantized if the module is quantized."""
         weight = layer_of(module, "weight").read(module, "weight")
         assert weight is not None
         return weight.detach()
 
     def adapt(self, model: nn.Module, kind: str) -> Injection:
-        """Apply operators of one kind to both layers, and fill their tensors with noise."""
+        """Apply operators of one kind (see `tools.KINDS`) to both layers, and add noise to their tensors."""
         injection = peftcore.apply(model, Kinds, kind=kind, target=list(LINEAR), seed=0)
         fill(injection)
         return injection
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the output in eval mode."""
+        """Return the output of a model in eval mode, for a fixed input."""
         with torch.no_grad():
             output: Tensor = model.eval()(self.values(3, 5, 64, seed=1, dtype=dtype))
         return output
@@ -116,21 +117,23 @@ class QuantizerCase(Expecting):
         return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
     def state(self, model: nn.Module) -> Trace:
-        """Return the observable state of a host (see `trace`), and its dequantized weights."""
+        """Return the state of a host (see `tools.trace`), with its dequantized weights."""
         return {**trace(model), **{f"weight of {path}": self.read(model.get_submodule(path)) for path in LINEAR}}
 
     def expect_unchanged(self, before: Trace, model: nn.Module, what: str, passing: str | tuple[str, ...] = ()) -> None:
-        """Fail unless the host is in the same state as before."""
+        """Fail unless the state of the host equals `before`, the result of an earlier call of `state`."""
         wrong = differences(before, self.state(model), passing)
         self.expect(not wrong, f"{what}: changed: {wrong}")
 
     def expect_near(self, actual: Tensor, expected: Tensor, what: str) -> None:
-        """Fail unless the tensors agree within the tolerance of their dtype, or the declared tolerance."""
+        """Fail unless two tensors agree within three times the tolerance of their dtype, or within the declared
+        `tolerance` if that is larger."""
         factor = 3.0 if self.tolerance is None else max(3.0, self.tolerance / TOLERANCES[expected.dtype])
         self.expect_close(actual, expected, what, factor)
 
     def error(self, weight: Tensor) -> float:
-        """Return the relative error of quantization: the norm of the difference over the norm of the weight."""
+        """Return the relative error of quantizing a weight: the norm of the difference, divided by the norm of the
+        weight."""
         chosen = self.scheme
         off = chosen.layer.unpack(chosen.module(weight)).float() - weight.float()
         return float(off.norm() / weight.float().norm())
@@ -143,7 +146,7 @@ QUANTIZER_CHECKS: list[Check] = []
 def check(
     promise: str, *, cause: str, remedy: str
 ) -> Callable[[Callable[[QuantizerCase], Any]], Callable[[QuantizerCase], Any]]:
-    """Register a function as a check."""
+    """Decorator that registers a function as a check of quantizers."""
 
     def file(function: Callable[[QuantizerCase], Any]) -> Callable[[QuantizerCase], Any]:
         QUANTIZER_CHECKS.append(Check(function, promise, cause, remedy))
@@ -155,18 +158,18 @@ def check(
 def check_quantizer(
     name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
 ) -> list[Result]:
-    """Run every check on a scheme that a plugin registers.
+    """Run all checks on a quantization scheme of a plugin, and return their results.
 
     Args:
         name: the name of the scheme.
-        tolerance: for schemes that quantize inputs too: the largest accepted difference from a forward with the dense
-            weight, relative to the largest output; also for gradients.
-        declared: reasons by the names of checks that the scheme is known to fail; if such a check passes, that counts
-            as a failure.
+        tolerance: for schemes that quantize inputs too. It is the largest accepted difference of outputs and gradients
+            from those with the dequantized weight, relative to the largest value.
+        declared: checks that the scheme is known to fail, by name, each with the reason. If such a check passes, that
+            counts as a failure.
         options: the scheme's options.
 
     Raises:
-        ConfigError: a failure is declared of a check that does not exist.
+        ConfigError: `declared` contains a check that does not exist.
     """
     expected, runs = declared or {}, _runs(name, tolerance, declared or {}, options)
     case = QuantizerCase(name, options, tolerance)
@@ -176,14 +179,14 @@ def check_quantizer(
 def quantizer_conformance(
     name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn one test function into a test for each check. The function's argument `check` runs the check when it is
-    called without arguments.
+    """Decorator that turns a test function into one pytest test for each check of quantizers. The function gets an
+    argument `check`; calling it without arguments runs the check.
 
-    The arguments are those of `check_quantizer`. If a check passes whose failure is declared, the test fails. If a
-    package of the scheme is missing, the tests are skipped.
+    The arguments are those of `check_quantizer`. If a check in `declared` passes, its test fails. If a package that the
+    scheme needs is not installed, the tests are skipped.
 
     Raises:
-        ConfigError: as `check_quantizer`, when pytest collects.
+        ConfigError: as in `check_quantizer`; it is raised when pytest collects the tests.
     """
     return parametrized(_runs(name, tolerance, declared or {}, options), declared or {})
 

@@ -1,5 +1,5 @@
-"""Records the state of an adapted model, of the files in a folder and of the process, to compare one model at two
-times, or two copies of it."""
+"""Records the state of an adapted model, of the files in a folder and of the process. Two records can be compared: of
+one model at two times, or of two copies of a model."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from peftcore.surgery.watched_sites import WatchedSites
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Path)
 DEPTH = 3
-"""The depth to which attributes of attributes are compared."""
+"""The depth to which nested attributes of objects are compared."""
 FILE = "file "
-"""The prefix of the places of files, which are compared one by one."""
+"""The prefix of the names of files in `Snapshot.values`."""
 
 
 @dataclass
 class Scene:
-    """The objects that an operation uses: a model, and other objects that belong to it.
+    """A model and other objects, on which an operation runs and whose state is compared before and after it.
 
     Attributes:
         model: the model.
-        outputs: computes outputs of the model, which are compared; None to compare no outputs.
+        outputs: a function that computes outputs of the model, which are compared too; None to compare no outputs.
         folder: a folder whose files are compared.
         optimizers: optimizers of the model's or the adapter's parameters.
-        others: other models that the operation reads, or that share modules with this one.
+        others: other models that the operation uses, or that share modules with `model`.
         needs: any other object that the operation uses; it is not compared.
     """
 
@@ -66,23 +66,23 @@ class Scene:
 
 @dataclass
 class Snapshot:
-    """The state of a scene at one time.
+    """The recorded state of a scene (a model and other objects) at one time.
 
     Attributes:
-        values: by place, values that are equal in another copy of the scene.
-        objects: by place, the objects whose identity is compared within one scene. References to them are kept, since a
-            new object may get the id of a deleted one.
+        values: the recorded values, by the place where they are in the scene. They are equal for equal scenes.
+        objects: the objects whose identity is compared if both records are of one scene, by place. References to the
+            objects are stored, because a new object may get the id of a deleted one.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
 
     def differences(self, other: Snapshot, *, same_scene: bool = False, leave: Sequence[str] = ()) -> list[str]:
-        """Return the places at which two snapshots differ.
+        """Return the names of the places at which two snapshots differ.
 
         Args:
             other: the other snapshot.
-            same_scene: True if both snapshots are of one scene, so that the objects have to be identical too.
+            same_scene: True if both snapshots are of the same scene, so that its objects must be identical too.
             leave: prefixes of places that are not compared.
         """
         places = [place for place in dict.fromkeys((*self.values, *other.values)) if not place.startswith(tuple(leave))]
@@ -105,8 +105,9 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], place: str) -> bool:
 
 
 def snapshot(scene: Scene) -> Snapshot:
-    """Return a snapshot of a scene: tensors to the bit, classes, attributes, hooks, `requires_grad`, training modes,
-    injections and active adapters of the models, optimizers, files, and last the outputs."""
+    """Return a snapshot of a scene (a model and other objects). It records tensors bit by bit, and classes, attributes,
+    hooks, `requires_grad`, training modes, injections and active adapters of the models. It also records optimizers,
+    files and outputs."""
     found = Snapshot()
     for index, model in enumerate((scene.model, *scene.others)):
         _of_model(found, f"other {index}: " if index else "", model)
@@ -177,8 +178,8 @@ def _of_optimizer(found: Snapshot, place: str, optimizer: Optimizer) -> None:
 
 
 def described(value: Any, depth: int = DEPTH) -> Any:
-    """Return a value in a form that is equal for equal copies: tensors by their bytes, functions by their names, other
-    objects by their class and attributes."""
+    """Return a description of a value, which is equal for equal copies of the value. Tensors are described by their
+    bytes, functions by their names, and other objects by their class and attributes."""
     if isinstance(value, PLAIN):
         return value if value == value else "nan"
     if isinstance(value, Tensor):
@@ -233,7 +234,8 @@ def _choice(choice: Choice) -> Any:
 
 
 def _state(state: HostState) -> dict[str, Any]:
-    """Return what is said of a model's adapters; nothing that is computed when it is first needed."""
+    """Return a description of the state of a model's adapters, without values that are computed only when they are
+    needed."""
     _running()
     here: Any
     try:
@@ -290,11 +292,12 @@ def _slot(slot: Slot) -> Any:
 
 
 def process() -> dict[str, Any]:
-    """Return the state of the process that an operation must not change, such as random number generators and modes of
-    torch.
+    """Return the parts of the process's state that an operation must not change, such as random number generators and
+    modes of torch.
 
-    Threads, open files and temporary files are counted: an operation must leave no new ones, but older ones may end
-    meanwhile."""
+    Threads, open files and temporary files are counted. An operation must not leave new ones, but older ones may end
+    while it runs.
+    """
     return {
         "torch's random numbers": torch.random.get_rng_state().tolist(),
         "Python's random numbers": random.getstate(),
@@ -321,13 +324,14 @@ def process() -> dict[str, Any]:
 
 
 def _running() -> int:
-    """Return how many forwards run; those that an interrupt ended are closed, as the next forward does."""
+    """Return the number of forwards that are running. Forwards that were ended by an interrupt are removed first, as
+    the next forward would do."""
     drop_interrupted()
     return len(HERE.calls)
 
 
 def put_back(before: Mapping[str, Any]) -> None:
-    """Restore the modes and random number generators that `process` returned, before the next try."""
+    """Restore modes of torch and random number generators to the state that `process` has returned."""
     torch.random.set_rng_state(torch.tensor(before["torch's random numbers"], dtype=torch.uint8))
     random.setstate(before["Python's random numbers"])
     torch.set_grad_enabled(before["gradients"][0])
@@ -339,7 +343,7 @@ def put_back(before: Mapping[str, Any]) -> None:
 
 
 def _open_files() -> Counter[str]:
-    """Return the open files of the process, where the system lists them."""
+    """Count the open files of the process by path; empty if the system does not list them."""
     found: Counter[str] = Counter()
     for each in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         try:

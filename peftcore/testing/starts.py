@@ -1,12 +1,12 @@
-"""Compares initial values with those of reference code: `drawn` returns statistics of random values, for scripts that
-store them, and `same_start` compares a tensor with them.
+"""Compares initial values with those of reference code. `drawn` returns statistics of random values, which a script
+stores in a file. `same_start` compares a tensor with such statistics.
 
     # numbers/ssf.py, run with the authors' code          # the test
     def start(checkout):                                  start = frozen(NUMBERS, "start")
         return {"gain": drawn(theirs.ssf_scale)}          same_start(operator.gain, start["gain"])
 
-Random values differ at each draw, so distributions are compared: the mean, standard deviation and kurtosis have to
-agree within sampling errors, and the number of values outside of the reference's range has to be plausible.
+Random values are different each time, so their distributions are compared. Mean, standard deviation and kurtosis must
+agree within sampling errors, and the number of values outside of the reference's range must be plausible.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from torch import Tensor
 from peftcore.testing.failures import CheckFailed
 
 SIGMAS = 5.0
-"""The number of sampling errors by which two draws of one distribution may differ; about one pair in a million differs
-by more."""
+"""The largest accepted difference between the statistics of two samples, in sampling errors. About one in a million
+pairs of samples from the same distribution differs by more."""
 FINEST = 0.05
-"""The relative difference of standard deviations that a comparison must be able to detect."""
+"""A comparison must be able to detect this relative difference of standard deviations. Otherwise there are too few
+values."""
 
 
 def drawn(tensor: Tensor) -> dict[str, float]:
-    """Returns statistics of random values; if all values are equal, that value under the key "all"."""
+    """Returns statistics of the values of a tensor. If all values are equal, it returns only this value, under the key
+    "all"."""
     values = tensor.detach().double().flatten()
     if (values == values[0]).all():
         return {"all": values[0].item()}
@@ -44,15 +46,16 @@ def drawn(tensor: Tensor) -> dict[str, float]:
 
 
 def same_start(tensor: Tensor, told: Any) -> None:
-    """Check that a tensor has the same initial values as the reference tensor, or the same distribution.
+    """Verify that a tensor has the same initial values as a tensor of reference code, or values of the same
+    distribution.
 
     Args:
-        tensor: a tensor of a fresh injection; a random one needs tens of thousands of numbers.
-        told: the result of `drawn` for the reference tensor, to compare distributions; or its values, as from
-            ``tensor.tolist()``, which have to be equal up to the rounding of float32.
+        tensor: a tensor of a fresh injection. If it is random, it must have tens of thousands of values.
+        told: for random values, the result of `drawn` for the reference tensor. Otherwise the values of the reference
+            tensor, as returned by ``tensor.tolist()``; they must be equal up to the rounding of float32.
 
     Raises:
-        CheckFailed: the initial values differ, or there are too few numbers to decide.
+        CheckFailed: the initial values differ, or there are too few random values for a comparison.
     """
     ours = tensor.detach().double().cpu()
     if not isinstance(told, Mapping):
@@ -69,10 +72,10 @@ def same_start(tensor: Tensor, told: Any) -> None:
 
 
 def _same_distribution(ours: Tensor, told: Mapping[str, float]) -> None:
-    """Compare values with statistics of another draw.
+    """Compare values with statistics of another sample.
 
     Raises:
-        CheckFailed: they are not of one distribution, or too few.
+        CheckFailed: the distributions differ, or there are too few values.
     """
     found, n, m = drawn(ours), len(ours), told["count"]
     if "all" in found:

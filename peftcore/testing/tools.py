@@ -1,5 +1,5 @@
-"""Helpers for checks: traces of a host, expected errors, registering methods by name, and pairs of adapters for one
-host."""
+"""Helpers for checks. They record the state of a host, expect errors, register methods by name, count operations, and
+make pairs of adapters for one host."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Maker = Callable[[nn.Module, int, str], Injection]
 
 
 class Itself:
-    """Wraps a tensor so that it is equal only to itself. The reference to it is kept, since a new tensor may get the id
-    of a deleted one."""
+    """Wraps a tensor so that two wrappers are equal only if they wrap the same tensor object. It stores a reference to
+    the tensor, because a new tensor may get the id of a deleted one."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -44,7 +44,8 @@ class Itself:
 
 
 def trace(model: nn.Module) -> Trace:
-    """Return the observable state of a host, by kind and place: classes, attributes, hooks, flags, values."""
+    """Return the observable state of a host: classes, attributes, hooks, flags and values, by kind and by path of the
+    module."""
     found: Trace = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"class of {path}"] = type(module)
@@ -68,9 +69,9 @@ def trace(model: nn.Module) -> Trace:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Context manager in which tensors have a shape, a dtype and a device, but no values. Hosts that choose a code path
-    by the values of a mask take the general path, as in tracing, and torch's own encoder does not take its fused
-    path."""
+    """Context manager in which tensors have a shape, a dtype and a device, but no values (torch's fake tensors). Hosts
+    whose code depends on the values of a mask use their general code, as in tracing. The encoder of torch does not use
+    its fused path."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -81,8 +82,8 @@ def shapes_only() -> Iterator[None]:
 
 
 def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that one is made of: of a quantized one its codes and scales, in bytes where they are that
-    small."""
+    """Yield the plain tensors that a tensor consists of, with names. For a quantized tensor, these are its codes and
+    scales. Tensors with one byte per value are viewed as uint8."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             if getattr(tensor, name) is not None:
@@ -92,8 +93,8 @@ def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def differences(before: Trace, after: Trace, passing: str | tuple[str, ...] = ()) -> str:
-    """Return the places where two traces differ, bit by bit; empty if they are equal. Entries that start with `passing`
-    are not compared."""
+    """Compare two results of `trace` bit by bit. Return the names of the entries that differ, as text; empty if there
+    are none. Entries whose names start with `passing` are not compared."""
     keys = [key for key in dict.fromkeys([*before, *after]) if not key.startswith(passing)]
     wrong = [key for key in keys if not _same(before.get(key), after.get(key))]
     return ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
@@ -107,8 +108,8 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Switch off the fused path of torch's encoder, which has other rounding errors; torch uses it if there are no
-    gradients and no hooks."""
+    """Context manager in which torch's encoder does not use its fused path, which has other rounding errors. Otherwise
+    torch uses that path if there are no gradients and no hooks."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -118,7 +119,7 @@ def without_fast_paths() -> Iterator[None]:
 
 
 class Counts(TorchDispatchMode):
-    """Context manager that counts what torch dispatches, forward and backward.
+    """Context manager that counts the operations of torch, in forward and backward.
 
     Attributes:
         operations: the number of operations.
@@ -140,8 +141,9 @@ class Counts(TorchDispatchMode):
 
 
 def _too_many(*args: Any, result: Any) -> int:
-    """Returns what torch's counter has too many for the weight's gradient of a grouped convolution: it multiplies each
-    output channel with all inputs, not with those of its group."""
+    """Returns the number of operations that torch's counter counts too much for the weight's gradient of a grouped
+    convolution. The counter multiplies each output channel with all input channels, not only with those of its
+    group."""
     *given, groups, (_, weight, _) = args
     if groups == 1 or not weight:
         return 0
@@ -154,7 +156,8 @@ def _too_many(*args: Any, result: Any) -> int:
 def raises(
     case: Expecting, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str | Iterable[str] = ()
 ) -> Iterator[None]:
-    """Fail the check unless the block raises an error of this kind whose message contains all of `names`."""
+    """Context manager that fails the check unless its block raises an error of class `kind` whose message contains all
+    of `names`."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(each.__name__ for each in kinds)
     try:
@@ -170,8 +173,8 @@ def raises(
 
 @contextmanager
 def findable(method: type[Method]) -> Iterator[None]:
-    """Context manager in which a method that no plugin provides is registered, so that files that name it can be
-    loaded."""
+    """Context manager in which a method class is registered if no plugin has it, so that files with the method's name
+    can be loaded."""
     try:
         missing = peftcore.method(method.name) is not method
     except AmbiguousMethod:
@@ -195,7 +198,7 @@ class _LowRankConfig(MethodConfig):
 
 
 class _LowRankOperator(Operator):
-    """Adds a low-rank update to what the module computes."""
+    """Adds a low-rank update to the module's output."""
 
     def __init__(self, site: Site, config: MethodConfig) -> None:
         super().__init__(site)
@@ -216,7 +219,8 @@ class _TurnedConfig(MethodConfig):
 
 
 class _TurnedOperator(WeightOperator):
-    """Mixes the outputs and gives each row of the weight another length: no sum of the weight and something else."""
+    """Mixes the rows of the weight and changes their lengths. This is an example of a change that is not a sum of the
+    weight and an update."""
 
     def __init__(self, site: Site, config: MethodConfig) -> None:
         super().__init__(site)
@@ -262,7 +266,7 @@ class _Turned(Method):
 
 
 class _GainOperator(Operator):
-    """Scales what the module returns, its bias too."""
+    """Scales the module's output, including its bias."""
 
     def __init__(self, site: Site, config: MethodConfig) -> None:
         super().__init__(site)
@@ -281,7 +285,8 @@ class _GainOperator(Operator):
 
 
 KINDS = ("activation", "weight", "gain", "bias")
-"""Kinds of operators: in parallel with a module, on its weight, on its output, and instead of its bias."""
+"""Kinds of operators: a low-rank update in parallel with a module ("activation"), an operator on its weight, a factor
+for its output ("gain"), and a replacement of its bias."""
 
 
 class _KindsConfig(MethodConfig):
@@ -290,7 +295,7 @@ class _KindsConfig(MethodConfig):
 
 
 class Kinds(Method):
-    """A method with operators of one kind."""
+    """A method whose operators are of one kind, one of `KINDS`."""
 
     name = "partner_kinds"
     Config = _KindsConfig
@@ -311,14 +316,14 @@ class Kinds(Method):
 
 
 def overriding(injection: Injection) -> bool:
-    """True if an operator of an injection replaces a tensor by a separate value; two such operators cannot be active
-    together."""
+    """True if an operator of an injection ignores the tensor at its site and replaces it. Two such injections cannot be
+    active together."""
     return any(graft.operator.overrides for graft in injection.grafts)
 
 
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
-    """Yield pairs of ways to adapt a model: the method twice, and the method before and after operators on activations
-    and on weights."""
+    """Yield pairs of functions, each of which adapts a model with one adapter. The pairs are: the method twice; the
+    method, then an operator on activations or on weights; and the same in reverse order."""
 
     def own(model: nn.Module, seed: int, name: str) -> Injection:
         return case.filled(model, seed, name=name)
@@ -338,7 +343,7 @@ def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
 
 
 def _callable_alone(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Return a target of linear maps that are called and whose weight no other module holds."""
+    """Return a target that matches the linear layers which the host calls as modules and whose weight is not tied."""
     held: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -360,7 +365,7 @@ def _read_by_owner(model: nn.Module, path: str) -> bool:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Context manager with another default dtype of torch."""
+    """Context manager that sets torch's default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

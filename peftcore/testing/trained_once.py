@@ -1,8 +1,8 @@
-"""A cache for tensors whose training takes seconds: each is trained once on a machine, and stored as a safetensors
-file.
+"""A cache on disk for tensors whose training takes seconds. They are trained once on a machine, and stored in a
+safetensors file.
 
-A file's name contains a hash of everything that determines its tensors: the source text of the training, and the
-versions of Python and of the libraries. So files are never out of date, and the folder may be deleted at any time.
+The name of a file contains a hash of the source text of the training, and of the versions of Python and of libraries.
+So a file is not used if its tensors would be different now. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from peftcore.errors import CheckpointError
 from peftcore.files.safe_io import TensorFile, write_tensors
 
 CACHE = "PEFTCORE_CACHE"
-"""Environment variable with the folder of the cache; by default ``peftcore`` in XDG_CACHE_HOME or in ``~/.cache``."""
+"""Environment variable: the folder of the cache. By default it is the folder ``peftcore`` in XDG_CACHE_HOME, or in
+``~/.cache``."""
 LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "scikit-learn")
-"""The libraries that provide the hosts and data of the tasks; their versions go into the hash."""
+"""The libraries that the tensors depend on. Their versions are part of the hash."""
 
 
 def folder() -> Path:
     """Return the folder of the cache.
 
     Raises:
-        RuntimeError: the variable is not set, and the user has no home folder.
+        RuntimeError: the environment variables are not set, and the user has no home folder.
     """
     told, caches = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
     return Path(told) if told else (Path(caches) if caches else Path.home() / ".cache") / "peftcore"
@@ -39,13 +40,14 @@ def folder() -> Path:
 def trained_once(
     name: str, recipe: str, train: Callable[[], Mapping[str, Tensor]], like: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """Return the tensors that `train` returns, from the cache if it has them. A file that is damaged, or whose tensors
-    are not `like` these, is replaced. If no file can be written, nothing is cached.
+    """Return the tensors that `train` computes, from the cache if they are there. A file that is damaged, or has
+    tensors of other names, shapes or dtypes than `like`, is replaced. If the file cannot be written, the tensors are
+    not cached.
 
     Args:
         name: the first part of the file's name.
-        recipe: the source text that determines what `train` computes.
-        train: computes the tensors.
+        recipe: the source text of the training, for the hash.
+        train: a function that computes the tensors.
         like: tensors with the same names, shapes and dtypes as the results of `train`.
     """
     try:
