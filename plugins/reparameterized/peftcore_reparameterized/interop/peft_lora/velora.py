@@ -1,7 +1,7 @@
 """VeLoRA in peft's files: the option `velora_config`, and, in addition to A and B, the vector on which inputs are
 projected.
 
-``lora_velora_embed`` is our v.
+``lora_velora_embed`` is peftcore's v.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 VECTOR = "lora_velora_embed"
 PROJECTIONS = {"batch_average_once": "first", "batch_average": "each", "random": "random"}
-"""Our names of the projections, by peft's."""
+"""Names of the projections in peftcore, by their names in peft."""
 
 
 class VeLoRAVariant(LoRAVariant):
