@@ -4,12 +4,13 @@ Equation:
     W_i = U_i diag(L0_i) V',     V [in, in] one for all sites of a role, columns of U_i of length one
     W_i' = W_i + U_i (S_i + diag(L_i - L0_i)) V',    L_i [in] = L0_i,    S_i zero but for n entries off the diagonal
 
-V is computed from all weights of the role. With W = Q R, W all of them stacked vertically, R' V^-1' and Q_i those rows
-of Q: V = R' E, E the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1; where W has fewer rows than columns, its right
-singular vectors. U and L0 are computed from V and the weight. n = sparsity * in^2, at positions that are drawn once a
-role. As in peft, sites whose paths have the same ending have one role. If two sites of a role have the same block
-number, only the later one is used to compute V. So in T5, V of the encoder is computed from the decoder. In directions
-that are zero in all weights, U contains scaled rounding errors of V.
+V is computed from all weights of the role. Let W = Q R be these weights, stacked vertically, and Q_i the rows of Q for
+one weight. Then V = R' E, where E contains the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1. If W has fewer rows
+than columns, V contains its right singular vectors. U and L0 are computed from V and the weight. The n = sparsity *
+in^2 entries are at positions that are drawn once for each role. As in peft, sites whose paths have the same ending have
+one role. If two sites of a role have the same block number, only the later one is used to compute V. So in T5, V of the
+encoder is computed from the decoder. In directions that are zero in all weights, U contains scaled rounding errors of
+V.
 
 Files contain V, U and L0, because eigenvectors computed on another machine would differ, at least by signs. So files
 are larger than the weights.
