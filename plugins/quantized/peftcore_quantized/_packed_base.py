@@ -129,6 +129,7 @@ class PackedBaseOperator(HeldOperator):
         config: rank and scheme.
         start: initial values of A and B.
         taken: the factors B0 and A0 whose product is subtracted from the weight before it is quantized, if any.
+        scale: the factor s of the update.
     """
 
     stackable = True

@@ -21,7 +21,7 @@ Start: B, b1 and b2 at zero, A as in LoRA: an identity on a model that is quanti
 Differs from the authors' code: No difference is known. In the connections, the paper uses a greatest common divisor in
 place of the rank; the authors' code uses the rank.
 
-Use it: `peftcore.apply(model, "ir_qlora")`, instead of QLoRA where 4 bits cost too much.
+Use it: `peftcore.apply(model, "ir_qlora")`, instead of QLoRA where the loss of quality at 4 bits is too large.
 """
 
 from __future__ import annotations

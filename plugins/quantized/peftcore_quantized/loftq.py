@@ -4,8 +4,9 @@ Equation:
     Q_t = round(W - B_{t-1} A_{t-1}),   B_t A_t = the best of the rank for W - Q_t,   t = 1 .. iterations,   B_0 A_0 = 0
     y = Q_t x + b + B A x,   A and B start at A_t and B_t of the t whose Q_t + B_t A_t comes closest to W
 
-If ``peftcore.quantize(model, scheme)`` is called afterwards, it stores Q_t. Until then, every forward computes Q_t from
-the dense weight. With one iteration, Q_t is round(W), so the adapter also fits a model that another library quantized.
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores Q_t. Until then, every forward computes Q_t
+from the dense weight. With one iteration, Q_t is round(W), so the adapter also fits a model that another library
+quantized.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 

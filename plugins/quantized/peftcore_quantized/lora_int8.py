@@ -19,8 +19,8 @@ Start: A and B as in LoRA: an identity on a model that is quantized already; a d
 Differs from the authors' code: The authors' library is bitsandbytes, whose rounding is the scheme "bnb-int8"; no
 difference is known. peft merges into the same format without a report.
 
-Use it: `peftcore.apply(model, "lora_int8")`, where the model in 16 bits leaves no room for training, and in 8 bits
-does.
+Use it: `peftcore.apply(model, "lora_int8")`, where memory is too small to train on the model in 16 bits, but sufficient
+with the model in 8 bits.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ The iteration stops as soon as the distance no longer decreases, and the iterate
 with the low-rank step, but uses the last iterate. LoftQ starts with the rounding. Both factors are divided by the root
 of s = alpha / rank. Singular vectors are exact, and the same on every machine.
 
-If ``peftcore.quantize(model, scheme)`` is called afterwards, it stores Q. Until then, every forward computes Q from the
-dense weight. A0 and B0, the initial values of A and B, are frozen buffers and are saved in the file. The method has no
-dropout, as in the authors' runs, because dropout would remove parts of the base's output. ``overrides`` can select
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores Q. Until then, every forward computes Q from
+the dense weight. A0 and B0, the initial values of A and B, are frozen buffers and are saved in the file. The method has
+no dropout, as in the authors' runs, because dropout would remove parts of the base's output. ``overrides`` can select
 another format for some sites: ``{"*.down_proj": {"scheme": "int8"}}``.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
@@ -49,11 +49,11 @@ class LQLoRAConfig(LowRankFirstConfig):
     """Rank of the update."""
     iterations: Annotated[PositiveInt, Field(le=1000)] = 10
     """Maximum number of alternations of decomposition and rounding, on a dense base. The authors use 100, with a
-    faster, approximate decomposition. The first few bring most of the gain."""
+    faster, approximate decomposition. The first few iterations give most of the gain."""
 
 
 class LQLoRAOperator(LowRankFirstOperator):
-    """The low-rank part of one weight, which trains, and its frozen start."""
+    """The trained low-rank part of one weight, and its frozen initial value."""
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:

@@ -1,4 +1,4 @@
-"""LQER: what rounding lost, put back with a low rank.   Zhang et al. 2024, arXiv 2402.02446 (ChengZhang-98/lqer).
+"""LQER: a low-rank correction of the error of rounding.   Zhang et al. 2024, arXiv 2402.02446 (ChengZhang-98/lqer).
 
 Equation:
     E = W - round(W),   E diag(x) = U S V',   B A = U_r S_r V_r' diag(1 / x),   y = round(W) x + b + B A x
@@ -14,7 +14,7 @@ Inputs are those of the dense base, measured at modules that are called. Tensors
 attention's fused projection) and grouped convolutions get LQER. At an embedding, x is the frequency of each token. In a
 convolution, all positions of the kernel share the x of their channel.
 
-If ``peftcore.quantize(model, scheme)`` is called afterwards, it stores round(W), as another library does with this
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores round(W), as another library does with this
 scheme. The adapter's file fits both models.
 
 Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
@@ -86,7 +86,7 @@ def sizes(site: Site, x: Tensor) -> Tensor:
 
 
 class LQEROperator(PackedBaseOperator):
-    """The correction of one weight: zero until `correct` has set it."""
+    """The correction of one weight. It is zero until `correct` computes it."""
 
     def __init__(self, site: Site, config: LQERConfig) -> None:
         A = torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel)

@@ -16,7 +16,7 @@ Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A and B as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
 
-Differs from the authors' code: That code was not compared; outputs and the rounding are compared with peft and
+Differs from the authors' code: The authors' code was not compared; outputs and the rounding were compared with peft and
 bitsandbytes. No difference is known.
 
 Use it: `peftcore.apply(model, "qlora")`, where the model in 16 bits leaves no room for training.

@@ -8,16 +8,16 @@ The residual, W without its principal part, is smaller and closer to normal, so 
 W. Each factor contains the roots of the singular values, divided by the root of s. So the whole principal part trains,
 for any alpha.
 
-If ``peftcore.quantize(model, scheme)`` is called afterwards, it stores Q. Until then, every forward computes Q from the
-dense weight. A0 and B0, the initial values of A and B, are frozen buffers and are saved in the file, so the adapter
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores Q. Until then, every forward computes Q from
+the dense weight. A0 and B0, the initial values of A and B, are frozen buffers and are saved in the file, so the adapter
 fits the original dense base. Directions beyond the weight's rank are zero. The method has no dropout, because it would
 remove parts of the base's output.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A and B at the last A_t and B_t: outputs are close to those of W, not equal. On a model that is quantized before
-the method is installed, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the principal part of Q, and
-outputs are unchanged.
+the method is installed, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, where B0 A0 is the principal part of
+Q, so outputs are unchanged.
 
 Differs from the authors' code: The authors and peft write the residual into the base; here it is computed in every
 forward until the model is quantized. The authors have alpha = rank. peft refuses a model that is quantized already.
@@ -50,7 +50,7 @@ class QPiSSAConfig(LowRankFirstConfig):
 
 
 class QPiSSAOperator(LowRankFirstOperator):
-    """The principal part of one weight, which trains, and its frozen start."""
+    """The trained principal part of one weight, and its frozen initial value."""
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:

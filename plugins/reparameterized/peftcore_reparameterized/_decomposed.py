@@ -76,11 +76,11 @@ def positive(values: Tensor) -> Tensor:
 
 
 class PairOperator(LowRankOperator):
-    """An update ``s (B A - B0 A0)``: A and B train, A0 and B0 are their frozen start.
+    """An update ``s (B A - B0 A0)``: A and B train, and A0 and B0 are their frozen initial values.
 
-    Methods that subtract B0 A0 from the base weight and train B A compute the same. Here the base stays unchanged, so
-    the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are saved in its file,
-    because a decomposition on another machine would differ by rounding.
+    Methods that subtract B0 A0 from the base weight and train B A compute the same outputs. Here the base is unchanged,
+    so the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are saved in the
+    adapter's file, because a decomposition on another machine would differ by rounding.
     """
 
     padded, scaled = frozenset({"A", "B", "A0", "B0"}), frozenset({"B", "B0"})

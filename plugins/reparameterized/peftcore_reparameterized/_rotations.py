@@ -1,4 +1,5 @@
-"""Helpers of orthogonal methods: the side of a weight that turns, skew-symmetric matrices, and rotation in blocks."""
+"""Helpers of orthogonal methods: the side of a weight that is rotated, skew-symmetric matrices, and rotation in
+blocks."""
 
 from __future__ import annotations
 
@@ -37,8 +38,7 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
     butterfly of `factors` factors. Of two widths that are equally near, the smaller one is returned.
 
     Raises:
-        UnsupportedSite: blocks of width up to twice the wanted one do not cut the side evenly, or the tensor is a
-            vector.
+        UnsupportedSite: no block width up to twice the wanted one divides the side evenly, or the tensor is a vector.
     """
     if len(site.weight_shape) == site.layer.batch_dims + 1:
         raise UnsupportedSite(f"{site.path} is a vector, and only a matrix can be rotated; exclude it")
@@ -69,7 +69,7 @@ def each_within(entries: Tensor, radius: float) -> Tensor:
 
 
 def precise(values: Tensor) -> Tensor:
-    """Cast the parameters of rotations to float32 at least."""
+    """Return the parameters of rotations, cast to float32 or better."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

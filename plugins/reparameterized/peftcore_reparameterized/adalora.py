@@ -1,4 +1,4 @@
-"""AdaLoRA: a low-rank update whose ranks are allotted while it trains.   Zhang et al. 2023, arXiv 2303.10512.
+"""AdaLoRA: a low-rank update whose ranks are chosen during training.   Zhang et al. 2023, arXiv 2303.10512.
 
 Equation:
     y = W x + b + s B diag(E) A dropout(x),   s = alpha / (rank + 1e-5)
@@ -13,10 +13,10 @@ Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
 
 Start: A and B from N(0, 0.02), E at zero: the identity.
 
-Differs from the authors' code: That code was not compared; no difference from peft is known.
+Differs from the authors' code: The authors' code was not compared; no difference from peft is known.
 
-Use it: `peftcore.apply(model, "adalora")`, to spread a small budget over many sites when it is unknown which of them
-matter.
+Use it: `peftcore.apply(model, "adalora")`, to distribute a small number of ranks over many sites if it is unknown which
+sites are important.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AdaLoRAConfig(MethodConfig):
     warmup: NonNegativeInt = 0
     """Number of steps before ranks are reduced."""
     final: NonNegativeInt = 0
-    """Number of final steps, in which the chosen triples stay fixed."""
+    """Number of final steps, in which the choice of triples does not change."""
     interval: PositiveInt = 1
     """Number of steps from one choice of triples to the next."""
     beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
@@ -63,7 +63,7 @@ class AdaLoRAOperator(LowRankOperator):
     """The update of one site in triples, and the moving averages of their importance."""
 
     chosen: Tensor
-    """Whether a triple acts, ``[*batch, rank]``."""
+    """Whether a triple is active, ``[*batch, rank]``."""
 
     def __init__(self, site: Site, config: AdaLoRAConfig) -> None:
         super().__init__(site, config.dropout)
@@ -80,7 +80,8 @@ class AdaLoRAOperator(LowRankOperator):
         return self.A * self.E.view(*self.E.shape, *[1] * (self.A.dim() - self.E.dim())), self.B, self.scale
 
     def distances(self) -> Tensor:
-        """Return how far A and B are from orthogonal, A of each expert first, then B: [2 * experts]."""
+        """Return the distances of A and B from orthogonal matrices: first for A of each expert, then for B, [2 *
+        experts]."""
         grams = torch.stack([each @ each.mT for each in (self.A.flatten(self.E.dim()), self.B.mT)])
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
 

@@ -3,9 +3,9 @@
 Equation:
     y_t = W x_t + b + [t >= t_0] s B A dropout(x_t),   s = alpha / rank
 
-t_0 is the position at which the invocation begins: a fixed sequence of ids in the prompt before the adapter's task,
-such as a chat template's "<|start_of_role|>certainty". Tokens before it are computed by the base model, so the adapter
-continues from a cache that the base, or any other aLoRA, has filled, without computing the prompt again.
+t_0 is the position at which the invocation begins. The invocation is a fixed sequence of ids in the prompt before the
+adapter's task, such as "<|start_of_role|>certainty" in a chat template. Tokens before it are computed by the base
+model. So the adapter can continue from a cache of the base, or of any other aLoRA, without computing the prompt again.
 
 As in peft, the last occurrence of the invocation in the input counts. ``generate`` searches it in the prompt, which may
 be processed in chunks (``prefill_chunk_size=``). Its position is stored with the cache, which may be copied for each of
@@ -19,11 +19,11 @@ Parameters: rank * (in + out) a site.
 
 Start: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: In peft, by the method's authors, the mask shifts with each generated token
-if no cache is used; here it does not.
+Differs from the authors' code: In the code in peft, which is by the authors, the mask shifts with each generated token
+if no cache is used. Here it does not.
 
-Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters: checks,
-rewritings, judgements that share a long prompt.
+Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters, such as checks,
+rewritings and judgements that share a long prompt.
 """
 
 from __future__ import annotations

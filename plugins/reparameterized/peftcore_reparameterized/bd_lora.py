@@ -18,7 +18,7 @@ Parameters: rank * (in * kernel / n + out) a site, or rank * (in * kernel + out 
 Start: B at zero: the identity. An A without blocks starts as in LoRA. Blocks of A start as in peft, uniform in +-sqrt(6
 n / in).
 
-Differs from the authors' code: The authors' code was not compared; peft was. It supports linear layers only, and
+Differs from the authors' code: The authors' code was not compared; peft was. peft supports linear layers only, and
 selects the block-diagonal factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
 
 Use it: `peftcore.apply(model, "bd_lora")`, instead of LoRA where many adapters are served on several devices; n is the

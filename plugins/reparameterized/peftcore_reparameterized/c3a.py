@@ -13,18 +13,19 @@ size. The addition to an output is
 in float32 at least. The division by the number of inputs is a part of the method, as in peft; so learning rates are a
 hundred times those of other methods.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. b divides both sides; near sqrt(in *
-out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels.
+Kernels of convolutions count as inputs (in * kernel), and embeddings count as [dim, num]. b must divide both sides;
+near sqrt(in * out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels.
 
 Parameters: in * kernel * out / b a site, times the number of experts.
 
 Start: w uniform in +-sqrt(6 / (in + out)), as in the authors' code and in peft: a fresh adapter changes outputs a
 little. ``start="zeros"`` makes it an identity.
 
-Differs from the authors' code: peft, by its authors, supports linear layers only, and for b above 2 its gradients of
-the inputs are wrong.
+Differs from the authors' code: The code in peft, which is by the authors, supports linear layers only. For b above 2
+its gradients of the inputs are wrong.
 
-Use it: `peftcore.apply(model, "c3a")`, where the rank of a LoRA is the limit, at as many parameters or fewer.
+Use it: `peftcore.apply(model, "c3a")`, where the rank of a LoRA limits the quality. It needs as many parameters or
+fewer.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ projection="relu", Q is P, and T is P with its negative entries set to zero. Wit
 orthonormal basis of the columns of P, so Q T' is a projection. With injects=False there is no R, as in PaRa (arXiv
 2406.05641), and the rank of the weight is reduced from the start.
 
-With `dropout` inputs of R are dropped. Kernels of convolutions count as inputs; embeddings as [dim, num]. Each expert
-has a separate P and R.
+With `dropout` inputs of R are dropped. Kernels of convolutions count as inputs, and embeddings count as [dim, num].
+Each expert has a separate P and R.
 
 Parameters: rank * (in * kernel + out) a site, rank * out without `injects`, times the number of experts; rank at most
 that of the outputs.

@@ -16,13 +16,13 @@ makes it an identity. The expected norm of the fresh update is ``alpha init_std 
 models the update is larger, while the norms of the weights are smaller. `apply` reports an update whose norm is more
 than `LARGE` times that of the weight.
 
-Differs from the authors' code: The authors' code takes square weights only and applies the transpose of this update.
-Defaults are peft's; in the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and 300 for Llama and
-ViT, all of 768 inputs or more. peft computes in float32 whatever the dtype is; peftcore computes float64 weights in
-float64.
+Differs from the authors' code: The authors' code supports only square weights, and applies the transpose of this
+update. The defaults are those of peft. In the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and
+300 for Llama and ViT, all of 768 inputs or more. peft computes in float32 whatever the dtype is; peftcore computes
+float64 weights in float64.
 
-Use it: `peftcore.apply(model, "fourierft")`, where adapters must be tiny; each forward costs a Fourier transform of the
-weight's size, until it is merged.
+Use it: `peftcore.apply(model, "fourierft")`, where adapters must be tiny. Until the adapter is merged, each forward
+computes a Fourier transform of the weight's size.
 """
 
 from __future__ import annotations

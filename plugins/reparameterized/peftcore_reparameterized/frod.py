@@ -7,10 +7,10 @@ Equation:
 V is computed from all weights of the role. Let W = Q R be these weights, stacked vertically, and Q_i the rows of Q for
 one weight. Then V = R' E, where E contains the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1. If W has fewer rows
 than columns, V contains its right singular vectors. U and L0 are computed from V and the weight. The n = sparsity *
-in^2 entries are at positions that are drawn once for each role. As in peft, sites whose paths have the same ending have
-one role. If two sites of a role have the same block number, only the later one is used to compute V. So in T5, V of the
-encoder is computed from the decoder. In directions that are zero in all weights, U contains scaled rounding errors of
-V.
+in^2 trained entries of S_i are at positions that are drawn once for each role. As in peft, sites whose paths have the
+same ending have one role. If two sites of a role have the same block number, only the later one is used to compute V.
+So in T5, V of the encoder is computed from the decoder. In directions that are zero in all weights, U contains scaled
+rounding errors of V.
 
 Files contain V, U and L0, because eigenvectors computed on another machine would differ, at least by signs. So files
 are larger than the weights.
@@ -77,7 +77,7 @@ class FRoDConfig(MethodConfig):
 
 
 def role(path: str) -> str:
-    """Return the role of a site: the last two parts of its path, or only the last part where a number precedes it."""
+    """Return the role of a site: the last two parts of its path, or only the last part if a number precedes it."""
     *before, last = path.split(".")
     if not before or before[-1].isdigit():
         return last

@@ -18,7 +18,8 @@ Start: W at the values of the model: the identity.
 Differs from the authors' code: If G has fewer directions than `rank`, rounding errors determine the others in the
 authors' code. Here they are drawn.
 
-Use it: `peftcore.apply(model, "galore")`, where full fine-tuning is wanted and the optimizer's state does not fit.
+Use it: `peftcore.apply(model, "galore")`, where you want full fine-tuning, but the state of the optimizer does not fit
+into memory.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ parameters as in LoRA, and the update has a rank of up to k * rank.
 With `hybrid_rank` a LoRA of that rank is added in parallel, and s = alpha / (rank + hybrid_rank); the option `r` is the
 sum of both in the authors' code, and `rank` in peft.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. k divides both sides. Each expert has
-separate blocks.
+Kernels of convolutions count as inputs (in * kernel), and embeddings count as [dim, num]. k must divide both sides.
+Each expert has separate blocks.
 
 Parameters: (rank + hybrid_rank) * (in * kernel + out) a site, times the number of experts.
 

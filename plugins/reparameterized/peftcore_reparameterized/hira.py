@@ -76,7 +76,7 @@ class HiRAOperator(WeightOperator):
         return self.training and self.dropout > 0
 
     def prepare(self, held: Held) -> Held:
-        """Return the weight of the host, which `activation_form` uses directly."""
+        """Return `held`, the weight and bias of the host, which `activation_form` uses directly."""
         return held
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Held) -> Tensor:

@@ -50,7 +50,7 @@ class LoKrConfig(MethodConfig):
     """Numerator of the scale ``alpha / rank``; it has no effect if both factors are full."""
     factor: PositiveInt | None = None
     """Size of one part of a split dimension. If it does not divide a dimension, the largest divisor below it is used.
-    With None, the divisor nearest to the square root is used."""
+    With None, the largest divisor up to the square root is used."""
     factor_first: bool = False
     """Whether `factor` is the first part of a dimension that it divides even if it is the larger part, as in peft."""
     decompose_both: bool = False

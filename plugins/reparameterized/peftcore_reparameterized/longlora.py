@@ -28,8 +28,8 @@ Differs from the authors' code: The authors' version without flash attention shi
 half group attends to the last one, which comes later in the text. The authors' code for plain text refuses lengths that
 are not a multiple of G. Their code for instruction data has a shorter last group, as here.
 
-Use it: `peftcore.apply(model, "longlora")`, to train on texts several times as long as those that the model was made
-for. For shorter texts `lora` is simpler, and trains with the same attention that evaluation uses.
+Use it: `peftcore.apply(model, "longlora")`, to train on texts that are several times as long as those of pretraining.
+For shorter texts `lora` is simpler, and trains with the same attention that evaluation uses.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ R depends on A and B, and a decomposition on another machine would give differen
 and B are saved in the adapter's file, which is as large as that of LoRA. Only the trained parameters and the state of
 the optimizer are smaller.
 
-start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). B R A is the matrix of rank r
+start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). s B R A is the matrix of rank r
 nearest to the first step that AdamW would make on the weight itself. That step is nearly -step sign(gradient):
 
     -step sign(G) = U S V',   B = U_r,   R = S_r / s,   A = V_r'      G = mean of dL/dW over the batches of ``data=``

@@ -19,7 +19,7 @@ Parameters: rank * out a site, with `outputs` rank * outputs, times the number o
 
 Start: D at zero: the identity.
 
-Differs from the authors' code: peft, by its authors, supports linear layers only.
+Differs from the authors' code: The code in peft, which is by the authors, supports linear layers only.
 
 Use it: `peftcore.apply(model, "miss")`, instead of LoRA to halve the number of parameters at the same rank. Only one
 factor has to be initialized and tuned.

@@ -16,9 +16,9 @@ Parameters: rank * (in * kernel + out) a site, times the number of experts; rank
 
 Start: A = A0 and B = B0: the identity.
 
-Differs from the authors' code: peft, by its author, writes W - s B0 A0 into the base; outputs and gradients are the
-same. It decomposes transformers' Conv1D as it is stored, transposed, so its factors do not fit the layer. peftcore
-decomposes the [out, in] matrix.
+Differs from the authors' code: The code in peft, which is by the author, writes W - s B0 A0 into the base. Outputs and
+gradients are the same. It decomposes transformers' Conv1D as it is stored, transposed, so its factors do not fit the
+layer. peftcore decomposes the [out, in] matrix.
 
 Use it: `peftcore.apply(model, "olora")`, instead of LoRA where training is short, and the decomposition of `pissa`
 takes too long.

@@ -11,7 +11,8 @@ with "sparse", and one in sqrt(min) with "very_sparse". All B_j are stored in on
 flattened, its columns j, n + j, 2 n + j, … are B_j.
 
 scaling="bases" also divides s by sqrt(n), as in the authors' code. The later code of the authors, in peft, does not.
-Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Each expert has a separate L and G.
+Kernels of convolutions count as columns (in * kernel), and embeddings count as [dim, num]. Each expert has a separate L
+and G.
 
 Parameters: n * (rank + min(in * kernel, out)) a site, times the number of experts: more at a lower rank.
 

@@ -7,13 +7,13 @@ An index i is drawn for each of the D entries of all sites together, and n_i is 
 So the projection of theta [d] to all entries is isometric. The draw is balanced: each i occurs D / d times, rounded up
 or down, as in peft (by the same authors). The update is not scaled.
 
-Files contain only theta. The indices depend only on `projection_seed` and on the order of the sites, so loading draws
-the same ones. With `store_indices` files also contain the indices, which are as large as a LoRA. Embeddings and kernels
-of convolutions have factors as in LoRA, separate ones for each expert.
+Files contain only theta. The indices depend only on `projection_seed` and the sites, including their order, so loading
+draws the same ones. With `store_indices` files also contain the indices, which are as large as a LoRA. Embeddings and
+kernels of convolutions have factors as in LoRA, separate ones for each expert.
 
 Parameters: d in all, for any number of sites.
 
-Start: theta uniform in +-`theta_bound`: a fresh adapter changes outputs, a little.
+Start: theta uniform in +-`theta_bound`: a fresh adapter changes outputs a little.
 
 Differs from the authors' code: The code of the paper draws each entry independently. peft, by the same authors, draws
 different indices. When a file of peft is loaded, its indices are used.

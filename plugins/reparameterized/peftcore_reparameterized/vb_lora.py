@@ -17,7 +17,7 @@ Parameters: h * b in all, and rank * h * (in / b + out / b) a site, the quotient
 experts. An adapter that is not trained further needs only k of each h logits. Files of peft may contain only these
 (`save_only_topk_weights`). Such files can be read, but further training cannot change which vectors are chosen.
 
-Start: V uniform in +-`bank_bound`, logits from N(0, `logits_std`): a fresh adapter changes outputs, a little.
+Start: V uniform in +-`bank_bound`, logits from N(0, `logits_std`): a fresh adapter changes outputs a little.
 
 Differs from the authors' code: The paper and peft require lengths that divide all sides. The authors' code was not
 compared; peft was.

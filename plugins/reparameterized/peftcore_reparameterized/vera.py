@@ -15,7 +15,7 @@ Parameters: rank + out a site, times the number of experts.
 
 Start: d at `d_initial`, b at zero: the identity.
 
-Differs from the authors' code: peft, by its authors, supports linear layers only.
+Differs from the authors' code: The code in peft, which is by the authors, supports linear layers only.
 
 Use it: `peftcore.apply(model, "vera")`, where an adapter must be tiny, such as one for each of many users. It needs a
 large rank and a large learning rate.

@@ -16,7 +16,7 @@ The positions depend only on `entry_seed` and the shape. So all sites of one sha
 contain only c. peft draws the same positions from its `random_loc_seed`. Filters are computed, with a precision of
 1e-11.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. Each expert has a separate c.
+Kernels of convolutions count as inputs (in * kernel), and embeddings count as [dim, num]. Each expert has a separate c.
 
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 

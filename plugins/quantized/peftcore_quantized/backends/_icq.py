@@ -114,6 +114,6 @@ class ICQ(Reference):
     double_quant: bool = False
     """Keep the scales in 8 bits."""
     tau_range: PositiveFloat = 0.1
-    """Half-width of the search for t around the median, in standard deviations of the codes' distribution."""
+    """Half-width of the search for t around the median, in standard deviations of the distribution of the codes."""
     tau_steps: PositiveInt = 51
     """Number of search steps to either side (the authors' script: 100). The time to quantize is proportional to it."""

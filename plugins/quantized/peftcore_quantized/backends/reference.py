@@ -68,7 +68,7 @@ def nearest(values: Tensor, levels: list[float]) -> Tensor:
 
 
 def look_up(codes: Tensor, levels: list[float]) -> Tensor:
-    """Return the level at the index that each code is."""
+    """Return the level of each code, which is an index into `levels`."""
     return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
 
 

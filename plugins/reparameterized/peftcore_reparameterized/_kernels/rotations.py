@@ -93,8 +93,9 @@ def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exa
     """Return ``call`` on rotated inputs, where `call` is the inner layer of an operator.
 
     Args:
-        layer: the layer of the site, which maps each vector of x separately (`Layer.of_vectors`). x: its input, ``[...,
-            in]``. R: blocks ``[blocks, size, size]`` of any dtype; a single block is used for all.
+        layer: the layer of the site, which maps each vector of x separately (`Layer.of_vectors`).
+        x: the input of the layer, ``[..., in]``.
+        R: blocks ``[blocks, size, size]`` of any dtype; a single block is used for all.
         exact: whether R are exact rotations, so that their transposes are their inverses.
     """
     own = layer.frozen_linear(call, x, x.shape[-1])

@@ -33,8 +33,9 @@ def scaled_update(
     """Return ``call(x) + diag(outer) B diag(inner) A dropout(x)``, where `call` is the inner layer of an operator.
 
     Args:
-        layer: the layer of the site. x: its input, ``[..., in]`` of a linear layer. factors: the factors of the update,
-            of any dtype.
+        layer: the layer of the site.
+        x: the input of the layer, ``[..., in]`` of a linear layer.
+        factors: the factors of the update, of any dtype.
         dropout: the probability with which parts of x are dropped for the update.
     """
     own = layer.frozen_linear(call, x, len(factors.B))

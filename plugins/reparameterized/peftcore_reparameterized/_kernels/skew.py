@@ -113,7 +113,7 @@ WIDE = 16
 """From this matrix size on, a solve takes longer than six matrix products."""
 SMALL = {dtype: math.sqrt(2) * torch.finfo(dtype).eps ** (1 / 16) for dtype in (torch.float32, torch.float64)}
 """The norm of a skew-symmetric matrix below which its 16th power is negligible next to the identity: the matrix scales
-a vector's length by at most its norm over the root of two."""
+the length of a vector by at most its norm divided by the root of two."""
 
 
 def _is_small(K: Tensor) -> bool:

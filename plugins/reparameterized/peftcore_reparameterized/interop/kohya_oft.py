@@ -1,5 +1,5 @@
-"""OFT and BOFT in files of LyCORIS, there diag-oft and boft, and OFT in those of kohya's sd-scripts (checked against
-LyCORIS 4.1).
+"""OFT and BOFT in files of LyCORIS, which calls them diag-oft and boft, and OFT in files of kohya's sd-scripts (checked
+against LyCORIS 4.1).
 
 Both libraries rotate the outputs of a weight, as peftcore does with ``side="outputs"``. ``oft_blocks`` contains a full
 matrix X for each block, of which only the skew-symmetric Q = X - X^T is used. Its shape is [blocks, b, b] for OFT, and
@@ -130,7 +130,7 @@ def _gains(place: Place, found: Found) -> dict[str, Tensor]:
 
 
 def _rescale(place: Place) -> dict[str, Tensor]:
-    """Return the gains as the file has them, [out, 1, ...]."""
+    """Return the gains in the shape that they have in a file, [out, 1, ...]."""
     return {RESCALE: place.operator.gain.view(-1, 1, *(1 for _ in place.site.kernel))}
 
 
@@ -160,7 +160,7 @@ def _check_side(place: Place) -> None:
 
 
 def _blocks(place: Place, entries: Tensor) -> Tensor:
-    """Return blocks without butterflies, [blocks, b, b], of their entries above the diagonal.
+    """Return the blocks of OFT, [blocks, b, b], from their entries above the diagonal.
 
     Raises:
         ExportError: LyCORIS would confuse the number of blocks with their width.

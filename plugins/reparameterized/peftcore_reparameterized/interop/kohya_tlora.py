@@ -1,4 +1,4 @@
-"""T-LoRA in files of LyCORIS (checked against LyCORIS 4.1): PiSSA.
+"""T-LoRA in files of LyCORIS, which is read as PiSSA (checked against LyCORIS 4.1).
 
     W' = W + s (P diag(l) Q - P0 diag(l0) Q0),   P0 diag(l0) Q0 the principal part of W,   s = alpha / rank
 

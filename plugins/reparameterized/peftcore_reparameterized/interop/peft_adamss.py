@@ -2,8 +2,8 @@
 
 ``adamss_newB`` is peftcore's V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are A and B of each cluster, without the
 directions beyond its rank. The file does not contain which outputs belong to a cluster. peft computes that again from
-the model, and so does this translation. A file is refused if V' or the sizes of the clusters differ from those in the
-file, which may happen on another machine or with another base. An adapter is not written if its clusters differ from
+the model, and so does this translation. A file is refused if the computed V' or sizes of clusters differ from those in
+the file. This may happen on another machine or with another base. An adapter is not written if its clusters differ from
 those that peft would compute.
 """
 

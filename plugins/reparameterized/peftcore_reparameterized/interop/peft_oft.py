@@ -1,9 +1,10 @@
 """OFT in peft's files (checked against peft 0.21).
 
-``oft_R.weight`` is peftcore's K, and ``oft_embedding_R.weight`` is K of an embedding. peft rotates embeddings in the
-opposite direction. With the Neumann series, the default of peft, embeddings have the same direction, and all others the
-opposite one. The width of blocks is read from the shapes of the tensors. The radius of COFT in peft lacks the factor
-b^2. peft treats inputs of four dimensions as images, also those of a linear layer.
+``oft_R.weight`` is peftcore's K, and ``oft_embedding_R.weight`` is K of an embedding. Compared with peftcore, peft
+rotates embeddings in the opposite direction. With the Neumann series, the default of peft, it rotates embeddings in the
+same direction, and all other layers in the opposite one. The width of blocks is read from the shapes of the tensors.
+The radius of COFT in peft lacks the factor b^2. peft treats inputs of four dimensions as images, also those of a linear
+layer.
 """
 
 from __future__ import annotations

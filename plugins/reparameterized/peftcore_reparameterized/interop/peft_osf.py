@@ -2,8 +2,8 @@
 
 ``osf_svd_params.U_low``, ``.S_low`` and ``.V_low`` are peftcore's U, S and V. The file lacks their initial values and
 the frozen singular directions. peft computes them from the model's weight when it loads a file, and so does this
-translation. When a file is read, the number of frozen singular values is that of the shapes, and `effective_rank` and
-`rank_pattern` are ignored. When a file is written, both contain numbers.
+translation. When a file is read, the number of frozen singular values is derived from the shapes, and `effective_rank`
+and `rank_pattern` are ignored. When a file is written, both contain numbers.
 """
 
 from __future__ import annotations

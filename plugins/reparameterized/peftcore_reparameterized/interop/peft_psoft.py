@@ -2,8 +2,8 @@
 and ``vector_a`` are b and a.
 
 The file lacks the singular vectors: peft computes them from the base when it loads the file, with arbitrary signs. So
-reading and writing compute them as peft does, exactly or by its approximation. When K is written, its rows and columns
-get the signs of these singular vectors.
+reading and writing compute them as peft does, exactly or by peft's approximation. When K is written, its rows and
+columns get the signs of these singular vectors.
 """
 
 from __future__ import annotations

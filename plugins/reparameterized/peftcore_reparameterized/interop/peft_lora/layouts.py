@@ -1,9 +1,9 @@
-"""Layouts of A and B in a file of peft's LoRA, by the layer that they adapt.
+"""Layouts of A and B in a file of peft's LoRA, which depend on the adapted layer.
 
-A and B of an embedding have different names. Stacked experts are concatenated, A [experts * rank, in] and B [out, rank
-* experts]. B of a convolution has a kernel of size 1, and A of a grouped convolution reads all channels. At the output
-  projection of torch's attention, peft adds the update twice, in forward and in a merge. So there, peftcore's B is
-  twice that of the file.
+A and B of an embedding have different names. Stacked experts are concatenated: A is [experts * rank, in], and B is
+[out, rank * experts]. B of a convolution has a kernel of size 1, and A of a grouped convolution reads all channels. At
+the output projection of torch's attention, peft adds the update twice, in forward and in a merge. So there, peftcore's
+B is twice that of the file.
 """
 
 from __future__ import annotations

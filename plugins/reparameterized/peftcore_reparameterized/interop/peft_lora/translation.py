@@ -5,7 +5,7 @@ A file is read as the first variant that its options mark. Options of a second v
 adapter is written, the name of its method selects the variant. Other plugins register a `LoRAVariant` under
 ``"peft/LORA/NAME"`` in the hook `peftcore_translations`.
 
-A bias of B is multiplied by the scale and added to the bias of the module.
+If the file has a bias of B, this bias is multiplied by the scale and added to the bias of the module.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class LoRAVariant:
         """Returns the options of peft that have other values for some modules of a marked file, by path in the file.
 
         Raises:
-            CheckpointError: peft lacks an option for a path.
+            CheckpointError: an option of peft is missing or contradictory for a path.
         """
         return {}
 
@@ -84,7 +84,7 @@ class LoRAVariant:
         return {}
 
     def write_options_of_all(self, places: Sequence[Place]) -> dict[str, Any]:
-        """Returns options that the file has once, from all places.
+        """Returns those options that a file contains only once, computed from all places.
 
         Raises:
             ExportError: options differ between places where peft has a single value.
@@ -92,7 +92,7 @@ class LoRAVariant:
         return {}
 
     def factors(self, place: Place) -> tuple[Tensor, Tensor]:
-        """Returns A and B as they are written."""
+        """Returns A and B as they are written to a file."""
         return place.operator.A.detach(), place.operator.B.detach()
 
     def write(self, place: Place) -> dict[str, Tensor]:

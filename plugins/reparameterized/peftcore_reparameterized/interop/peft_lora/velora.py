@@ -1,4 +1,4 @@
-"""VeLoRA in peft's files: the option `velora_config`, and, in addition to A and B, the vector on which inputs are
+"""VeLoRA in peft's files: the option `velora_config`, and a vector in addition to A and B, onto which inputs are
 projected.
 
 ``lora_velora_embed`` is peftcore's v.
@@ -20,7 +20,7 @@ PROJECTIONS = {"batch_average_once": "first", "batch_average": "each", "random":
 
 
 class VeLoRAVariant(LoRAVariant):
-    """Low-rank factors whose inputs are kept in a compressed form for the gradient."""
+    """Low-rank factors whose inputs are stored in a compressed form for the gradient."""
 
     reads = "velora"
     writes = ("velora",)
