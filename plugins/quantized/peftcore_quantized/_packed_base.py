@@ -32,8 +32,8 @@ class SchemeConfig(MethodConfig):
     """Options of all methods that quantize the model by a scheme."""
 
     scheme: str = "nf4"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
     scheme_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the scheme, such as ``{"double_quant": True}``."""
 

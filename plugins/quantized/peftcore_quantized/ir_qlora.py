@@ -51,8 +51,8 @@ class IRQLoRAConfig(PackedConfig):
     """Probability with which inputs of A are dropped in training. The inputs of mean(x) are not dropped. Requires a
     base that is quantized already."""
     scheme: str = "nf4-icq"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
 
 
 class IRQLoRAOperator(PackedBaseOperator):

@@ -39,8 +39,8 @@ class LoRAInt8Config(LoRAConfig):
 
     method: Literal["lora_int8"] = "lora_int8"
     scheme: str = "int8"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
 
 
 class LoRAInt8(Method):

@@ -22,8 +22,8 @@ Differs from the authors' code: No difference is known: the authors' code and it
 multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times this
 one; peft does not implement a merge of this update, and starts A as Kaiming.
 
-Use it: `peftcore.apply(model, "qa_lora")`, where the merged model has to stay in 4 bits. It has fewer parameters than
-QLoRA of the same rank.
+Use it: `peftcore.apply(model, "qa_lora")`, where the merged model must be in 4 bits. It has fewer parameters than QLoRA
+of the same rank.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class QALoRAConfig(LoRAConfig):
     rank: PositiveInt = 64
     """Rank of the update."""
     scheme: str = "int4"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
     group_size: PositiveInt = 32
     """Number of inputs that share an update; it divides the number of inputs. The merge is exact only if it is a
     multiple of the scheme's group size, which is a separate option."""

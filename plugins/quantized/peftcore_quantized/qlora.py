@@ -19,7 +19,7 @@ Start: A and B as in LoRA: an identity on a model that is quantized already; a d
 Differs from the authors' code: The authors' code was not compared; outputs and the rounding were compared with peft and
 bitsandbytes. No difference is known.
 
-Use it: `peftcore.apply(model, "qlora")`, where the model in 16 bits leaves no room for training.
+Use it: `peftcore.apply(model, "qlora")`, where memory is too small to train on the model in 16 bits.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ its rank. Modules with the same input have equal components. If these cannot be 
 the model get more ranks.
 
 As in the authors' code and in peft, the mean is subtracted from the inputs, and V is approximated (`iterations`).
-Positions of padding are left out, and positions without a label too, as in peft. A batch with fewer positions than
+Positions of padding are excluded, and so are positions without a label, as in peft. A batch with fewer positions than
 components is combined with the next one.
 
 Parameters: rank * (in + out) a site, with the redistributed rank. If all sites have the same shape, the sum is at most
