@@ -5,10 +5,10 @@ Equation:
 
 D [r, d] and U [d, r] train in floating point, and every forward rounds both. An entry of a matrix becomes one of 2^bits
 codes c, multiplied by the standard deviation of the matrix, plus its mean. With one bit, c = +-0.6745. Backward treats
-the rounding as the identity, and differentiates mean and deviation. x is the residual stream in front of the
-feed-forward's norm; D and U are without bias. The model's changes to the feed-forward's output (layer scale, stochastic
-depth) do not apply to the adapter's output. Files contain D and U in floating point, although a trained adapter needs
-only their codes and two numbers per matrix.
+the rounding as the identity, and differentiates mean and deviation. x is the residual stream before the norm of the
+feed-forward. D and U have no bias. The model's changes to the feed-forward's output (layer scale, stochastic depth) do
+not apply to the adapter's output. Files contain D and U in floating point, although a trained adapter needs only their
+codes and two numbers per matrix.
 
 The model may be dense or quantized. The adapter cannot be merged. Parameters: 2 d r a block.
 
@@ -55,7 +55,7 @@ class BiAdaptFormerConfig(MethodConfig):
     bottleneck: PositiveInt = 32
     """Width r of the bottleneck."""
     bits: Annotated[int, Field(ge=1, le=4)] = 1
-    """Bits of each weight of the adapter."""
+    """Number of bits of each weight of the adapter."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter."""
     joins: Joins = "stream"

@@ -44,7 +44,7 @@ class IRQLoRAConfig(PackedConfig):
 
     method: Literal["ir_qlora"] = "ir_qlora"
     rank: PositiveInt = 64
-    """Rank of the update; divides the numbers of inputs and outputs."""
+    """Rank of the update; it must divide the numbers of inputs and outputs."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0

@@ -1,5 +1,5 @@
-"""Decompositions of weights: the weight as a matrix, its principal part, and an update that trains a pair of factors
-against a frozen copy of them."""
+"""Decompositions of weights: the weight as a matrix, its principal part, and an update that is the difference between a
+trained pair of factors and a frozen copy of it."""
 
 from __future__ import annotations
 

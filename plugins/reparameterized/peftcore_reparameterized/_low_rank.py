@@ -1,4 +1,5 @@
-"""Base operator of low-rank methods: two factors, their start, their forward, their product in the weight's shape."""
+"""Base operator of low-rank methods, and functions for its two factors: their initial values, and their product in the
+shape of the weight."""
 
 from __future__ import annotations
 

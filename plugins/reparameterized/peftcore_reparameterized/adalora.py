@@ -101,7 +101,7 @@ class AdaLoRAOperator(LowRankOperator):
 
 
 class AdaLoRA(Method):
-    """Low-rank adaptation with ranks by importance."""
+    """Low-rank adaptation with ranks that are chosen by importance."""
 
     name = "adalora"
     Config = AdaLoRAConfig

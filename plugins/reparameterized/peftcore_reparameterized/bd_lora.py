@@ -46,7 +46,7 @@ class BDLoRAConfig(MethodConfig):
 
     method: Literal["bd_lora"] = "bd_lora"
     rank: PositiveInt = 8
-    """Rank of the update; `blocks` divides it."""
+    """Rank of the update; `blocks` must divide it."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"

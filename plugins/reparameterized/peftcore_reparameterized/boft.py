@@ -60,7 +60,7 @@ class BOFTConfig(MethodConfig):
     """Width b of a block. At a site whose inputs cannot be split into such blocks, the nearest possible width is
     used."""
     factors: PositiveInt = 2
-    """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
+    """Number m of butterfly factors; b * 2^(m - 1) must divide the number of inputs of a site."""
     block_dropout: Share = 0.0
     """Share of the blocks of one factor that are not rotated in a forward in training. Their number is rounded down."""
     side: Literal["inputs", "outputs"] = "inputs"

@@ -47,7 +47,7 @@ class FourierFTConfig(MethodConfig):
     n_frequency: PositiveInt = 1000
     """Number n of spectral entries that are trained at each site."""
     alpha: PositiveFloat = 150.0
-    """Factor of the update; a larger factor needs a smaller learning rate."""
+    """Factor of the update. A larger factor needs a smaller learning rate."""
     entry_seed: NonNegativeInt = 777
     """Seed of the positions in the spectrum."""
     init_std: NonNegativeFloat = 1.0

@@ -17,7 +17,7 @@ token.
 Parameters: experts * rank a site; in addition, rank * in * kernel for every `stride` sites, and experts * rank * out
 for each name and shape.
 
-Start: A and R uniform in +-1/sqrt of their columns, B_e at zero: the identity.
+Start: A and R uniform in +-1/sqrt of their number of columns, B_e at zero: the identity.
 
 Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. peft supports
 linear layers only.

@@ -227,7 +227,7 @@ def around(site: Site) -> Site:
 
 
 def across_count(site: Site, rank: int) -> int:
-    """Return the number of parameters of a grouped convolution."""
+    """Return the number of parameters of the update of a grouped convolution from the channels of all groups."""
     groups = groups_of(site)
     return rank * groups * site.in_features * math.prod(site.kernel) + rank // groups * site.out_features
 

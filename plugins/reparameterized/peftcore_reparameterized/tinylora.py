@@ -70,7 +70,8 @@ class Vector(nn.Module):
 
 
 class TinyLoRAOperator(LowRankOperator):
-    """The frozen factors A and B of one site, and the frozen matrices P, which the vector of the group weights."""
+    """The frozen factors A and B of one site, and its frozen matrices P. Their weights are the vector v of the
+    group."""
 
     A: Tensor
     B: Tensor

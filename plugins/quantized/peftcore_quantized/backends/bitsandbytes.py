@@ -194,8 +194,8 @@ def _unpack_for_gradients(module: Any) -> None:
 
 
 def _may_pack_again(module: Any) -> bool:
-    """Whether a CPU may repack the codes of a module. Only such modules get the forced attribute, because it costs time
-    in each call. Modules that are moved to a CPU later do not get it."""
+    """Whether a CPU may repack the codes of a module. The attribute that prevents this is set only for such modules,
+    because it costs time in each call. It is not set for modules that are moved to a CPU later."""
     return module.support_avx512bf16_for_cpu and module.weight.device.type in ("cpu", "meta")
 
 
@@ -206,7 +206,7 @@ def _held() -> ForcedAttributes:
 
 @hookimpl
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Return the attribute that prevents the repacking of codes, after which a module has no gradient; None for other
-    classes."""
+    """Return the attribute that prevents the repacking of codes, or None for other classes. After a repacking, a module
+    would have no gradient."""
     classes = _nn()
     return _held() if classes is not None and issubclass(cls, classes.Linear4bit) else None

@@ -88,7 +88,7 @@ def _held() -> ForcedAttributes:
 
 @hookimpl
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Return the attribute that prevents the rearranging of codes, after which a module has no gradient; None for other
-    classes."""
+    """Return the attribute that prevents the rearranging of codes, or None for other classes. After a rearrangement, a
+    module would have no gradient."""
     base = _base()
     return _held() if base is not None and issubclass(cls, base) else None

@@ -73,7 +73,7 @@ class HQQ8(Scheme):
     extra: ClassVar[str] = "peftcore-quantized[hqq]"
     bits: ClassVar[int] = 8
     group_size: PositiveInt = 64
-    """How many weights of a row share a scale and a zero; divides the number of weights."""
+    """Number of weights of a row that share a scale and a zero; it must divide the number of weights."""
 
     def module(self, weight: Tensor) -> nn.Module:
         from hqq.core.quantize import BaseQuantizeConfig

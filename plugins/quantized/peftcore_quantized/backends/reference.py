@@ -270,7 +270,7 @@ class ReferenceInt4(Reference):
 
     kind = Int4Linear
     group_size: PositiveInt = 32
-    """How many weights of a row share a scale and a zero; divides the number of inputs."""
+    """Number of weights of a row that share a scale and a zero; it must divide the number of inputs."""
 
 
 @hookimpl

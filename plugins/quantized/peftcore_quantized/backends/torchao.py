@@ -132,7 +132,7 @@ class TorchaoInt4(TorchaoInt8):
     byte."""
 
     group_size: PositiveInt = 32
-    """How many weights of a row share a scale; divides the number of inputs."""
+    """Number of weights of a row that share a scale; it must divide the number of inputs."""
 
     def module(self, weight: Tensor) -> nn.Module:
         from torchao.quantization import IntxWeightOnlyConfig, PerGroup

@@ -61,7 +61,7 @@ class AdaMSSConfig(MethodConfig):
     target_subspaces: PositiveInt | None = None
     """Number of clusters of all sites that train at the end. With None all of them train."""
     warmup: NonNegativeInt = 50
-    """Steps before clusters are dropped."""
+    """Number of steps before clusters are dropped."""
     until: PositiveInt = 1000
     """The step at which the target is reached."""
     interval: PositiveInt = 100

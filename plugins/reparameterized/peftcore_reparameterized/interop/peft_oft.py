@@ -100,7 +100,7 @@ class PeftOFT(PeftMethod):
 
 
 def _name(place: Place) -> tuple[str, int]:
-    """Return the name of the tensor at a place, and the sign that peftcore's K has in it."""
+    """Return the name of the tensor at a place, and the factor (1 or -1) between it and peftcore's K."""
     table, series = place.site.layer.one_hot, place.config.series is not None
     return ("oft_embedding_R.weight" if table else "oft_R.weight"), 1 if table == series else -1
 

@@ -1,4 +1,4 @@
-"""Plain LoRA in peft's files, and the methods that are written as one.
+"""Plain LoRA in peft's files, and the methods that are written as plain LoRA.
 
 EVA and LoRA-One are LoRA after their initialization, and are written as LoRA. A file of EVA has a rank and an alpha for
 each module. The updates of CorDA and LoRA-GA are written as LoRA of twice the rank, which is correct on any equal base.
