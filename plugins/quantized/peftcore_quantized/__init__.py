@@ -27,5 +27,5 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_presets() -> Mapping[str, Preset]:
-    """Name options of methods as papers do."""
+    """Map the names of presets to a method and its options."""
     return PRESETS

@@ -1,5 +1,4 @@
-"""Base operator and options of LoRA's kin on a quantized model: alpha, and a dropout of inputs for layers that are
-called."""
+"""Base operator and options of methods that train LoRA's factors on a quantized model."""
 
 from __future__ import annotations
 
@@ -14,12 +13,13 @@ from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedC
 
 
 class LoRAConfig(PackedConfig):
-    """Options of LoRA's kin on a quantized model."""
+    """Options of methods that train LoRA's factors on a quantized model."""
 
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
-    """Probability with which inputs of the update are dropped in training; only if the base is quantized already."""
+    """Probability with which inputs of the update are dropped in training. Requires a base that is quantized
+    already."""
 
 
 class LoRAOnPacked(PackedBaseOperator):
@@ -48,5 +48,5 @@ class LoRAOnPacked(PackedBaseOperator):
         return self.layer.add(y, self.layer.apply(self.dropout(self.seen(x)), A), B, self.scale)
 
     def seen(self, x: Tensor) -> Tensor:
-        """Return the input of A for an input of the layer."""
+        """Return the input of factor A, computed from the input x of the layer."""
         return x

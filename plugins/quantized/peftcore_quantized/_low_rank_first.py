@@ -24,10 +24,11 @@ from peftcore_quantized._packed_base import (
 
 
 def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[Factors, float]]:
-    """Yield iterates without end: ``B A`` as the best of the rank for W - Q, then Q = round(W - B A); Q is zero at
-    first.
+    """Yield the iterates of an endless alternation. Each step sets ``B A`` to the best approximation of W - Q at the
+    given rank, and then Q to round(W - B A). Q is zero at first.
 
-    Yields B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
+    An iterate consists of the factors and of the distance between Q + B A and the weight ``[*batch, out, in]``. The
+    distance is zero while planning."""
     gap = weight
     while True:
         found = principal(gap, rank)
@@ -46,8 +47,8 @@ class LowRankFirstConfig(PackedConfig):
 
 
 class LowRankFirstOperator(PackedBaseOperator):
-    """The trained low-rank part of one weight and its frozen initial value; for a weight that is quantized already, its
-    principal part, with outputs unchanged at first."""
+    """The trained low-rank part of one weight, and its frozen initial value. For a weight that is quantized already,
+    the initial value is the principal part of that weight, and outputs are unchanged at first."""
 
     def __init__(self, site: Site, config: LowRankFirstConfig) -> None:
         scale = config.alpha / config.rank
@@ -62,5 +63,5 @@ class LowRankFirstOperator(PackedBaseOperator):
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:
-        """Return the iterate to start from; see `low_rank_first`."""
+        """Return the factors at which training starts, chosen from the iterates of `low_rank_first`."""
         raise NotImplementedError

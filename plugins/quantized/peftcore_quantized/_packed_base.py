@@ -1,13 +1,15 @@
-"""Base operators of methods for a quantized model: the weight that the model holds, and a low-rank update of it.
+"""Base operators of methods for a quantized model. One computes the quantized weight, the other also trains a low-rank
+update of it.
 
     y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: pack and unpack by the scheme
 
-`B0 A0` is the part of the weight that the method removes before the weight is quantized; QLoRA removes none. The same
-operator serves a host in three states, and a saved adapter fits all of them:
+`B0 A0` is the part of the weight that the method removes before the weight is quantized; QLoRA removes none. An
+operator supports a host in three states, and a saved adapter fits all of them:
 
-* dense: W is there, and Q is computed from it in every forward. The same numbers as below, and no memory saved.
-* dense, then quantized by `quantize`: the host holds Q, codes for codes.
-* quantized by others: the host holds round(W), and W - s B0 A0 is approximated by round(W) - s B0 A0.
+* dense: the host contains W, and every forward computes Q from it. Results equal those of the next state, but no memory
+  is saved.
+* dense, then quantized by `quantize`: the host contains exactly the codes of Q.
+* quantized by another library: the host contains round(W), and round(W) - s B0 A0 takes the place of Q.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ class SchemeConfig(MethodConfig):
     """Options of all methods that quantize the model by a scheme."""
 
     scheme: str = "nf4"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
     scheme_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the scheme, such as ``{"double_quant": True}``."""
 
     def rounding(self) -> str:
-        """Return the scheme as `round_trip` takes it.
+        """Return the scheme and its options as one string, which is an argument of `round_trip`.
 
         Raises:
             QuantizationError: the scheme is unknown, or its package is missing.
@@ -59,7 +61,7 @@ class Factors(NamedTuple):
 
 
 def update_count(site: Site, rank: int) -> int:
-    """Count the values in both factors."""
+    """Return the number of values in both factors."""
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
 
 
@@ -69,7 +71,8 @@ def matrices(weight: Tensor, batch_dims: int) -> Tensor:
 
 
 def round_weight(rounding: str, weight: Tensor, batch_dims: int) -> Tensor:
-    """Quantize a weight of any kind and dequantize it, as a matrix; experts are stacked along the rows.
+    """Return a weight after quantizing and dequantizing it, in its original shape. It is quantized as a matrix ``[out,
+    in * kernel]``, in which experts are stacked along the rows.
 
     Raises:
         UnsupportedSite: the weight does not fit the format.
@@ -82,22 +85,23 @@ def round_weight(rounding: str, weight: Tensor, batch_dims: int) -> Tensor:
 
 
 def lora_start(site: Site, rank: int) -> Factors:
-    """Make LoRA's start: A uniform in +-1/sqrt(in * kernel), B zero."""
+    """Return the initial factors of LoRA: A uniform in +-1/sqrt(in * kernel), and B zero."""
     A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
     bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
     return Factors(nn.init.uniform_(A, -bound, bound), torch.zeros(*site.batch, site.out_features, rank))
 
 
 class HeldOperator(Operator):
-    """An operator of one site that computes the weight which the quantized model holds; see `place`."""
+    """Base class of operators that compute the quantized weight of one site. `place` returns the site to install them
+    at."""
 
     def __init__(self, site: Site, config: SchemeConfig) -> None:
         super().__init__(site)
         self.rounding = config.rounding()
         self.simulates = not site.layer.packed
-        """Whether the host's weight is still to be rounded."""
+        """Whether the host's weight is dense, so that the operator rounds it."""
         self.packed_for_us = False
-        """Whether the host holds Q itself."""
+        """Whether the host's weight is Q, because peftcore quantized it while the adapter was installed."""
 
     def base_was_packed(self) -> None:
         self.simulates, self.packed_for_us = False, True
@@ -110,7 +114,7 @@ class HeldOperator(Operator):
         return self.rest(weight).to(weight.dtype)
 
     def held(self, weight: Tensor) -> Tensor:
-        """Return the weight that the quantized model computes with, from the one that the model holds."""
+        """Return the quantized weight without the trained update, computed from the weight that the host stores."""
         if self.packed_for_us:
             return weight
         rest = self.rest(weight)
@@ -124,8 +128,8 @@ class PackedBaseOperator(HeldOperator):
         site: the target tensor; see `place`.
         config: rank and scheme.
         start: initial values of A and B.
-        taken: the factors removed from the weight before it is quantized, if any.
-        scale: s.
+        taken: the factors B0 and A0 whose product is subtracted from the weight before it is quantized, if any.
+        scale: the factor s of the update.
     """
 
     stackable = True
@@ -147,8 +151,8 @@ class PackedBaseOperator(HeldOperator):
         return self.scale * (B @ matrices(A, self.layer.batch_dims)).view(weight.shape)
 
     def rest(self, weight: Tensor) -> Tensor:
-        """Return the weight without the removed factors, in float32 or better as in a merge, since codes depend on
-        it."""
+        """Return the weight minus ``s B0 A0``. It is computed in float32 or better, as in a merge, because the
+        quantized codes depend on the precision."""
         if self.A0 is None or self.B0 is None:
             return weight
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -158,7 +162,7 @@ class PackedBaseOperator(HeldOperator):
         return self.held(weight) + self.product(self.A, self.B, weight)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Add the update to the output of a quantized linear layer; for all other layers `merged` changes the
+        """Add the update to the output of a quantized linear layer. For all other layers, `merged` changes the
         weight."""
         y = call(x)
         A, B = self.cast(y, self.A, self.B)
@@ -170,7 +174,8 @@ class PackedBaseOperator(HeldOperator):
 
 
 def place(site: Site) -> Site:
-    """Return the site as these operators act on it: on the weight, unless that is quantized."""
+    """Return the site at which a method installs its operator. The operator changes a dense weight itself, but for a
+    quantized weight it changes the output of the module."""
     return site if site.layer.packed else on_weight(site)
 
 
@@ -180,7 +185,7 @@ def on_weight(site: Site) -> Site:
 
 
 def group_count(site: Site, group_size: int | None) -> int:
-    """Count the groups of inputs: in a convolution, of all positions of the kernel.
+    """Return the number of groups of inputs. In a convolution, each position of the kernel counts as a separate input.
 
     Raises:
         UnsupportedSite: the number of inputs is not divisible by `group_size`.
@@ -192,20 +197,22 @@ def group_count(site: Site, group_size: int | None) -> int:
 
 
 def original(site: Site) -> Tensor:
-    """Return the weight that is going to be quantized, as matrices in float32."""
+    """Return the site's weight as matrices ``[*batch, out, in * kernel]`` in float32."""
     assert site.in_features, "a vector raises here"
     return matrices(site.weight(), site.layer.batch_dims).float()
 
 
 def as_factors(site: Site, A: Tensor, B: Tensor, scale: float = 1.0) -> Factors:
-    """Return factors of matrices as factors of the site's weight, `scale` taken out of them."""
+    """Return the factors of a matrix, reshaped to factors of the site's weight. Each is divided by the root of `scale`,
+    so that ``scale B A`` equals the product of the given factors."""
     root = math.sqrt(scale)
     return Factors(A.reshape(*A.shape[:-1], site.in_features, *site.kernel) / root, B / root)
 
 
 def principal(matrix: Tensor, rank: int) -> Factors:
-    """Return the best ``B A`` of a rank for ``[*batch, out, in]``, the singular values shared by both; zeros where the
-    rank of the matrix is less. Signs do not depend on the machine."""
+    """Return the factors of the best approximation ``B A`` of a matrix ``[*batch, out, in]`` at a given rank. Both
+    contain the roots of the singular values. Directions beyond the rank of the matrix are zero. Signs do not depend on
+    the machine."""
     if matrix.is_meta:
         return Factors(
             matrix.new_empty(*matrix.shape[:-2], rank, matrix.shape[-1]), matrix.new_empty(*matrix.shape[:-1], rank)

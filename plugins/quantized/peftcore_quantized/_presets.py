@@ -1,4 +1,4 @@
-"""Presets of this plugin: names of papers for options of methods, a line each."""
+"""Presets of this plugin. Each is the name that a paper gives to certain options of a method."""
 
 from peftcore.author import Preset
 

@@ -3,16 +3,17 @@
 Equation:
     out = MLP(LN(x)) + s U' dropout(relu(D' x)) + x,   w' = std(w) c((w - mean(w)) / (std(w) + 1e-5)) + mean(w)
 
-D [r, d] and U [d, r] train in floating point, and every forward rounds each to 2^bits codes c, times its deviation,
-plus its mean (one bit: c = +-0.6745). The gradient passes through the rounding as through the identity, and through
-mean and deviation. x is the residual stream in front of the feed-forward's norm; D and U are without bias. The model's
-changes to the feed-forward's output (layer scale, stochastic depth) do not apply to the adapter's output. Files hold D
-and U; a trained adapter needs only their codes and two numbers per matrix.
+D [r, d] and U [d, r] train in floating point, and every forward rounds both. An entry of a matrix becomes one of 2^bits
+codes c, multiplied by the standard deviation of the matrix, plus its mean. With one bit, c = +-0.6745. Backward treats
+the rounding as the identity, and differentiates mean and deviation. x is the residual stream before the norm of the
+feed-forward. D and U have no bias. The model's changes to the feed-forward's output (layer scale, stochastic depth) do
+not apply to the adapter's output. Files contain D and U in floating point, although a trained adapter needs only their
+codes and two numbers per matrix.
 
-The model may be dense or quantized. It cannot be merged. Parameters: 2 d r a block.
+The model may be dense or quantized. The adapter cannot be merged. Parameters: 2 d r a block.
 
-Start: D as nn.Linear does, U from a normal distribution of 0.001, cut at 0.002: a rounded U is never zero, so a fresh
-adapter changes the output a little.
+Start: D as in nn.Linear. U from a normal distribution of standard deviation 0.001, cut at 0.002. A rounded U is never
+zero, so a fresh adapter changes the output a little.
 
 Differs from the authors' code: No difference is known.
 
@@ -54,14 +55,15 @@ class BiAdaptFormerConfig(MethodConfig):
     bottleneck: PositiveInt = 32
     """Width r of the bottleneck."""
     bits: Annotated[int, Field(ge=1, le=4)] = 1
-    """Bits of each weight of the adapter."""
+    """Number of bits of each weight of the adapter."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter."""
     joins: Joins = "stream"
-    """Position of the addition: the stream, after the host's changes to the branch's output (dropout, layer scale,
-    stochastic depth), or the output of the branch's last matrix, before these changes."""
+    """Where the adapter's output is added: to the residual stream, after the host's changes to the feed-forward's
+    output (dropout, layer scale, stochastic depth), or to the output of the feed-forward's last matrix, before these
+    changes."""
     dropout: Share = 0.1
-    """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
+    """Probability with which entries of the bottleneck are dropped in training, as in the authors' code."""
 
 
 class BiAdaptFormerOperator(Bypass):
@@ -113,14 +115,14 @@ class BiAdaptFormer(Method):
 
 
 ROUNDS = 500
-"""Number of steps by which the authors' code improves codes. Up to four bits the codes have converged by then, with
-eight bits not nearly."""
+"""Number of iterations by which the codes are computed, as in the authors' code. Codes of up to four bits have
+converged by then; those of eight bits have not."""
 
 
 @functools.cache
 def normal_codes(bits: int) -> Tensor:
-    """Return the ``2^bits`` codes, ascending, in float64: those of a normal distribution, each the median of its cell,
-    cells meeting halfway between codes."""
+    """Return the ``2^bits`` codes of a standard normal distribution, in ascending order and in float64. Each code is
+    the median of its cell, and the border of two cells is halfway between their codes."""
     codes = torch.zeros(2**bits, dtype=torch.float64, device="cpu")
     ends = codes.new_zeros(1), codes.new_ones(1)
     for _ in range(ROUNDS):
@@ -130,8 +132,8 @@ def normal_codes(bits: int) -> Tensor:
 
 
 def in_bits(weight: Tensor, levels: Sequence[float]) -> Tensor:
-    """Round a matrix to its codes (of `normal_codes`), scaled by its mean and deviation; in float32 or better. Each
-    matrix of a stack has its own mean and deviation."""
+    """Return a matrix rounded to its codes (of `normal_codes`), which are scaled by its standard deviation and shifted
+    by its mean. The result is in float32 or better. Each matrix of a batch has a separate mean and deviation."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     deviation, mean = torch.std_mean(weight, (-2, -1), keepdim=True)
     unit = (weight - mean) / (deviation + 1e-5)

@@ -4,22 +4,24 @@ Equation:
     y = Q x + b + s (B h + b2 repeat(h)),   h = A dropout(x) + b1 mean(x),   s = alpha / rank
     Q = nf4(W - t) + t,   t the shift of each block with which the 16 codes carry the most information
 
-mean(x) [rank] are the means of `rank` groups of neighbouring inputs, and repeat(h) [out] repeats each number of h out /
-rank times: elastic connections past A and B, with gates b1 and b2 [1]. The map is linear: (B + b2 R)(A + b1 P), P and R
-constant, so it merges. The rank has to divide inputs and outputs.
+mean(x) [rank] contains the means of `rank` groups of neighbouring inputs, and repeat(h) [out] repeats each entry of h
+out / rank times. These are the paper's elastic connections, which bypass A and B, with trained gates b1 and b2 [1]. The
+update is linear, (B + b2 R)(A + b1 P) with constant P and R, so it can be merged. The rank must divide the numbers of
+inputs and outputs.
 
-The quantizer is the scheme "nf4-icq", and the connections act on any other as well. It looks for t when it quantizes;
-on a model that is dense still in the first forward, and again in the first one after a weight was written to. Groups of
-a convolution's inputs are channels with all of the kernel; experts share the gates.
+The default scheme is "nf4-icq"; the connections work with any other scheme too. nf4-icq searches t when the model is
+quantized. On a model that is still dense it searches t in the first forward, and again in the first forward after a
+weight has changed. In a convolution, a group of inputs consists of whole channels, with all positions of the kernel.
+Experts share the gates.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts, + 2.
 
 Start: B, b1 and b2 at zero, A as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
 
-Differs from the authors' code: No difference is known; the paper has a greatest common divisor instead of the rank
-that divides inputs and outputs, the authors' code does not.
+Differs from the authors' code: No difference is known. In the connections, the paper uses a greatest common divisor in
+place of the rank; the authors' code uses the rank.
 
-Use it: `peftcore.apply(model, "ir_qlora")`, instead of QLoRA where 4 bits cost too much.
+Use it: `peftcore.apply(model, "ir_qlora")`, instead of QLoRA where the loss of quality at 4 bits is too large.
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ class IRQLoRAConfig(PackedConfig):
 
     method: Literal["ir_qlora"] = "ir_qlora"
     rank: PositiveInt = 64
-    """Rank of the update; divides the numbers of inputs and outputs."""
+    """Rank of the update; it must divide the numbers of inputs and outputs."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
-    """Probability with which inputs of A are dropped in training, not those of the means; only where the base is packed
-    already."""
+    """Probability with which inputs of A are dropped in training. The inputs of mean(x) are not dropped. Requires a
+    base that is quantized already."""
     scheme: str = "nf4-icq"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
 
 
 class IRQLoRAOperator(PackedBaseOperator):
-    """The update of one site and the connections past its factors."""
+    """The update of one site, and the connections that bypass its factors."""
 
     def __init__(self, site: Site, config: IRQLoRAConfig) -> None:
         rank = config.rank
@@ -91,7 +93,7 @@ class IRQLoRAOperator(PackedBaseOperator):
 
 
 class IRQLoRA(Method):
-    """Information retention in a 4-bit base and past low-rank adapters."""
+    """Low-rank adapters with bypassing connections, on a calibrated 4-bit base."""
 
     name = "ir_qlora"
     Config = IRQLoRAConfig

@@ -4,17 +4,18 @@ Equation:
     Q_t = round(W - B_{t-1} A_{t-1}),   B_t A_t = the best of the rank for W - Q_t,   t = 1 .. iterations,   B_0 A_0 = 0
     y = Q_t x + b + B A x,   A and B start at A_t and B_t of the t whose Q_t + B_t A_t comes closest to W
 
-Q_t is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward. With one iteration that is round(W), so the adapter also fits a model that another library quantized.
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores Q_t. Until then, every forward computes Q_t
+from the dense weight. With one iteration, Q_t is round(W), so the adapter also fits a model that another library
+quantized.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A and B at A_t and B_t: outputs are close to those of W, not equal. On a model that is quantized before the
 method is installed, the original weight is lost and cannot be reconstructed: there A and B start as in LoRA.
 
-Differs from the authors' code: The distance may grow again from one iteration to the next; the authors' code and peft
-take the last iteration, this method takes the best. The scale is 1: the authors and peft start with factors that leave
-alpha / rank out, which is right only where it is 1.
+Differs from the authors' code: The distance to W may grow from one iteration to the next. The authors' code and peft
+use the last iteration; this method uses the best one. The scale is 1 here. The authors and peft have the scale alpha /
+rank, but compute the factors without it, which is correct only if it is 1.
 
 Use it: `peftcore.apply(model, "loftq")`, instead of QLoRA at 4 bits and below, where the dense model can be loaded
 once.
@@ -50,7 +51,7 @@ class LoftQConfig(PackedConfig):
     rank: PositiveInt = 16
     """Rank of the update."""
     iterations: Annotated[PositiveInt, Field(le=1000)] = 5
-    """How often rounding and decomposition take turns (the authors: 5; peft: 1)."""
+    """Number of alternations of rounding and decomposition (the authors: 5; peft: 1)."""
 
 
 def alternate(weight: Tensor, rank: int, rounding: str, iterations: int) -> tuple[Factors, Factors | None]:
@@ -72,7 +73,7 @@ def alternate(weight: Tensor, rank: int, rounding: str, iterations: int) -> tupl
 
 
 class LoftQOperator(PackedBaseOperator):
-    """The update of one site, which starts at the error of rounding."""
+    """The update of one site, which starts as an approximation of the rounding error."""
 
     def __init__(self, site: Site, config: LoftQConfig) -> None:
         if site.layer.packed:

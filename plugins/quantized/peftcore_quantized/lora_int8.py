@@ -3,14 +3,14 @@
 Equation:
     y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = absmax / 127 * codes, one absmax a row, A and B as in LoRA
 
-Meant for a quantized model: by ``peftcore.quantize(model, "int8")`` (or "bnb-int8", "torchao-int8", …) before it or
-after it, or by transformers' `BitsAndBytesConfig`. The scheme "bnb-int8" is LLM.int8 itself: it quantizes the inputs
-too, except columns with a value above its `threshold`, which it multiplies in floating point; the other schemes
-quantize only weights. The update always sees the inputs as they are. On a model that is dense still, the weights are
-rounded in every forward (and the inputs are not).
+The method is meant for a quantized model. Quantize the model by ``peftcore.quantize(model, "int8")`` (or "bnb-int8",
+"torchao-int8", …) before or after `apply`, or load it with transformers' `BitsAndBytesConfig`. The scheme "bnb-int8" is
+LLM.int8 itself. It quantizes the inputs too, except columns with a value above its `threshold`, which it multiplies in
+floating point. The other schemes quantize only weights. The inputs of the update are never quantized. On a model that
+is still dense, every forward rounds the weights, but not the inputs.
 
-A merge writes Q + s B A; into="same" rounds that again: at 8 bits most of the trained change survives, and the report
-gives the share.
+A merge writes Q + s B A. With into="same" this sum is rounded again. At 8 bits most of the trained change is preserved,
+and the report of the merge contains the share.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
@@ -19,8 +19,8 @@ Start: A and B as in LoRA: an identity on a model that is quantized already; a d
 Differs from the authors' code: The authors' library is bitsandbytes, whose rounding is the scheme "bnb-int8"; no
 difference is known. peft merges into the same format without a report.
 
-Use it: `peftcore.apply(model, "lora_int8")`, where the model in 16 bits leaves no room for training, and in 8 bits
-does.
+Use it: `peftcore.apply(model, "lora_int8")`, where memory is too small to train on the model in 16 bits, but sufficient
+with the model in 8 bits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class LoRAInt8Config(LoRAConfig):
 
     method: Literal["lora_int8"] = "lora_int8"
     scheme: str = "int8"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
 
 
 class LoRAInt8(Method):

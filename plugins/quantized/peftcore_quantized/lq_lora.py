@@ -4,14 +4,14 @@ Equation:
     s B_t A_t = the best of the rank for W - Q_{t-1},   Q_t = round(W - s B_t A_t),   t = 1 .. iterations,   Q_0 = 0
     y = Q_t x + b + s B A x,   A and B start at A_t and B_t of the t whose Q_t + s B_t A_t comes closest to W
 
-The iteration stops as soon as the distance no longer falls, and takes the iterate before that. QPiSSA starts from the
-low-rank step as well and takes the last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both
-factors. Singular vectors are exact, and the same everywhere.
+The iteration stops as soon as the distance no longer decreases, and the iterate before that is used. QPiSSA also starts
+with the low-rank step, but uses the last iterate. LoftQ starts with the rounding. Both factors are divided by the root
+of s = alpha / rank. Singular vectors are exact, and the same on every machine.
 
-Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file. The method omits
-dropout, as in the authors' runs: dropout would remove parts of the base's output. ``overrides`` can set formats by
-hand, ``{"*.down_proj": {"scheme": "int8"}}``.
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores Q. Until then, every forward computes Q from
+the dense weight. A0 and B0, the initial values of A and B, are frozen buffers and are saved in the file. The method has
+no dropout, as in the authors' runs, because dropout would remove parts of the base's output. ``overrides`` can select
+another format for some sites: ``{"*.down_proj": {"scheme": "int8"}}``.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
@@ -19,10 +19,10 @@ Start: A and B at A_t and B_t: outputs are close to those of W, not equal. On a 
 method is installed, W is unknown: the method then starts as QPiSSA does, with the principal part of Q, and outputs are
 unchanged.
 
-Differs from the authors' code: Their code stops at the same iteration, but returns the worse iterate, as a comment in
-it notes. The authors find singular vectors by a randomized algorithm. Left out: the distance weighted by Fisher
-information, which needs data where the plain method needs none, and the integer programme that gives each matrix its
-own format under a budget of bits.
+Differs from the authors' code: The authors' code stops at the same iteration, but returns the worse iterate, as a
+comment in that code notes. The authors compute singular vectors by a randomized algorithm. Two parts of the paper are
+not implemented: the distance weighted by Fisher information, which needs data, and the integer programme that chooses a
+format for each matrix under a budget of bits.
 
 Use it: `peftcore.apply(model, "lq_lora")`, instead of QLoRA at 4 bits and below, where the dense model can be loaded
 once.
@@ -48,12 +48,12 @@ class LQLoRAConfig(LowRankFirstConfig):
     rank: PositiveInt = 64
     """Rank of the update."""
     iterations: Annotated[PositiveInt, Field(le=1000)] = 10
-    """Maximum number of alternations of decomposition and rounding, on a dense base (the authors: 100, with a faster,
-    approximate decomposition; the gain falls off after the first few)."""
+    """Maximum number of alternations of decomposition and rounding, on a dense base. The authors use 100, with a
+    faster, approximate decomposition. The first few iterations give most of the gain."""
 
 
 class LQLoRAOperator(LowRankFirstOperator):
-    """The low-rank part of one weight, which trains, and its frozen start."""
+    """The trained low-rank part of one weight, and its frozen initial value."""
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:

@@ -1,29 +1,30 @@
-"""LQER: what rounding lost, put back with a low rank.   Zhang et al. 2024, arXiv 2402.02446 (ChengZhang-98/lqer).
+"""LQER: a low-rank correction of the error of rounding.   Zhang et al. 2024, arXiv 2402.02446 (ChengZhang-98/lqer).
 
 Equation:
     E = W - round(W),   E diag(x) = U S V',   B A = U_r S_r V_r' diag(1 / x),   y = round(W) x + b + B A x
     x_i = the largest mean of |input i| of all batches, at least 0.0001
 
-This is L2QER, the paper's own: errors count by the size of the inputs that they meet, which ``data=`` shows, without
-labels and without a gradient; with all x alike it would be LQER, and that is where LoftQ with one iteration starts. By
-default A and B are frozen, as in the paper: the adapter corrects a quantized model, and a trained adapter can be
-installed on top of it. A and B are rounded to 8 bits, each direction in blocks of 16 values with a scale in floating
-point, and stored in floating point.
+This is the paper's variant L2QER, which weights the error of each input by the size of that input. The sizes are
+measured on ``data=``, which needs no labels and no gradient. If all x are equal, the result is LQER, which is also the
+start of LoftQ with one iteration. By default A and B are frozen, as in the paper: the adapter corrects a quantized
+model, and a trained adapter can be installed on top of it. Each direction of A and B is rounded to 8 bits in blocks of
+16 values, which share a scale in floating point. The rounded values are stored in floating point.
 
-Inputs are those of the dense base, and seen at modules that are called; tensors which another module reads (experts, an
-attention's fused projection) and grouped convolutions get LQER. The input of an embedding is the share of each token,
-and the positions of a kernel share that of a channel.
+Inputs are those of the dense base, measured at modules that are called. Tensors that another module reads (experts, an
+attention's fused projection) and grouped convolutions get LQER. At an embedding, x is the frequency of each token. In a
+convolution, all positions of the kernel share the x of their channel.
 
-round(W) is what ``peftcore.quantize(model, scheme)`` stores afterwards, and the same as the weight that another library
-quantizes by this scheme; the file fits both.
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores round(W), as another library does with this
+scheme. The adapter's file fits both models.
 
 Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A and B at the correction: outputs are close to those of W, not equal. On a model that is quantized already, the
 original weight is lost and the error is unknown: A and B are zero.
 
-Differs from the authors' code: The scale of a block is in floating point, where theirs is a power of two, and their
-blocks of B are across directions. Nothing trains in their code; here ``train_factors=True`` trains A and B.
+Differs from the authors' code: Here the scale of a block is in floating point; in the authors' code it is a power of
+two. The authors' blocks of B contain values of several directions. In their code nothing trains; here
+``train_factors=True`` trains A and B.
 
 Use it: `peftcore.apply(model, "lqer", data=batches)`, for a quantized model that has to be good without training.
 """
@@ -53,7 +54,7 @@ from peftcore_quantized._packed_base import (
 )
 
 LEAST = 1e-4
-"""Lower bound of the size of an input, which avoids a division by zero for inputs that are always zero."""
+"""Lower bound of the size of an input. It avoids a division by zero for inputs that are always zero."""
 
 
 class LQERConfig(PackedConfig):
@@ -69,7 +70,7 @@ class LQERConfig(PackedConfig):
 
 
 def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:
-    """Round the factor's last dimension in blocks of `size` to so many bits and back."""
+    """Return the factor with its values rounded to `bits` bits, in blocks of `size` along the last dimension."""
     blocks = F.pad(factor, (0, -factor.shape[-1] % size)).unflatten(-1, (-1, size))
     unit = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
     return ((blocks / unit).round() * unit).flatten(-2)[..., : factor.shape[-1]]
@@ -85,7 +86,7 @@ def sizes(site: Site, x: Tensor) -> Tensor:
 
 
 class LQEROperator(PackedBaseOperator):
-    """The correction of one weight: zero until `correct` has set it."""
+    """The correction of one weight. It is zero until `correct` computes it."""
 
     def __init__(self, site: Site, config: LQERConfig) -> None:
         A = torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel)

@@ -3,13 +3,14 @@
 Equation:
     y = W x + b,   W = (s0 + ds) (q - z) = Q (1 + ds / s0),   Q = round(W0) = s0 (q - z)
 
-ds [out, groups] is one number for each row, or for each `group_size` inputs of a row. Codes and zeros are unchanged. A
-model may be quantized by any scheme, and schemes have different kinds of scales; so s0 is defined alike for all of
-them, as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. Another s0 reaches the same
-weights by another ds: s0 sets only the unit of the learning rate.
+ds [out, groups] is one number for each row, or for each `group_size` inputs of a row. Codes q and zeros z are
+unchanged. The model may be quantized by any scheme. Schemes have different kinds of scales, so s0 is defined in the
+same way for all of them: the largest |Q| of the group, divided by 2^(bits - 1) - 1. The quantized weight is multiplied
+by 1 + ds / s0. With another s0 the same weights are reached by another ds, so s0 sets only the unit of the learning
+rate.
 
-A merge into="same" of formats that scale by the largest values of a block (nf4, int8, int4) keeps the codes, where each
-block is inside one group: only the scales change, and the merge is exact.
+Some formats scale a block by its largest value (nf4, int8, int4). For these, a merge with into="same" keeps the codes
+if each block is inside one group. Then only the scales change, and the merge is exact.
 
 Parameters: out * groups a site, times the number of experts.
 
@@ -18,8 +19,8 @@ Start: ds at zero: an identity on a model that is quantized already; a dense mod
 Differs from the authors' code: The authors published no code. s0 is defined for all schemes alike, so it sets only the
 unit of the learning rate.
 
-Use it: `peftcore.apply(model, "peqa")`, where a task should cost as little as a vector a layer, on one quantized model
-that all tasks share; the paper's learning rates are 1e-5 to 6e-5. Weight decay is off.
+Use it: `peftcore.apply(model, "peqa")`, where tasks share one quantized model and each should store only a vector for
+each layer. The paper's learning rates are 1e-5 to 6e-5. Weight decay is off.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class PEQAConfig(SchemeConfig):
 
     method: Literal["peqa"] = "peqa"
     group_size: PositiveInt | None = None
-    """How many inputs share a scale; divides their number. None: all of a row."""
+    """Number of inputs that share a scale; it divides the number of inputs. With None all inputs of a row share one."""
     bits: Annotated[int, Field(ge=2, le=8)] = 4
-    """Bits of the codes in whose steps s0 counts."""
+    """The number of bits in the definition of s0."""
 
 
 class PEQAOperator(HeldOperator):
-    """The change of one site's scales, and the scales that it starts from (a buffer)."""
+    """The trained change ds of one site's scales, and the initial scales s0 (a buffer)."""
 
     s0: Tensor
 

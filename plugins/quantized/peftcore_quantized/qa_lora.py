@@ -1,27 +1,29 @@
-"""QA-LoRA: low-rank adapters that zeros of codes take up.   Xu et al. 2023, arXiv 2309.14717 (yuhuixu1993/qa-lora).
+"""QA-LoRA: low-rank adapters that merge into the zeros of codes.   Xu et al. 2023, arXiv 2309.14717
+(yuhuixu1993/qa-lora).
 
 Equation:
     y = Q x + b + s B A dropout(mean(x)),   mean(x)[g] the mean over group g of inputs,   s = alpha / rank
     dW[o, i] = s / `group_size` (B A)[o, group of i]
 
-The update is one number for each output and group of inputs. Where a group is stored as ``scale * (code - zero)``, it
-moves only the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or any
-with floating-point zeros whose groups divide `group_size`). On formats without zeros (nf4, int8) it is not.
+The update adds one number for each output and group of inputs. If a format stores a group as ``scale * (code - zero)``,
+the update changes only the zero. Then a merge with into="same" keeps codes and scales, and is exact up to rounding.
+This holds for the scheme "int4", and for any scheme with floating-point zeros whose group size divides `group_size`. It
+does not hold for formats without zeros (nf4, int8).
 
-The update takes the mean of a group; the paper's algorithm has the sum: multiply alpha by group_size for that. Inputs
-are those of the quantizer: in a convolution, of all positions of the kernel.
+The update uses the mean of a group; the paper's algorithm uses the sum. Multiply alpha by group_size to get the sum. In
+a convolution, each position of the kernel counts as a separate input, as in the quantizer.
 
 Parameters: rank * (in * kernel / group_size + out) a site, times the number of experts.
 
-Start: A Xavier-uniform as the authors' does, B at zero: an identity on a model that is quantized already; a dense model
-is rounded.
+Start: A is Xavier-uniform as in the authors' code, and B is zero: an identity on a model that is quantized already; a
+dense model is rounded.
 
-Differs from the authors' code: No difference is known: the authors' code and its merge take the mean too. peft
+Differs from the authors' code: No difference is known: the authors' code and its merge use the mean too. peft
 multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times this
 one; peft does not implement a merge of this update, and starts A as Kaiming.
 
-Use it: `peftcore.apply(model, "qa_lora")`, where the merged model has to stay in 4 bits. It has fewer parameters than
-QLoRA of the same rank.
+Use it: `peftcore.apply(model, "qa_lora")`, where the merged model must be in 4 bits. It has fewer parameters than QLoRA
+of the same rank.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ class QALoRAConfig(LoRAConfig):
     rank: PositiveInt = 64
     """Rank of the update."""
     scheme: str = "int4"
-    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
-    unchanged."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A base that is quantized already
+    is not changed."""
     group_size: PositiveInt = 32
-    """How many inputs share an update; divides their number. A multiple of the scheme's group size, which it does not
-    set, or the merge is not exact."""
+    """Number of inputs that share an update; it divides the number of inputs. The merge is exact only if it is a
+    multiple of the scheme's group size, which is a separate option."""
 
 
 class QALoRAOperator(LoRAOnPacked):
@@ -71,7 +73,7 @@ class QALoRAOperator(LoRAOnPacked):
 
 
 class QALoRA(Method):
-    """Low-rank adapters that zeros of codes take up."""
+    """Low-rank adapters that merge into the zeros of codes."""
 
     name = "qa_lora"
     Config = QALoRAConfig

@@ -3,22 +3,23 @@
 Equation:
     y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = nf4(W): 16 levels, blocks of 64, A and B as in LoRA
 
-Meant for a quantized model: by ``peftcore.quantize(model, "nf4", double_quant=True)`` (or "bnb-nf4", …) before it
-or after it, or by transformers' `BitsAndBytesConfig`. On a dense model every forward rounds the weights, so that
-outputs equal those of the quantized model. A model that is quantized already stays as it is, and `scheme` is ignored.
-Paged optimizer states are the optimizer's affair: ``injection.optimizer(bnb.optim.PagedAdamW32bit, …)``.
+The method is meant for a quantized model. Quantize the model by ``peftcore.quantize(model, "nf4", double_quant=True)``
+(or "bnb-nf4", …) before or after `apply`, or load it with transformers' `BitsAndBytesConfig`. On a dense model every
+forward rounds the weights, so that outputs equal those of the quantized model. A model that is quantized already is not
+changed, and `scheme` is ignored. For paged optimizer states, select an optimizer that has them:
+``injection.optimizer(bnb.optim.PagedAdamW32bit, …)``.
 
-A merge writes Q + s B A; into="same" rounds that again, which may lose more than the adapter gains (the report gives
-the loss): merge into floating point, or keep the adapter unmerged.
+A merge writes Q + s B A. With into="same" this sum is rounded again, which may lose more than the adapter gains. The
+report of the merge contains the loss. Merge into floating point instead, or keep the adapter unmerged.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A and B as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
 
-Differs from the authors' code: That code was not compared; outputs and the rounding are compared with peft and
+Differs from the authors' code: The authors' code was not compared; outputs and the rounding were compared with peft and
 bitsandbytes. No difference is known.
 
-Use it: `peftcore.apply(model, "qlora")`, where the model in 16 bits leaves no room for training.
+Use it: `peftcore.apply(model, "qlora")`, where memory is too small to train on the model in 16 bits.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class QLoRAConfig(LoRAConfig):
     rank: PositiveInt = 64
     """Rank of the update."""
     dropout: Share = 0.0
-    """Probability with which inputs of the update are dropped in training (the paper: 0.1, or 0.05 for large models);
-    only if the base is quantized already."""
+    """Probability with which inputs of the update are dropped in training (the paper: 0.1, or 0.05 for large models).
+    Requires a base that is quantized already."""
     scheme_options: dict[str, Any] = Field(default_factory=lambda: {"double_quant": True})
-    """Options of the scheme; the scales in 8 bits too."""
+    """Options of the scheme. By default the scales are stored in 8 bits too."""
 
 
 class QLoRA(Method):

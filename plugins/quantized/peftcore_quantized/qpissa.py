@@ -5,22 +5,22 @@ Equation:
     y = Q x + b + s B A x,   Q_t = round(W - s B_t A_t),   A and B start at the last A_t and B_t,   s = alpha / rank
 
 The residual, W without its principal part, is smaller and closer to normal, so quantizing it loses less than quantizing
-W. Both factors have half of the singular values, and s is taken out of them, so that all of the principal part trains
-whatever alpha is.
+W. Each factor contains the roots of the singular values, divided by the root of s. So the whole principal part trains,
+for any alpha.
 
-Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file, so the adapter fits the
-original dense base. Directions beyond the weight's rank are zeros. The method omits dropout, which would remove parts
-of the base's output.
+If ``peftcore.quantize(model, scheme)`` is called after `apply`, it stores Q. Until then, every forward computes Q from
+the dense weight. A0 and B0, the initial values of A and B, are frozen buffers and are saved in the file, so the adapter
+fits the original dense base. Directions beyond the weight's rank are zero. The method has no dropout, because it would
+remove parts of the base's output.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A and B at the last A_t and B_t: outputs are close to those of W, not equal. On a model that is quantized before
-the method is installed, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the principal part of Q, and
-outputs are unchanged.
+the method is installed, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, where B0 A0 is the principal part of
+Q, so outputs are unchanged.
 
 Differs from the authors' code: The authors and peft write the residual into the base; here it is computed in every
-forward until the model is quantized. The authors have alpha = rank. peft refuses a model that is quantized before.
+forward until the model is quantized. The authors have alpha = rank. peft refuses a model that is quantized already.
 
 Use it: `peftcore.apply(model, "qpissa")`, instead of QLoRA where the dense model can be loaded once, and training is
 short.
@@ -44,13 +44,13 @@ class QPiSSAConfig(LowRankFirstConfig):
 
     method: Literal["qpissa"] = "qpissa"
     rank: PositiveInt = 16
-    """How many singular values are adapted (the authors: 128)."""
+    """Number of singular values that are adapted (the authors: 128)."""
     iterations: Annotated[PositiveInt, Field(le=1000)] = 1
-    """How often decomposition and rounding take turns, on a base that is dense (the authors: 1, or 5)."""
+    """Number of alternations of decomposition and rounding, on a dense base (the authors: 1, or 5)."""
 
 
 class QPiSSAOperator(LowRankFirstOperator):
-    """The principal part of one weight, which trains, and its frozen start."""
+    """The trained principal part of one weight, and its frozen initial value."""
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:
@@ -59,7 +59,7 @@ class QPiSSAOperator(LowRankFirstOperator):
 
 
 class QPiSSA(Method):
-    """The principal part trains, the rest is packed."""
+    """The principal part of a weight trains; the rest is quantized."""
 
     name = "qpissa"
     Config = QPiSSAConfig

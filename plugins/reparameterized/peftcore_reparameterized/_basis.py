@@ -20,9 +20,9 @@ Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
 class Basis(nn.Module):
     """A pair of frozen matrices A and B, of which each site uses the top-left corner of its own size.
 
-    No file holds them unless they are to be `stored`: loading an adapter draws them again, on the CPU, where a seed
-    gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which files
-    do not hold.
+    Files contain the matrices only if `stored` is True. Otherwise loading an adapter draws them again on the CPU, where
+    a seed gives the same numbers on every machine. The seed is an option of the method, because files contain options
+    but not the seed of `apply`.
     """
 
     A: Tensor
@@ -45,8 +45,9 @@ class Basis(nn.Module):
 def graft_between(
     surgeon: Surgeon, config: Any, operator: Callable[..., Operator], draw: Draw, rows_of_A: int = 1
 ) -> None:
-    """Graft ``operator(site, config, basis)`` at all sites, with one shared pair of matrices as large as the largest
-    site needs; sites with a different rank or seed share another pair. A has `rows_of_A` rows for each rank."""
+    """Install ``operator(site, config, basis)`` at all sites. The sites share one pair of matrices, which is large
+    enough for the largest site. Sites with a different rank or seed share another pair. A has ``rows_of_A * rank``
+    rows."""
     sites = surgeon.sites()
     rows, width = largest((site.out_features, columns(site)) for site in sites)
     for site in sites:
@@ -58,12 +59,12 @@ def graft_between(
 
 
 def own_name(name: str, stored: bool) -> str:
-    """Return the name of shared matrices, which differs between matrices that are saved in files and others."""
+    """Return the name of shared matrices. Matrices that are saved in files get a separate name."""
     return f"{name}_stored" if stored else name
 
 
 def columns(site: Site) -> int:
-    """Count the columns of the weight as a matrix ``[out, in * kernel]``."""
+    """Return the number of columns of the weight as a matrix ``[out, in * kernel]``."""
     return site.in_features * math.prod(site.kernel)
 
 
@@ -75,6 +76,7 @@ def largest(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)
 def drawn_entries(size: int, number: int, seed: int) -> Tensor:
-    """Return the first of all entries in random order: drawn once for all sites of a shape, also while planning."""
+    """Return `number` different indices below `size`, in random order. Results are cached, so sites of the same shape
+    share them. They are drawn on the CPU, also while planning."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randperm(size, generator=generator, device="cpu")[:number].clone()  # all the others are let go

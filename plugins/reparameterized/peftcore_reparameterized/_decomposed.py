@@ -1,5 +1,5 @@
-"""Decompositions of weights: the weight as a matrix, its principal part, and an update that trains a pair of factors
-against a frozen copy of them."""
+"""Decompositions of weights: the weight as a matrix, its principal part, and an update that is the difference between a
+trained pair of factors and a frozen copy of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from peftcore_reparameterized._low_rank import LowRankOperator, input_dropout
 
 
 def rank_within(site: Site, rank: int) -> int:
-    """Return `rank`, or the smaller side of the weight where that is less: it limits the directions of a
-    decomposition."""
+    """Return `rank`, but at most the smaller side of the weight ``[out, in * kernel]``. A decomposition has no more
+    directions than that."""
     return min(rank, site.out_features, site.in_features * math.prod(site.kernel))
 
 
@@ -54,8 +54,9 @@ def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple
 
 
 def nearly_principal(matrix: Tensor, rank: int, width: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `principal` of a matrix computed from data: approximated from `width` directions of a fixed seed, of which
-    the best `rank` are returned, each with the largest entry of its row of V' positive."""
+    """Return U, S and V' of the `rank` largest singular values, like `principal`, but for a matrix computed from data.
+    An approximation starts from `width` random directions of a fixed seed. The largest entry of each row of V' is
+    positive."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         U, S, V = principal(matrix, min(width, *matrix.shape[-2:]), iterations)
@@ -75,11 +76,11 @@ def positive(values: Tensor) -> Tensor:
 
 
 class PairOperator(LowRankOperator):
-    """An update ``s (B A - B0 A0)``: A and B train, A0 and B0 are their frozen start.
+    """An update ``s (B A - B0 A0)``: A and B train, and A0 and B0 are their frozen initial values.
 
-    Methods that subtract B0 A0 from the base weight and train B A compute the same. Here the base stays unchanged, so
-    the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are saved in its file,
-    because a decomposition on another machine would differ by rounding.
+    Methods that subtract B0 A0 from the base weight and train B A compute the same outputs. Here the base is unchanged,
+    so the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are saved in the
+    adapter's file, because a decomposition on another machine would differ by rounding.
     """
 
     padded, scaled = frozenset({"A", "B", "A0", "B0"}), frozenset({"B", "B0"})
@@ -110,7 +111,7 @@ class PairOperator(LowRankOperator):
         return y - self.layer.mix(self.scale * self.layer.apply(x, A0), B0)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of ``B (A - A0) + (B - B0) A0``: exactly zero at first, and small trained changes are not
-        lost in the rounding of two large products."""
+        """Return the factors of the update, in the form ``B (A - A0) + (B - B0) A0``. It is exactly zero at first, and
+        small trained changes are not lost in the rounding of two large products."""
         A = torch.cat([self.A - self.A0, self.A0], self.layer.batch_dims)  # [*batch, 2 rank, in, *kernel]
         return A, torch.cat([self.B, self.B - self.B0], -1), self.scale  # B: [*batch, out, 2 rank]

@@ -1,8 +1,9 @@
-"""Dropout of changes of weights, as LyCORIS and peft have it: of single outputs, of blocks, and of a change as a whole.
+"""Dropout of the change that a method makes to a weight, as in LyCORIS and peft: of single outputs, of blocks, or of
+the whole change.
 
-The mask is independent of the inputs, unlike dropout of activations: one mask holds for the whole batch. The mask is
-drawn on the CPU, because every checkpoint restores the CPU's generator, even where the checkpoint cannot find out which
-devices compute.
+Unlike in dropout of activations, one mask is used for the whole batch. It is drawn on the CPU, because gradient
+checkpointing always restores the CPU's random generator. It restores the generators of other devices only if it can
+detect which devices are in use.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class ChangeDropout:
         return self.outputs > 0 or self.whole > 0
 
     def shares(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Draw the share of the change that each output ``[*batch, out]`` gets."""
+        """Return the factor of the change for each output, ``[*batch, out]``, drawn at random. It is 0 for dropped
+        outputs."""
         shares = torch.ones(shape, device=like.device, dtype=like.dtype)
         if self.whole:
             shares = shares * _kept((1,), self.whole, like)
@@ -44,7 +46,7 @@ class ChangeDropout:
 
 
 class DropsChange(WeightOperator):
-    """An operator whose change has dropout, as `drops` says."""
+    """An operator with dropout of its change to the weight, which `drops` configures."""
 
     training_only = frozenset({"drops"})
     drops: ChangeDropout
@@ -68,5 +70,6 @@ def _kept(shape: Sequence[int], probability: float, like: Tensor) -> Tensor:
 
 
 def replaced_blocks(share: float, blocks: int, device: torch.device) -> Tensor:
-    """Draw which blocks are replaced, [blocks]: the same number each time, rounded down."""
+    """Return a random mask [blocks] of the blocks to replace. Their number is always ``share * blocks``, rounded
+    down."""
     return (torch.randperm(blocks, device="cpu") < int(share * blocks)).to(device)

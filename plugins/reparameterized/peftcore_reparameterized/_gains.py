@@ -14,8 +14,8 @@ def with_gains(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``gain (y - bias) + bias``: the output of a layer that returns y once the rows of its weight are scaled by
-    gains [out]; its bias is not scaled."""
+    """Return ``gain (y - bias) + bias``, where y is the output of a layer. This is the output after the rows of the
+    layer's weight, but not its bias, are scaled by gains [out]."""
     gain = layer.along_channels(gain.to(y.dtype), y)
     if bias is None:
         return y * gain

@@ -17,10 +17,11 @@ from peftcore.errors import CalibrationError
 
 
 def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return the mean gradient of each site's weight over the calls of its layer, ``[*batch, out, in * kernel]``.
+    """Return the mean gradient of each site's weight, ``[*batch, out, in * kernel]``, by the path of the site.
 
-    Gradients of linear layers are products of inputs and gradients of outputs: so quantized weights have one too, and
-    dense weights store no `grad`.
+    For a linear layer it is the mean over the layer's calls, computed from inputs and from gradients of outputs. So
+    quantized weights have a gradient too, and dense weights need no `grad`. For other tensors it is the mean over
+    batches.
     """
     sums: dict[nn.Module, Tensor] = {}
     counts: defaultdict[nn.Module, int] = defaultdict(int)
@@ -65,9 +66,9 @@ def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Te
 def gradients_of(
     grafts: Sequence[Any], model: nn.Module, data: Batches, injection: AppliedMethod
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield those grafts that the method made, each with the mean gradient of its site's weight, in training mode and
-    without the adapter. Grafts without a gradient are skipped: their sites never ran, which is reported when the model
-    is called.
+    """Yield each entry of `grafts` (an adapted site) that the method installed, with the mean gradient of the site's
+    weight. The model runs in training mode, with the adapter disabled. Sites without a gradient are skipped. These
+    never ran, which is reported when the model is called.
 
     Raises:
         CalibrationError: a gradient is not finite.

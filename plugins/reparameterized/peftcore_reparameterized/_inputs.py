@@ -1,4 +1,4 @@
-"""The check of target modules for methods that look at the inputs of linear layers before training."""
+"""A check of target modules, for methods that collect the inputs of linear layers before training."""
 
 from __future__ import annotations
 

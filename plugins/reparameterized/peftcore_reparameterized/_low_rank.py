@@ -1,4 +1,5 @@
-"""Base operator of low-rank methods: two factors, their start, their forward, their product in the weight's shape."""
+"""Base operator of low-rank methods, and functions for its two factors: their initial values, and their product in the
+shape of the weight."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from peftcore.errors import TrainingError, UnsupportedSite
 
 
 def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Make A [*batch, rank, in, *kernel] and B [*batch, out, rank], of which exactly one is zero.
+    """Return A [*batch, rank, in, *kernel] and B [*batch, out, rank], of which exactly one is zero.
 
     A is uniform in +-1/sqrt(in * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks a
     single column of A.
@@ -27,9 +28,10 @@ def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]
 
 
 def orthogonal_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Make A [*batch, rank, in, *kernel] and B [*batch, out, rank], neither zero, whose product is, up to rounding.
+    """Return A [*batch, rank, in, *kernel] and B [*batch, out, rank], which are not zero, but whose product B A is zero
+    up to rounding.
 
-    The rows of A's mixture and those of B's are the two halves of an orthogonal matrix.
+    Each factor is a random mixture of the rows of one half of an orthogonal matrix.
     """
     inputs = (site.in_features, *site.kernel)
     Q = torch.linalg.qr(torch.randn(*site.batch, rank, rank)).Q
@@ -54,16 +56,16 @@ def add_low_rank(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def low_rank_count(site: Site, rank: int) -> int:
-    """Count the values in both factors."""
+    """Return the number of values in both factors."""
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
 
 
 def input_dropout(site: Site, probability: float) -> float:
-    """Return the probability with which inputs of the update are dropped.
+    """Return `probability`, after a check that inputs of the site can be dropped.
 
     Raises:
-        UnsupportedSite: the site is a tensor that is read and not called, so the update has no input; or an embedding,
-            whose inputs are token ids.
+        UnsupportedSite: `probability` is not 0, and the site is an embedding, whose inputs are token ids, or a tensor
+            that another module reads, so that the update has no input.
     """
     if probability and site.layer.one_hot:
         raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 for it")
@@ -89,7 +91,7 @@ def check_in_weight_form(operator: nn.Module, probability: float) -> None:
 
 
 class LowRankOperator(Operator):
-    """Adds the product of two factors: ``y = W x + b + s B A dropout(x)``, with those that `factors` returns."""
+    """Adds the product of two factors: ``y = W x + b + s B A dropout(x)``. `factors` returns A, B and s."""
 
     stackable = True
 

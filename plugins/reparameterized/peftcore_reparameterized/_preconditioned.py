@@ -19,14 +19,14 @@ class Preconditioner:
     other: Callable[[], Tensor]
     """The other factor: A ``[*experts, rank, in, *kernel]`` for B, B ``[*experts, out, rank]`` for A."""
     of_A: bool
-    """Whether it is A's gradient, which is multiplied from the left; B's is from the right."""
+    """Whether the gradient is that of A, which is multiplied from the left. That of B is multiplied from the right."""
     damping: float
     """The number that is added to the diagonal."""
     divisor: float = 1.0
     """Divisor of the product."""
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """Return the gradient of a factor as it is after the rule, in the dtype that it has."""
+        """Return the preconditioned gradient of a factor, in the dtype of `grad`."""
         wide = torch.promote_types(grad.dtype, torch.float32)
         other = self.other().detach().to(grad.device, wide)
         rows = other.mT if self.of_A else other.flatten(grad.dim() - 1)  # [*experts, rank, other dimension]
@@ -40,7 +40,7 @@ class Preconditioner:
 
 
 class Preconditioned(GradientRule):
-    """The gradients of all factors that have a preconditioner; other gradients are unchanged."""
+    """The rule that multiplies the gradients of factors by their preconditioners. Other gradients are unchanged."""
 
     def __init__(self, of: Mapping[nn.Parameter, Preconditioner]) -> None:
         super().__init__()
@@ -58,7 +58,8 @@ def riemannian(operator: Operator, damping: float) -> dict[nn.Parameter, Precond
 
 
 def fixed_projection(operator: Operator) -> dict[nn.Parameter, Preconditioner]:
-    """Return LoRA-FA's preconditioner of B: with it ``s g A`` is the nearest to the weight's gradient."""
+    """Return the preconditioner of B in LoRA-FA. With it, the gradient g of B makes ``s g A`` as close as possible to
+    the gradient of the weight."""
     factors = operator.factors()
     assert factors is not None
     B = operator.get_parameter("B")

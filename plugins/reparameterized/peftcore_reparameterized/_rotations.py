@@ -1,4 +1,5 @@
-"""Helpers of orthogonal methods: the side of a weight that turns, skew-symmetric matrices, and rotation in blocks."""
+"""Helpers of orthogonal methods: the side of a weight that is rotated, skew-symmetric matrices, and rotation in
+blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from peftcore.errors import UnsupportedSite
 
 
 def width(site: Site, outputs: bool = False) -> int:
-    """Count the coordinates of the rotated side: the inputs of one output (with the kernel), the outputs, or the
+    """Return the number of coordinates that are rotated: the inputs of one output (in * kernel), the outputs, or the
     features of an embedding.
 
     The inputs of an embedding are tokens, which no rotation should mix.
@@ -21,23 +22,23 @@ def width(site: Site, outputs: bool = False) -> int:
 
 
 def rows(weight: Tensor, layer: Layer, outputs: bool = False) -> Tensor:
-    """Return the weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the turned side, at full precision."""
+    """Return the weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the rotated side, in float32 or
+    better."""
     flat = precise(weight).flatten(layer.batch_dims + 1)
     return flat.mT if outputs or layer.one_hot else flat
 
 
 def weight_of(rows: Tensor, layer: Layer, shape: torch.Size, outputs: bool = False) -> Tensor:
-    """Return the weight of its `rows`."""
+    """Return the weight in its original `shape`, from the result of `rows`."""
     return (rows.mT if outputs or layer.one_hot else rows).reshape(shape)
 
 
 def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False) -> int:
-    """Return the width of a block that is nearest to the wanted one (the smaller of two) and cuts the turned side
-    evenly, for a butterfly of that many factors.
+    """Return the width of a block that is nearest to the wanted one and divides the rotated side evenly, for a
+    butterfly of `factors` factors. Of two widths that are equally near, the smaller one is returned.
 
     Raises:
-        UnsupportedSite: blocks of width up to twice the wanted one do not cut the side evenly, or the tensor is a
-            vector.
+        UnsupportedSite: no block width up to twice the wanted one divides the side evenly, or the tensor is a vector.
     """
     if len(site.weight_shape) == site.layer.batch_dims + 1:
         raise UnsupportedSite(f"{site.path} is a vector, and only a matrix can be rotated; exclude it")
@@ -55,20 +56,20 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
 
 def within(entries: Tensor, limit: float, times: int) -> Tensor:
     """Return entries above the diagonals of skew-symmetric blocks, [*batch, blocks, entries], scaled down so that the
-    norm of all blocks together, each of them so many times, is at most the limit."""
+    norm of all blocks together is at most `limit`. Each block counts `times` times."""
     norm = math.sqrt(2 * times) * torch.linalg.vector_norm(entries, dim=(-2, -1), keepdim=True)
     return entries * (limit / norm.clamp(min=limit))
 
 
 def each_within(entries: Tensor, radius: float) -> Tensor:
-    """Return such entries with the norm of each block at most the radius; the gradient is taken at the scaled
-    entries."""
+    """Return entries as `within` does, but with the norm of each block at most `radius`. Backward treats the scaling as
+    the identity."""
     norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
     return entries + (entries * (radius / norm.clamp(min=radius)) - entries).detach()
 
 
 def precise(values: Tensor) -> Tensor:
-    """Cast the parameters of rotations to float32 at least."""
+    """Return the parameters of rotations, cast to float32 or better."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

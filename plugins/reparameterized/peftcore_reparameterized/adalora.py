@@ -1,21 +1,22 @@
-"""AdaLoRA: a low-rank update whose ranks are allotted while it trains.   Zhang et al. 2023, arXiv 2303.10512.
+"""AdaLoRA: a low-rank update whose ranks are chosen during training.   Zhang et al. 2023, arXiv 2303.10512.
 
 Equation:
     y = W x + b + s B diag(E) A dropout(x),   s = alpha / (rank + 1e-5)
 
-The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). The importance of a triple (a column of B, an entry of
-E, a row of A) is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation. From
-step `warmup` to the last `final` ones a budget for all sites falls as a cubic from all triples to `target_rank` a site;
-every `interval` steps E becomes zero in the least important triples, which may be activated again.
+The term orthogonality * mean(||A A' - I||, ||B' B - I||) is added to the loss. The importance of a triple (a column of
+B, an entry of E, a row of A) is S(E) + mean S(A) + mean S(B). S is the product of two moving averages: of |w dw|, and
+of its fluctuation. From step `warmup` until the last `final` steps, the number of active triples of all sites decreases
+as a cubic, from all triples to `target_rank` a site. Every `interval` steps, E is set to zero in the least important
+triples, which may be activated again later.
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
 
 Start: A and B from N(0, 0.02), E at zero: the identity.
 
-Differs from the authors' code: That code was not compared; no difference from peft is known.
+Differs from the authors' code: The authors' code was not compared; no difference from peft is known.
 
-Use it: `peftcore.apply(model, "adalora")`, to spread a small budget over many sites when it is unknown which of them
-matter.
+Use it: `peftcore.apply(model, "adalora")`, to distribute a small number of ranks over many sites if it is unknown which
+sites are important.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class AdaLoRAConfig(MethodConfig):
 
     method: Literal["adalora"] = "adalora"
     rank: PositiveInt = 12
-    """Rank of each update at first; half as much again as the target is usual."""
+    """Initial rank of each update; 1.5 times `target_rank` is usual."""
     target_rank: PositiveInt = 8
     """Rank of the updates at the end, on average over the sites."""
     alpha: PositiveFloat = 8.0
@@ -45,15 +46,15 @@ class AdaLoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     warmup: NonNegativeInt = 0
-    """Steps before the budget falls."""
+    """Number of steps before ranks are reduced."""
     final: NonNegativeInt = 0
-    """Number of final steps, in which the chosen triples stay fixed."""
+    """Number of final steps, in which the choice of triples does not change."""
     interval: PositiveInt = 1
-    """Steps from one choice to the next."""
+    """Number of steps from one choice of triples to the next."""
     beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
     """Decay of the moving average of the importance."""
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
-    """Decay of the moving average of its fluctuation."""
+    """Decay of the moving average of the importance's fluctuation."""
     orthogonality: NonNegativeFloat = 0.5
     """Weight of the orthogonality of A and B in the loss."""
 
@@ -62,7 +63,7 @@ class AdaLoRAOperator(LowRankOperator):
     """The update of one site in triples, and the moving averages of their importance."""
 
     chosen: Tensor
-    """Whether a triple acts, ``[*batch, rank]``."""
+    """Whether a triple is active, ``[*batch, rank]``."""
 
     def __init__(self, site: Site, config: AdaLoRAConfig) -> None:
         super().__init__(site, config.dropout)
@@ -79,7 +80,8 @@ class AdaLoRAOperator(LowRankOperator):
         return self.A * self.E.view(*self.E.shape, *[1] * (self.A.dim() - self.E.dim())), self.B, self.scale
 
     def distances(self) -> Tensor:
-        """Return how far A and B are from orthogonal, A of each expert first, then B: [2 * experts]."""
+        """Return the distances of A and B from orthogonal matrices: first for A of each expert, then for B, [2 *
+        experts]."""
         grams = torch.stack([each @ each.mT for each in (self.A.flatten(self.E.dim()), self.B.mT)])
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
 
@@ -99,7 +101,7 @@ class AdaLoRAOperator(LowRankOperator):
 
 
 class AdaLoRA(Method):
-    """Low-rank adaptation with ranks by importance."""
+    """Low-rank adaptation with ranks that are chosen by importance."""
 
     name = "adalora"
     Config = AdaLoRAConfig
@@ -148,7 +150,8 @@ def _operators(injection: AppliedMethod) -> list[AdaLoRAOperator]:
 
 
 def _choose(operators: list[AdaLoRAOperator], target: int, share: float) -> None:
-    """Zero all but the most important triples of all sites: the target, and a share of what is above it."""
+    """Mark the most important triples of all sites as chosen. Their number is the target, plus `share` of the triples
+    beyond it."""
     scores = [operator.scores() for operator in operators]
     every, target = torch.cat([s.flatten() for s in scores]), target * sum(math.prod(s.shape[:-1]) for s in scores)
     dropped = len(every) - int((len(every) - target) * share + target)

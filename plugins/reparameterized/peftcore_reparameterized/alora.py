@@ -3,27 +3,27 @@
 Equation:
     y_t = W x_t + b + [t >= t_0] s B A dropout(x_t),   s = alpha / rank
 
-t_0 is the position at which the invocation begins: a fixed sequence of ids in the prompt before the adapter's task,
-such as a chat template's "<|start_of_role|>certainty". Tokens before it are computed by the base model, so the adapter
-continues from a cache that the base, or any other aLoRA, has filled, without computing the prompt again.
+t_0 is the position at which the invocation begins. The invocation is a fixed sequence of ids in the prompt before the
+adapter's task, such as "<|start_of_role|>certainty" in a chat template. Tokens before it are computed by the base
+model. So the adapter can continue from a cache of the base, or of any other aLoRA, without computing the prompt again.
 
-The last occurrence in the input counts, as in peft; in ``generate`` that of the prompt, of which the model may be given
-pieces (``prefill_chunk_size=``). It is kept with the cache, which may be copied for each of many adapters. Where pieces
-of a prompt are passed to forward by hand, a piece that would change the adapter of tokens in the cache raises
-`SequenceError`. Rows without the invocation run the base model. ``peftcore.call(model, since=[...])`` passes the
-columns for inputs without ids, or where the base saw the invocation; `peftcore.route` with ``since=`` does it for
-adapters of other methods. Without `invocation` the adapter acts on all tokens, unless ``since`` is passed. Only linear
-layers are adapted, as in peft.
+As in peft, the last occurrence of the invocation in the input counts. ``generate`` searches it in the prompt, which may
+be processed in chunks (``prefill_chunk_size=``). Its position is stored with the cache, which may be copied for each of
+many adapters. If you pass a prompt to forward in parts, a part that would change the adapter of tokens in the cache
+raises `SequenceError`. Rows without the invocation run the base model. ``peftcore.call(model, since=[...])`` passes t_0
+of each row. Use it for inputs without ids, or if the base model already processed the invocation. `peftcore.route` with
+``since=`` does the same for adapters of other methods. Without `invocation` the adapter acts on all tokens, unless
+``since`` is passed. Only linear layers are adapted, as in peft.
 
 Parameters: rank * (in + out) a site.
 
 Start: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: In peft, by the method's authors, the mask shifts with each generated token
-if no cache is used; here it does not.
+Differs from the authors' code: In the code in peft, which is by the authors, the mask shifts with each generated token
+if no cache is used. Here it does not.
 
-Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters: checks,
-rewritings, judgements that share a long prompt.
+Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters, such as checks,
+rewritings and judgements that share a long prompt.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class ALoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     invocation: list[NonNegativeInt] = Field(default_factory=list)
-    """The token ids of the invocation, from which the adapter acts; empty: it acts on all tokens (peft's
-    `alora_invocation_tokens`)."""
+    """The token ids of the invocation, from which on the adapter acts (`alora_invocation_tokens` in peft). If the list
+    is empty, the adapter acts on all tokens."""
 
 
 class ALoRAOperator(Operator):
-    """The update of one linear layer, on the tokens from the invocation on."""
+    """The update of one linear layer. It acts on the invocation and on the tokens after it."""
 
     def __init__(self, site: Site, config: ALoRAConfig) -> None:
         super().__init__(site)
@@ -96,7 +96,7 @@ class ALoRAOperator(Operator):
 
 
 class ALoRA(Method):
-    """Low-rank adaptation from an invocation on."""
+    """Low-rank adaptation of the tokens from an invocation on."""
 
     name = "alora"
     Config = ALoRAConfig

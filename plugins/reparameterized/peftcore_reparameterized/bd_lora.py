@@ -6,19 +6,20 @@ Equation:
     A = diag(A_1 … A_n),  A_i [rank / n, in / n]     in `cut_inputs`: what tensor parallelism shards by inputs
     B = diag(B_1 … B_n),  B_i [out / n, rank / n]    elsewhere: what it shards by outputs
 
-A server that shards a weight over n devices, queries, keys, values, gates and up-projections by outputs, the matrices
-after them by inputs, can shard the factors alike: each device has whole blocks, and no device waits for another one's
-share of A x. With n = 1 it is LoRA.
+A server with tensor parallelism over n devices shards queries, keys, values, gates and up-projections by outputs, and
+the matrices after them by inputs. It can shard the factors in the same way. Then each device has whole blocks, and no
+device waits for another device's part of A x. With n = 1 the method is LoRA.
 
-n divides the rank, and inputs or outputs of each target module. Kernels of convolutions belong to their inputs; tokens
-of embeddings are not cut into blocks. Each expert has separate factors.
+n must divide the rank, and the inputs or outputs of each target module. Blocks of a convolution contain whole kernels.
+The tokens of an embedding are not split into blocks. Each expert has separate factors.
 
 Parameters: rank * (in * kernel / n + out) a site, or rank * (in * kernel + out / n), times the number of experts.
 
-Start: B at zero; a whole A as LoRA's, the blocks of A as peft starts them, uniform in +-sqrt(6 n / in): the identity.
+Start: B at zero: the identity. An A without blocks starts as in LoRA. Blocks of A start as in peft, uniform in +-sqrt(6
+n / in).
 
-Differs from the authors' code: That code was not compared, peft's was, which supports linear layers only, and selects
-the cut factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
+Differs from the authors' code: The authors' code was not compared; peft was. peft supports linear layers only, and
+selects the block-diagonal factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
 
 Use it: `peftcore.apply(model, "bd_lora")`, instead of LoRA where many adapters are served on several devices; n is the
 number of devices.
@@ -45,17 +46,18 @@ class BDLoRAConfig(MethodConfig):
 
     method: Literal["bd_lora"] = "bd_lora"
     rank: PositiveInt = 8
-    """Rank of the update; `blocks` divides it."""
+    """Rank of the update; `blocks` must divide it."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     blocks: PositiveInt = 2
-    """Blocks n of the factor that is block diagonal: the number of devices that will serve it."""
+    """Number n of blocks of the block-diagonal factor. Set it to the number of devices that will serve the model."""
     cut_inputs: list[str] = Field(
         default_factory=lambda: ["attn.out", "cross.out", "attn_mlp.out", "mlp.down", "experts.down", "ssm.out"]
     )
-    """Sites whose A is block diagonal, and not B: roles, or globs for site paths (peft's `target_modules_bd_a`)."""
+    """Sites at which A is block diagonal; at all others B is. An entry is a role, or a glob for site paths
+    (`target_modules_bd_a` in peft)."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
@@ -107,8 +109,8 @@ class BDLoRAOperator(LowRankOperator):
         return self.A, self._diagonal(self.B, dim), self.scale
 
     def _diagonal(self, blocks: Tensor, dim: int) -> Tensor:
-        """Put blocks ``[*batch, n * rows, columns, *kernel]`` along a diagonal, ``[*batch, n * rows, n * columns,
-        *kernel]``."""
+        """Return blocks ``[*batch, n * rows, columns, *kernel]`` as a block-diagonal matrix, ``[*batch, n * rows, n *
+        columns, *kernel]``."""
         n = self.blocks
         same = torch.eye(n, dtype=blocks.dtype, device=blocks.device)
         apart = blocks.unflatten(dim, (n, -1)).unsqueeze(dim + 2)  # [*batch, n, rows, 1, columns, *kernel]

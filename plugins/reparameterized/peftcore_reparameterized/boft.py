@@ -3,24 +3,25 @@
 Equation:
     W' = diag(s) W R^T,   R = B_m ... B_1,   B_i = P_i diag(R_1, ..., R_k) P_i^T,   R_j = (I - K_j) (I + K_j)^-1
 
-The turned side is cut into halves of blocks, b / 2 coordinates each. A block of B_1 joins neighbours, one of B_i halves
-at the distance 2^(i - 1), as in a fast Fourier transform: after m factors each input has met b 2^(m - 1) others, with
-few parameters. K is skew-symmetric; the bias is not scaled. One factor is OFT with the gains s. Convolutions and
-embeddings turn as in OFT.
+The inputs are split into halves of blocks, b / 2 coordinates each. A block of B_1 consists of two neighbouring halves,
+and a block of B_i of two halves at the distance 2^(i - 1), as in a fast Fourier transform. So after m factors each
+input is mixed with b 2^(m - 1) others, with few parameters. K is skew-symmetric, and the bias is not scaled. With one
+factor, the method is OFT with the gains s. Convolutions and embeddings are rotated as in OFT.
 
-As in OFT, the entries above the diagonal of K are trained; the permutations are views. side="outputs" turns the
-outputs, as LyCORIS does (W' = diag(s) R W), with the inverse transform and the coordinates of a block in turns from its
-two halves. The defaults are those of the paper's language models, m = 2 and b = 8. In training, `block_dropout` is the
-share of the blocks of one factor that do not turn, drawn in each forward (peft: boft_dropout).
+As in OFT, the entries above the diagonal of K are trained; the permutations are views. side="outputs" rotates the
+outputs, W' = diag(s) R W. LyCORIS does so too, but with the inverse rotation, and the coordinates of its blocks
+alternate between the two halves. The defaults m = 2 and b = 8 are those of the language models in the paper.
+`block_dropout` (`boft_dropout` in peft) is the share of the blocks of one factor that are not rotated in training. They
+are drawn in each forward.
 
 Parameters: m k b (b - 1) / 2 + out a site, k = in * kernel / b, times the number of experts.
 
 Start: K at zero, s [out] at one: the identity.
 
-Differs from the authors' code: The authors (whose code is peft's) train a full Q with K = (Q - Q^T) / 2. Without its
-CUDA kernel peft falls back to one factor, and its convolutions ignore dilation.
+Differs from the authors' code: The authors, whose code is in peft, train a full Q with K = (Q - Q^T) / 2. Without its
+CUDA kernel peft uses only one factor. Its convolutions ignore dilation.
 
-Use it: `peftcore.apply(model, "boft")`, where OFT's blocks are too narrow to mix what belongs together.
+Use it: `peftcore.apply(model, "boft")`, where OFT's blocks are too narrow to mix all inputs that depend on each other.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ class BOFTConfig(MethodConfig):
 
     method: Literal["boft"] = "boft"
     block_size: Annotated[int, Field(ge=2)] = 8
-    """Width b of a block; at a site whose inputs it does not fit, the nearest width that does."""
+    """Width b of a block. At a site whose inputs cannot be split into such blocks, the nearest possible width is
+    used."""
     factors: PositiveInt = 2
-    """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
+    """Number m of butterfly factors; b * 2^(m - 1) must divide the number of inputs of a site."""
     block_dropout: Share = 0.0
-    """Share of the blocks of one factor that do not turn in a forward in training, rounded down."""
+    """Share of the blocks of one factor that are not rotated in a forward in training. Their number is rounded down."""
     side: Literal["inputs", "outputs"] = "inputs"
-    """Side of a weight that turns; an embedding turns its returned vectors either way."""
+    """Side of a weight that is rotated. For an embedding, the returned vectors are rotated with either value."""
 
 
 WIDEST = 64
-"""Largest width of the merged blocks of all factors up to which the rotation runs on activations."""
+"""Up to this block width of the product of all factors, activations are rotated instead of the weight."""
 
 
 class BOFTOperator(WeightOperator):
@@ -130,8 +132,7 @@ class BOFTOperator(WeightOperator):
 
 
 def _swap(rows: Tensor, one: int, other: int, size: int) -> Tensor:
-    """Exchange two levels of the order of halves: those at the distance 2^factor come to stand side by side, or go
-    back."""
+    """Reorder the halves of blocks: make halves at the distance 2^factor neighbours, or restore the original order."""
     if one == 1 or other == 1:  # neighbours already
         return rows
     return rows.unflatten(-1, (-1, one, other, size // 2)).transpose(-3, -2).flatten(-4)

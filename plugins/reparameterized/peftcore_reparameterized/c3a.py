@@ -4,26 +4,28 @@ Equation:
     W' = W + D / in,   D[i, j][p, q] = w[i, j, (q - p) mod b],   w [out / b, in / b, b]
 
 The weight is cut into blocks [b, b], and the update of each is circulant: every row is the row above it, shifted by
-one. So a block has b parameters, and yet its rank may be b. Its product with inputs is a circular correlation, which a
-Fourier transform computes: on vectors this avoids a matrix of the weight's size, and the addition to an output is
+one. So a block has b parameters, and yet its rank may be b. The product of a block with inputs is a circular
+correlation, which is computed by a Fourier transform. For inputs that are vectors this avoids a matrix of the weight's
+size. The addition to an output is
 
     y[i] = irfft(sum_j conj(rfft(w[i, j])) rfft(x[j])) / in
 
 in float32 at least. The division by the number of inputs is a part of the method, as in peft; so learning rates are a
 hundred times those of other methods.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. b divides both sides; near sqrt(in *
-out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels.
+Kernels of convolutions count as inputs (in * kernel), and embeddings count as [dim, num]. b must divide both sides;
+near sqrt(in * out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels.
 
 Parameters: in * kernel * out / b a site, times the number of experts.
 
-Start: w uniform in +-sqrt(6 / (in + out)), as the authors and peft have it: a fresh adapter changes outputs a little;
-``start="zeros"`` makes it an identity.
+Start: w uniform in +-sqrt(6 / (in + out)), as in the authors' code and in peft: a fresh adapter changes outputs a
+little. ``start="zeros"`` makes it an identity.
 
-Differs from the authors' code: peft, by its authors, supports linear layers only, and for b above 2 its gradients of
-the inputs are wrong.
+Differs from the authors' code: The code in peft, which is by the authors, supports linear layers only. For b above 2
+its gradients of the inputs are wrong.
 
-Use it: `peftcore.apply(model, "c3a")`, where the rank of a LoRA is the limit, at as many parameters or fewer.
+Use it: `peftcore.apply(model, "c3a")`, where the rank of a LoRA limits the quality. It needs as many parameters or
+fewer.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class C3AConfig(MethodConfig):
 
 
 def started(site: Site, start: str, shape: tuple[int, ...]) -> Tensor:
-    """Draw kernels; while planning, a shape."""
+    """Return the initial kernels w, of the given shape."""
     if start == "zeros":
         return torch.zeros(shape)
     if start == "gaussian":

@@ -5,15 +5,16 @@ Equation:
     C' = C + d mean(diag C) I,   W C' = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r' inv(C')
     W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first
 
-PiSSA by the outputs of a weight for the inputs of ``data=``, which needs no labels. mode="ipm" (instruction previewed)
-trains the r largest directions, and data is from the task; mode="kpm" (knowledge preserved) trains the r smallest, and
-data is from the knowledge to keep. d is 0.01, and is doubled until inv(C') is exact enough.
+CorDA is PiSSA with a decomposition of the outputs that a weight computes for the inputs in ``data=``, which needs no
+labels. mode="ipm" (instruction previewed) trains the r largest directions; use data of the task. mode="kpm" (knowledge
+preserved) trains the r smallest directions; use data of the knowledge to preserve. d is 0.01, and is doubled until
+inv(C') is exact enough.
 
 The base is unchanged, and A0 and B0 are frozen buffers, so the adapter fits the original base. max(X) is the largest
 entry with its sign, as in the authors' code and in peft. s is 1 at every rank, as in the authors' code, or alpha / rank
-where `alpha` is given. Padding is left out. Weights whose inputs are not vectors (convolutions, embeddings, tensors
-that are read) are decomposed directly, with C' = I. All of the C are in memory at once, a matrix [in, in] for each
-module.
+where `alpha` is given. Padding is excluded. Weights whose inputs are not vectors (convolutions, embeddings, tensors
+that are read) are decomposed directly, with C' = I. The matrices C [in, in] of all modules are in memory at the same
+time.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -22,8 +23,8 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
 the same. They include padding in C.
 
-Use it: `peftcore.apply(model, "corda", data=batches)`, instead of LoRA where the base's knowledge must be kept (kpm),
-or training is short (ipm).
+Use it: `peftcore.apply(model, "corda", data=batches)`, instead of LoRA where the knowledge of the base must be
+preserved (kpm), or training is short (ipm).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from peftcore_reparameterized._inputs import check_seen
 from peftcore_reparameterized._low_rank import low_rank_count
 
 LARGEST_ERROR = 0.05
-"""The largest error of an inverse, as the distance of C' inv(C') from the identity."""
+"""Largest accepted error of inv(C'), which is the distance of C' inv(C') from the identity."""
 
 
 class CorDAConfig(MethodConfig):
@@ -90,7 +91,7 @@ def damped(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CorDAOperator(PairOperator):
-    """The part of one weight that trains, and its frozen start: zero until `decompose` has set it."""
+    """The trained part of one weight, and its frozen initial value. Both are zero until `decompose` sets them."""
 
     def __init__(self, site: Site, config: CorDAConfig) -> None:
         rank = rank_within(site, config.rank)
@@ -101,7 +102,7 @@ class CorDAOperator(PairOperator):
 
     @torch.no_grad()
     def decompose(self, site: Site, C: Tensor | None) -> None:
-        """Compute A and B from the weight and the products of its inputs; without products, from the weight only."""
+        """Compute A and B from the weight and C. If C is None, they are computed from the weight only."""
         weight = as_matrix(site)  # [*batch, out, in * kernel]
         fixed, inverse = (None, None) if C is None else damped(C.to(weight))
         U, S, V = torch.linalg.svd(weight if fixed is None else weight @ fixed, full_matrices=False)
@@ -115,7 +116,7 @@ class CorDAOperator(PairOperator):
 
 
 class CorDA(Method):
-    """Low-rank adaptation from a decomposition that data orients."""
+    """Low-rank adaptation that starts at a decomposition which depends on data."""
 
     name = "corda"
     Config = CorDAConfig

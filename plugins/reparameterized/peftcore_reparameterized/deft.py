@@ -4,12 +4,12 @@ Equation:
     W' = (I - Q T') W + c Q R,   P [out, rank],   R [rank, in],   c = alpha / rank, or 1 without alpha
 
 The weight's component along rank directions of its outputs is removed, and a trained component replaces it. With
-`projection` relu Q is P, and T is P with its negative entries set to zero; with qr both are an orthonormal basis of the
-columns of P, so that Q T' projects. Without `injects` R is left out, as in PaRa (arXiv 2406.05641): the rank of the
-weight shrinks from the start.
+projection="relu", Q is P, and T is P with its negative entries set to zero. With projection="qr", both are an
+orthonormal basis of the columns of P, so Q T' is a projection. With injects=False there is no R, as in PaRa (arXiv
+2406.05641), and the rank of the weight is reduced from the start.
 
-With `dropout` inputs of R are dropped. Kernels of convolutions count as inputs; embeddings as [dim, num]. Each expert
-has a separate P and R.
+With `dropout` inputs of R are dropped. Kernels of convolutions count as inputs, and embeddings count as [dim, num].
+Each expert has a separate P and R.
 
 Parameters: rank * (in * kernel + out) a site, rank * out without `injects`, times the number of experts; rank at most
 that of the outputs.
@@ -17,11 +17,11 @@ that of the outputs.
 Start: P ~ N(0, 0.02), R = T' W / c, which restores the removed component, as in peft: the identity. Without `injects`
 the weight changes from the start.
 
-Differs from the authors' code: The authors start R as N(0, 0.005), and drop inputs of the whole layer, where peft drops
-those of R, as here. peft computes in float32 whatever the dtype.
+Differs from the authors' code: The authors initialize R from N(0, 0.005), and drop inputs of the whole layer. peft
+drops only the inputs of R, and so does peftcore. peft computes in float32, whatever the dtype of the model is.
 
-Use it: `peftcore.apply(model, "deft")`, where training shall replace old knowledge by new, as for a personal subject in
-text to image.
+Use it: `peftcore.apply(model, "deft")`, where training should replace old knowledge by new knowledge, such as a
+personal subject in text-to-image generation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class DEFTConfig(MethodConfig):
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank`` of the injected component; with None it is not scaled."""
     projection: Literal["relu", "qr"] = "relu"
-    """The removed component of the weight: on the positive part of P, or on the space that its columns span."""
+    """How the removed component of the weight is computed: with the positive part of P ("relu"), or with an orthonormal
+    basis of its columns ("qr")."""
     injects: bool = True
     """Inject a trained component; otherwise only remove one (PaRa)."""
     dropout: Share = 0.0

@@ -4,12 +4,13 @@
 Equation:
     W' = W + lambda / rank sum_i b_i a_i diag(n) / (||a_i|| ||b_i||),   n_j = ||W[:, j]||,   i = 1 … rank
 
-Only the directions of the rows a_i of A and columns b_i of B count, so the update of a weight is bounded however long
-training runs: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths
-of the columns of the weight as they are when the adapter is made; files have it, as peft's do.
+The update depends only on the directions of the rows a_i of A and columns b_i of B, not on their lengths. So its norm
+is at most lambda max(n), however long training runs. The strength lambda is trained, one number for each site. n
+contains the lengths of the weight's columns at the time when the adapter is installed. It is saved in the file, as in
+peft.
 
-After the first step, however short it is, B has a direction and the update nearly its full size; so warm the rate up.
-`dropout`, their `module_dropout`, drops inputs of the update.
+After the first step, however short it is, B has a direction, and the update has nearly its full size. So use a warmup
+of the learning rate. `dropout` (`module_dropout` in peft) drops inputs of the update.
 
 Convolutions count as [out, in * kernel]. Embeddings count as [dim, num]. Each expert has separate A, B, lambda and n.
 
@@ -18,12 +19,13 @@ Parameters: rank * (in * kernel + out) + 1 a site, times the number of experts.
 Start: A uniform in +-1/sqrt(in) and B at zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W, the
 identity. In embeddings A is zero and B ~ N(0, 1).
 
-Differs from the authors' code: The paper calls a start from zeros unstable at times: there both are random, and a
-frozen copy of their product is subtracted from the weight, which files of peft cannot hold. The authors train lambda at
-a separate rate, on MNLI three times that of the other parameters. peft supports linear layers only.
+Differs from the authors' code: The paper calls a start with B at zero unstable at times. There, A and B are both random
+at first, and a frozen copy of their product is subtracted from the weight. Files of peft cannot contain that copy. The
+authors train lambda with a separate learning rate, which on MNLI is three times that of the other parameters. peft
+supports linear layers only.
 
-Use it: `peftcore.apply(model, "delora")`, where training is long or its rate uncertain: it does not drift far from the
-base model.
+Use it: `peftcore.apply(model, "delora")`, where training is long or the best learning rate is uncertain: the weights
+remain close to those of the base model.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share,
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 SHORTEST = 1e-4
-"""The least length of rows and columns: shorter ones count as this."""
+"""Lower bound of the lengths that rows and columns are divided by."""
 
 
 class DeLoRAConfig(MethodConfig):
@@ -49,7 +51,8 @@ class DeLoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     strength: PositiveFloat = 15.0
-    """The start of lambda: the update's largest norm, relative to that of the weight's longest column."""
+    """Initial value of lambda, which bounds the norm of the update relative to the length of the weight's longest
+    column."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 

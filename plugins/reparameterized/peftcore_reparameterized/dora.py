@@ -3,18 +3,18 @@
 Equation:
     V = W + s B A,   W' = m V / ||V||,   s = alpha / rank
 
-The norm is taken over the inputs, one for each output row (as in the authors' code and in peft), and counts as a
-constant in backward (section 4.3 of the paper). m is [out]. A row of zeros has no direction; it stays zero. With
+The norm is computed over the inputs, one for each row of the weight, as in the authors' code and in peft. Backward
+treats it as a constant (section 4.3 of the paper). m is [out]. A row of zeros has no direction, and remains zero. With
 `dropout` the addition to the layer's output, (W' - W) x, is computed from inputs with dropout, as in peft.
 
 Parameters: rank * (in * kernel + out) + out a site, times the number of experts.
 
 Start: m = ||W||, A and B as LoRA's, so that W' = W: the identity.
 
-Differs from the authors' code: No difference is known; that code was not compared, peft's was. LyCORIS offers the norm
-over the other axis too.
+Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. LyCORIS can also
+compute the norm over the outputs.
 
-Use it: `peftcore.apply(model, "dora")`, where LoRA at low rank falls short of full fine-tuning; it costs one pass over
+Use it: `peftcore.apply(model, "dora")`, where LoRA at low rank is worse than full fine-tuning. It costs one pass over
 the weight in each training step.
 """
 
@@ -65,7 +65,7 @@ class DoRAConfig(MethodConfig):
 
 
 class DoRAOperator(WeightOperator):
-    """Direction by a low-rank update, magnitude by a vector."""
+    """Changes the direction of a weight's rows by a low-rank update, and their magnitude by a vector."""
 
     stackable = True
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
@@ -80,8 +80,8 @@ class DoRAOperator(WeightOperator):
         self.magnitude = nn.Parameter(self._norm(weight.to(precise)))  # [*batch, out]
 
     def _norm(self, weight: Tensor) -> Tensor:
-        """Return the lengths of rows [*batch, out]. Along what lies as columns, as in GPT-2, torch's own takes ten
-        times as long as squares and their sum."""
+        """Return the norms of rows [*batch, out]. For weights stored transposed, as in GPT-2,
+        `torch.linalg.vector_norm` takes ten times as long as a sum of squares."""
         rows = weight.detach().flatten(self.layer.batch_dims + 1)
         return torch.linalg.vector_norm(rows, dim=-1) if rows.is_contiguous() else rows.square().sum(-1).sqrt()
 

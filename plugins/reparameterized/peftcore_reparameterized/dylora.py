@@ -3,29 +3,29 @@
 Equation:
     y = W x + b + alpha / n  B[:, :n] A[:n] x,   n = u, 2 u, ..., rank drawn evenly for each forward in training
 
-A and B are as in LoRA. Since n is drawn in each step, lower rows learn to work without the rows above: one training
-gives an adapter of each rank, without a search for the rank. Only the last u of the n rows, the drawn block, are
-trained; the rows below the block act and keep their values, as in the authors' script. With `frozen` off all n are
-trained. In evaluation all ranks act, or as many as a call selects:
+A and B are as in LoRA. Since n is drawn in each step, the first rows learn to work without the later ones. So one
+training yields an adapter of every rank, without a search for the best rank. A step trains only the last u of the n
+rows, the drawn block. The rows before the block are used but keep their values, as in the authors' script. With
+frozen=False all n rows are trained. In evaluation all ranks are used, or as many as a call selects:
 
     with peftcore.call(model, lora_rank=4): ...
 
-and ``peftcore_reparameterized.dylora.make_lora(injection, 4)`` cuts a LoRA of that rank off. A merge and files of other
-programs have all ranks. The scale is alpha / n in training and afterwards, so a LoRA of rank n and that alpha. n is
-drawn once for a forward of the model, by torch's generator, and holds in all layers, as theirs does for a step; where a
-part of the model runs by itself each layer draws, as in LyCORIS and kohya's sd-scripts. Convolutions, embeddings and
-experts as in LoRA.
+``peftcore_reparameterized.dylora.make_lora(injection, 4)`` makes a LoRA of the first 4 ranks. A merge contains all
+ranks, and so do files in the formats of other libraries. The scale is alpha / n in training and afterwards, as in a
+LoRA of rank n with the same alpha. torch's generator draws n once for each forward of the model, and all layers use the
+same n, as in a step of the authors' code. If a part of the model is called on its own, each of its layers draws n, as
+in LyCORIS and in sd-scripts of kohya. Convolutions, embeddings and experts are adapted as in LoRA.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: The authors multiply A and B by sqrt(rank / n) each, which is the same; they have u = 1.
-LyCORIS divides alpha by the number of blocks in training and by the rank afterwards, so that with u above 1 what was
-trained is scaled down; sd-scripts has all ranks act whatever is drawn, with the scale alpha / sqrt(rank n).
+Differs from the authors' code: The authors multiply A and B by sqrt(rank / n) each, which is equivalent, and have u =
+1. LyCORIS divides alpha by the number of blocks in training and by the rank afterwards. So with u above 1, the trained
+update is scaled down. sd-scripts uses all ranks whatever n is, with the scale alpha / sqrt(rank n).
 
-Use it: `peftcore.apply(model, "dylora")`, where the rank is to be chosen after training; not where it is known, as LoRA
-of that rank learns faster.
+Use it: `peftcore.apply(model, "dylora")`, where the rank is chosen after training. If the rank is known, a LoRA of that
+rank learns faster.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ class DyLoRAConfig(MethodConfig):
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / n`` at rank n."""
     block_size: PositiveInt = 1
-    """Rows u by which ranks differ; it divides the rank."""
+    """Number u of rows in a block; it divides the rank."""
     frozen: bool = True
-    """In training, rows below the drawn block act without being trained; if off, all n rows are trained."""
+    """Whether, in training, the rows before the drawn block are used without being trained. If False, all n rows are
+    trained."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
@@ -78,7 +79,8 @@ class DyLoRAConfig(MethodConfig):
 
 
 class DyLoRAOperator(LowRankOperator):
-    """The factors of one site: at each rank that blocks of rows make up, the update is ``alpha / n B[:, :n] A[:n]``."""
+    """The factors of one site. At each rank n that is a multiple of the block size, the update is ``alpha / n B[:, :n]
+    A[:n]``."""
 
     stackable = False
 
@@ -91,10 +93,10 @@ class DyLoRAOperator(LowRankOperator):
         self.noise = 1.0  # set to 0 where nothing is to be drawn
 
     def draw(self, running: ForwardContext) -> Tensor:
-        """Return the rank that was drawn for the forward that runs, [].
+        """Return the rank n for the current forward, a tensor [].
 
-        Every operator draws, so that a recomputed block makes the same number of draws; the first operator's draw
-        counts.
+        Every operator draws, so that gradient checkpointing repeats the same number of draws. Only the draw of the
+        first operator is used.
         """
         share = torch.rand((), device="cpu")
         if running.inputs:
@@ -104,7 +106,7 @@ class DyLoRAOperator(LowRankOperator):
         return self.block_size * (1 + (share * (self.rank // self.block_size)).floor())
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors that act in the forward that runs; outside of any, those of the largest rank.
+        """Return the factors and the scale for the current forward; outside of a forward, those of the largest rank.
 
         Raises:
             ConfigError: a call selects a rank that does not exist.
@@ -117,7 +119,8 @@ class DyLoRAOperator(LowRankOperator):
         return self.masked(self.draw(running), self.frozen) if draws else (self.A, self.B, self.scale)
 
     def factors_of(self, rank: int, frozen: bool = False) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of that rank and the scale; with `frozen`, the rows below its block are detached.
+        """Return the factors of a rank and the scale. With `frozen`, the rows before the last block of that rank are
+        detached.
 
         Raises:
             ConfigError: the rank is not a multiple of the block size up to the full rank.
@@ -131,7 +134,8 @@ class DyLoRAOperator(LowRankOperator):
         return A, B, self.alpha / rank
 
     def masked(self, rank: Tensor, frozen: bool) -> tuple[Tensor, Tensor, float]:
-        """Return the factors and the scale for a rank given as a tensor [], with zeros in the rows above it."""
+        """Return the factors and the scale for a rank given as a tensor []. Rows beyond that rank are multiplied by
+        zero."""
         rank = rank.to(self.B.device)
         row = torch.arange(self.rank, device=self.B.device)
         trains = row >= rank - (self.block_size if frozen else self.rank)
@@ -176,11 +180,12 @@ class DyLoRA(Method):
 
 @torch.no_grad()
 def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Injection:
-    """Return the LoRA of the first ranks of a dylora: frozen, and active instead of the adapter, which is kept.
+    """Return a LoRA made of the first ranks of a DyLoRA adapter. It is frozen, and it is activated instead of the
+    adapter, which remains installed.
 
     Raises:
         ConfigError: the injection is not a dylora, or lacks an adapter of that rank.
-        PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
+        PeftcoreError: an error of `peftcore.lora_of`. Then nothing is changed.
     """
     found = [(each.site, each.operator) for each in injection.grafts if isinstance(each.operator, DyLoRAOperator)]
     if not found:

@@ -4,30 +4,32 @@ Equation:
     X - mean(X) = U S V'   of all inputs X [tokens, in] of a target module, batch by batch
     y = W x + b + s B A dropout(x),   A = V_r', and B = 0 at first,   s = alpha / rank
 
-LoRA whose A starts at the directions in which the inputs vary most, so that B gets the largest gradients. ``data=`` has
-batches of the training data and needs no labels. Batches are read until the directions have converged: until those of
-two batches in a row have a cosine of `tau`.
+EVA is a LoRA whose A starts at the directions in which the inputs vary most, so that B gets the largest gradients.
+``data=`` contains batches of the training data and needs no labels. Batches are read until the directions have
+converged: a direction before and after a batch must have a cosine of `tau` or more.
 
-Ranks are redistributed: all components of all target modules, up to rho * rank of each, are sorted by the share of
-their module's variance that they explain, and the first rank * modules of them stay. A module without any remaining
-component gets no adapter. With rho=1 every module keeps its rank. The ranks are stored in `overrides`, so the file has
-them; a module whose options the user overrides keeps them and is not redistributed. Modules with the same input share
-their components; where the number is odd, the earlier modules in the model get more.
+Ranks are redistributed. Up to rho * rank components of each target module are sorted by the share of the module's
+variance that they explain, all modules together. The first rank * modules of them are used: the rank of a module is the
+number of its components among these. A module without such a component gets no adapter. With rho=1 every module keeps
+its rank. The ranks are stored in `overrides`, and so in the file. If the user overrides options of a module, it keeps
+its rank. Modules with the same input have equal components. If these cannot be divided evenly, the earlier modules in
+the model get more ranks.
 
 As in the authors' code and in peft, the mean is subtracted from the inputs, and V is approximated (`iterations`).
-Positions of padding are left out, and positions without a label too, as in peft. A batch with fewer positions than
-components is joined with the next one.
+Positions of padding are excluded, and so are positions without a label, as in peft. A batch with fewer positions than
+components is combined with the next one.
 
-Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
+Parameters: rank * (in + out) a site, with the redistributed rank. If all sites have the same shape, the sum is at most
+that of LoRA.
 
-Start: A = V_r', B at zero: the identity. Embeddings, convolutions and weights that are read lack input vectors: they
-start as in LoRA, with the configured rank.
+Start: A = V_r', B at zero: the identity. Embeddings, convolutions and weights that another module reads have no input
+vectors. They start as in LoRA, with the configured rank.
 
-Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft never stops if
-directions do not converge, and skips a batch with fewer positions than components.
+Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. peft never stops
+if directions do not converge, and skips a batch with fewer positions than components.
 
-Use it: `peftcore.apply(model, "eva", data=batches)`, instead of LoRA where you have the data at hand: it starts
-faster, and the base stays as it is.
+Use it: `peftcore.apply(model, "eva", data=batches)`, instead of LoRA where the data is available before training. It
+learns faster at first, and the base is unchanged.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ from peftcore_reparameterized.lora import LoRAOperator
 
 
 class EVAConfig(MethodConfig):
-    """Options of EVA: LoRA's, and the options of the analysis of data."""
+    """Options of EVA: those of LoRA, and those of the analysis of data."""
 
     method: Literal["eva"] = "eva"
     rank: PositiveInt = 16
@@ -75,15 +77,16 @@ class EVAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     rho: Annotated[float, Field(ge=1.0, le=1000.0)] = 2.0
-    """How many times `rank` a module may get at most; 1 leaves all ranks as they are."""
+    """Upper bound of the rank of a module, as a multiple of `rank`. With 1 no rank is changed."""
     tau: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
-    """The cosine between the directions of two batches from which on they count as settled."""
+    """Minimum cosine between a direction before and after a batch, from which on the direction has converged."""
     whiten: bool = False
     """Whether each direction is divided by the square root of its singular value."""
     keep_scale: bool = True
-    """Whether alpha follows the rank that a module gets, so that all have the scale of `alpha` and `rank`."""
+    """Whether alpha is adjusted to the redistributed rank of a module, so that ``alpha / rank`` is the same for all
+    modules."""
     use_label_mask: bool = True
-    """Whether positions whose label is -100 are left out."""
+    """Whether positions whose label is -100 are excluded."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
     """Number of steps of a fast approximation of the directions; None computes them exactly."""
     passes: PositiveInt = 10
@@ -184,18 +187,18 @@ class EVA(Method):
 
 
 class Components:
-    """The largest principal components of vectors that are added batch by batch (an incremental PCA)."""
+    """An incremental PCA: the largest principal components of vectors that are added batch by batch."""
 
     mean: Tensor
-    """The mean of all vectors, ``[in]``; with S and V, from the first batch on."""
+    """The mean of all vectors, ``[in]``. It is set by the first batch, as are S and V."""
     S: Tensor
     """The singular values, ``[count]``."""
     V: Tensor
     """The directions, ``[count, in]``."""
 
     def __init__(self, count: int, tau: float, iterations: int | None) -> None:
-        """Find `count` components; a component has settled when its directions in two batches have a cosine of `tau` or
-        more."""
+        """Compute `count` components. A component is settled when its directions before and after a batch have a cosine
+        of `tau` or more."""
         self.count, self.tau, self.iterations, self.seen, self.variation = count, tau, iterations, 0, torch.zeros(())
         self.settled = torch.zeros(count, dtype=torch.bool)
         self.waiting: Tensor | None = None
@@ -226,13 +229,15 @@ class Components:
         return shares
 
     def start(self, rank: int, whiten: bool) -> Tensor:
-        """Return the first directions ``[rank, in]``, divided by the roots of their singular values if wished."""
+        """Return the first directions ``[rank, in]``. With `whiten`, each is divided by the root of its singular
+        value."""
         S, V = self.S[:rank], self.V[:rank]
         return V / S.sqrt().unsqueeze(-1) if whiten else V
 
 
 def redistributed(found: Mapping[str, Components], rank: int) -> dict[str, int]:
-    """Return how many of each module's components are among the ``rank * modules`` that explain most."""
+    """Return the rank of each module: the number of its components among the ``rank * modules`` components that explain
+    most."""
     ranked = sorted(((share, path) for path, each in found.items() for share in each.shares()), key=lambda one: -one[0])
     best = [path for _, path in ranked[: rank * len(found)]]
     return {path: best.count(path) for path in found}

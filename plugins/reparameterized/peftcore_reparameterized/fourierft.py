@@ -5,23 +5,24 @@ Equation:
 
     delta[p, q] = alpha / (out in) sum_j c_j cos(2 pi (u_j p / out + v_j q / in))
 
-The positions (u_j, v_j) are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold
-only c; they are those that peft draws from its `random_loc_seed`. In convolutions q counts all inputs of an output,
-kernel and all; each stacked expert has a separate F.
+The positions (u_j, v_j) depend only on `entry_seed` and the shape. So all sites of one shape have the same positions,
+and files contain only c. peft draws the same positions from its `random_loc_seed`. In convolutions q counts the inputs
+at all positions of the kernel. Each stacked expert has a separate F.
 
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 
-Start: c from N(0, `init_std`): a fresh adapter changes outputs, as the authors and peft have it; ``init_std=0`` makes
-it an identity. The fresh update is expected to have the norm ``alpha init_std sqrt(n / 2) / sqrt(out in)``: the
-narrower a model, the larger the update, and the smaller the norms of its weights. `apply` says so where it is more than
-`LARGE` times that of the weight.
+Start: c from N(0, `init_std`): a fresh adapter changes outputs, as in the authors' code and in peft. ``init_std=0``
+makes it an identity. The expected norm of the fresh update is ``alpha init_std sqrt(n / 2) / sqrt(out in)``. In narrow
+models the update is larger, while the norms of the weights are smaller. `apply` reports an update whose norm is more
+than `LARGE` times that of the weight.
 
-Differs from the authors' code: The authors' code takes square weights only and applies the transpose of this update.
-Defaults are peft's; in the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and 300 for Llama and
-ViT, all of 768 inputs or more. peft computes in float32 whatever the dtype, here float64 stays exact.
+Differs from the authors' code: The authors' code supports only square weights, and applies the transpose of this
+update. The defaults are those of peft. In the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and
+300 for Llama and ViT, all of 768 inputs or more. peft computes in float32 whatever the dtype is; peftcore computes
+float64 weights in float64.
 
-Use it: `peftcore.apply(model, "fourierft")`, where adapters must be tiny; each forward costs a Fourier transform of the
-weight's size, until it is merged.
+Use it: `peftcore.apply(model, "fourierft")`, where adapters must be tiny. Until the adapter is merged, each forward
+computes a Fourier transform of the weight's size.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ class FourierFTConfig(MethodConfig):
     n_frequency: PositiveInt = 1000
     """Number n of spectral entries that are trained at each site."""
     alpha: PositiveFloat = 150.0
-    """Factor of the update; a larger factor needs a smaller learning rate."""
+    """Factor of the update. A larger factor needs a smaller learning rate."""
     entry_seed: NonNegativeInt = 777
     """Seed of the positions in the spectrum."""
     init_std: NonNegativeFloat = 1.0
-    """Standard deviation with which the entries start; 0 leaves the host's outputs as they are at first."""
+    """Standard deviation of the initial entries. With 0 a fresh adapter leaves outputs unchanged."""
 
 
 LARGE = 0.5
-"""Norm of a fresh update relative to that of its weight, above which `apply` says so."""
+"""Ratio of the norm of a fresh update to that of its weight. `apply` reports an update with a larger ratio."""
 
 
 class FourierFTOperator(WeightOperator):
@@ -84,8 +85,8 @@ class FourierFTOperator(WeightOperator):
 
 
 def relative_size(site: Site, config: FourierFTConfig) -> float:
-    """Return the norm that the fresh update of a site is expected to have, relative to that of its weight; 0 where the
-    weight is not there."""
+    """Return the expected norm of a site's fresh update, relative to the norm of its weight; 0 if the weight has no
+    values yet."""
     weight = site.base_weight()
     norm = 0.0 if weight.is_meta else weight.float().norm().item()
     expected = config.alpha * config.init_std * math.sqrt(math.prod(site.batch) * config.n_frequency / 2)
@@ -93,7 +94,7 @@ def relative_size(site: Site, config: FourierFTConfig) -> float:
 
 
 def _too_large(sites: Iterable[Site], config: FourierFTConfig) -> Iterator[str]:
-    """Yield a line about the site whose fresh update is the largest, if that is `LARGE`."""
+    """Yield a notice about the site with the largest relative size of its fresh update, if that is above `LARGE`."""
     sizes = {site.path: relative_size(site, config.at(site.path)) for site in sites}
     path = max(sizes, key=sizes.__getitem__, default="")
     if path and sizes[path] > LARGE:

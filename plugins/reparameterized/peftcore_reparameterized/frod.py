@@ -4,29 +4,30 @@ Equation:
     W_i = U_i diag(L0_i) V',     V [in, in] one for all sites of a role, columns of U_i of length one
     W_i' = W_i + U_i (S_i + diag(L_i - L0_i)) V',    L_i [in] = L0_i,    S_i zero but for n entries off the diagonal
 
-V is computed from all weights of the role. With W = Q R, W all of them stacked vertically, R' V^-1' and Q_i those rows
-of Q: V = R' E, E the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1; where W has fewer rows than columns, its right
-singular vectors. U and L0 follow from V and the weight. n = sparsity * in^2, at positions that are drawn once a role.
-Sites whose paths end alike have one role, as in peft; also as in peft, of two sites with the same number only the later
-one counts, so T5's decoder sets V for its encoder too. In directions that are zero in all weights, U has the scaled
+V is computed from all weights of the role. Let W = Q R be these weights, stacked vertically, and Q_i the rows of Q for
+one weight. Then V = R' E, where E contains the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1. If W has fewer rows
+than columns, V contains its right singular vectors. U and L0 are computed from V and the weight. The n = sparsity *
+in^2 trained entries of S_i are at positions that are drawn once for each role. As in peft, sites whose paths have the
+same ending have one role. If two sites of a role have the same block number, only the later one is used to compute V.
+So in T5, V of the encoder is computed from the decoder. In directions that are zero in all weights, U contains scaled
 rounding errors of V.
 
-Files hold V, U and L0, so they are larger than the weights: eigenvectors computed again, on another machine, would
-differ, by signs at least.
+Files contain V, U and L0, because eigenvectors computed on another machine would differ, at least by signs. So files
+are larger than the weights.
 
-Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is [num,
-num], so of a small one alone.
+Kernels of convolutions count as columns (in * kernel). Each expert is a separate weight. V of an embedding is [num,
+num], so only small embeddings can be adapted.
 
 Parameters: in * kernel + n a site, times the number of experts.
 
 Start: L_i = L0_i, S_i at zero: the identity.
 
-Differs from the authors' code: The method is in peft, which was compared. peft supports linear layers only. Its files
-hold V without U, and peft computes U from a newly computed V instead of the file's V: on a machine where V differs, its
-adapters give different outputs. Here U is computed from the file's V.
+Differs from the authors' code: The method is in peft, which was compared. peft supports linear layers only. Files of
+peft contain V without U. peft computes U from a newly computed V, not from the V in the file, so on a machine where V
+differs, an adapter gives different outputs. peftcore computes U from the V in the file.
 
-Use it: `peftcore.apply(model, "frod")`, where the update shall have a full rank and few parameters, and memory for V
-and U is available.
+Use it: `peftcore.apply(model, "frod")`, where the update should have full rank and few parameters, and memory for V and
+U is available.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class FRoDConfig(MethodConfig):
 
     method: Literal["frod"] = "frod"
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """The share of entries of S that train; one at least, unless it is 0."""
+    """Share of the entries of S that train. Unless it is 0, at least one entry trains."""
     ridge: PositiveFloat = 1e-3
     """The number that is added to the diagonals before matrices are inverted to compute V."""
     dropout: Share = 0.0
@@ -76,7 +77,7 @@ class FRoDConfig(MethodConfig):
 
 
 def role(path: str) -> str:
-    """Return the role of a site: the last two parts of its path, or only the last part where a number precedes it."""
+    """Return the role of a site: the last two parts of its path, or only the last part if a number precedes it."""
     *before, last = path.split(".")
     if not before or before[-1].isdigit():
         return last
@@ -92,7 +93,8 @@ def number(path: str, otherwise: int) -> int:
 
 
 def by_role(sites: Sequence[Site]) -> Iterator[tuple[str, list[Site], list[Site]]]:
-    """Yield the sites that share V, with its name, and the sites from which V is computed, by number."""
+    """Yield, for each V: its name, the sites that share it, and the sites from which it is computed, sorted by block
+    number."""
     found: dict[str, list[tuple[int, Site]]] = {}
     for index, site in enumerate(sites):
         found.setdefault(f"{role(site.path)}_{columns(site)}", []).append((number(site.path, index), site))
@@ -101,7 +103,7 @@ def by_role(sites: Sequence[Site]) -> Iterator[tuple[str, list[Site], list[Site]
 
 
 def joint(matrices: Sequence[Tensor], ridge: float) -> Tensor:
-    """Return V, [in, in], of matrices [out, in]: found on the CPU, in float32 at least."""
+    """Return V, [in, in], of matrices [out, in] in float32 or better. It is computed on the CPU."""
     stacked = torch.cat([each.cpu() for each in matrices])
     if len(stacked) < stacked.shape[1]:
         return torch.linalg.svd(stacked, full_matrices=True).Vh.mT
@@ -125,13 +127,14 @@ def within(V: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Joint(Checked):
-    """The V that the sites of a role share, and the entries of S that train, as places in S flattened by rows."""
+    """The matrix V that the sites of a role share, and the positions of the trained entries of S, as indices into S
+    flattened by rows."""
 
     V: Tensor
     index: Tensor
 
     def __init__(self, sites: Sequence[Site], count: int, ridge: float, seed: int) -> None:
-        """Find V of these sites, and draw `count` places off the diagonal."""
+        """Compute V from `sites`, and draw `count` positions off the diagonal."""
         super().__init__()
         batches = [as_matrix(site) for site in sites]
         matrices = [matrix for each in batches for matrix in (each.flatten(0, -3) if each.dim() > 2 else [each])]
@@ -153,13 +156,13 @@ class Joint(Checked):
 
 
 def entries(inputs: int, config: FRoDConfig) -> int:
-    """Return n: how many entries off the diagonal train."""
+    """Return n, the number of entries off the diagonal that train."""
     most = inputs * (inputs - 1)
     return min(max(int(inputs * inputs * config.sparsity), int(config.sparsity > 0)), most)
 
 
 class FRoDOperator(Operator):
-    """The trained values of one site, between its own U and the V of its role."""
+    """The trained values of one site, the frozen U of the site and the frozen V of its role."""
 
     U: Tensor
     L0: Tensor
@@ -175,7 +178,7 @@ class FRoDOperator(Operator):
         self.S = nn.Parameter(torch.zeros(*site.batch, len(joint.module.index)))
 
     def core(self) -> Tensor:
-        """Return ``S + diag(L - L0)``, [*batch, in, in]: zero at first, to the bit."""
+        """Return ``S + diag(L - L0)``, [*batch, in, in]. It is exactly zero at first."""
         core = torch.diag_embed(self.L - self.L0)
         return core.flatten(-2).index_add(-1, self.joint.module.index, self.S).view(core.shape)
 

@@ -4,20 +4,22 @@ Equation:
     G = U S V',   every `gap` steps   P = V[:, :rank]'  (out >= in)   or   P = U[:, :rank]  (out < in)
     g = G P'  or  P' G,     W <- W + scale * (step(g) P)   or   W + scale * (P step(g))
 
-All of W trains; it is the state of the optimizer that becomes small: 2 rank max(in, out) numbers for Adam instead of 2
-in out. `step` is the update of any torch optimizer for g, so this acts through ``injection.optimizer(...)`` only. The
-moments stay when P changes, as in the authors' code. Directions that G lacks (a batch has fewer tokens than `rank`) are
-drawn, the same ones each time. Weight decay is decoupled and applied last. The trained weights are replacements: the
-base is unchanged until a merge writes them into it.
+All of W trains, but the state of the optimizer is small: 2 rank max(in, out) numbers for Adam instead of 2 in out.
+`step` is the update that any torch optimizer computes for g, so the method works only with an optimizer of
+``injection.optimizer(...)``. When P changes, the optimizer's moments are not reset, as in the authors' code. If a batch
+has fewer tokens than `rank`, G has fewer directions; the missing ones are drawn, the same ones each time. Weight decay
+is decoupled and applied last. Training changes copies of the weights. The base is unchanged until a merge writes them
+into it.
 
 Parameters: in * out a site, times the number of experts, each with a separate P.
 
 Start: W at the values of the model: the identity.
 
-Differs from the authors' code: Where G has fewer directions than `rank`, a singular value decomposition leaves the
-others to rounding; here they are drawn.
+Differs from the authors' code: If G has fewer directions than `rank`, rounding errors determine the others in the
+authors' code. Here they are drawn.
 
-Use it: `peftcore.apply(model, "galore")`, where full fine-tuning is wanted and the optimizer's state does not fit.
+Use it: `peftcore.apply(model, "galore")`, where you want full fine-tuning, but the state of the optimizer does not fit
+into memory.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from peftcore.author import AppliedMethod, GradientRule, LearningRate, Method, M
 from peftcore.errors import UnsupportedSite
 
 NONE = 10
-"""Singular values up to this many times the rounding of the largest one count as zero."""
+"""Singular values count as zero up to this multiple of the largest one's rounding error."""
 
 Side = Literal["std", "reverse_std", "right", "left", "full"]
 
@@ -42,9 +44,9 @@ class GaLoreConfig(MethodConfig):
 
     method: Literal["galore"] = "galore"
     rank: PositiveInt = 128
-    """Rank of the projected gradients; that of the weight where it is smaller."""
+    """Rank of the projected gradients; at most that of the weight."""
     gap: PositiveInt = 200
-    """Steps from one projection to the next."""
+    """Number of steps between two computations of P."""
     scale: PositiveFloat = 0.25
     """Factor of every update."""
     side: Side = "std"
@@ -71,8 +73,8 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
 
 
 def completed(rows: Tensor, known: Tensor) -> Tensor:
-    """Return orthonormal rows [*experts, rank, n] with new random rows instead of those that `known` [*experts, rank]
-    excludes."""
+    """Return orthonormal rows [*experts, rank, n]. Rows for which `known` [*experts, rank] is False are replaced by
+    random ones."""
     if known.all():
         return rows
     drawn = torch.randn(rows.shape[-2:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(rows)

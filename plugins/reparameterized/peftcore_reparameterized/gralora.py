@@ -4,15 +4,15 @@ Equation:
     W'[j, n] = W[j, n] + s B_j[:, n] A_n[j, :],   s = alpha / rank,   j, n = 1 … k
 
 The weight is cut into k * k blocks, W[j, n] from the n-th part of the inputs to the j-th part of the outputs, and each
-has a low-rank update of rank / k. All blocks of a column n draw on A_n [rank, in / k], of whose rows W[j, n] takes the
-j-th part; all blocks of a row j on B_j [out / k, rank], of whose columns it takes the n-th. So there are as many
+has a low-rank update of rank / k. The blocks of a column n share A_n [rank, in / k]: W[j, n] uses the j-th part of its
+rows. The blocks of a row j share B_j [out / k, rank]: W[j, n] uses the n-th part of its columns. So there are as many
 parameters as in LoRA, and the update has a rank of up to k * rank.
 
-With `hybrid_rank` a LoRA of that rank is added in parallel, and s = alpha / (rank + hybrid_rank); the authors' `r` is
-the sum of both, peft's is `rank`.
+With `hybrid_rank` a LoRA of that rank is added in parallel, and s = alpha / (rank + hybrid_rank); the option `r` is the
+sum of both in the authors' code, and `rank` in peft.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. k divides both sides. Each expert has
-separate blocks.
+Kernels of convolutions count as inputs (in * kernel), and embeddings count as [dim, num]. k must divide both sides.
+Each expert has separate blocks.
 
 Parameters: (rank + hybrid_rank) * (in * kernel + out) a site, times the number of experts.
 
@@ -21,8 +21,8 @@ Start: A uniform in +-sqrt(k / in), B at zero; of embeddings A at zero and B ~ N
 Differs from the authors' code: The authors and peft apply dropout to the inputs of the two parts one after the other;
 here it is applied once for both. peft accepts inputs of two and three dimensions only.
 
-Use it: `peftcore.apply(model, "gralora")`, instead of LoRA at high ranks, where inputs of few channels are so large
-that they decide all of A's gradient.
+Use it: `peftcore.apply(model, "gralora")`, instead of LoRA at high ranks, where a few input channels are so large that
+they dominate the gradient of A.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class GraLoRAConfig(MethodConfig):
 
     method: Literal["gralora"] = "gralora"
     rank: PositiveInt = 32
-    """Rows of each A; `blocks` divides it."""
+    """Number of rows of each A; `blocks` must divide it."""
     alpha: PositiveFloat = 64.0
     """Numerator of the scale ``alpha / (rank + hybrid_rank)``."""
     blocks: PositiveInt = 2
-    """Parts k into which inputs and outputs are cut: 2 up to rank 32, 4 from rank 64 on."""
+    """Number k of parts into which inputs and outputs are split. Use 2 up to rank 32, and 4 from rank 64 on."""
     hybrid_rank: NonNegativeInt = 0
     """Rank of a LoRA of the whole weight in parallel with the blocks."""
     dropout: Share = 0.0
@@ -88,7 +88,7 @@ class GraLoRAOperator(LowRankOperator):
         self.hybrid = config.hybrid_rank > 0
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of the whole update, of rank k * rank: most of their entries are zero."""
+        """Return the factors of the whole update, of rank k * rank. Most of their entries are zero."""
         k, part = self.A.shape[-3], self.A.shape[-2] // self.A.shape[-3]
         same = torch.eye(k, device=self.A.device, dtype=self.A.dtype)
         A = self.A.unsqueeze(-2) * same[:, None, :, None]  # [*batch, n, rank, n, in / k]

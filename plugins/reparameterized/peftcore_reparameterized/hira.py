@@ -4,8 +4,8 @@ Equation:
     W' = W + W (o) (B A),   (o) entry by entry,   A [rank, in],   B [out, rank]
 
 The product of entries has up to rank * rank(W) directions, far more than LoRA's `rank`, for as many parameters. The
-product is not scaled, as in the authors' code and peft. An entry that is zero stays zero, so pruned weights stay
-pruned. With `dropout` inputs of the addition are dropped, W x + (W (o) (B A)) dropout(x), as in peft.
+product is not scaled, as in the authors' code and peft. An entry that is zero remains zero, so pruned weights remain
+pruned. With `dropout`, inputs of the added term are dropped, as in peft: W x + (W (o) (B A)) dropout(x).
 
 Convolutions: A [rank, in, *kernel], in grouped ones too. Embeddings: A [rank, num]. Each stacked expert has separate
 factors.
@@ -17,8 +17,8 @@ picks a single column of A: the identity.
 
 Differs from the authors' code: The authors' forward drops no inputs. peft refuses grouped convolutions.
 
-Use it: `peftcore.apply(model, "hira")`, where LoRA's rank is the limit, as in reasoning and long answers, and a step
-may cost a pass over the weight.
+Use it: `peftcore.apply(model, "hira")`, where the rank of LoRA limits the quality, as in reasoning and long answers.
+Each step costs a pass over the weight.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class HiRAOperator(WeightOperator):
         return self.training and self.dropout > 0
 
     def prepare(self, held: Held) -> Held:
-        """Return the tensors that a forward computes from the weight."""
+        """Return `held`, the weight and bias of the host, which `activation_form` uses directly."""
         return held
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Held) -> Tensor:

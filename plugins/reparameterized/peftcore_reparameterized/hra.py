@@ -5,23 +5,24 @@ Equation:
 
 The reflections act on the inputs of a weight, as in peft and the authors' code for diffusion and DeBERTa; in
 convolutions on the whole kernel of an output, in embeddings on the vector that is returned. Their product is computed
-at once, as I - N^T T N with T [r, r] triangular: no matrix [in, in] is made. A u of zeros reflects nothing.
+in one step, as I - N^T T N with T [r, r] triangular, so no matrix [in, in] is needed. A u of zeros reflects nothing.
 
-With `orthogonality` the loss gains that weight times the sum over the sites of ||I - N N^T||, N the u_i / ||u_i||. With
-`gram_schmidt` the u_i are made orthonormal, W' = W (I - 2 Q Q^T): r reflections across different directions, never the
-identity.
+`orthogonality` is the weight of an additional loss: the sum over the sites of ||I - N N^T||, where the rows of N are
+u_i / ||u_i||. With `gram_schmidt` the u_i are made orthonormal, W' = W (I - 2 Q Q^T). These are r reflections across
+different directions, which are never the identity.
 
 Parameters: rank * in * kernel a site, times the number of experts.
 
 Start: Pairs u_1 = u_2, u_3 = u_4 and so on, uniform in +-1/sqrt(r / 2), so that W' = W: the identity. With
 `gram_schmidt` they start unpaired.
 
-Differs from the authors' code: With `gram_schmidt` the authors and peft keep the pairs, whose second half is then
-normalized from rounding errors, so their initial outputs depend on the machine, and may be nan. The authors' code for
-Llama reflects the outputs. peft also takes an odd rank, which starts with one reflection too many; its convolutions are
-right for square kernels without dilation or groups.
+Differs from the authors' code: With `gram_schmidt`, the authors and peft also start with pairs. Orthogonalizing a pair
+normalizes rounding errors, so the initial outputs depend on the machine, and may be NaN. The authors' code for Llama
+reflects the outputs. peft also accepts an odd rank, with which a fresh adapter is not the identity. Its convolutions
+are correct only for square kernels without dilation or groups.
 
-Use it: `peftcore.apply(model, "hra")`, as OFT, at a cost that grows with the rank instead of the block.
+Use it: `peftcore.apply(model, "hra")`, for the same tasks as OFT. The cost increases with the rank, not with the size
+of a block.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class HRAConfig(MethodConfig):
     rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8
     """Number of reflections: even, since they start in pairs."""
     orthogonality: NonNegativeFloat = 0.0
-    """Weight of the orthogonality of the reflections in the loss."""
+    """Weight of the loss that makes the reflections orthogonal."""
     gram_schmidt: bool = False
     """Reflect across orthonormal directions; a fresh adapter then changes outputs."""
 
@@ -82,13 +83,14 @@ class HRAOperator(WeightOperator):
         self.U = nn.Parameter(u.repeat_interleave(config.rank // drawn, dim=-2))
 
     def directions(self) -> Tensor:
-        """Return the u_i at length one: [*batch, rank, in]."""
+        """Return the vectors u_i, normalized to length one: [*batch, rank, in]."""
         U = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
         norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
         return U / torch.where(norm == 0, 1.0, norm)
 
     def factors_of(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, for rows of a weight [*batch, n, in], M = base N^T T [*batch, n, rank] and N. The update is -M N."""
+        """Return M = base N^T T [*batch, n, rank] and N, where `base` are the rows of a weight [*batch, n, in]. The
+        update is -M N."""
         N = self.directions()
         if self.gram_schmidt:
             N = torch.linalg.qr(N.mT).Q.mT

@@ -5,24 +5,28 @@ Equation:
     y = W' x + b + s B diag(d) A dropout(x),   s = alpha / rank
     loss + mean over the target modules of  beta |d|^2 + gamma (|B'B - I|_F + |A A' - I|_F)
 
-The smallest singular directions of the base are removed as noise, and an update in the form of a singular value
-decomposition is trained in their place; the losses keep its factors near orthonormal and its singular values small. The
-base is unchanged, and the removed part is stored in the frozen buffers A0 and B0: the adapter can be removed, and fits
-the original base.
+The smallest singular directions of the base are removed as noise. An update in the form of a singular value
+decomposition is trained in their place. Additional losses keep the factors of the update near orthonormal, and its
+singular values d small. The base is unchanged, and the removed part is stored in the frozen buffers A0 and B0. So the
+adapter can be removed, and fits the original base.
 
-The losses are added in any training. Each expert has separate factors, kernels are matrices [out, in * kernel].
+The losses are always added in training. Each expert has separate factors, and kernels are matrices [out, in * kernel].
 
-Parameters: rank * (in * kernel + out + 1) a site, times the number of experts; rank below that of the weight.
+Parameters: rank * (in * kernel + out + 1) a site, times the number of experts; rank is less than the smaller dimension
+of the weight.
 
-Start: B at zero, A as in LoRA, d ~ N(0, 1). The removed part changes outputs a little: not an identity.
+Start: B at zero, A as in LoRA, d ~ N(0, 1). The removed part changes outputs a little, so a fresh adapter is not an
+identity.
 
-Differs from the authors' code: The authors' code and peft write W' into the base permanently. The losses are the
-paper's and peft's, which sums them over the modules, if one adds `_get_kasa_loss` to the loss; the mean is the
-authors': beta and gamma are for that. The authors' code has A'A - I [in, in] and B B' - I [out, out] instead of the
-small products; those can never be zero. It keeps the `in` - r largest components, which removes nothing from a weight
-with fewer outputs; here, as in the paper and in peft, the r smallest of the existing components are removed.
+Differs from the authors' code: The authors' code and peft write W' into the base permanently. The losses of a module
+are those of the paper and of peft. peft computes their sum over the modules, which users must add to the loss
+themselves (`_get_kasa_loss`). Here it is their mean, as in the authors' code, for which the values of beta and gamma
+were chosen. In the authors' code, the losses contain A'A - I [in, in] and B B' - I [out, out] instead of B'B - I and A
+A' - I. Those can never be zero. The authors' code keeps the `in` - r largest components, which removes nothing from a
+weight with at most `in` - r outputs. Here the r smallest of the existing components are removed, as in the paper and in
+peft.
 
-Use it: `peftcore.apply(model, "kasa")`, where LoRA forgets or overfits; look at `beta` and `gamma` first, which the
+Use it: `peftcore.apply(model, "kasa")`, where LoRA forgets or overfits. Tune `beta` and `gamma` first, which the
 authors choose for each task.
 """
 
@@ -62,7 +66,7 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
     """Return the rank of the update.
 
     Raises:
-        UnsupportedSite: the weight has a single direction, which would be removed.
+        UnsupportedSite: the weight has a single singular direction, which would be removed.
     """
     if not (rank := min(config.rank, rank_within(site, config.rank + 1) - 1)):
         raise UnsupportedSite(f"{site.path} has a single singular direction, so no part of it would remain; exclude it")
@@ -70,7 +74,8 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
 
 
 class KaSAOperator(LowRankOperator):
-    """The update of one site, and the frozen part that is removed from its weight: U_r S_r is B0, V_r' is A0."""
+    """The update of one site, and the frozen factors of the part that is removed from its weight: B0 = U_r S_r, A0 =
+    V_r'."""
 
     padded, scaled = frozenset({"A", "B", "d", "A0", "B0"}), frozenset({"B"})
     A0: Tensor
@@ -89,7 +94,8 @@ class KaSAOperator(LowRankOperator):
         self.register_buffer("B0", (U * sign * S.unsqueeze(-2)).contiguous())
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Run the layer. In training, inputs are dropped for the update alone."""
+        """Run the layer. In training, dropout acts on inputs of the trained update only, not on inputs of the removed
+        part."""
         if not (self.training and self.dropout):
             return super().forward(call, x)
         y = call(x)
@@ -102,7 +108,8 @@ class KaSAOperator(LowRankOperator):
         return A, torch.cat([self.B * self.d.unsqueeze(-2), -self.B0 / self.scale], -1), self.scale
 
     def losses(self, beta: float, gamma: float) -> Tensor:
-        """Return the loss of each expert, [*batch]: of singular values, and of factors that are not orthonormal."""
+        """Return the sum of the losses for each expert, [*batch]: of the singular values d, and of the deviation of A
+        and B from orthonormal factors."""
         A, one = self.A.flatten(self.d.dim()), torch.eye(self.d.shape[-1]).to(self.d)  # A: [*batch, rank, in * kernel]
         apart = torch.linalg.matrix_norm(self.B.mT @ self.B - one) + torch.linalg.matrix_norm(A @ A.mT - one)
         return beta * self.d.square().sum(-1) + gamma * apart

@@ -3,25 +3,27 @@
 Equation:
     y = W x + b + s sum_e p_e B_e A x,   p = mean over all tokens of softmax(R A x),   e = 1 … experts
 
-The B_e [out, rank] are those of all layers: modules of one name and one shape share the same B_e, and every `stride`
-consecutive modules share one A [rank, in]. Only the router R [experts, rank] is a module's own. With `across` "shape"
-all modules of a shape share, whatever their names, as in peft where target_modules is a pattern.
+Layers share factors. All modules with the same name and shape share the matrices B_e [out, rank], and every `stride`
+consecutive ones share one A [rank, in]. Each module has a separate router R [experts, rank]. With across="shape", all
+modules of the same shape share factors, whatever their names are, as in peft if target_modules is a pattern.
 
-As in the authors' code and in peft, p is a mean over the batch too: a row's output depends on the other rows and on the
-padding, and for a token that is generated with a cache p ignores all earlier tokens. So rows cannot be routed, and the
-adapter cannot be merged. The softmax is taken in float32 at least.
+As in the authors' code and in peft, p is also a mean over the batch. So the output of a row depends on the other rows
+and on the padding. When a token is generated with a cache, p ignores all earlier tokens. For these reasons rows cannot
+be routed, and the adapter cannot be merged. The softmax is computed in float32 or better.
 
-Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token.
+In a convolution, A is a convolution too, and each position counts as a token. In an embedding, A has a column for each
+token.
 
-Parameters: experts * rank a site; rank * in * kernel each `stride` sites, and experts * rank * out a name and shape.
+Parameters: experts * rank a site; in addition, rank * in * kernel for every `stride` sites, and experts * rank * out
+for each name and shape.
 
-Start: A and R uniform in +-1/sqrt of their columns, B_e at zero: the identity.
+Start: A and R uniform in +-1/sqrt of their number of columns, B_e at zero: the identity.
 
-Differs from the authors' code: No difference is known; that code was not compared, peft's was, which supports linear
-layers only.
+Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. peft supports
+linear layers only.
 
-Use it: `peftcore.apply(model, "lily")`, with a larger rank than LoRA's, where layers do similar things; not where rows
-of a batch must not meet.
+Use it: `peftcore.apply(model, "lily")`, with a larger rank than LoRA's, where layers have similar functions. Do not use
+it if the output of a row must not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ class LilyConfig(MethodConfig):
     rank: PositiveInt = 32
     """Rank of the update."""
     stride: PositiveInt = 1
-    """How many modules, one after the other, share an A."""
+    """Number of consecutive modules that share an A."""
     experts: PositiveInt = 2
-    """How many B a name and shape has."""
+    """Number of matrices B_e for each name and shape."""
     scale: PositiveFloat = 1.0
     """Factor s of the update."""
     across: Literal["name", "shape"] = "name"
-    """The modules that share: those of the same name and shape, or of the same shape."""
+    """The modules that share factors: those of the same name and shape, or all of the same shape."""
 
 
 class Factor(nn.Module):
-    """A factor that sites share: uniform in +-1/sqrt(columns), or zero."""
+    """A factor that sites share. It starts uniform in +-1/sqrt(columns), or at zero."""
 
     def __init__(self, shape: tuple[int, ...], zero: bool) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class Factor(nn.Module):
 
 
 class LilyOperator(Operator):
-    """The router of one site, between factors that it shares."""
+    """The router of one site, and references to the shared factors."""
 
     def __init__(self, site: Site, config: LilyConfig, A: tuple[str, Shared], B: tuple[str, Shared]) -> None:
         super().__init__(site)
@@ -86,7 +88,7 @@ class LilyOperator(Operator):
 
 
 class Lily(Method):
-    """Low-rank updates whose factors layers share, and a router for each."""
+    """Low-rank updates with factors that layers share, and with a separate router for each layer."""
 
     name = "lily"
     Config = LilyConfig

@@ -4,22 +4,22 @@ Equation:
     W' = W + s (B1 A1) (o) (B2 A2),   s = alpha / rank,   A [rank, in * kernel],   B [out, rank]
 
 The entrywise product of two matrices of rank r has rank up to r^2, for the parameters of a LoRA of rank 2 r. With
-`tucker` the factors of convolutions leave the kernel to a third one (proposition 3 of FedPara): H[o, i, k] = sum_pq
-T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] for each of the two. Each stacked expert has separate factors.
-Dropout is as in LyCORIS and peft: it drops rows of the change, one row for each output, or the whole change, for all of
-a batch; dropped values have zero gradient.
+`tucker`, the kernel of a convolution is in a third factor T (proposition 3 of FedPara): H[o, i, k] = sum_pq T[p, q, k]
+B[o, p] A[q, i] with T [rank, rank, kernel], for each of the two matrices H. Each stacked expert has separate factors.
+Dropout is as in LyCORIS and peft: it drops rows of the change (one for each output) or the whole change, in the same
+way for the whole batch. Dropped values have zero gradient.
 
 Parameters: 2 rank (in * kernel + out) a site, with `tucker` 2 rank (in + out + rank * kernel), times the number of
 experts.
 
 Start: A ~ N(0, 1), B1 and T ~ N(0, 0.1), B2 at zero, as in LyCORIS, whose code defines LoHa: the identity.
 
-Differs from the authors' code: FedPara itself trains from scratch. LyCORIS applies s once in training and a second time
-when it merges; here it is once. peft starts A2 at zero instead of B2, and with factored kernels gives B the gradient of
-the wrong matrix.
+Differs from the authors' code: FedPara itself trains from scratch. LyCORIS applies s once in training and twice in a
+merge; here it is always applied once. peft starts A2 at zero instead of B2. With factored kernels, the gradient of B in
+peft is that of the wrong matrix.
 
-Use it: `peftcore.apply(model, "loha")`, for styles and concepts in diffusion models: more rank for the same file than
-LoRA, at low rank (2 to 8).
+Use it: `peftcore.apply(model, "loha")`, for styles and concepts in diffusion models, at a low rank (2 to 8). For the
+same size of a file, its update has a higher rank than that of LoRA.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ class LoHaConfig(MethodConfig):
 
     method: Literal["loha"] = "loha"
     rank: PositiveInt = 8
-    """Rank of each of the two matrices; the update's is up to its square."""
+    """Rank of each of the two matrices. The rank of the update is at most its square."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     tucker: bool = False
-    """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+    """Whether kernels of convolutions are factored too (`use_effective_conv2d` in peft). It has no effect on other
+    layers."""
     rank_dropout: Share = 0.0
     """Probability that the change is dropped for an output, in training."""
     rank_dropout_scale: bool = False
-    """Divide the kept outputs by their share (peft: always)."""
+    """Whether the kept outputs are divided by their share, which peft always does."""
     module_dropout: Share = 0.0
     """Probability that the whole change of a module is dropped, in training."""
 
@@ -74,13 +75,14 @@ class LoHaOperator(DropsChange):
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether the update runs on activations, that is, where factors of all its ranks are far smaller than the
-        weight."""
+        """Whether the update is computed on activations. It is if the factors for all of its ranks are much smaller
+        than the weight."""
         (outputs, rank), (_, inputs) = self.get_tensor("B1").shape[-2:], self.get_tensor("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor]:
-        """Return factors of all its ranks: A [rank^2, in], rows of one times rows of the other, and B [out, rank^2]."""
+        """Return factors of the whole update: A [rank^2, in], the products of each row of A1 with each row of A2, and
+        likewise B [out, rank^2]."""
         (A1, B1), (A2, B2) = ((self.get_tensor(f"A{n}"), self.get_tensor(f"B{n}")) for n in (1, 2))
         return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
 

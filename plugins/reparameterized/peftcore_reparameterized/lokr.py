@@ -3,23 +3,26 @@
 Equation:
     W' = W + s (w1 (x) w2),   w1 [l, m],   w2 [k, n * kernel] = w2a w2b,   l k = out,   m n = in,   s = alpha / r
 
-w1 scales copies of w2: delta[i k + j, p n + q] = s w1[i, p] w2[j, q]. out and in are cut next to their square root, or
-at `factor`, the smaller part first. w2 is one full matrix where r >= max(k, n) / 2, or with `full_matrix`; w1 is one,
-or with `decompose_both` and r < max(l, m) / 2 a product w1a w1b too. With both full s is 1. With `tucker` the factors
-of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Each stacked expert has separate factors.
+w1 scales copies of w2: delta[i k + j, p n + q] = s w1[i, p] w2[j, q]. out and in are split into two parts near their
+square root, or at `factor`, with the smaller part first. w2 is a full matrix if r >= max(k, n) / 2, or with
+`full_matrix`. w1 is a full matrix too, except with `decompose_both` and r < max(l, m) / 2, where it is a product w1a
+w1b. If both are full, s is 1. With `tucker`, the kernel of a convolution is in a third factor of w2, t2 [r, r, kernel].
+Each stacked expert has separate factors.
 
-Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both; for each expert.
+Parameters: l m + r (k + n * kernel) a site if only w1 is full, l m + k n * kernel if both are, times the number of
+experts.
 
 Start: w2, or else w2b, at zero; all else uniform in +-1/sqrt(inputs): the identity.
 
-Differs from the authors' code: All is as in LyCORIS, which defines the method, except that a merge in LyCORIS applies s
-twice. peft has s = alpha / r with both factors full, starts w1 at zero, puts `factor` first where it divides even if it
-is the larger part (here with `factor_first`), and with a full w2 in one-dimensional convolutions has the product's
-values in another order, that of delta[j, i, q, p, kernel]: `layout`. KronA (Edalati et al. 2022, arXiv 2212.10650) uses
-neither a rank nor cuts.
+Differs from the authors' code: Everything is as in LyCORIS, which defines the method, except that a merge in LyCORIS
+applies s twice. peft has s = alpha / r even if both factors are full, and starts w1 at zero. If `factor` divides a
+dimension, peft uses it as the first part even if it is the larger one; the option `factor_first` does the same here.
+With a full w2 in one-dimensional convolutions, peft has the values of the product in the order delta[j, i, q, p,
+kernel], which the option `layout` selects. KronA (Edalati et al. 2022, arXiv 2212.10650) has neither a rank nor
+`factor`.
 
-Use it: `peftcore.apply(model, "lokr")`, for the smallest files of the family, in diffusion models above all: its rank
-is not bound by its size.
+Use it: `peftcore.apply(model, "lokr")`, for the smallest files of the LyCORIS methods, above all in diffusion models.
+The rank of the update is not limited by its number of parameters.
 """
 
 from __future__ import annotations
@@ -42,25 +45,28 @@ class LoKrConfig(MethodConfig):
 
     method: Literal["lokr"] = "lokr"
     rank: PositiveInt = 8
-    """Rank r of the factors that are products."""
+    """Rank r of those factors that are products of two matrices."""
     alpha: PositiveFloat = 8.0
-    """Numerator of the scale ``alpha / rank``; of no effect where both factors are full."""
+    """Numerator of the scale ``alpha / rank``; it has no effect if both factors are full."""
     factor: PositiveInt | None = None
-    """Size at which dimensions are cut, or else the largest divisor below it; None: next to the square root."""
+    """Size of one part of a split dimension. If it does not divide a dimension, the largest divisor below it is used.
+    With None, the largest divisor up to the square root is used."""
     factor_first: bool = False
-    """Make a factor that divides a dimension its first part even where it is the larger one, as peft does."""
+    """Whether `factor` is the first part of a dimension that it divides even if it is the larger part, as in peft."""
     decompose_both: bool = False
-    """Make w1 a product too, where the rank is below half of its larger side."""
+    """Whether w1 is a product too, if the rank is less than half of its larger dimension."""
     full_matrix: bool = False
-    """Make no factor a product."""
+    """Whether both factors are full matrices."""
     tucker: bool = False
-    """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+    """Whether kernels of convolutions are factored too (`use_effective_conv2d` in peft). It has no effect on other
+    layers."""
     layout: Literal["kronecker", "peft"] = "kronecker"
-    """Order of the product's values where w2 is full and the convolution has one dimension; of no effect elsewhere."""
+    """Order of the values of the product, in one-dimensional convolutions with a full w2. It has no effect
+    elsewhere."""
     rank_dropout: Share = 0.0
     """Probability that the change is dropped for an output, in training."""
     rank_dropout_scale: bool = False
-    """Divide the kept outputs by their share."""
+    """Whether the kept outputs are divided by their share."""
     module_dropout: Share = 0.0
     """Probability that the whole change of a module is dropped, in training."""
 
@@ -140,7 +146,8 @@ class LoKr(Method):
 
 
 def _cut(size: int, factor: int | None, first: bool = False) -> tuple[int, int]:
-    """Return two factors of a dimension, the smaller one first, or `factor` if it is to be."""
+    """Return the two parts of a dimension. The smaller one is first, or, with `first`, `factor` if it divides the
+    dimension."""
     if factor is not None and size % factor == 0:
         other = size // factor
         return (factor, other) if first else (min(factor, other), max(factor, other))

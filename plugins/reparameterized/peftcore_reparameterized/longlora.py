@@ -5,31 +5,31 @@ Equation:
     attention in training:  token i sees token j <= i  if  floor(i / G) = floor(j / G)              in heads 1 to H/2
                                                        if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
 
-G is `group_ratio` times the number of tokens N (at least 2), or `group_size`; it is so in every attention of which a
-matrix is a target. So the cost of attention falls from N^2 to N G, while half of the heads pass information across the
-borders of groups. In evaluation every token attends to all tokens that the model allows: groups do not exist in a
-merged or deployed model, and flash attention and caches work there.
+The group size G is `group_ratio` times the number of tokens N (at least 2), or `group_size`. Groups are used in every
+attention that contains a target matrix. They reduce the cost of attention from N^2 to N G, and half of the heads pass
+information across the borders of groups. In evaluation there are no groups: every token attends to all tokens that the
+model allows. So flash attention and caches work in a merged or deployed model.
 
 Shifted heads begin and end with half a group, as in the authors' version for flash attention (dvlab-research/LongLoRA).
-Lengths that are not a multiple of G have a shorter last group. Padding is hidden as always, and counts as tokens of
+Lengths that are not a multiple of G have a shorter last group. Padding is masked as usual, but counts as tokens of
 groups.
 
-Positions beyond those of pretraining need an option of the host's config (the paper interpolates positions:
-rope_scaling), which is separate from the adapter. Attentions run around "eager" or "sdpa". Both groupings are computed
-for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of heads need no special code.
+Positions beyond those of pretraining need an option of the host's config, which is separate from the adapter (the paper
+interpolates positions by rope_scaling). Attentions must use "eager" or "sdpa". Both groupings are computed for all
+heads, and half of the heads of each are used. So hosts with shared keys, sinks or biases of heads need no special code.
 Torch's own nn.MultiheadAttention is refused.
 
-Parameters: rank * (in + out) a matrix, and those of the norms and of the table of tokens.
+Parameters: rank * (in + out) a matrix, and the parameters of the norms and of the token embedding.
 
-Start: A and B as in `lora`, norms and embeddings at their values: an identity in evaluation; in training the groups
-act.
+Start: A and B as in `lora`, norms and embeddings at the values of the model: an identity in evaluation. In training the
+groups change outputs.
 
-Differs from the authors' code: Their version without flash attention rolls tokens around, so that the first half group
-attends to the last one, which is later. Their code for plain text refuses lengths that are not a multiple of G; their
-code for instruction data has a shorter last group, as here.
+Differs from the authors' code: The authors' version without flash attention shifts tokens cyclically, so that the first
+half group attends to the last one, which comes later in the text. The authors' code for plain text refuses lengths that
+are not a multiple of G. Their code for instruction data has a shorter last group, as here.
 
-Use it: `peftcore.apply(model, "longlora")`, to train on texts several times as long as those that the model was made
-for; where texts fit, `lora` is simpler, and its attention is the one that is used afterwards.
+Use it: `peftcore.apply(model, "longlora")`, to train on texts that are several times as long as those of pretraining.
+For shorter texts `lora` is simpler, and trains with the same attention that evaluation uses.
 """
 
 from __future__ import annotations
@@ -69,17 +69,18 @@ class LongLoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     group_ratio: Annotated[NonNegativeFloat, Field(gt=0.0, le=1.0)] = 0.25
-    """The share of the tokens that a group has."""
+    """Size of a group, as a share of the number of tokens."""
     group_size: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a group, whatever the length; None takes the share."""
+    """Number of tokens of a group, for texts of any length. With None, `group_ratio` determines it."""
     train_norms: bool = True
     """Train the norms."""
     train_embeddings: bool = True
-    """Train the table of tokens."""
+    """Train the token embedding."""
 
 
 class ShiftedOperator(AttentionOperator):
-    """The groups of one attention, in training only: in half of the heads they begin half a group later.
+    """Restricts one attention to groups of tokens, in training only. In half of the heads, the groups begin half a
+    group later.
 
     Raises:
         SequenceError: in training, tokens attend to keys of another sequence or of a cache.
@@ -113,7 +114,7 @@ class ShiftedOperator(AttentionOperator):
 
 
 class LongLoRA(Method):
-    """LoRA, norms and embeddings, with attention in shifted groups while they train."""
+    """LoRA with trained norms and embeddings, and with attention in shifted groups during training."""
 
     name = "longlora"
     Config = LongLoRAConfig

@@ -3,39 +3,39 @@
 Equation:
     y = W x + b + s B A dropout(x),   s = alpha / rank,   A [rank, in],   B [out, rank]
 
-Convolutions: A is a convolution to `rank` channels and B mixes them, delta[o, i, k] = s sum_r B[o, r] A[r, i, k]; in a
-grouped one, i counts inside the group of o. With `across_groups`, as in peft, A reads all channels there and B mixes
-inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A is
-[rank, num]. Each stacked expert has separate factors.
+In a convolution, A is a convolution to `rank` channels and B mixes these channels: delta[o, i, k] = s sum_r B[o, r]
+A[r, i, k]. In a grouped convolution, i counts the channels in the group of o. With `across_groups`, as in peft, A reads
+the channels of all groups, and B [out, rank / groups] mixes inside each group. No grouped weight computes that, so it
+cannot be merged. In an embedding, A is [rank, num]. Each stacked expert has separate factors.
 
-scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
-gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
+scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank). With this scale, outputs
+and gradients have the same size at any rank. Use it at ranks of 64 and more, which learn too slowly with alpha / rank.
 
-start="orthogonal" (https://datta0.github.io/posts/rethink-lora-init) has two factors that are not zero, and B A = 0 up
-to rounding: with Q [rank, rank] orthogonal and R, T ~ N(0, 1), A = (R Q[0::2])' / 10 and B = T Q[1::2] / 10. Both
-factors get gradients from the first step on. The rank is even.
+start="orthogonal" (https://datta0.github.io/posts/rethink-lora-init) starts with two factors that are not zero, but
+whose product B A is zero up to rounding. With Q [rank, rank] orthogonal and R, T ~ N(0, 1), they are A = (R Q[0::2])' /
+10 and B = T Q[1::2] / 10. Both factors get gradients from the first step on. The rank must be even.
 
-trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it was drawn, so nothing of x is kept for its
-gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's gradient g, which makes s g A the nearest
-to the gradient of W; it is computed in g's dtype. Embeddings start with a zero A, so B would never train: there it is
-refused.
+trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is frozen, so x is not stored for its gradient. The
+optimizer of `injection.optimizer` gets g (A A')^+ / s^2 instead of the gradient g of B. This makes s g A as close as
+possible to the gradient of W. Embeddings are refused, because their A starts at zero, so B would never train.
 
 `damping` is Riemannian preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): the optimizer of
-`injection.optimizer` gets inv(B' B + d I) g for A's gradient g and g inv(A A' + d I) for B's, both by the factors
-before the step; with d = 0 a step of SGD changes B A alike however it is split.
+`injection.optimizer` gets inv(B' B + d I) g instead of the gradient g of A, and g inv(A A' + d I) instead of that of B.
+d is `damping`, and both use the factors before the step. With d = 0, a step of SGD changes the product B A in the same
+way however it is factored.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out; with
-`across_groups` in is that of all groups, and out that of one.
+`across_groups`, `in` is that of all groups, and `out` that of one group.
 
 Start: A uniform in +-1/sqrt(in), B at zero: the identity. In embeddings A is zero and B ~ N(0, 1), as in loralib, since
 every input picks a single column of A. start="orthogonal" is an identity up to rounding.
 
-Differs from the authors' code: No difference is known; that code was not compared, peft's was. There the optimizer of
-LoRA-FA rounds a product to bfloat16, LoRA-FA never trains embeddings, and only linear layers support the
+Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. In peft, the
+optimizer of LoRA-FA rounds a product to bfloat16, LoRA-FA never trains embeddings, and only linear layers support the
 preconditioner.
 
-Use it: `peftcore.apply(model, "lora")`, first: it merges, adds no latency then, and suits nearly every task. More sites
-help more than more rank.
+Use it: `peftcore.apply(model, "lora")`, as the first choice. It can be merged, adds no latency then, and is suitable
+for nearly every task. More target modules help more than a higher rank.
 """
 
 from __future__ import annotations
@@ -82,19 +82,21 @@ class LoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     alpha: PositiveFloat = 8.0
-    """Numerator of the scale ``alpha / rank``, which allows another rank at the same learning rate."""
+    """Numerator of the scale ``alpha / rank``, which allows you to change the rank without changing the learning
+    rate."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     start: Literal["zero", "orthogonal"] = "zero"
-    """The start that makes the update zero: one factor is zero, or the two are orthogonal to each other."""
+    """How the initial update is made zero: one factor is zero, or the two are orthogonal to each other."""
     trained: Literal["both", "B"] = "both"
     """The factors that train: both, or B alone (LoRA-FA)."""
     damping: NonNegativeFloat | None = None
-    """The damping of the Riemannian preconditioner of both gradients; without, gradients stay as they are."""
+    """Damping d of the Riemannian preconditioner of both gradients. With None, gradients are not changed."""
     across_groups: bool = False
-    """In grouped convolutions, let A read the channels of all groups (as peft); of no effect on other layers."""
+    """Whether A reads the channels of all groups in grouped convolutions, as in peft. It has no effect on other
+    layers."""
 
     @model_validator(mode="after")
     def _halves(self) -> Self:
@@ -108,12 +110,13 @@ class LoRAConfig(MethodConfig):
 
 
 def scale_of(config: LoRAConfig) -> float:
-    """Return the factor of the update."""
+    """Return the scale s of the update."""
     return config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
 
 
 class LoRAOperator(Operator):
-    """The update of one target module. Shapes are those of a linear layer; `layer` knows those of the others."""
+    """The update of one target module. Comments give the shapes for a linear layer; for other layers, methods of
+    `layer` handle the shapes."""
 
     factors_are_parameters = True
     stackable = True
@@ -187,7 +190,7 @@ class LoRA(Method):
 
 class AcrossGroups(Operator):
     """The update of a grouped convolution from the channels of all groups: A ``[rank, in * groups, *kernel]``, and B
-    ``[out, rank / groups]``, which mixes inside each group. No grouped weight computes that, so it does not merge."""
+    ``[out, rank / groups]``, which mixes inside each group. No grouped weight computes that, so it cannot be merged."""
 
     def __init__(self, site: Site, config: LoRAConfig) -> None:
         super().__init__(site)
@@ -219,18 +222,18 @@ def groups_of(site: Site) -> int:
 
 
 def around(site: Site) -> Site:
-    """Return the layer of a site as a place for an operator around it."""
+    """Return the site for an operator that wraps the layer, instead of one that changes its weight."""
     return replace(site, form="activation")
 
 
 def across_count(site: Site, rank: int) -> int:
-    """Return the number of parameters of a grouped convolution."""
+    """Return the number of parameters of the update of a grouped convolution from the channels of all groups."""
     groups = groups_of(site)
     return rank * groups * site.in_features * math.prod(site.kernel) + rank // groups * site.out_features
 
 
 def fix_projection(operator: Operator, site: Site) -> None:
-    """Make the factor A of an operator a buffer, which no optimizer sees.
+    """Make the factor A of an operator a buffer, so that it is not trained.
 
     Raises:
         UnsupportedSite: A is zero at an embedding, so B alone would never train.

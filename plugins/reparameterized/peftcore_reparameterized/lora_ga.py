@@ -5,24 +5,25 @@ Equation:
     G = mean of dL/dW over the batches = U S V',   A0 = k V_I',   B0 = k U_J,   k = out^(1/4) / sqrt(gamma)
     W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
-I and J are disjoint halves of the 2 r largest directions, so that the first step of A and B is the one of rank 2 r that
-is nearest to a step of W itself. ``data=`` has batches of the training data with their loss. The model is in training
-mode then, as the authors have it.
+I and J are disjoint halves of the 2 r largest directions. So the first step of A and B changes the weight by the matrix
+of rank 2 r that is nearest to a step of W itself. ``data=`` contains batches of the training data with their loss. The
+gradient is computed in training mode, as in the authors' code.
 
-The base is unchanged, and A0 and B0 are frozen buffers. form="peft" selects the start of peft, whose B0 also contains
-the singular values of G, and which has k (or the factor that `scale` selects) in B0 only; then B0 A0 is as large as the
-gradient. U and V are approximated (`iterations`) from 4 r directions. Kernels of convolutions are decomposed as [out,
-in * kernel], experts each on its own.
+The base is unchanged, and A0 and B0 are frozen buffers. form="peft" selects the initial factors of peft. There, B0 also
+contains the singular values of G, and only B0 is multiplied by k (or by the number that `scale` selects), so B0 A0 is
+as large as the gradient. U and V are approximated from 4 r directions (`iterations`). Kernels of convolutions are
+decomposed as [out, in * kernel], and each expert is decomposed separately.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most half that of the weight.
 
 Start: A = A0 and B = B0: the identity.
 
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base, so that the changed base, or
-A0 and B0, must be saved with the adapter; outputs and gradients are the same. `direction` "random" of both is not here.
+A0 and B0, must be saved with the adapter; outputs and gradients are the same. direction="random", which both have, is
+not supported here.
 
-Use it: `peftcore.apply(model, "lora_ga", data=batches)`, instead of LoRA where training is short; at the start it
-takes the memory of a gradient of all target weights.
+Use it: `peftcore.apply(model, "lora_ga", data=batches)`, instead of LoRA where training is short. At the start it needs
+memory for the gradients of all target weights.
 """
 
 from __future__ import annotations
@@ -57,20 +58,22 @@ class LoRAGAConfig(MethodConfig):
 
     method: Literal["lora_ga"] = "lora_ga"
     rank: PositiveInt = 8
-    """Number of directions of each factor; at most half of the gradient's directions."""
+    """Number of directions of each factor; at most half of the number of the gradient's directions."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     direction: Literal["ArB2r", "A2rBr", "ArBr"] = "ArB2r"
-    """Whether A has the first half of the directions and B the second, B the first, or B every other one from the first
-    on."""
+    """How the 2 r directions are divided: A has the first half and B the second ("ArB2r"), the reverse ("A2rBr"), or B
+    has every other direction from the first one on and A the rest ("ArBr")."""
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    """The number that the factors are multiplied by: k; the singular values of the weight; one over s; nothing."""
+    """The number that the factors are multiplied by: k ("stable"), a number computed from the singular values of the
+    weight ("weight_svd"), 1 / s ("gd_scale"), or 1 ("unit")."""
     gamma: PositiveFloat = 16.0
-    """The gamma of k: the larger, the smaller the start."""
+    """gamma in the equation of k. A larger value makes A0 and B0 smaller."""
     form: Literal["authors", "peft"] = "authors"
-    """The start: that of the authors' code, or that of peft, in which B0 also contains the singular values of G."""
+    """The initial factors: those of the authors' code, or those of peft, where B0 also contains the singular values of
+    G."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
     """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
@@ -87,7 +90,7 @@ def rank_of(site: Site, config: LoRAGAConfig) -> int:
 
 
 class LoRAGAOperator(PairOperator):
-    """The factors of one weight, and their frozen start: zero until `decompose` has set it."""
+    """The trained factors of one weight, and their frozen initial values. All are zero until `decompose` sets them."""
 
     def __init__(self, site: Site, config: LoRAGAConfig) -> None:
         if site.layer.packed and not sees_vectors(site):
@@ -100,7 +103,7 @@ class LoRAGAOperator(PairOperator):
 
     @torch.no_grad()
     def decompose(self, site: Site, config: LoRAGAConfig, gradient: Tensor) -> None:
-        """Set A and B by the gradient, [*batch, out, in * kernel]."""
+        """Set A and B, and their frozen initial values, from the gradient of the weight, [*batch, out, in * kernel]."""
         r = self.B.shape[-1]
         U, S, V = nearly_principal(gradient, 2 * r, 4 * r, config.iterations)
         of_A, of_B = {
@@ -117,7 +120,8 @@ class LoRAGAOperator(PairOperator):
         self.start(as_rows(site, A * by_A), B * by_B)
 
     def _factor(self, site: Site, config: LoRAGAConfig) -> Any:
-        """Return what both factors are multiplied by; for a `weight_svd` of peft's, the largest singular value."""
+        """Return the number that the factors are multiplied by. With scale="weight_svd" and form="peft", it is the
+        largest singular value of the weight."""
         if config.scale == "stable":
             return site.out_features**0.25 / config.gamma**0.5
         if config.scale == "weight_svd":

@@ -5,28 +5,28 @@ Equation:
     -G = U S V',   G = mean of dL/dW over the batches;   D = sqrt(S_r / (S_1 gamma)),   A0 = D V_r',   B0 = U_r D
     y = W x + b + s B A dropout(x),   A = A0 and B = B0 at first,   s = alpha / sqrt(rank)
 
-B0 A0 is the nearest of rank r to a step of gradient descent with the weight itself, of the learning rate 1 / (S_1
-gamma): the paper shows that LoRA's factors would align with these directions anyway. W itself is unchanged, so the
-adapter changes outputs from the start. ``data=`` has batches of the training data with their loss, of which 8 to 64
-samples are enough. The model is in training mode then, as the authors have it.
+B0 A0 is the matrix of rank r that is nearest to a step of gradient descent on the weight itself, with the learning rate
+1 / (S_1 gamma). The paper shows that the factors of LoRA would align with these directions anyway. W itself is
+unchanged, so the adapter changes outputs from the start. ``data=`` contains batches of the training data with their
+loss; 8 to 64 samples are enough. The gradient is computed in training mode, as in the authors' code.
 
-Singular vectors are found by a fast approximation from 512 directions (`iterations`), as in the authors' code.
-`damping` has the preconditioners that those of the paper's algorithm were made of (Riemannian preconditioned LoRA, in
-LoRA's page); they act in `injection.optimizer`.
+Singular vectors are computed by a fast approximation from 512 directions (`iterations`), as in the authors' code.
+`damping` enables the preconditioners of Riemannian preconditioned LoRA (see the page of LoRA), from which those of the
+paper's algorithm are derived. They are applied by the optimizer of `injection.optimizer`.
 
-Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own. Where a weight has fewer
-directions than the rank, or an expert had no gradient, factors are as in LoRA.
+Kernels of convolutions are decomposed as [out, in * kernel], and each expert is decomposed separately. If a weight has
+fewer directions than the rank, the others start as in LoRA. So do the factors of an expert without a gradient.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A = A0 and B = B0: the adapter changes outputs from the start.
 
-Differs from the authors' code: Their page and the paper have S instead of its root, and no S_1. The code has both, and
-here it is the code's. Other starts of that script (`scale`) are not here. The preconditioners of the paper's algorithm
-were not released with it.
+Differs from the authors' code: The authors' page and the paper have S instead of its root, and no S_1. The authors'
+code has the root and S_1, and so has this method. Other values of the option `scale` in that code are not supported.
+The preconditioners of the paper's algorithm were not released with that code.
 
-Use it: `peftcore.apply(model, "lora_one", data=batches)`, instead of LoRA where you have the data at hand; at the
-start it takes the memory of a gradient of all target weights.
+Use it: `peftcore.apply(model, "lora_one", data=batches)`, instead of LoRA where the data is available before training.
+At the start it needs memory for the gradients of all target weights.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ WIDTH = 512
 
 
 class LoRAOneConfig(MethodConfig):
-    """Options of LoRA-One: LoRA's, and those of the start."""
+    """Options of LoRA-One: those of LoRA, and those of the initial factors."""
 
     method: Literal["lora_one"] = "lora_one"
     rank: PositiveInt = 8
@@ -75,16 +75,16 @@ class LoRAOneConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     gamma: PositiveFloat = 128.0
-    """Divisor of the start: the larger, the smaller the first step."""
+    """gamma in the equation of D. A larger value makes A0 and B0 smaller."""
     damping: NonNegativeFloat | None = None
-    """The damping of the preconditioner of both gradients; without, gradients stay as they are."""
+    """Damping of the preconditioner of both gradients. With None, gradients are not changed."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 16
     """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 @torch.no_grad()
 def decompose(operator: LoRAOperator, site: Site, config: LoRAOneConfig, gradient: Tensor) -> None:
-    """Set A and B by the gradient, [*batch, out, in * kernel]."""
+    """Set A and B from the gradient of the weight, [*batch, out, in * kernel]."""
     U, S, V = nearly_principal(-gradient, config.rank, WIDTH, config.iterations)
     found = S.shape[-1]
     largest = S[..., :1].unsqueeze(-1)  # [*batch, 1, 1]

@@ -3,22 +3,23 @@
 Equation:
     y = W x + b + s B A dropout(x)   as in LoRA,     lr(A) = lr,     lr(B) = ratio * lr
 
-B starts at zero and A does not: with one rate for both, a wide layer either learns too little by B or too much by A.
-The rates are parameter groups, so this acts through ``injection.optimizer(...)`` only.
+B starts at zero and A does not. With one learning rate for both, either B learns too slowly in a wide layer, or A
+learns too fast. The rates are set in parameter groups, so the method works only with an optimizer of
+``injection.optimizer(...)``.
 
-As in the authors' code, both factors of an embedding have a separate rate, `embedding_lr`, which does not follow lr.
-What the user names in `train` has lr.
+As in the authors' code, both factors of an embedding have a separate learning rate, `embedding_lr`, which does not
+depend on lr. Modules that the user names in `train` have the rate lr.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: The authors' code (and peft's) treats every vector as a B, so that biases of a head
-learn `ratio` times as fast as its matrix; here what the user names in `train` has lr. They set the weight decay of all
-groups to zero by default; here it is the optimizer's weight decay.
+Differs from the authors' code: The authors' code and peft treat every vector as a B, so that the bias of a head learns
+`ratio` times as fast as its matrix. Here, modules that the user names in `train` have the rate lr. The authors' code
+and peft set the weight decay of all groups to zero by default. Here it is the weight decay of the optimizer.
 
-Use it: `peftcore.apply(model, "lora_plus")`, instead of LoRA when training is slow to start, with lr about half of
-LoRA's.
+Use it: `peftcore.apply(model, "lora_plus")`, instead of LoRA when training is slow at first. Use about half of the
+learning rate of LoRA.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from peftcore_reparameterized.lora import LoRAOperator
 
 
 class LoRAPlusConfig(MethodConfig):
-    """Options of LoRA+: LoRA's, and the learning rates."""
+    """Options of LoRA+: those of LoRA, and the learning rates."""
 
     method: Literal["lora_plus"] = "lora_plus"
     rank: PositiveInt = 8
@@ -47,7 +48,7 @@ class LoRAPlusConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     ratio: Annotated[float, Field(ge=1.0)] = 16.0
-    """How many times faster B learns than A."""
+    """Learning rate of B, as a multiple of that of A."""
     embedding_lr: PositiveFloat = 1e-6
     """Learning rate of both factors of embeddings."""
 

@@ -5,34 +5,34 @@ Equation:
     W = U S V',   B = U_r,   A = S_r V_r'       of the r largest singular values, frozen
     y = W x + b + s B R A dropout(x),   R [r, r],   s = alpha / rank
 
-Only R trains, between the directions of the weight that matter most, so its size does not depend on the layer's. All
-singular values are in A, as in the authors' code. The vectors are exact unless `iterations` is given. Kernels of
-convolutions are decomposed as [out, in * kernel], experts each on its own, embeddings as [dim, num].
+Only R trains, between the most important directions of the weight, so its size does not depend on that of the layer. A
+contains the singular values, as in the authors' code. The vectors are exact unless `iterations` is set. Kernels of
+convolutions are decomposed as [out, in * kernel], embeddings as [dim, num], and each expert separately.
 
-A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
-different ones, by rounding at least. So files are as large as LoRA's; trained parameters and the optimizer's state are
-smaller.
+R depends on A and B, and a decomposition on another machine would give different factors, at least by rounding. So A
+and B are saved in the adapter's file, which is as large as that of LoRA. Only the trained parameters and the state of
+the optimizer are smaller.
 
-start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). A, B and R are the nearest of
-rank r to the first step that AdamW would take with the weight itself, which is nearly -step sign(gradient):
+start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). s B R A is the matrix of rank r
+nearest to the first step that AdamW would make on the weight itself. That step is nearly -step sign(gradient):
 
     -step sign(G) = U S V',   B = U_r,   R = S_r / s,   A = V_r'      G = mean of dL/dW over the batches of ``data=``
 
-A and B are orthonormal, so a step of R by its gradient is, with s = 1, the best step of W within their span; the
-authors take alpha = rank, which suffices. `step` is a learning rate: the authors' is that at the first step of their
-warmup. They train with 1e-4 on MetaMathQA. Quantized weights have a gradient, so they start in this way too.
+A and B are orthonormal. So with s = 1, a step of R along its gradient is the best step of W within their span. The
+authors set alpha = rank for that. `step` is a learning rate. The authors use the rate at the first step of their
+warmup, and train with 1e-4 on MetaMathQA. Quantized weights can start in this way too, because they have a gradient.
 
 Parameters: rank * rank a site, times the number of experts; rank at most that of the weight.
 
 Start: R ~ N(0, 1e-5): a fresh adapter changes outputs a little; ``std=0`` makes it an identity. With start="gradient" W
-keeps its values, so the adapter changes outputs from the start.
+is unchanged, so the adapter changes outputs from the start.
 
-Differs from the authors' code: The code of LoRA-XS finds singular vectors by a fast approximation in 10 iterations.
-That of LoRA-SB sums gradients of losses divided by the batch's size, which has the same sign where batches are of one
-size, and rounds A, B and R to bfloat16.
+Differs from the authors' code: The code of LoRA-XS computes singular vectors by a fast approximation in 10 iterations.
+The code of LoRA-SB sums gradients of losses that are divided by the size of the batch, which gives the same signs if
+all batches have the same size. It rounds A, B and R to bfloat16.
 
-Use it: `peftcore.apply(model, "lora_xs")`, where thousands of adapters, or their optimizers, must be held at once; with
-a larger learning rate than LoRA's.
+Use it: `peftcore.apply(model, "lora_xs")`, where thousands of adapters, or their optimizers, must be in memory at once.
+Use a larger learning rate than for LoRA.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ class LoRAXSConfig(MethodConfig):
 
     method: Literal["lora_xs"] = "lora_xs"
     rank: PositiveInt = 16
-    """Number of singular values that R mixes; at most all of the weight's."""
+    """Number of singular directions that R mixes; at most that of the weight."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     std: NonNegativeFloat = 1e-5
     """Standard deviation of R at the start; with 0 a fresh adapter leaves outputs unchanged."""
     start: Literal["weight", "gradient"] = "weight"
-    """The matrix whose singular vectors A and B are: the weight, or its first step (LoRA-SB), which needs data."""
+    """The matrix whose singular vectors are in A and B: the weight, or the first step of the weight (LoRA-SB), which
+    needs data."""
     step: NonNegativeFloat = 3e-7
-    """The learning rate of that first step; with 0 a fresh adapter leaves outputs unchanged."""
+    """The learning rate of the first step in LoRA-SB. With 0 a fresh adapter leaves outputs unchanged."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
@@ -82,7 +83,7 @@ class LoRAXSConfig(MethodConfig):
 
 
 class LoRAXSOperator(LowRankOperator):
-    """The core of one site between the frozen factors of its weight."""
+    """The trained matrix R of one site, and the frozen factors A and B of its weight."""
 
     A: Tensor
     B: Tensor
@@ -103,7 +104,7 @@ class LoRAXSOperator(LowRankOperator):
 
     @torch.no_grad()
     def decompose(self, site: Site, config: LoRAXSConfig, gradient: Tensor) -> None:
-        """Set A, B and R by the gradient, [*batch, out, in * kernel]."""
+        """Set A, B and R from the gradient of the weight, [*batch, out, in * kernel]."""
         rank = self.R.shape[-1]
         U, S, V = nearly_principal(-gradient.sign(), rank, rank, config.iterations)
         self.A.copy_(as_rows(site, V))

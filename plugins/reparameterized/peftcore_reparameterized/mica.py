@@ -4,20 +4,21 @@ Equation:
     W = U S V',   B = U[:, -r:] of the r smallest singular values, frozen
     y = W x + b + s B A dropout(x),   s = alpha / rank
 
-LoRA that trains only A, with outputs along the weight's smallest singular directions, which the base hardly uses. B is
-in the adapter's file: A depends on it, and a second decomposition, on another machine, would give a different one, by
-its signs at least (here the largest entry of each column is positive). Kernels of convolutions are decomposed as [out,
-in * kernel], experts each on its own, embeddings as [dim, num]. A rank above that of the weight is lowered.
+MiCA is a LoRA that trains only A. Its outputs are along the smallest singular directions of the weight, which the base
+hardly uses. A depends on B, and a decomposition on another machine would give a different B, at least in its signs. So
+B is saved in the adapter's file. In peftcore, the largest entry of each column of B is positive. Kernels of
+convolutions are decomposed as [out, in * kernel], embeddings as [dim, num], and each expert separately. A rank above
+that of the weight is reduced.
 
 Parameters: rank * in * kernel a site, times the number of experts; rank at most that of the weight.
 
 Start: A at zero: the identity.
 
-Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft has linear layers
-and embeddings, refuses a rank above that of the weight, and leaves the signs of B to the machine.
+Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. peft supports
+linear layers and embeddings, and refuses a rank above that of the weight. The signs of its B depend on the machine.
 
-Use it: `peftcore.apply(model, "mica")`, instead of LoRA where new knowledge must not overwrite what the base knows, or
-at half of its parameters.
+Use it: `peftcore.apply(model, "mica")`, instead of LoRA where new knowledge must not overwrite that of the base, or to
+halve the number of parameters.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class MiCAConfig(MethodConfig):
 
     method: Literal["mica"] = "mica"
     rank: PositiveInt = 16
-    """Number of the smallest singular values; at most all of the weight's."""
+    """Number of the smallest singular directions that are used; at most that of the weight."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0

@@ -4,13 +4,13 @@ Equation:
     W'[:, j] = W[:, j] + D[j mod rank],   D [rank, out]
 
 Every `rank` columns of the weight share their update, so y = W x + b + D' z, where z sums the inputs in shards of
-`rank`: z[k] = x[k] + x[rank + k] + x[2 rank + k] + … A last shard may be shorter, as if x went on with zeros. It is a
-low-rank update whose first factor is fixed, so it costs half of a LoRA, and is not scaled.
+`rank`: z[k] = x[k] + x[rank + k] + x[2 rank + k] + … The last shard may be shorter; then x is padded with zeros. The
+update is low-rank, and its first factor is fixed, so it has half of the parameters of a LoRA. It is not scaled.
 
-With `outputs` D has only that many columns and repeats them, for weights whose number of outputs it divides (peft:
-"mini"). With `bat` the weight takes part, in blocks [rank, rank] of whose rows i and columns j D has one for each i
-(peft: "bat"): W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. This update is not of low rank and lacks dropout; rank divides
-both sides.
+With `outputs` ("mini" in peft), D has only that many columns, and repeats them. `outputs` must divide the number of the
+weight's outputs. With `bat` ("bat" in peft), the update also depends on the weight. The weight is split into blocks
+W[i, j] of the shape [rank, rank], and D contains one block for each i: W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. This
+update does not have low rank and does not support dropout. The rank must divide inputs and outputs.
 
 Kernels of convolutions are shared as columns of [out, in * kernel], and embeddings as [dim, num]: tokens `rank` apart
 share their update. Each expert has a separate D.
@@ -19,10 +19,10 @@ Parameters: rank * out a site, with `outputs` rank * outputs, times the number o
 
 Start: D at zero: the identity.
 
-Differs from the authors' code: peft, by its authors, supports linear layers only.
+Differs from the authors' code: The code in peft, which is by the authors, supports linear layers only.
 
-Use it: `peftcore.apply(model, "miss")`, instead of LoRA for half the parameters at the same rank, and with one factor
-less to start and to tune.
+Use it: `peftcore.apply(model, "miss")`, instead of LoRA to halve the number of parameters at the same rank. Only one
+factor has to be initialized and tuned.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class MiSSConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     outputs: PositiveInt | None = None
-    """Number of outputs with separate updates, which the other outputs repeat; None: all outputs."""
+    """Number of outputs with separate updates, which the other outputs repeat. With None, all outputs have separate
+    updates."""
     bat: bool = False
     """Use Bat: the change of a block also depends on the block's weight."""
 
@@ -62,15 +63,15 @@ class MiSSConfig(MethodConfig):
 
 
 def shard(site: Site, config: MiSSConfig) -> int:
-    """Count the columns of one shard."""
+    """Return the number of columns of one shard."""
     return min(config.rank, site.in_features * math.prod(site.kernel))
 
 
 def own_outputs(site: Site, config: MiSSConfig) -> int:
-    """Count the outputs with separate updates.
+    """Return the number of outputs with separate updates.
 
     Raises:
-        UnsupportedSite: their number does not divide the number of all outputs.
+        UnsupportedSite: this number does not divide the number of all outputs.
     """
     if config.outputs is None:
         return site.out_features
@@ -92,8 +93,8 @@ class MiSSOperator(LowRankOperator):
         self.D = nn.Parameter(torch.zeros(*site.batch, shard(site, config), own_outputs(site, config)))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors. The first one sums: 1 where the column belongs to the row, made anew since it would be as
-        large as LoRA's."""
+        """Return the factors. The first one sums the shards, and consists of zeros and ones. It is not stored, because
+        it is as large as that of a LoRA."""
         rank, device = self.D.shape[-2], self.D.device
         rows = torch.arange(math.prod(self.inputs), device=device) % rank == torch.arange(rank, device=device)[:, None]
         A = rows.to(self.D.dtype).view(rank, *self.inputs)
@@ -115,7 +116,7 @@ class MiSSOperator(LowRankOperator):
 
 
 class BatOperator(WeightOperator):
-    """Changes blocks of one weight by a shared matrix and by themselves."""
+    """The update of one weight in blocks, which depends on the trained D and on the blocks themselves."""
 
     def __init__(self, site: Site, config: MiSSConfig) -> None:
         super().__init__(site)

@@ -7,28 +7,28 @@ Equation:
     w = softmax(p - mean(p) + sqrt(d + 1e-6) * eta),   eta [N] ~ N(0, 1)                      (Dirichlet, nearly)
     d = (1 - 2 / N) exp(-p) + sum_n exp(-p_n) / N^2
 
-Each row of A has a separate, learned deviation exp(t), and the N samples have learned weights: A is the mean of a
-distribution, and training samples around A. t is [rank], p is [N]. A loss in training, the mean over the sites, holds
-the distributions near their priors: `kl` times the sum of
+Each row of A has a separate, learned deviation exp(t), and the N samples have learned weights. So A is the mean of a
+distribution, from which training draws A'. t is [rank], p is [N]. An additional loss in training, averaged over the
+sites, keeps the distributions near their priors. It is `kl` times the sum of
 
     KL of Dirichlet(exp(p)) and Dirichlet(prior, …),   rank / 2 * sum_i (u_i - log u_i - 1) with u = exp(2 t),
     N / 2 * sum_i (v_i - log v_i - 1),
 
-and with `entropy` also the sum of all w_n^2. The formula is peft's: its first term has the sum of log Gamma(exp p) -
-log Gamma(prior) with a plus where the divergence has a minus, so it is not a divergence, though zero where both are
-equal. Weights that are read, not called, have the mean.
+and with `entropy` also the sum of all w_n^2. The formula is that of peft. In its first term, the sum of log Gamma(exp
+p) - log Gamma(prior) has a plus sign, where the divergence has a minus sign. So this term is not a divergence, but it
+is zero if both distributions are equal. At tensors that another module reads, the mean A is used.
 
-Kernels of convolutions count as inputs; each expert draws separately.
+Kernels of convolutions count as inputs. Each expert draws separately.
 
 Parameters: rank * (in * kernel + out) + rank + N a site, times the number of experts.
 
-Start: A and B as LoRA's, t and p uniform in 0 to 1: the identity.
+Start: A and B as in LoRA, t and p uniform in 0 to 1: the identity.
 
-Differs from the authors' code: That code was not compared, peft's was, which takes its roots in float32 always, draws
-ahead of time, and supports linear layers only.
+Differs from the authors' code: The authors' code was not compared; peft was. peft always computes roots in float32,
+draws samples in advance, and supports linear layers only.
 
-Use it: `peftcore.apply(model, "monteclora")`, where LoRA's result depends on the learning rate and the seed; t and p
-are of no use after training.
+Use it: `peftcore.apply(model, "monteclora")`, where the result of LoRA depends on the learning rate and the seed. t and
+p are not needed after training.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class MonteCLoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     samples: PositiveInt = 8
-    """How many samples N are drawn at a time."""
+    """Number N of samples that are drawn at a time."""
     sample_scale: NonNegativeFloat = 1e-4
     """Factor of the drawn noise."""
     prior: PositiveFloat = 0.1
-    """Concentration of the prior of the samples' weights: when it is small, few samples have most of the weight."""
+    """Concentration of the prior of the samples' weights. If it is small, a few samples have most of the weight."""
     kl: NonNegativeFloat = 1e-5
     """Factor of the loss that keeps the distributions near their priors."""
     entropy: bool = False
-    """Add sum(w^2) to the loss, which keeps the weights of samples apart from a single one."""
+    """Add sum(w^2) to the loss. This prevents a single sample from getting all of the weight."""
 
 
 class MonteCLoRAOperator(Operator):
@@ -113,7 +113,7 @@ class MonteCLoRAOperator(Operator):
         return self.A + self.sample_scale * rows * mixed, self.loss(v, w)
 
     def loss(self, v: Tensor, w: Tensor) -> Tensor:
-        """Return the distances from the priors, for the variances and weights that were drawn."""
+        """Return the loss that keeps the distributions near their priors, for the drawn variances v and weights w."""
         rank, count, a = self.t.shape[-1], self.p.shape[-1], self.p.exp()
         whole, prior = a.sum(-1), torch.full_like(a, self.prior)
         dirichlet = (

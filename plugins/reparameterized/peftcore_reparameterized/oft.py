@@ -3,34 +3,36 @@
 Equation:
     W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b]
 
-The inputs of a weight turn in blocks of b, so the lengths of its rows and the angles between them stay. In convolutions
-these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the returned
-vector turns. As in peft, the entries above the diagonal of K are trained.
+The inputs of a weight are rotated in blocks of b, so the lengths of its rows and the angles between them are unchanged.
+In a convolution, the inputs are all entries of the kernel, channel by channel; in a grouped one, those of the channels
+of a group. In an embedding, the returned vector is rotated. As in peft, the entries above the diagonal of K are
+trained.
 
-With `series` R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead, which saves solving and is orthogonal for
-small K only. That is peft's default, with five terms; it turns the other way, with K as -K.
-Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / sqrt(k), as in the authors' code (peft
-leaves b^2 out). Its gradient is taken at the scaled K_j, as in the authors' code and peft, which overwrite the
-parameter in each forward.
+With `series`, R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead. This needs no linear solve, but is
+orthogonal only for small K. The series with five terms is the default of peft, where it rotates in the opposite
+direction, with -K instead of K. With `eps` (COFT), each K_j is scaled down to a norm of at most eps b^2 / sqrt(k), as
+in the authors' code; peft omits b^2. The gradient is taken at the scaled K_j, as in the authors' code and in peft,
+where each forward overwrites the parameter.
 
-With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
-(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are from
-these libraries. With `constraint` all K of a site together count as scaled down to the norm constraint * width of the
-turned side, and gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out]. In training,
-`block_dropout` is the share of blocks that do not turn, drawn in each forward.
+With side="outputs" the outputs of a weight are rotated instead, W' = R W and k = out / b; the bias is not rotated.
+LyCORIS (its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and sd-scripts of kohya do this too.
+Two options are from these libraries. With `constraint`, all K of a site together are scaled down to a norm of at most
+constraint * width of the rotated side, and the scaling is differentiated. With `rescaled`, W' = diag(s) R W, with gains
+s [out]. `block_dropout` is the share of blocks that are not rotated in training. They are drawn in each forward.
 
-Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
-`block_share`; with `rescaled` out more.
+Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; with `block_share` those of a
+single block, with `rescaled` out more.
 
 Start: K at zero, s at one: the identity.
 
-Differs from the authors' code: The authors train a full Q with K = (Q - Q^T) / 2, which moves alike under Adam; their
-convolution mixes outputs into rows. peft folds the patches of a turned image back together, so that kernels above 1 are
-wrong, takes four dimensions for images, turns embeddings the other way, and does not implement its module_dropout.
-LyCORIS trains a full Q with K = Q - Q^T, which moves twice as much under Adam.
+Differs from the authors' code: The authors train a full Q with K = (Q - Q^T) / 2, for which Adam changes K by the same
+steps. In the authors' convolution, rows mix entries of several outputs. peft folds the patches of a rotated image back
+together, which is wrong for kernels above 1. It also treats inputs of four dimensions as images, rotates embeddings in
+the opposite direction, and does not implement its option module_dropout. LyCORIS trains a full Q with K = Q - Q^T, for
+which Adam changes K by steps twice as large.
 
-Use it: `peftcore.apply(model, "oft")`, where fine-tuning must keep what the base knows: subject-driven diffusion,
-little data.
+Use it: `peftcore.apply(model, "oft")`, where fine-tuning must preserve the knowledge of the base, as in subject-driven
+diffusion or with little data.
 """
 
 from __future__ import annotations
@@ -66,19 +68,21 @@ class OFTConfig(MethodConfig):
 
     method: Literal["oft"] = "oft"
     block_size: Annotated[int, Field(ge=2)] = 32
-    """Width b of a block; at a site whose inputs it does not divide, the nearest width that does."""
+    """Width b of a block. At a site whose inputs it does not divide, the nearest width that does is used."""
     block_share: bool = False
     """One rotation for all blocks of a site."""
     eps: PositiveFloat | None = None
-    """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
+    """Upper bound of the deviation of R from the identity (COFT), such as 6e-5. With None there is no bound."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
-    """Number of terms of a Neumann series that replaces the exact transform; None is exact."""
+    """Number of terms of a Neumann series that replaces the exact transform. With None the exact transform is used."""
     block_dropout: Share = 0.0
-    """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
+    """Share of the blocks that are not rotated in a forward in training. Their number is rounded down. It has no effect
+    with `block_share`."""
     side: Literal["inputs", "outputs"] = "inputs"
-    """Side of a weight that turns; an embedding turns its returned vectors either way."""
+    """Side of a weight that is rotated. For an embedding, the returned vectors are rotated with either value."""
     constraint: PositiveFloat | None = None
-    """Norm of all K of a site over the width of its turned side, at most (LyCORIS); None leaves it free."""
+    """Upper bound of the norm of all K of a site, divided by the width of the rotated side (LyCORIS). With None there
+    is no bound."""
     rescaled: bool = False
     """Train a gain for each output as well; a bias is not scaled."""
 

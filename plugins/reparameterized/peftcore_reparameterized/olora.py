@@ -4,23 +4,24 @@ Equation:
     W = Q R,   B0 = Q[:, :r],   A0 = R[:r]       the diagonal of R positive, which makes the two unique
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
-LoRA whose B starts with orthonormal columns that span the first r columns of W. As in the paper, the factors are not
-divided by a power of s, so s scales the replaced share of W. The base is unchanged, and A0 and B0 are frozen buffers,
-so the adapter fits the original base. The change is that of a LoRA of twice the rank.
+OLoRA is a LoRA whose B starts with orthonormal columns that span the first r columns of W. As in the paper, the factors
+are not divided by a power of s, so s scales the part of W that is replaced. The base is unchanged, and A0 and B0 are
+frozen buffers, so the adapter fits the original base. The change of the weight is that of a LoRA of twice the rank.
 
 With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
-output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own,
-embeddings as [dim, num].
+output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], embeddings as [dim, num],
+and each expert separately.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
 Start: A = A0 and B = B0: the identity.
 
-Differs from the authors' code: peft, by its author, writes W - s B0 A0 into the base; outputs and gradients are the
-same. It decomposes transformers' Conv1D as it is stored, transposed, so that its factors do not fit the layer; ours are
-those of the [out, in] matrix.
+Differs from the authors' code: The code in peft, which is by the author, writes W - s B0 A0 into the base. Outputs and
+gradients are the same. It decomposes transformers' Conv1D as it is stored, transposed, so its factors do not fit the
+layer. peftcore decomposes the [out, in] matrix.
 
-Use it: `peftcore.apply(model, "olora")`, instead of LoRA where training is short, and `pissa` is too slow to start.
+Use it: `peftcore.apply(model, "olora")`, instead of LoRA where training is short, and the decomposition of `pissa`
+takes too long.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class OLoRAConfig(MethodConfig):
 
     method: Literal["olora"] = "olora"
     rank: PositiveInt = 8
-    """Number of adapted columns of Q; at most all of them."""
+    """Number of adapted columns of Q; at most the number of all columns."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
@@ -49,7 +50,7 @@ class OLoRAConfig(MethodConfig):
 
 
 class OLoRAOperator(PairOperator):
-    """The first columns and rows of one weight's decomposition, which train, and their frozen start."""
+    """The first columns of Q and rows of R of one weight, which train, and their frozen initial values."""
 
     def __init__(self, site: Site, config: OLoRAConfig) -> None:
         rank = rank_within(site, config.rank)

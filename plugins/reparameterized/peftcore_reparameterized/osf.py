@@ -5,26 +5,26 @@ Equation:
     W = U_h S_h V_h' + U_l S_l V_l'      of the k largest singular values, and of all others
     W' = W + U S V' - U_l S_l V_l',      U, S and V trained from U_l, S_l and V_l
 
-The gradient of U is orthogonal to U_h, and that of V to V_h: the largest singular directions, the model's main
-knowledge, are unchanged. So gradients are not those of the loss; they are the same whatever optimizer takes them, as in
-peft, which projects by hooks. An optimizer that scales entries by themselves, as Adam does, leaves that subspace again
-by a little.
+The gradient of U is orthogonal to U_h, and that of V to V_h: the largest singular directions, which contain the main
+knowledge of the model, are unchanged. So the gradients of U and V are not those of the loss. They do not depend on the
+optimizer, as in peft, which projects them by hooks. The step of an optimizer that scales entries separately, such as
+Adam, is not exactly orthogonal.
 
 `effective_rank` is k: a number, or a share of the smaller side, rounded down. Kernels of convolutions are decomposed as
-[out, in * kernel], embeddings as [dim, num], experts each on its own.
+[out, in * kernel], embeddings as [dim, num], and each expert separately.
 
-Files hold U, S and V and their initial values: a second decomposition, on another machine, would differ, by rounding at
-least.
+Files contain U, S and V and their initial values, because a decomposition on another machine would differ, at least by
+rounding.
 
 Parameters: (min(out, in) - k) (out + in + 1) a site, times the number of experts: with half of the singular values
-nearly as many as the weight has, or more.
+nearly as many as in the weight, or more.
 
 Start: U, S and V at U_l, S_l and V_l: the identity.
 
-Differs from the authors' code: That code was not compared, peft's was. peft supports linear layers only; its files omit
-the initial values, and peft computes them from the model again.
+Differs from the authors' code: The authors' code was not compared; peft was. peft supports linear layers only. Files of
+peft lack the initial values, which peft computes from the model again.
 
-Use it: `peftcore.apply(model, "osf")`, to train one task after the other without losing what was learned before.
+Use it: `peftcore.apply(model, "osf")`, to train one task after the other without losing previous knowledge.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class OSFConfig(MethodConfig):
 
     method: Literal["osf"] = "osf"
     effective_rank: PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Number, or share, of the largest singular values that stay frozen."""
+    """Number, or share, of the largest singular values that are frozen."""
 
 
 def frozen_rank(site: Site, config: OSFConfig) -> int:
-    """Return k, the number of largest singular values that stay frozen.
+    """Return k, the number of the largest singular values that are frozen.
 
     Raises:
-        UnsupportedSite: none of the singular values would stay frozen, or all of them.
+        UnsupportedSite: either no singular value would be frozen, or all of them.
     """
     rank, k = min(site.out_features, columns(site)), config.effective_rank
     k = int(rank * k) if isinstance(k, float) else k
@@ -68,7 +68,7 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
 
 
 class OSFOperator(LowRankOperator):
-    """The smaller singular values of one site and their vectors, with the initial values of both."""
+    """The trained smaller singular values and vectors of one site, and the initial values of both."""
 
     U: Tensor
     S: Tensor
@@ -91,7 +91,7 @@ class OSFOperator(LowRankOperator):
         self.register_buffer("kept_V", V[..., :k, :].contiguous())
 
     def projected(self) -> tuple[Tensor, Tensor]:
-        """Return U and V with gradients orthogonal to the kept singular vectors."""
+        """Return U and V. Their gradients are projected to be orthogonal to the frozen singular vectors."""
         U, V = self.U, self.V
         if torch.is_grad_enabled():
             free_U = U - self.kept_U @ (self.kept_U.mT @ U)
@@ -100,7 +100,7 @@ class OSFOperator(LowRankOperator):
         return U, V
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of ``U S (V - V0)' + (U S - U0 S0) V0'``: exactly zero at first."""
+        """Return the factors of ``U S (V - V0)' + (U S - U0 S0) V0'``. The update is exactly zero at first."""
         U, V = self.projected()
         left, left0 = U * self.S.unsqueeze(-2), self.U0 * self.S0.unsqueeze(-2)
         A = torch.cat([V - self.V0, self.V0], -2)  # [*batch, 2 low, in * kernel]

@@ -4,20 +4,21 @@ Equation:
     W' = W + s B h_2n,   h_0 = f(A W),   A [rank, out],   B [out, rank]
     h_i = f(E_i h_(i-1)),   h_(n+i) = f(D_i h_(n+i-1)) + h_(n-i),   i = 1 … n = depth,   E_i, D_i [rank, rank]
 
-The update is a small network's answer to the frozen weight, column by column: f (`activation`) makes it more than a
-low-rank factor times W. As in peft, h has neither a scale nor dropout.
+The update is the output of a small network for the frozen weight, computed column by column. Because of f
+(`activation`), it is not just a low-rank matrix times W. As in peft, h has neither a scale nor dropout.
 
-Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], each expert has separate
-networks.
+Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], and each expert has a separate
+network.
 
 Parameters: 2 * rank * out + 2 * depth * rank^2 a site, times the number of experts.
 
 Start: A uniform in +-1/sqrt(out), E_i and D_i in +-1/sqrt(rank), B at zero: the identity.
 
-Differs from the authors' code: No difference is known; that code was not compared, peft's was, which supports linear
-layers only.
+Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. peft supports
+linear layers only.
 
-Use it: `peftcore.apply(model, "peanut")`, where LoRA's rank limits; each forward reads the weight, until it is merged.
+Use it: `peftcore.apply(model, "peanut")`, where the rank of LoRA limits the quality. Until the adapter is merged, each
+forward reads the weight.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from peftcore.author import (
 )
 
 Activation = Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]
-"""Names of f."""
+"""Names of the function f."""
 
 
 class PEANuTConfig(MethodConfig):
@@ -105,7 +106,7 @@ class PEANuTOperator(WeightOperator):
 
 
 class PEANuT(Method):
-    """Updates that a small network makes of the weight."""
+    """Updates that a small network computes from the weight."""
 
     name = "peanut"
     Config = PEANuTConfig

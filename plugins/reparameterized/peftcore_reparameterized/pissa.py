@@ -4,13 +4,13 @@ Equation:
     W = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r'       of the r largest singular values
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
-LoRA that starts at the directions that matter most, with gradients in both factors from the first step. The base is
-unchanged, and A0 and B0 are frozen buffers, so the adapter fits the original base. The change is that of a LoRA of
-twice the rank.
+PiSSA is a LoRA that starts at the most important directions of the weight, with gradients in both factors from the
+first step. The base is unchanged, and A0 and B0 are frozen buffers, so the adapter fits the original base. The change
+of the weight is that of a LoRA of twice the rank.
 
 With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
-output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own,
-embeddings as [dim, num].
+output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], embeddings as [dim, num],
+and each expert separately.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -19,7 +19,7 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
 the same. The authors use no dropout. peft supports linear layers only, without float64.
 
-Use it: `peftcore.apply(model, "pissa")`, instead of LoRA where training is short, with the same learning rate and
+Use it: `peftcore.apply(model, "pissa")`, instead of LoRA where training is short. Use the learning rate of LoRA and
 alpha = rank.
 """
 
@@ -40,17 +40,18 @@ class PiSSAConfig(MethodConfig):
 
     method: Literal["pissa"] = "pissa"
     rank: PositiveInt = 8
-    """Number of adapted singular values; at most all of the weight's."""
+    """Number of adapted singular values; at most that of the weight."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Number of steps, 4 to 16, of a fast approximation of the singular vectors; None computes them exactly."""
+    """Number of steps of a fast approximation of the singular vectors; 4 to 16 are usual. None computes them
+    exactly."""
 
 
 class PiSSAOperator(PairOperator):
-    """The principal part of one weight, which trains, and its frozen start."""
+    """The principal part of one weight, which trains, and its frozen initial value."""
 
     def __init__(self, site: Site, config: PiSSAConfig) -> None:
         scale = config.alpha / config.rank

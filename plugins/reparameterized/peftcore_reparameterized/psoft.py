@@ -4,25 +4,26 @@ Equation:
     W = U S V',   B = U_r S_r,   A = V_r'       of the r largest singular values, frozen
     W' = W + B (diag(b) R diag(a) - I) A,   R = (I + K) (I - K)^-1,   K skew-symmetric [r, r]
 
-The part of the weight that matters most turns within its own directions: while a and b are one, lengths of its columns
-and angles between them stay. a and b [r] relax that; `scale_outputs` and `scale_inputs` leave them out. The entries
-above the diagonal of K are trained. Without `orthogonal` R is any matrix. With `series` it is I + 2 K + 2 K^2 + … +
-K^(series - 1), with the norm of K limited to `eps` if given. `singular_values` both gives A and B the root of S_r each,
-as PiSSA.
+The principal part of the weight is rotated within its own directions. While a and b are one, the lengths of its columns
+and the angles between them are unchanged. a and b [r] relax that; scale_inputs=False removes a, and scale_outputs=False
+removes b. The entries above the diagonal of K are trained. With orthogonal=False, R is any matrix. With `series`, R is
+I + 2 K + 2 K^2 + … + K^(series - 1), where `eps`, if set, limits the norm of K. With singular_values="both", A and B
+each contain the root of S_r, as in PiSSA.
 
-The update is not scaled. A and B are in the adapter's file: R depends on them, and a second decomposition, on another
-machine, would give different ones, by signs at least. They are exact unless `iterations` is given. Kernels count as
-inputs, in * kernel; embeddings as [dim, num]; experts are decomposed each on its own.
+The update is not scaled. R depends on A and B, and a decomposition on another machine would give different factors, at
+least in their signs. So A and B are saved in the adapter's file. They are exact unless `iterations` is set. Kernels
+count as inputs (in * kernel), embeddings as [dim, num], and each expert is decomposed separately.
 
 Parameters: rank (rank - 1) / 2 + 2 rank a site, times the number of experts; rank at most that of the weight.
 
 Start: K at zero, a and b at one: the identity.
 
-Differs from the authors' code: The authors train the entries below the diagonal of K, with the other sign. Their series
-has 5 powers, where peft has 4. peft divides its scale, alpha / rank, out of B first; its files lack A and B.
+Differs from the authors' code: The authors train the entries below the diagonal of K, with the opposite sign. The
+series of the authors has 5 powers, and that of peft 4. peft has a scale alpha / rank, but first divides B by it. Files
+of peft lack A and B.
 
-Use it: `peftcore.apply(model, "psoft")`, as OFT where memory is scarce: a step computes with nothing larger than LoRA's
-factors.
+Use it: `peftcore.apply(model, "psoft")`, instead of OFT where memory is scarce. A training step needs no tensors larger
+than the factors of a LoRA.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ class PSOFTConfig(MethodConfig):
 
     method: Literal["psoft"] = "psoft"
     rank: PositiveInt = 32
-    """Number of principal directions that turn; at most all of the weight's."""
+    """Number of principal directions that are rotated; at most that of the weight."""
     orthogonal: bool = True
-    """Keep R a rotation; otherwise R is any matrix."""
+    """Whether R is a rotation. If False, R is any matrix."""
     scale_outputs: bool = True
-    """Train b, a factor of each direction behind R."""
+    """Whether b trains, which scales each direction after R."""
     scale_inputs: bool = True
-    """Train a, a factor of each direction in front of R."""
+    """Whether a trains, which scales each direction before R."""
     singular_values: Literal["outputs", "both"] = "outputs"
     """The factor with the singular values: B, or both A and B with their square roots."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
-    """Terms of a Neumann series instead of the exact transform; None is exact."""
+    """Number of terms of a Neumann series that replaces the exact transform. With None the exact transform is used."""
     eps: PositiveFloat | None = None
     """Largest norm of K in the series; None sets no limit."""
     dropout: Share = 0.0

@@ -4,26 +4,27 @@ Equation:
     y = W x + b + diag(b) B z,   [mu; logvar] = diag(d) A dropout(x),   d [2 rank],   b [out]
     z = mu + exp(logvar / 2) eps,   eps ~ N(0, 1), in training; z = mu otherwise
 
-As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, each of which uses the corner
-of its size, and drawn from `projection_seed` as peft draws them; files hold them with `store_basis` only. With `sample`
-"always" z is drawn in evaluation too, so that several passes show the model's uncertainty. Merging takes the mean; so
-does a weight that is read, not called, even in training, because it lacks activations to draw. Without `sample` it is
-VeRA by half of A.
+As in VeRA, A [2 rank, in] and B [out, rank] are random and frozen. All sites share them, and each uses the top-left
+corner of its own size. They are drawn from `projection_seed` in the same way as in peft, and files contain them only
+with `store_basis`. With sample="always", z is drawn in evaluation too, so that several forwards show the uncertainty of
+the model. A merge uses the mean. So does a tensor that another module reads, even in training, because there are no
+activations to draw. With sample="never", the output is that of VeRA with half of A.
 
-`kl` is the factor of a loss: the mean over all activations of tokens without padding, for each site, of the divergence
-of z from N(0, 1).
+`kl` is the factor of an additional loss: the divergence of z from N(0, 1) at each site, averaged over all activations
+of tokens that are not padding.
 
-Kernels of convolutions count as columns, [2 rank, in * kernel]; each expert has separate vectors.
+Kernels of convolutions count as columns, [2 rank, in * kernel]. Each expert has separate vectors.
 
 Parameters: 2 rank + out a site, times the number of experts.
 
 Start: d at `d_initial`, b at zero: the identity.
 
-Differs from the authors' code: Their d starts at one random number for all, and they scale the update by 16; their `kl`
-is 1e-6 to 1e-16 by data set. peft, by its authors, lacks `kl` and supports linear layers only.
+Differs from the authors' code: In the authors' code, all entries of d start at the same random number, and the update
+is multiplied by 16. Its `kl` is 1e-6 to 1e-16, depending on the data set. peft, by the same authors, lacks `kl` and
+supports linear layers only.
 
-Use it: `peftcore.apply(model, "pvera")`, where VeRA fits and data is scarce, or where one wants to know how sure the
-model is.
+Use it: `peftcore.apply(model, "pvera")`, where VeRA is suitable and data is scarce, or to measure the uncertainty of
+the model.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ class PVeRAConfig(MethodConfig):
 
     method: Literal["pvera"] = "pvera"
     rank: PositiveInt = 256
-    """Rows of A for the mean, and as many for the variance; columns of B."""
+    """Number of rows of A for the mean, of rows of A for the variance, and of columns of B."""
     d_initial: PositiveFloat = 0.1
-    """The value of all entries of d at the start."""
+    """Initial value of all entries of d."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     sample: Literal["never", "training", "always"] = "training"
-    """When z is drawn; otherwise it is the mean."""
+    """When z is drawn. At other times z is the mean."""
     kl: NonNegativeFloat = 0.0
     """Factor of the divergence of z from a standard normal distribution, as a loss in training."""
     projection_seed: NonNegativeInt = 0
@@ -77,7 +78,7 @@ class PVeRAConfig(MethodConfig):
 
 
 class PVeRAOperator(Operator):
-    """The vectors of one site, between the matrices of all sites."""
+    """The trained vectors of one site, and a reference to the matrices that all sites share."""
 
     def __init__(self, site: Site, config: PVeRAConfig, basis: Shared) -> None:
         super().__init__(site)
@@ -110,7 +111,7 @@ class PVeRAOperator(Operator):
         return y + layer.along_channels(b, y) * layer.mix(mean, B)
 
     def divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Return the mean divergence from N(0, 1), over all activations of tokens without padding."""
+        """Return the mean divergence from N(0, 1), over all activations of tokens that are not padding."""
         each = self.layer.channels_last(mean.square() + log_variance.exp() - 1 - log_variance) / 2
         values, counts, _ = by_row(each.to(torch.promote_types(each.dtype, torch.float32)))
         counted = torch.ones_like(values[..., 0]) if counts is None else counts.to(values.dtype)
@@ -124,7 +125,7 @@ class PVeRAOperator(Operator):
 
 
 class PVeRA(Method):
-    """Vector-based random matrix adaptation by distributions."""
+    """VeRA with activations that are drawn from a learned distribution."""
 
     name = "pvera"
     Config = PVeRAConfig

@@ -4,23 +4,25 @@ Equation:
     W' = W + s sum_j B_j diag(L[:, j]) A diag(G[j]),   j = 1 … n,   n = ceil(min(in, out) / rank),   s = alpha / rank
     A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n],   G [n, min(in, out)]
 
-and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which uses
-the corner of its size. They are drawn from `projection_seed`, and files hold them with `store_basis` only: uniform of
-variance 1, or signs and zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min).
-All B_j are stored in one tensor [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j.
+If out < in, the sum is transposed. A and all B_j are random and frozen. All sites share them, and each uses the
+top-left corner of its own size. They are drawn from `projection_seed`, and files contain them only with `store_basis`.
+Their entries have variance 1. They are uniform, or, with a sparse `basis`, signs and zeros: one in 3 entries is a sign
+with "sparse", and one in sqrt(min) with "very_sparse". All B_j are stored in one tensor [max, n, rank]. If it is
+flattened, its columns j, n + j, 2 n + j, … are B_j.
 
-scaling="bases" divides s by sqrt(n) too, as in the authors' code; their later one, in peft, does not.
-Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Each expert has a separate L and G.
+scaling="bases" also divides s by sqrt(n), as in the authors' code. The later code of the authors, in peft, does not.
+Kernels of convolutions count as columns (in * kernel), and embeddings count as [dim, num]. Each expert has a separate L
+and G.
 
 Parameters: n * (rank + min(in * kernel, out)) a site, times the number of experts: more at a lower rank.
 
 Start: L at zero, G at 1 / max(its shape): the identity.
 
-Differs from the authors' code: The authors and peft flatten the sum's other side differently; for random columns the
-order is irrelevant. peft draws in half precision.
+Differs from the authors' code: The authors and peft flatten the other side of the sum in a different order, which is
+irrelevant for random columns. peft draws in half precision.
 
-Use it: `peftcore.apply(model, "randlora")`, where low rank is the limit; each step computes the update as a full
-matrix.
+Use it: `peftcore.apply(model, "randlora")`, where the low rank limits the quality. Each step computes the update as a
+full matrix.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ def bases(site: Site, rank: int) -> int:
 
 
 def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-    """Draw values of variance 1: uniform, or zeros and a sign in about one of `sparsity` entries; while planning, a
-    shape."""
+    """Return random values of variance 1: uniform, or, if `sparsity` is not 0, zeros with a sign in about one of
+    `sparsity` entries."""
     drawn = torch.empty(*shape).uniform_(-1, 1, generator=generator)
     if sparsity:
         drawn = drawn.sign() * (drawn.abs() > 1 - 1 / sparsity)
@@ -89,7 +91,7 @@ def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> T
 
 
 class Bases(Basis):
-    """The random matrices of all sites, and the shapes that they were drawn for."""
+    """The random matrices that all sites share, and the largest shape of a site."""
 
     def __init__(self, config: RandLoRAConfig, short: int, long: int, span: tuple[int, int]) -> None:
         sparsity = {"uniform": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(short)}[config.basis]
@@ -97,11 +99,11 @@ class Bases(Basis):
         super().__init__(config.projection_seed, partial(draw, sparsity), *shapes, config.store_basis)
         self.config = config
         self.span = span
-        """The most outputs and the most inputs that a site has."""
+        """The largest number of outputs and the largest number of inputs of a site."""
 
 
 class RandLoRAOperator(WeightOperator):
-    """The scales of one site and its corner of the bases."""
+    """The trained scales L and G of one site, and a reference to the shared bases."""
 
     def __init__(self, site: Site, config: RandLoRAConfig, basis: Shared) -> None:
         super().__init__(site)
@@ -114,15 +116,15 @@ class RandLoRAOperator(WeightOperator):
         self.G = nn.Parameter(torch.full((*site.batch, count, short), 1 / max(count, short)))
 
     def factors_of(self) -> tuple[Tensor, Tensor]:
-        """Return B [long, rank * bases], and A scaled [*batch, rank * bases, short]: their product is the update."""
+        """Return B [long, rank * bases] and the scaled A [*batch, rank * bases, short]. Their product is the update."""
         count, short = self.G.shape[-2:]
         A, B = self.basis.module.A[:, :short].to(self.G), self.basis.module.B[: self.long, :count].to(self.G)
         scaled = scaled_bases(A, self.L, self.G)  # [*batch, rank, bases, short]
         return B.flatten(1), scaled.flatten(-3, -2)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether the update runs on activations, that is, where the products with the inputs are smaller than those
-        that make an update of the weight's size, and where inputs are dropped."""
+        """Whether the update is computed on activations. It is if inputs are dropped, or if products with the inputs
+        take fewer operations than computing an update of the weight's size."""
         if self.training and self.dropout:
             return True
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]

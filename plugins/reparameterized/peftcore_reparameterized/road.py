@@ -4,23 +4,25 @@ Equation:
     y = W x + b
     (y1, y2)  ->  (a1 cos(t1) y1 - a2 sin(t2) y2,   a3 sin(t3) y1 + a4 cos(t4) y2)
 
-The outputs of a layer turn in pairs, each in its plane, and their lengths are scaled. With `variant` 1 all four angles
-t of a pair are one, and so are the lengths a: a rotation. With 2 each output has one of both, t1 = t2 and t3 = t4; with
-4 all are free. The bias turns along, and the merged weight R W has a bias R b.
+The outputs of a layer are rotated in pairs, and their lengths are scaled. With variant=1, all four angles t of a pair
+are equal, and so are the lengths a, so the pair is rotated and scaled. With variant=2, each output has one angle and
+one length: t1 = t2 and t3 = t4. With variant=4, all are independent. The bias is rotated too: the merged weight is R W,
+with the bias R b.
 
-Outputs are in groups, and an output of the first half of a group is paired with the output at the same position of the
-second half: with a `group_size` of 2, as in the paper, neighbours are a pair; peft's default is 64.
+Outputs are split into groups. An output in the first half of a group is paired with the output at the same position in
+the second half. With a `group_size` of 2, as in the paper, neighbours are a pair. The default of peft is 64.
 
-Convolutions turn their channels, embeddings their returned vectors. Each expert has separate angles and lengths.
+In a convolution the channels are rotated, and in an embedding the returned vectors. Each expert has separate angles and
+lengths.
 
 Parameters: variant * out a site, times the number of experts.
 
 Start: All t at zero and all a at one: the identity.
 
-Differs from the authors' code: That code was not compared, peft's was, which supports linear layers only.
+Differs from the authors' code: The authors' code was not compared; peft was. peft supports linear layers only.
 
-Use it: `peftcore.apply(model, "road")`, where many adapters serve one batch: the change is by elements, and costs no
-product with a matrix.
+Use it: `peftcore.apply(model, "road")`, where the rows of a batch use many adapters. The change is elementwise, and
+needs no product with a matrix.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ class RoAdConfig(MethodConfig):
 
     method: Literal["road"] = "road"
     variant: Literal[1, 2, 4] = 1
-    """Parameters for each output: 1, a rotation and a length for each pair; 2, for each output; 4, for each entry."""
+    """Number of parameters for each output. 1: one angle and one length for each pair. 2: for each output. 4: for each
+    entry of the 2 x 2 matrix of a pair."""
     group_size: Annotated[int, Field(ge=2, multiple_of=2)] = 2
-    """Outputs in a group, whose first half is paired with its second half: with 2 neighbours are a pair."""
+    """Number of outputs in a group, whose first half is paired with its second half. With 2, neighbours are a pair."""
 
 
 class RoAdOperator(Operator):
@@ -72,7 +75,7 @@ class RoAdOperator(Operator):
         return length * angle.cos(), length * angle.sin()
 
     def turned(self, y: Tensor, dim: int) -> Tensor:
-        """Return `y` with its channels, the dimension `dim`, turned in pairs."""
+        """Return `y` with its channels (the dimension `dim`) rotated in pairs."""
         pairs = y.unflatten(dim, (-1, 2, self.half_group))  # [..., groups, 2, half, ...]
         first, second = pairs.unbind(dim + 1)
         across = torch.stack([-second, first], dim + 1)

@@ -4,26 +4,26 @@ Equation:
     W = U S V',   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r'      of the r largest singular values, frozen
     y = W x + b + B (sum_i v_i P_i) A dropout(x),   v [u],   P_i [r, r] ~ N(0, 1/r), frozen
 
-Sites are put into groups, one after the other, and those of a group have one v: each its own with `tying` 0, all the
-same one with 1, and in between ``round(sites * (1 - tying))`` groups. P_i are a site's own, drawn from
-`projection_seed` and its number among the sites.
+Consecutive sites form groups, and the sites of a group share one v. There are ``round(sites * (1 - tying))`` groups, at
+least one: with tying=0 each site has a separate v, and with tying=1 all sites share one. The P_i of a site are drawn
+from `projection_seed` plus the index of the site.
 
-Kernels of convolutions are decomposed as [out, in * kernel], embeddings as [dim, num], experts each on its own, with
-their own P and the site's v.
+Kernels of convolutions are decomposed as [out, in * kernel], embeddings as [dim, num], and each expert separately. Each
+expert has a separate P; the experts of a site share v.
 
-A and B are in the adapter's file, since a second decomposition, on another machine, would give different ones, by
-rounding at least; P is with `store_basis` only, as it is drawn again: those numbers are peft's for the same seed and
-sites.
+A and B are saved in the adapter's file, because a decomposition on another machine would give different factors, at
+least by rounding. P is saved only with `store_basis`, because it can be drawn again. Its numbers are the same as in
+peft, for the same seed and sites.
 
-Parameters: u a group; one number is enough.
+Parameters: u for each group; u = 1 is possible.
 
 Start: v at zero: the identity.
 
-Differs from the authors' code: The authors published no code: this is peft's, which gives both factors a root of the
-singular values; the paper has all of them in one, U S (sum_i v_i P_i) V'.
+Differs from the authors' code: The authors published no code, so this method follows peft. In peft, both factors
+contain the roots of the singular values. In the paper one factor contains all of them, U S (sum_i v_i P_i) V'.
 
-Use it: `peftcore.apply(model, "tinylora")`, where even LoRA-XS is too large, for reinforcement learning above all; with
-a large learning rate.
+Use it: `peftcore.apply(model, "tinylora")`, where even LoRA-XS is too large, above all in reinforcement learning. Use a
+large learning rate.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class TinyLoRAConfig(MethodConfig):
 
     method: Literal["tinylora"] = "tinylora"
     rank: PositiveInt = 2
-    """Number of singular values that the core mixes; at most all of the weight's."""
+    """Number of singular directions that the matrix between A and B mixes; at most that of the weight."""
     u: PositiveInt = 64
-    """Trained numbers of a group."""
+    """Number of trained values of a group."""
     tying: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Degree of sharing between sites: 0 none, 1 one vector for all."""
+    """Degree of sharing between sites. With 0 each site has a vector; with 1 there is one vector for all."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 42
-    """Seed of the P of the first site; the next one has the next."""
+    """Seed of P at the first site. The seed of each following site is larger by 1."""
     store_basis: bool = False
     """Save P in files. A P loaded from another library's file is always saved."""
 
@@ -70,7 +70,8 @@ class Vector(nn.Module):
 
 
 class TinyLoRAOperator(LowRankOperator):
-    """The frozen factors of one site, and the matrices that its group's vector sums up."""
+    """The frozen factors A and B of one site, and its frozen matrices P. Their weights are the vector v of the
+    group."""
 
     A: Tensor
     B: Tensor
@@ -99,7 +100,7 @@ def group_of(number: int, sites: int, tying: float) -> int:
 
 
 class TinyLoRA(Method):
-    """Low-rank adaptation by a few numbers in all."""
+    """Low-rank adaptation that trains only a few numbers."""
 
     name = "tinylora"
     Config = TinyLoRAConfig

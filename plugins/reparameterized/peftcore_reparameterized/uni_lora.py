@@ -3,23 +3,23 @@
 Equation:
     y = W x + b + B A dropout(x),   each entry of A [rank, in] and B [out, rank] of every site is  theta[i] / sqrt(n_i)
 
-i is drawn for each of the D entries of all sites together, and n_i is the number of entries that have drawn i: so the
-projection of theta [d] to all entries is isometric. The draw is balanced, each i occurs D / d times, rounded up or
-down, as in peft (by its authors). The update is not scaled.
+An index i is drawn for each of the D entries of all sites together, and n_i is the number of entries with the index i.
+So the projection of theta [d] to all entries is isometric. The draw is balanced: each i occurs D / d times, rounded up
+or down, as in peft (by the same authors). The update is not scaled.
 
-Files hold theta alone: the indices depend only on `projection_seed` and on the sites in their order, so loading draws
-the same ones. With `store_indices` files hold the indices too, which are as large as a LoRA. Embeddings and kernels of
-convolutions have factors as in LoRA, separate ones for each expert.
+Files contain only theta. The indices depend only on `projection_seed` and the sites, including their order, so loading
+draws the same ones. With `store_indices` files also contain the indices, which are as large as a LoRA. Embeddings and
+kernels of convolutions have factors as in LoRA, separate ones for each expert.
 
 Parameters: d in all, for any number of sites.
 
-Start: theta uniform in +-`theta_bound`: a fresh adapter changes outputs, a little.
+Start: theta uniform in +-`theta_bound`: a fresh adapter changes outputs a little.
 
-Differs from the authors' code: The code of the paper draws each entry by itself. peft, by its authors, draws different
-indices, which are kept when its files are loaded.
+Differs from the authors' code: The code of the paper draws each entry independently. peft, by the same authors, draws
+different indices. When a file of peft is loaded, its indices are used.
 
-Use it: `peftcore.apply(model, "uni_lora")`, where an adapter must be tiny and its size chosen freely; it computes as
-much as LoRA.
+Use it: `peftcore.apply(model, "uni_lora")`, where an adapter must be tiny, and you want to choose its size freely. It
+takes as much computation as LoRA.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class UniLoRAConfig(MethodConfig):
     rank: PositiveInt = 4
     """Rank of the update."""
     theta_length: PositiveInt = 23040
-    """Length d of the vector: all that trains."""
+    """Length d of the vector theta, which contains all trained parameters."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     theta_bound: PositiveFloat = 0.02
-    """Bound of the uniform distribution that the vector starts from."""
+    """Bound of the uniform distribution that the initial vector is drawn from."""
     projection_seed: NonNegativeInt = 42
-    """Seed by which each entry draws its number in the vector."""
+    """Seed of the indices that are drawn for the entries."""
     store_indices: bool = False
     """Store the drawn indices in files, which makes them larger. Indices loaded from another library's file are always
     stored."""
@@ -61,15 +61,15 @@ class UniLoRAConfig(MethodConfig):
 
 @functools.lru_cache(maxsize=1)
 def drawn_indices(total: int, length: int, seed: int) -> Tensor:
-    """Return for each of `total` entries of factors the index of its entry in the vector. Each index is drawn about
-    equally often, once for all sites, also while planning."""
+    """Return, for each of the `total` entries of all factors, its index in the vector theta. All indices occur about
+    equally often. The result is cached for all sites, and drawn on the CPU also while planning."""
     generator = torch.Generator("cpu").manual_seed(seed)
     some_first = torch.randperm(length, generator=generator, device="cpu")
     return some_first.int()[torch.randperm(total, generator=generator, device="cpu") % length]
 
 
 class Theta(nn.Module):
-    """The vector, and the factor that scales down each entry."""
+    """The vector theta, and the factor 1 / sqrt(n_i) for each of its entries."""
 
     norm: Tensor
 
@@ -82,7 +82,7 @@ class Theta(nn.Module):
 
 
 class UniLoRAOperator(LowRankOperator):
-    """The factors of one site, as indices into the vector."""
+    """The factors of one site, as indices into the vector theta."""
 
     index_A: Tensor
     index_B: Tensor

@@ -4,25 +4,26 @@ Equation:
     y = W x + b + B A dropout(x),   A [rank, in] and B [out, rank] in sub-vectors of length b
     sub-vector = sum over i in top k of logits:  softmax(top k logits)_i  V[i],   V [h, b] the bank of all sites
 
-Rows of A and columns of B are cut into sub-vectors, each of which mixes the k vectors of the bank that its own h logits
-choose; the choice changes as these train. The update is not scaled. Gradients reach the chosen vectors and their logits
-alone.
+Rows of A and columns of B are split into sub-vectors. Each sub-vector has h logits, and mixes the k vectors of the bank
+with the largest logits. The choice changes as the logits train. The update is not scaled. Only the chosen vectors and
+their logits get gradients.
 
-Where b does not divide a side, the last sub-vector is cut. Kernels of convolutions count as columns, [rank, in *
-kernel]; embeddings as [dim, num]; each expert has separate logits. The logits learn `logits_ratio` times as fast as the
-bank, as in the authors' code; the rates are parameter groups, so this acts through ``injection.optimizer(...)`` only.
+If b does not divide a side, the last sub-vector is truncated. Kernels of convolutions count as columns, [rank, in *
+kernel], embeddings as [dim, num], and each expert has separate logits. The learning rate of the logits is
+`logits_ratio` times that of the bank, as in the authors' code. The rates are set in parameter groups, so they require
+an optimizer of ``injection.optimizer(...)``.
 
 Parameters: h * b in all, and rank * h * (in / b + out / b) a site, the quotients rounded up, times the number of
-experts. An adapter that is not trained further needs only k of each h logits: peft's files may hold only these k
-(`save_only_topk_weights`). Such files can be read; in further training the chosen vectors then stay the same.
+experts. An adapter that is not trained further needs only k of each h logits. Files of peft may contain only these
+(`save_only_topk_weights`). Such files can be read, but further training cannot change which vectors are chosen.
 
-Start: V uniform in +-`bank_bound`, logits from N(0, `logits_std`): a fresh adapter changes outputs, a little.
+Start: V uniform in +-`bank_bound`, logits from N(0, `logits_std`): a fresh adapter changes outputs a little.
 
-Differs from the authors' code: The paper and peft ask for lengths that divide all sides. That code was not compared,
-peft's was.
+Differs from the authors' code: The paper and peft require lengths that divide all sides. The authors' code was not
+compared; peft was.
 
-Use it: `peftcore.apply(model, "vb_lora")`, where many adapters must be stored, and training may hold more than a LoRA
-does.
+Use it: `peftcore.apply(model, "vb_lora")`, where many adapters must be stored, and training may need more memory than
+for a LoRA.
 """
 
 from __future__ import annotations
@@ -59,19 +60,19 @@ class VBLoRAConfig(MethodConfig):
     rank: PositiveInt = 4
     """Rank of the update."""
     num_vectors: PositiveInt = 256
-    """Vectors h in the bank."""
+    """Number h of vectors in the bank."""
     vector_length: PositiveInt = 256
-    """Length b of a vector: one that divides the widths of the target modules."""
+    """Length b of a vector. It should divide the widths of the target modules."""
     topk: PositiveInt = 2
-    """How many vectors k of the bank a sub-vector mixes."""
+    """Number k of vectors of the bank that a sub-vector mixes."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     bank_bound: PositiveFloat = 0.02
-    """Bound of the uniform distribution that the bank starts from."""
+    """Bound of the uniform distribution that the initial bank is drawn from."""
     logits_std: PositiveFloat = 0.1
-    """Standard deviation of the logits at the start."""
+    """Standard deviation of the initial logits."""
     logits_ratio: PositiveFloat = 10.0
-    """How many times faster the logits learn than the bank."""
+    """Learning rate of the logits, as a multiple of that of the bank."""
 
     @model_validator(mode="after")
     def _check_topk(self) -> VBLoRAConfig:
@@ -81,7 +82,7 @@ class VBLoRAConfig(MethodConfig):
 
 
 class Bank(nn.Module):
-    """The vectors of all sites."""
+    """The bank of vectors that all sites share."""
 
     def __init__(self, config: VBLoRAConfig) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Bank(nn.Module):
 
 
 def pieces(site: Site, length: int) -> tuple[int, int]:
-    """Return how many sub-vectors a row of A and a column of B have."""
+    """Return the number of sub-vectors in a row of A, and in a column of B."""
     return -(-columns(site) // length), -(-site.out_features // length)
 
 
@@ -108,7 +109,7 @@ class VBLoRAOperator(LowRankOperator):
         self.logits_B = nn.Parameter(torch.randn(shape) * config.logits_std)
 
     def mixed(self, logits: Tensor) -> Tensor:
-        """Return the sub-vectors [..., b] that logits [..., h] choose and weigh."""
+        """Return the sub-vectors [..., b] for logits [..., h]: mixtures of the vectors with the k largest logits."""
         best, chosen = logits.topk(self.topk, -1)  # [..., k]
         vectors = self.bank.module.vectors.to(logits)[chosen]  # [..., k, b]
         return (best.softmax(-1).unsqueeze(-1) * vectors).sum(-2)

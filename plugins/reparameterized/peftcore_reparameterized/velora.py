@@ -4,25 +4,25 @@ Equation:
     y = W x + b + s B A dropout(x)   as in LoRA,   s = alpha / rank
     dL/dA = (dL/dz)' x~,   z = A x,   x~ = c [v v' x_1, ..., v v' x_g]   with x in g groups,   |v| = 1
 
-Training keeps a number for each group of inputs instead of the inputs, and puts x~ in their place where the gradient
-of A needs them; all other gradients, and outputs, are those of LoRA. v is the direction of the mean of all groups of
-all tokens without padding: of the first batch (projection="first", the authors', kept in the file), or of each
-(projection="each", peft's default, which keeps nothing); projection="random" draws it. c is `rebuilt_scale`. With
-dropout the inputs are those after it.
+For backward, training stores one number for each group of inputs instead of the inputs. The gradient of A is computed
+from x~ instead of x. Outputs and all other gradients are those of LoRA. v is the direction of the mean of all groups,
+over all tokens that are not padding. With projection="first", as in the authors' code, v is computed from the first
+batch and saved in the file. With projection="each", the default of peft, it is computed from each batch and not saved.
+With projection="random" it is drawn. c is `rebuilt_scale`. With dropout, x are the inputs after dropout.
 
-Where `in` is not a multiple of g, zeros fill the last group. VeLoRA acts on linear layers that are called; computed as
-an effective weight (`low_memory`), A gets its exact gradient.
+If `in` is not a multiple of g, the last group is padded with zeros. VeLoRA supports only linear layers that are called.
+If the effective weight is computed (`low_memory`), A gets its exact gradient.
 
 Parameters: rank * (in + out) a site.
 
 Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: Padding counts for v in the authors' code and in peft. The authors' code requires `in`
-to be a multiple of g, and also compresses the inputs of whole layers that train; here, as in peft, only the inputs of
-the update are compressed.
+Differs from the authors' code: In the authors' code and in peft, v also depends on padding. The authors' code requires
+`in` to be a multiple of g, and also compresses the inputs of whole layers that train. Here only the inputs of the
+update are compressed, as in peft.
 
-Use it: `peftcore.apply(model, "velora")`, instead of LoRA where the inputs of its layers fill the memory, and nothing
-else keeps them.
+Use it: `peftcore.apply(model, "velora")`, instead of LoRA where the stored inputs of the adapted layers need too much
+memory, and no other operation stores them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class VeLoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     num_groups: PositiveInt = 32
-    """How many numbers of each token's input are kept; the more, the more exact the gradient of A."""
+    """Number g of values that are stored for the input of each token. With more of them, the gradient of A is more
+    exact."""
     projection: Literal["first", "each", "random"] = "first"
     """Source of v: the first batch, each batch, or a random draw."""
     rebuilt_scale: PositiveFloat = 0.1
@@ -71,14 +72,14 @@ class VeLoRAConfig(MethodConfig):
 
 
 def in_groups(x: Tensor, groups: int) -> Tensor:
-    """Return inputs ``[..., in]`` as ``[tokens, groups, size]``, with zeros at the end."""
+    """Return inputs ``[..., in]`` as ``[tokens, groups, size]``, padded with zeros at the end."""
     size = -(-x.shape[-1] // groups)
     return F.pad(x, (0, groups * size - x.shape[-1])).reshape(-1, groups, size)
 
 
 def direction(x: Tensor, groups: int) -> Tensor:
-    """Return v, ``[size]``: the direction of the mean of all groups of tokens without padding; where the mean is zero,
-    all entries are equal."""
+    """Return v, ``[size]``: the direction of the mean of all groups, over tokens that are not padding. If the mean is
+    zero, all entries of v are equal."""
     tokens, counts, _ = by_row(x.detach())  # [rows, tokens, in], [rows, tokens]
     kept = tokens if counts is None else tokens * counts.unsqueeze(-1)
     mean = in_groups(kept, groups).flatten(0, 1).mean(0).to(torch.promote_types(x.dtype, torch.float32))
@@ -86,7 +87,7 @@ def direction(x: Tensor, groups: int) -> Tensor:
 
 
 class _Compressed(torch.autograd.Function):
-    """``x A'``, which keeps a number for each group of x for the gradient of A."""
+    """Computes ``x A'``, and saves only one number for each group of x for the gradient of A."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
@@ -103,7 +104,7 @@ class _Compressed(torch.autograd.Function):
 
 
 class VeLoRAOperator(Operator):
-    """The update of one linear layer, and the direction in which its inputs are kept."""
+    """The update of one linear layer, and the direction v onto which the stored inputs are projected."""
 
     training_only = frozenset({"dropout", "groups", "projection", "rebuilt_scale"})
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})

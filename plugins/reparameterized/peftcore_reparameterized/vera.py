@@ -3,22 +3,22 @@
 Equation:
     y = W x + b + diag(b) B diag(d) A dropout(x),   d [rank],   b [out]
 
-A [rank, in] and B [out, rank] are random, frozen, and the same for all sites: one pair as large as the largest site
-needs, of which each site uses the corner of its size. Uniform in +-sqrt(6 / columns), from `projection_seed` alone: the
-numbers are those of peft for the same seed and sites. No file holds them (peft's may, and ours with `store_basis`),
-since loading an adapter draws them again; layers share one copy. The update is not scaled.
+A [rank, in] and B [out, rank] are random and frozen. All sites share one pair, which is large enough for the largest
+site, and each site uses the top-left corner of its own size. Entries are uniform in +-sqrt(6 / columns), and depend
+only on `projection_seed`. They are the same as in peft, for the same seed and sites. Files contain A and B only with
+`store_basis`, because loading an adapter draws them again. The update is not scaled.
 
-Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num], so one with many tokens makes A
-large. Each expert has separate vectors.
+Kernels of convolutions count as columns, [rank, in * kernel], and embeddings as [dim, num], so an embedding with many
+tokens makes A large. Each expert has separate vectors.
 
 Parameters: rank + out a site, times the number of experts.
 
 Start: d at `d_initial`, b at zero: the identity.
 
-Differs from the authors' code: peft, by its authors, supports linear layers only.
+Differs from the authors' code: The code in peft, which is by the authors, supports linear layers only.
 
-Use it: `peftcore.apply(model, "vera")`, where an adapter must be tiny, as one for each of many users; its rank and
-learning rate are large.
+Use it: `peftcore.apply(model, "vera")`, where an adapter must be tiny, such as one for each of many users. It needs a
+large rank and a large learning rate.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class VeRAConfig(MethodConfig):
 
     method: Literal["vera"] = "vera"
     rank: PositiveInt = 256
-    """Rows of A and columns of B; a higher rank adds one trained value per site and row."""
+    """Number of rows of A and of columns of B. Each further row adds one trained value per site."""
     d_initial: PositiveFloat = 0.1
-    """The value of all entries of d at the start."""
+    """Initial value of all entries of d."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
@@ -55,13 +55,13 @@ class VeRAConfig(MethodConfig):
 
 
 def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-    """Draw the initialization of He et al. for a layer before a ReLU; while planning, a shape."""
+    """Return random values of the initialization of He et al. for a layer before a ReLU."""
     bound = math.sqrt(6 / shape[-1])
     return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
 
 
 class VeRAOperator(LowRankOperator):
-    """The vectors of one site, between the matrices of all sites."""
+    """The trained vectors of one site, and a reference to the matrices that all sites share."""
 
     def __init__(self, site: Site, config: VeRAConfig, basis: Shared) -> None:
         super().__init__(site, config.dropout)
@@ -77,7 +77,7 @@ class VeRAOperator(LowRankOperator):
         return A, self.b.unsqueeze(-1) * B.to(self.b), 1.0
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Run the layer; the vectors act on activations: no gradient of the size of A or B is made for theirs."""
+        """Run the layer. The vectors scale activations, so their gradients need no tensor of the size of A or B."""
         rank, out = self.d.shape[-1], self.b.shape[-1]
         A = self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs)
         B = self.basis.module.B[:out, :rank]

@@ -4,27 +4,30 @@ peft by its authors).
 Equation:
     W' = W + alpha sum_j c_j f_j g_j^T,   j = 1 … n
 
-f_j [out] and g_j [in] are two short waves: each is a low-pass or high-pass filter of the wavelet, shifted by a position
-(u_j, v_j). So each coefficient changes a patch of the weight: 2 x 2 entries with db1, the wavelet of Haar, 2 k x 2 k
-with db k. The sum is the inverse wavelet transform, in one level and two dimensions, of a matrix of zeros with c at the
-positions: in its upper left quarter f and g are low, in the upper right one f is high, in the lower left one g, in the
-last one both. Longer filters need coefficients beyond the edges: these count as absent, and the middle of the result is
-taken. With wavelet None the coefficients are entries of the update themselves.
+f_j [out] and g_j [in] are two short filters. Each is a low-pass or high-pass filter of the wavelet, shifted by a
+position (u_j, v_j). So each coefficient changes a patch of the weight: 2 x 2 entries with db1, the wavelet of Haar, and
+2 k x 2 k with db k. The sum is the inverse wavelet transform, with one level in two dimensions, of a matrix that is
+zero except for c at the positions. In its upper left quarter f and g are low-pass, in the upper right quarter f is
+high-pass, in the lower left one g is, and in the last one both are. Longer filters would need coefficients beyond the
+edges. These are zero, and the result is cropped to its middle. With wavelet=None the coefficients are entries of the
+update themselves.
 
-The positions are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold only c;
-they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11.
+The positions depend only on `entry_seed` and the shape. So all sites of one shape have the same positions, and files
+contain only c. peft draws the same positions from its `random_loc_seed`. Filters are computed, with a precision of
+1e-11.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. Each expert has a separate c.
+Kernels of convolutions count as inputs (in * kernel), and embeddings count as [dim, num]. Each expert has a separate c.
 
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 
 Start: c at zero: the identity.
 
-Differs from the authors' code: peft, by its authors, has tables of filters, including those of Symlets and Coiflets; it
-can spread n over the sites by their sizes, where here overrides are written, and start from N(0, 0.01).
+Differs from the authors' code: peft, by the same authors, has tables of filters, including those of Symlets and
+Coiflets. It can distribute n over the sites in proportion to their sizes, for which peftcore needs `overrides`. It can
+also start from N(0, 0.01).
 
-Use it: `peftcore.apply(model, "waveft")`, as FourierFT, where adapters must be tiny: its waves are local, and a step
-costs no transform.
+Use it: `peftcore.apply(model, "waveft")`, instead of FourierFT where adapters must be tiny. Its filters are local, and
+a step needs no transform.
 """
 
 from __future__ import annotations
@@ -51,15 +54,16 @@ class WaveFTConfig(MethodConfig):
     alpha: PositiveFloat = 25.0
     """Factor of the update."""
     wavelet: Annotated[str, Field(pattern="^db([1-9]|10)$")] | None = "db1"
-    """Wavelet of Daubechies, db1 to db10; None changes single entries of the weight, which is cheaper."""
+    """Wavelet of Daubechies, db1 to db10. With None, single entries of the weight are changed, which is cheaper."""
     entry_seed: NonNegativeInt = 777
     """Seed of the positions."""
 
 
 @functools.cache
 def low_pass(moments: int) -> Tensor:
-    """Return the filter of Daubechies with so many vanishing moments, twice as long, [taps] in float64: a double root
-    at -1 for each, and of all other roots of its product with its mirror image the half inside the unit circle."""
+    """Return the low-pass filter of Daubechies with `moments` vanishing moments, [2 * moments] in float64. Its
+    polynomial has the root -1 once for each moment. Consider the product of the filter with its mirror image: the other
+    roots of the filter are the roots of this product inside the unit circle."""
     one = torch.ones(1, dtype=torch.complex128, device="cpu")  # also while planning
     roots = [-one] * moments
     if moments > 1:
@@ -76,8 +80,8 @@ def low_pass(moments: int) -> Tensor:
 
 
 def waves(places: Tensor, size: int, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for coefficients at positions along a side, the entries that they change [n, taps], whether these entries
-    are inside the side, and whether the positions are in the second half."""
+    """Return three tensors for coefficients at positions along one side of the weight: the entries that they change [n,
+    taps], whether these entries are inside the weight, and whether the positions are in the second half."""
     taps = len(low)
     padded = size + taps - 2 + size % 2  # the taps are even
     moved = places + (padded - size) // 2

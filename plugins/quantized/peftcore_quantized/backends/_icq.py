@@ -2,13 +2,13 @@
 
     W = nf4(W - t) + t,   one t for each block: median + f absmax(block - median)
 
-f is that number of a grid around zero with which the 16 codes are used most evenly (their entropy in the block is
-largest; the first of equal ones). t is stored in 8 bits, 256 of them with one scale. As in the authors' code, the exact
-t is subtracted before rounding, and the 8-bit t is added back. That code takes only weights with a multiple of 256
-blocks.
+f is searched on a grid around zero. The number chosen is the one that uses the 16 codes most evenly: the entropy of the
+codes in the block is largest. Of equally good numbers the first is chosen. t is stored in 8 bits, and 256 blocks share
+the scale of their t. As in the authors' code, the exact t is subtracted before rounding, and the 8-bit t is added back.
+The authors' code accepts only weights with a multiple of 256 blocks.
 
-A weight that is rounded in each forward (`round_trip`, on a model that is dense still) has its t searched once, and
-again when its values change: a digest of the values detects each write.
+On a model that is still dense, each forward rounds the weight (`round_trip`). t is then searched once and cached, and
+searched again when the values of the weight change. A digest of the values detects changes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def unevenness(codes: Tensor, counted: Tensor) -> Tensor:
 
 
 def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
-    """Return t ``[blocks, 1]`` of each block; NaN are ignored."""
+    """Return the shift t of each block, ``[blocks, 1]``. NaN values are ignored."""
     counted = ~blocks.isnan()
     middle = blocks.nanmedian(1, keepdim=True).values
     absmax = (blocks - middle).abs().nan_to_num(0).amax(1, keepdim=True)
@@ -67,7 +67,7 @@ _lock = threading.Lock()
 
 
 def kept_calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
-    """Return the `calibration` of the blocks, found once for the same values."""
+    """Return `calibration` of the blocks. Results are cached by a digest of the values."""
     if blocks.is_meta:
         return calibration(blocks, spread, steps)
     digest = hashlib.sha256(blocks.cpu().numpy().data).digest()
@@ -83,7 +83,7 @@ def kept_calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
 
 
 class ICQLinear(NF4Linear):
-    """A linear layer in 4-bit NormalFloat with blocks that are calibrated."""
+    """A linear layer with a weight in 4-bit NormalFloat, whose blocks are shifted by t."""
 
     def encode(  # type: ignore[override]
         self, weight: Tensor, block_size: int, double_quant: bool, tau_range: float, tau_steps: int
@@ -106,7 +106,7 @@ class ICQLinear(NF4Linear):
 
 
 class ICQ(Reference):
-    """The scheme of 4-bit NormalFloat, calibrated."""
+    """The scheme nf4-icq: 4-bit NormalFloat with a calibrated shift of each block."""
 
     kind = ICQLinear
     block_size: PositiveInt = 64
@@ -114,6 +114,6 @@ class ICQ(Reference):
     double_quant: bool = False
     """Keep the scales in 8 bits."""
     tau_range: PositiveFloat = 0.1
-    """Half-width of the search for t around the median, in standard deviations of the codes' distribution."""
+    """Half-width of the search for t around the median, in standard deviations of the distribution of the codes."""
     tau_steps: PositiveInt = 51
     """Number of search steps to either side (the authors' script: 100). The time to quantize is proportional to it."""

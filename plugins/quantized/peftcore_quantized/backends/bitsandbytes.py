@@ -1,10 +1,10 @@
 """bitsandbytes: the schemes bnb-nf4, bnb-fp4 and bnb-int8 (LLM.int8), and models that transformers loaded with them.
 
-On CPUs with AVX512-BF16 a pass in evaluation packs the codes of a `Linear4bit` again, for a kernel without gradient:
-training after it would silently have zero gradients. The repacking also rounds the scales, and fails where the number
-of rows is not a multiple of 32. Weights quantized by peftcore are never repacked. A host quantized by another library
-is kept from repacking while it is adapted; if it is repacked already, its codes are restored (with the rounded scales,
-since the exact scales are lost).
+On CPUs with AVX512-BF16, a forward in evaluation mode repacks the codes of a `Linear4bit` for a kernel that has no
+gradient. Training after that would silently have zero gradients. The repacking also rounds the scales, and fails if the
+number of rows is not a multiple of 32. Weights quantized by peftcore are never repacked. In a host quantized by another
+library, peftcore disables the repacking while an adapter is installed. If the codes are repacked already, they are
+restored, but with the rounded scales, because the exact ones are lost.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ PEFTCORE_API = 2
 
 
 def _nn() -> Any:
-    """Return bitsandbytes' modules, looked up and not imported: without them no module can be one of them."""
+    """Return `bitsandbytes.nn.modules` if it is imported, else None. If it is not imported, no module can be of its
+    classes."""
     return sys.modules.get("bitsandbytes.nn.modules")
 
 
 def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
-    """Return the codes and their state in the common layout, whatever a pass in evaluation made of them. Nothing
-    changes."""
+    """Return the codes and their state in the common layout, even if a forward in evaluation mode repacked them. The
+    weight itself is not changed."""
     state = weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
         return weight.data, state
@@ -80,7 +81,8 @@ def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage:
 
 @dataclass(frozen=True)
 class EightBit(QuantizedLayer):
-    """Reads and quantizes `Linear8bitLt` for the core. It does not remember the dtype that it was quantized from."""
+    """Reads and quantizes `Linear8bitLt` for the core. Such a module does not store the dtype that it was quantized
+    from."""
 
     def unpack(self, module: nn.Module) -> Tensor:
         codes, scale = _eight_bit_state(module)
@@ -100,7 +102,8 @@ class EightBit(QuantizedLayer):
 
 
 def _eight_bit_state(module: Any) -> tuple[Tensor, Tensor]:
-    """Return codes and row scales: at the weight until the first forward, at the module's state from then on."""
+    """Return the codes and the scale of each row. The first forward moves the scales from the weight to the module's
+    state."""
     moved = module.weight.SCB is None
     return (module.weight.data, module.state.SCB) if moved else (module.weight.CB, module.weight.SCB)
 
@@ -121,7 +124,7 @@ def _eight_bit(weight: Tensor, threshold: float) -> Any:
 
 
 class BnbScheme(Scheme):
-    """Base class of the three schemes."""
+    """Base class of the schemes of bitsandbytes."""
 
     requires: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     extra: ClassVar[str] = "peftcore-quantized[bitsandbytes]"
@@ -148,11 +151,13 @@ class BnbFP4(BnbNF4):
 
 
 class BnbInt8(BnbScheme):
-    """The scheme LLM.int8: 8-bit integers, one scale a row; inputs are quantized too, but for columns with outliers."""
+    """The scheme LLM.int8: 8-bit integers with one scale for each row. Inputs are quantized too, except columns with
+    outliers."""
 
     layer: ClassVar[QuantizedLayer] = EightBit()
     threshold: NonNegativeFloat = 6.0
-    """Columns of the input with a value above this are multiplied in floating point; 0 for none."""
+    """Columns of the input with a value above this threshold are multiplied in floating point. With 0 there are no such
+    columns."""
 
     def module(self, weight: Tensor) -> nn.Module:
         return _eight_bit(weight, self.threshold)
@@ -178,8 +183,7 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
 
 
 def _is_packed(module: Any) -> bool:
-    """Whether the weight is quantized: before a module is first moved to its device it holds the weight as it was
-    given."""
+    """Whether the weight is quantized. bitsandbytes quantizes it when the module is first moved to a device."""
     return isinstance(module.weight, _nn().Params4bit) and module.weight.quant_state is not None
 
 
@@ -190,8 +194,8 @@ def _unpack_for_gradients(module: Any) -> None:
 
 
 def _may_pack_again(module: Any) -> bool:
-    """Whether a CPU may pack the codes again. Asked for each module, since each call pays for being held; codes that a
-    later move brings there are not held."""
+    """Whether a CPU may repack the codes of a module. The attribute that prevents this is set only for such modules,
+    because it costs time in each call. It is not set for modules that are moved to a CPU later."""
     return module.support_avx512bf16_for_cpu and module.weight.device.type in ("cpu", "meta")
 
 
@@ -202,6 +206,7 @@ def _held() -> ForcedAttributes:
 
 @hookimpl
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Return the attribute that leaves codes in the layout that gradients go through."""
+    """Return the attribute that prevents the repacking of codes, or None for other classes. After a repacking, a module
+    would have no gradient."""
     classes = _nn()
     return _held() if classes is not None and issubclass(cls, classes.Linear4bit) else None

@@ -1,7 +1,8 @@
-"""compressed-tensors: its layers are refused, with an error that says how to load the model instead.
+"""compressed-tensors: layers that this library has quantized are refused. The error explains how to load the model
+dequantized.
 
-It compresses plain linear layers in place, has the weight in other tensors until the first forward, and rounds it in
-each forward from then on, an adapter's change with it.
+The library compresses linear layers in place. Until the first forward, the weight is stored as other tensors. From then
+on, each forward rounds the weight, and would also round the change that an adapter makes to it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from peftcore.errors import UnsupportedSite
 
 PEFTCORE_API = 2
 SCHEME = "quantization_scheme"
-"""The attribute by which its layers are known."""
+"""The attribute that identifies layers quantized by compressed-tensors."""
 
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return None if compressed-tensors did not quantize the module. The library is looked up, not imported.
+    """Return None for a module that compressed-tensors has not quantized. This function does not import the library. If
+    it is not imported elsewhere, it has not quantized the module.
 
     Raises:
         UnsupportedSite: compressed-tensors quantized the module.

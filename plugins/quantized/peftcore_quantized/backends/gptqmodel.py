@@ -1,8 +1,9 @@
 """GPTQ and AWQ: models that transformers loaded with GPT-QModel's kernels.
 
-Each kernel has a different layout, and all are linear maps, so a weight is read as its module's output for the identity
-matrix. Some CPU kernels rearrange their codes permanently in the first evaluation pass, for products without a
-gradient: an adapted host keeps them in the training layout. Kernels for inference only are refused.
+Kernels store their codes in different layouts, but all of them compute linear maps. So a weight is read as the output
+of its module for the identity matrix. Some CPU kernels permanently rearrange their codes in the first forward in
+evaluation mode, and have no gradient afterwards. While an adapter is installed, this is prevented. Kernels that support
+only inference are refused.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from peftcore.errors import ExportError, UnsupportedHost
 
 PEFTCORE_API = 2
 ROWS = 512
-"""Number of rows of the identity passed to a kernel in one call, within the sizes that kernels support."""
+"""Number of rows of the identity matrix that one call passes to a kernel. Kernels support inputs of this size."""
 IN_TRAINING = {"linear_mode": "train"}
 """The attribute of kernels with a training and an inference path, and its value for the path with a gradient."""
 
 
 def _base() -> Any:
-    """Return GPT-QModel's base class, looked up and not imported: without it no module can be one of its own."""
+    """Return the base class of GPT-QModel's layers if that library is imported, else None."""
     package = sys.modules.get("gptqmodel.nn_modules.qlinear")
     return None if package is None else package.BaseQuantLinear
 
 
 @dataclass(frozen=True)
 class KernelLayer(QuantizedLayer):
-    """Reads linear layers of GPTQ and AWQ for the core. Writing is impossible, since their codes are found by
-    calibration."""
+    """Reads linear layers of GPTQ and AWQ for the core. A changed weight cannot be quantized again, because that would
+    take calibration data."""
 
     @property
     def saves_dense(self) -> bool:
@@ -87,6 +88,7 @@ def _held() -> ForcedAttributes:
 
 @hookimpl
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Return the attribute that leaves codes in the layout that gradients go through."""
+    """Return the attribute that prevents the rearranging of codes, or None for other classes. After a rearrangement, a
+    module would have no gradient."""
     base = _base()
     return _held() if base is not None and issubclass(cls, base) else None

@@ -20,7 +20,8 @@ PEFTCORE_API = 2
 
 @functools.cache
 def _linear() -> Any:
-    """Return HQQ's class, with the bias as a parameter, as all others have it: HQQ's own loads a plain tensor."""
+    """Return a subclass of `HQQLinear` that loads its bias as a parameter. The class of HQQ loads it as a plain
+    tensor."""
     from hqq.core.quantize import HQQLinear
 
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -34,7 +35,7 @@ def _linear() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the class for files of pickled modules, which look for it here."""
+    """Return the subclass of `HQQLinear`, which pickled modules refer to as an attribute of this module."""
     if name == "HQQLinear":
         return _linear()
     raise AttributeError(name)
@@ -72,7 +73,7 @@ class HQQ8(Scheme):
     extra: ClassVar[str] = "peftcore-quantized[hqq]"
     bits: ClassVar[int] = 8
     group_size: PositiveInt = 64
-    """How many weights of a row share a scale and a zero; divides the number of weights."""
+    """Number of weights of a row that share a scale and a zero; it must divide the number of weights."""
 
     def module(self, weight: Tensor) -> nn.Module:
         from hqq.core.quantize import BaseQuantizeConfig
@@ -99,8 +100,8 @@ def peftcore_schemes() -> dict[str, str]:
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a module that HQQ has quantized, else None. HQQ is looked up, not imported: where it is not
-    imported, a module cannot be an HQQ layer."""
+    """Return the layer of a module that HQQ has quantized, else None. This function does not import HQQ. If it is not
+    imported elsewhere, the module cannot be an HQQ layer."""
     hqq = sys.modules.get("hqq.core.quantize")
     owner = module.get_submodule(tensor.rpartition(".")[0])
     return (

@@ -17,8 +17,8 @@ PEFTCORE_API = 2
 
 @dataclass(frozen=True)
 class QuantoLayer(QuantizedLayer):
-    """Reads `QLinear` for the core. Its modules cannot be converted in place, in either direction, so merging into them
-    is impossible."""
+    """Reads `QLinear` for the core. These modules can be neither quantized nor dequantized in place, so merging into
+    them is impossible."""
 
     @property
     def saves_dense(self) -> bool:
@@ -39,9 +39,9 @@ class QuantoLayer(QuantizedLayer):
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a module that quanto has quantized, else None. quanto is looked up, not imported: where it is
-    not imported, a module cannot be a quanto layer. Before it is frozen, such a module has a dense weight, which the
-    core reads."""
+    """Return the layer of a module that quanto has quantized, else None. This function does not import quanto. If it is
+    not imported elsewhere, the module cannot be a quanto layer. Until quanto has frozen a module, the weight is dense,
+    and the core reads it directly."""
     quanto = sys.modules.get("optimum.quanto.nn")
     owner: Any = module.get_submodule(tensor.rpartition(".")[0])
     if quanto is None or not isinstance(owner, quanto.QLinear) or not owner.frozen:

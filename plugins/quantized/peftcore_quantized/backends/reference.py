@@ -1,4 +1,5 @@
-"""Quantization in plain torch, on any device: the schemes nf4, int8 and int4, against which faster ones are checked.
+"""Quantization in plain torch, on any device: the schemes nf4, int8 and int4. Faster implementations are tested against
+them.
 
     nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314): the nearest of 16 quantiles of a normal distribution to
            w / absmax, in blocks of the flattened weight; with `double_quant` the absmax are stored in 8 bits
@@ -9,7 +10,7 @@
 
 and nf4-icq, which is nf4 of shifted blocks (see `_icq`).
 
-The weight is made dense in forward and again in backward, and not kept between.
+Forward dequantizes the weight, and backward dequantizes it again, so the dense weight is not kept in between.
 """
 
 from __future__ import annotations
@@ -53,41 +54,42 @@ def _dynamic() -> list[float]:
 
 NORMAL = _normal_quantiles()
 """The 16 levels of NF4, ascending: quantiles of the normal distribution, eight above zero and seven below, scaled to
-[-1, 1]. Numbers, not tensors: those would belong to one device, or to a compiler that happens to trace."""
+[-1, 1]. They are numbers, because a tensor would belong to one device or to a compiler's trace."""
 DYNAMIC = _dynamic()
 """The 256 levels of the dynamic 8-bit type (arXiv 1511.04561): seven decades, each with twice the levels of the one
 below it."""
 
 
 def nearest(values: Tensor, levels: list[float]) -> Tensor:
-    """Return the index of the level nearest to each value, the lower one of two, as bytes."""
+    """Return the index of the level nearest to each value, as uint8. Of two equally near levels the lower one is
+    chosen."""
     known = torch.tensor(levels, dtype=torch.float32, device=values.device)
     return torch.bucketize(values, (known[1:] + known[:-1]) / 2).to(torch.uint8)
 
 
 def look_up(codes: Tensor, levels: list[float]) -> Tensor:
-    """Return the levels of codes."""
+    """Return the level of each code, which is an index into `levels`."""
     return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
 
 
 def blocks_of(values: Tensor, size: int, fill: int = 0) -> Tensor:
-    """Return the flattened values in rows of `size`, the last one filled up."""
+    """Return the flattened values in rows of `size`. The last row is padded with `fill`."""
     return F.pad(values.reshape(-1), (0, -values.numel() % size), value=fill).view(-1, size)
 
 
 def nibbles(codes: Tensor, fill: int = 0) -> Tensor:
-    """Pack two 4-bit codes into a byte, the first in the upper half."""
+    """Return 4-bit codes packed in pairs into bytes, with the first code of a pair in the upper half."""
     pairs = blocks_of(codes, 2, fill)
     return pairs[:, 0] << 4 | pairs[:, 1]
 
 
 def from_nibbles(packed: Tensor) -> Tensor:
-    """Unpack the codes, two from each byte, as int32."""
+    """Return the two 4-bit codes of each byte, as int32."""
     return torch.stack([packed >> 4, packed & 15], -1).reshape(-1).int()
 
 
 class Frozen(torch.autograd.Function):
-    """Computes ``x W^T`` with W made by `decode` from packed tensors, in forward and again in backward."""
+    """Computes ``x W^T``. Forward and backward each call `decode` with the packed tensors to get W."""
 
     @staticmethod
     def forward(x: Tensor, decode: Callable[..., Tensor], *packed: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class Frozen(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a quantized weight. Subclasses say how to encode and how to decode."""
+    """A linear layer with a quantized weight. Subclasses define `encode` and `decode`."""
 
     bias: nn.Parameter | None
 
@@ -126,8 +128,8 @@ class PackedLinear(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move and cast the module: a cast sets the dtype of the dense weight and casts the bias; packed tensors move
-        to other devices and stay as precise as they are."""
+        """Move and cast the module. A cast sets the dtype of the dense weight and casts the bias. Packed tensors are
+        moved to other devices, but keep their dtype."""
         packed = {id(tensor) for tensor in self._buffers.values()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -172,8 +174,8 @@ class NF4Linear(PackedLinear):
 
     @staticmethod
     def _in_eight_bits(absmax: Tensor) -> dict[str, Tensor]:
-        """Return the absmax in 8 bits: their difference from the mean, dynamic; bitsandbytes rounds it to a grid before
-        it looks for the level."""
+        """Return the absmax values in 8 bits: the difference of each from the mean, as codes of `DYNAMIC`. As in
+        bitsandbytes, the differences are rounded to a grid before the nearest level is chosen."""
         mean = absmax.mean()
         rest = blocks_of(absmax - mean, DOUBLE)
         scale = rest.abs().amax(1)
@@ -225,7 +227,7 @@ class Int4Linear(PackedLinear):
 
 @dataclass(frozen=True)
 class ReferenceLayer(QuantizedLayer):
-    """Reads and quantizes these modules for the core."""
+    """Reads and quantizes modules of the class `PackedLinear` for the core."""
 
     def unpack(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]
@@ -238,7 +240,7 @@ class ReferenceLayer(QuantizedLayer):
 
 
 class Reference(Scheme):
-    """Base class of the three schemes."""
+    """Base class of the schemes that quantize in plain torch."""
 
     layer: ClassVar[QuantizedLayer] = ReferenceLayer()
     kind: ClassVar[type[PackedLinear]]
@@ -268,7 +270,7 @@ class ReferenceInt4(Reference):
 
     kind = Int4Linear
     group_size: PositiveInt = 32
-    """How many weights of a row share a scale and a zero; divides the number of inputs."""
+    """Number of weights of a row that share a scale and a zero; it must divide the number of inputs."""
 
 
 @hookimpl

@@ -1,8 +1,8 @@
 """torchao: the schemes torchao-int8, torchao-int4 and torchao-float8 (weights only), and other weights of its tensor
 classes.
 
-Formats that quantize the inputs too can be read and made dense, but their forward lacks a gradient, so they are not
-adapted.
+Formats that also quantize the inputs can be read and dequantized. They cannot be adapted, because their forward has no
+gradient.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
     "Float8Tensor": _float8,
     "IntxUnpackedToInt8Tensor": _intx,
 }
-"""Configurations that quantize a weight again, by its class in `torchao.quantization`; other formats are refused."""
+"""Functions that return the configuration for quantizing a changed weight again, by the weight's class in
+`torchao.quantization`. Weights of other classes are refused."""
 
 
 def _packs_inputs(weight: Any) -> bool:
@@ -127,10 +128,11 @@ class TorchaoFloat8(TorchaoInt8):
 
 
 class TorchaoInt4(TorchaoInt8):
-    """The scheme of torchao's 4-bit integers, a scale for each group. On a CPU they are stored in a byte each."""
+    """The scheme of torchao's 4-bit integers, with a scale for each group. On a CPU each integer is stored in a
+    byte."""
 
     group_size: PositiveInt = 32
-    """How many weights of a row share a scale; divides the number of inputs."""
+    """Number of weights of a row that share a scale; it must divide the number of inputs."""
 
     def module(self, weight: Tensor) -> nn.Module:
         from torchao.quantization import IntxWeightOnlyConfig, PerGroup
@@ -149,8 +151,8 @@ def peftcore_schemes() -> dict[str, str]:
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a tensor that torchao has quantized, else None. torchao is looked up, not imported: where it
-    is not imported, a tensor cannot be a torchao tensor."""
+    """Return the layer of a tensor that torchao has quantized, else None. This function does not import torchao. If it
+    is not imported elsewhere, the tensor cannot be a torchao tensor."""
     utils, path, name = sys.modules.get("torchao.utils"), *tensor.rpartition(".")[::2]
     if utils is None:
         return None

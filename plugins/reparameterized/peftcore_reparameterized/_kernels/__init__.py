@@ -1,5 +1,5 @@
-"""Fast forms of the mathematics of orthogonal methods, methods of fixed random matrices and those that scale outputs.
-Each replaces a plain function (`plain_*`), which the tests compare it with, and which runs wherever
+"""Fast functions for orthogonal methods, for methods with fixed random matrices, and for methods that scale outputs.
+Each replaces a plain function (`plain_*`). Tests compare the two, and the plain function runs if
 `peftcore.author.runs_plain` returns True."""
 
 from peftcore_reparameterized._kernels.projections import plain_projected, projected

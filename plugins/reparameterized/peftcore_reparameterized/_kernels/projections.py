@@ -1,5 +1,5 @@
-"""Products with a fixed matrix that several sites share: q, k and v have the same input, which is projected once for
-all three, and backward multiplies by the matrix once."""
+"""Products with a fixed matrix that several sites share. For example, q, k and v have the same input: it is multiplied
+by the matrix once for all three, and backward multiplies once too."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `plain_projected` of a fixed matrix. If the matrix projected this input in its last call, and backward
-    still holds the product, that tensor is returned. The cache holds only weak references to x, A
-    and the product.
+    """Return `plain_projected` of a fixed matrix. If the previous call had the same input and matrix, and its product
+    is still in memory, that tensor is returned. The cache contains only weak references to x, A and the product.
 
     A leaf input may be overwritten without a version change (`x.data`), so its product is computed each time.
     """
@@ -39,7 +38,7 @@ def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Asked:
-    """Weak references to the tensors of a product, and what else decides it."""
+    """The key of a product in the cache: weak references to its tensors, and the other values that determine it."""
 
     def __init__(self, x: Tensor, A: Tensor, dtype: torch.dtype) -> None:
         whole = A if A._base is None else A._base
@@ -48,7 +47,8 @@ class _Asked:
         self.rest = x._version, A._version, place, dtype
 
     def same(self, other: _Asked) -> bool:
-        """Whether both would make the same product: of the same tensors, which nobody has changed meanwhile."""
+        """Whether both keys are those of the same product: the tensors are the same, and have not changed in
+        between."""
         alike = self.rest == other.rest
         return alike and all(a() is b() for a, b in zip(self.tensors, other.tensors, strict=True))
 
@@ -60,7 +60,7 @@ class _Last(threading.local):
     found: TensorWeakRef | None = None
 
     def find(self, asked: _Asked) -> Tensor | None:
-        """Return the last product, if it is what is asked for and still alive."""
+        """Return the last product if `asked` is its key and it is still in memory, else None."""
         if self.asked is None or self.found is None or not self.asked.same(asked):
             return None
         found: Tensor | None = self.found()
@@ -71,8 +71,9 @@ _LAST = _Last()
 
 
 class _Project(torch.autograd.Function):
-    """The projection as an autograd function without saved tensors: so a repeated forward may find the product where
-    the first one made it, or the other way round, and several of its uses can be differentiated one after the other."""
+    """The projection as an autograd function without saved tensors. So under gradient checkpointing, one of the two
+    forwards may compute the product and the other one read it from the cache. Several uses of the product can be
+    differentiated one after the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ class _Rotate(torch.autograd.Function):
 def _back(
     x: Tensor, R: Tensor, gradient: Tensor, wants_x: bool, wants_R: bool, own: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the rows, in the shape of theirs, and of the rotation.
+    """Return the gradient of the rows, in the shape of `x`, and the gradient of the rotation.
 
     Args:
-        own: whether nobody else has the gradient of the turned rows, so that its memory may be used.
+        own: whether no other code uses `gradient`, so that its memory may be overwritten.
     """
     blocks = _laid(gradient, R)
     of_R = torch.bmm(blocks.mT, _blocks(x, R)).mT if wants_R else None  # what is transposed lies together
@@ -62,14 +62,14 @@ def _blocks(x: Tensor, R: Tensor) -> Tensor:
 
 
 def _laid(x: Tensor, R: Tensor) -> Tensor:
-    """Return `_blocks`, on a CPU each in one piece, as a product that reads or writes a few columns of each row waits
-    for memory for longer than it takes to copy them together and back."""
+    """Return `_blocks`, on a CPU as a contiguous copy. There, copying takes less time than a product that reads or
+    writes only a few columns of each row."""
     blocks = _blocks(x, R)
     return blocks.clone(memory_format=torch.contiguous_format) if x.device.type == "cpu" else blocks
 
 
 def _turned_blocks(blocks: Tensor, R: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Rotate such blocks in their own memory, and return them as rows ``[n, blocks, size]``."""
+    """Rotate blocks ``[blocks, n, size]`` in place, and return them as rows ``[n, blocks, size]``."""
     turned = torch.bmm(blocks, R, out=scratch)
     return blocks.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1))
 
@@ -80,7 +80,7 @@ def _turned_rows(x: Tensor, R: Tensor) -> Tensor:
 
 
 def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
-    """Return rotated rows ``[n, blocks, size]``, each product written where it belongs."""
+    """Return rotated rows ``[n, blocks, size]``. The product is written directly into them."""
     turned = x.new_empty(x.numel() // x.shape[-1], *R.shape[:2])
     torch.bmm(_blocks(x, R), R, out=turned.transpose(0, 1))
     return turned
@@ -93,8 +93,8 @@ def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exa
     """Return ``call`` on rotated inputs, where `call` is the inner layer of an operator.
 
     Args:
-        layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
-        x: its input, ``[..., in]``.
+        layer: the layer of the site, which maps each vector of x separately (`Layer.of_vectors`).
+        x: the input of the layer, ``[..., in]``.
         R: blocks ``[blocks, size, size]`` of any dtype; a single block is used for all.
         exact: whether R are exact rotations, so that their transposes are their inverses.
     """
@@ -108,8 +108,8 @@ def plain_rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tens
 
 
 def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, exact: bool = True) -> Tensor:
-    """Compute `plain_rotated_linear` of a frozen weight, in one function. Rows turn, or the weight does where that is
-    less.
+    """Compute `plain_rotated_linear` of a frozen weight as one autograd function. It rotates either the rows or the
+    weight, whichever takes less work.
 
     Args:
         exact: whether R are exact rotations, so that their transposes are their inverses.
@@ -148,9 +148,9 @@ class _TurnedRows(torch.autograd.Function):
 
 
 class _TurnedWeight(torch.autograd.Function):
-    """A linear layer with a rotated weight. With u the gradient of turned rows, ``of_x = u R^T`` comes of the turned
-    weight at once, and ``of_R = x^T u``, by blocks, is ``x^T of_x R``: so nothing turns but the weight. It is turned
-    again in backward, not kept."""
+    """A linear layer with a rotated weight. Let u be the gradient of the rotated rows. The rotated weight gives ``of_x
+    = u R^T`` directly, and ``of_R = x^T u`` equals ``x^T of_x R`` in each block. So only the weight is rotated.
+    Backward rotates it again, so the rotated weight is not stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
@@ -168,5 +168,6 @@ class _TurnedWeight(torch.autograd.Function):
 
 
 def _turned(weight: Tensor, R: Tensor) -> Tensor:
-    """Return the weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
+    """Return the rotated weight ``[out, in]``, which has the effect of rotated inputs. Its memory is that of its
+    contiguous transpose, so the product writes whole blocks."""
     return torch.bmm(R, _blocks(weight, R).mT).view(weight.shape[::-1]).mT

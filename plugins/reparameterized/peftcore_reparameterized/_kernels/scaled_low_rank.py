@@ -1,4 +1,4 @@
-"""A linear layer and an update of it by fixed low-rank matrices between vectors that train, in one function."""
+"""A linear layer with an update of fixed low-rank matrices and trained vectors, as one autograd function."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def scaled_update(
     """Return ``call(x) + diag(outer) B diag(inner) A dropout(x)``, where `call` is the inner layer of an operator.
 
     Args:
-        layer: that of the site.
-        x: its input, ``[..., in]`` of a linear layer.
-        factors: of any dtype.
+        layer: the layer of the site.
+        x: the input of the layer, ``[..., in]`` of a linear layer.
+        factors: the factors of the update, of any dtype.
         dropout: the probability with which parts of x are dropped for the update.
     """
     own = layer.frozen_linear(call, x, len(factors.B))
@@ -59,8 +59,8 @@ def plain_scaled_low_rank_linear(
 def scaled_low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """Compute `plain_scaled_low_rank_linear` in one function, unless the matrices train. Sites that share x and A share
-    their product, unless parts of x are dropped."""
+    """Compute `plain_scaled_low_rank_linear` as one autograd function, unless the matrices train. Sites with the same x
+    and A share the product ``A x``, unless parts of x are dropped."""
     given, (A, inner, B, outer) = x, factors
     x, weight, bias = cast_operands(x, weight, bias)
     cast = [each.to(weight.dtype) for each in (inner, B, outer)]

@@ -1,4 +1,4 @@
-"""Products by entries: a scaled term of a sum, and bases that many updates share, scaled from both sides."""
+"""Products of entries: a scaled term of a sum, and a shared matrix in many copies that are scaled from both sides."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peftcore.author import runs_plain
 
 
 def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
-    """Compute ``y + gain z``, the gain of fewer entries than z."""
+    """Compute ``y + gain z``, where `gain` is broadcast to z."""
     return y + gain * z
 
 
 def add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
-    """Compute `plain_add_scaled` in one pass, with one pass less in backward than `torch.addcmul` takes."""
+    """Compute `plain_add_scaled` in one pass over memory. Backward takes one pass less than that of `torch.addcmul`."""
     return plain_add_scaled(y, gain, z) if runs_plain() else _AddScaled.apply(y, gain, z)
 
 
@@ -45,7 +45,8 @@ def plain_scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
 
 
 def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
-    """Compute `plain_scaled_bases` of a fixed A; backward keeps only the scales and makes one tensor of that size."""
+    """Compute `plain_scaled_bases` of a fixed A. Only A and the scales are saved for backward, which allocates one
+    tensor of the result's size."""
     if runs_plain() or A.requires_grad:
         return plain_scaled_bases(A, L, G)
     return _ScaledBases.apply(A, L, G)

@@ -1,4 +1,4 @@
-"""Rotations from skew-symmetric matrices: the Cayley transform, and its series."""
+"""Rotations from skew-symmetric matrices: the Cayley transform, and its approximation by a series."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def plain_skew(entries: Tensor, size: int) -> Tensor:
 
 
 def _skew(entries: Tensor, size: int) -> Tensor:
-    """Compute `plain_skew`, gathered in one pass; where each entry goes is worked out once."""
+    """Compute `plain_skew` by a gather of the entries, whose indices are cached."""
     source, sign, _ = _kept(_places, size, entries.device)
     return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
 
 
 def _of_entries(of_K: Tensor) -> Tensor:
-    """Return the gradient of the entries from that of their matrices, which need not be skew-symmetric."""
+    """Return the gradient of the entries from the gradient of the matrices, which need not be skew-symmetric."""
     _, _, above = _kept(_places, of_K.shape[-1], of_K.device)
     return (of_K - of_K.mT).flatten(-2).index_select(-1, above)
 
@@ -36,8 +36,7 @@ _KEPT: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
 
 def _kept(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, ...]:
-    """Return what `make` returns for these arguments, made once; the result of a mode that makes other tensors is not
-    kept."""
+    """Return ``make(*key)``, which is cached. Results of special kinds, such as inference tensors, are not cached."""
     known = _KEPT.get((make, *key))
     if known is None:
         known = make(*key)
@@ -47,8 +46,8 @@ def _kept(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, .
 
 
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which entry each value of a skew-symmetric matrix is, with which sign; and where those above the diagonal
-    are."""
+    """Return three tensors that describe a flattened skew-symmetric matrix: the index of the entry at each position,
+    the sign of the entry there, and the positions above the diagonal."""
     row, column = torch.triu_indices(size, size, 1, device=device)
     above, below = row * size + column, column * size + row
     numbers = torch.arange(len(above), device=device)
@@ -74,15 +73,15 @@ def _of_stack(function: type[torch.autograd.Function], entries: Tensor, size: in
 
 
 def plain_cayley(entries: Tensor, size: int) -> Tensor:
-    """Compute ``(I - K) (I + K)^-1`` of each skew-symmetric matrix K with these entries (`plain_skew`): every rotation
-    without the eigenvalue -1 is one."""
+    """Compute ``(I - K) (I + K)^-1`` of each skew-symmetric matrix K with these entries (`plain_skew`). Every rotation
+    without the eigenvalue -1 has this form."""
     K = plain_skew(entries, size)
     return _quotient(torch.eye(size, dtype=K.dtype, device=K.device), K)
 
 
 def _quotient(identity: Tensor, K: Tensor) -> Tensor:
-    """Return ``(I + K)^-1 (I - K)``; the two factors commute. I + K has an inverse for every skew-symmetric K, so
-    nobody waits to hear whether."""
+    """Return ``(I + K)^-1 (I - K)``; the two factors commute. I + K has an inverse for every skew-symmetric K, so the
+    check for errors, which waits for the device, is skipped."""
     rotation: Tensor = torch.linalg.solve_ex(identity + K, identity - K)[0]
     return rotation
 
@@ -93,8 +92,8 @@ def cayley(entries: Tensor, size: int) -> Tensor:
 
 
 class _Cayley(torch.autograd.Function):
-    """The Cayley transform as an autograd function. With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I
-    + R) / 2."""
+    """The Cayley transform as an autograd function. With (I + K)^-1 = (I + R) / 2, a step dK changes R by -(I + R) dK
+    (I + R) / 2."""
 
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
@@ -111,21 +110,22 @@ class _Cayley(torch.autograd.Function):
 
 
 WIDE = 16
-"""Matrices of this size and wider take longer to solve than six products of them."""
+"""From this matrix size on, a solve takes longer than six matrix products."""
 SMALL = {dtype: math.sqrt(2) * torch.finfo(dtype).eps ** (1 / 16) for dtype in (torch.float32, torch.float64)}
 """The norm of a skew-symmetric matrix below which its 16th power is negligible next to the identity: the matrix scales
-a vector's length by at most its norm over the root of two."""
+the length of a vector by at most its norm divided by the root of two."""
 
 
 def _is_small(K: Tensor) -> bool:
-    """Whether `_product` is exact to rounding, and worth it; asked on a CPU, where nobody waits for the answer."""
+    """Whether `_product` is exact up to rounding, and faster than a solve. It is False on devices other than a CPU,
+    where reading the norm would wait for the device."""
     if not K.shape[0] or K.shape[-1] < WIDE or K.device.type != "cpu" or type(K) is not Tensor or K.dtype not in SMALL:
         return False
     return bool(torch.linalg.vector_norm(K, dim=(-2, -1)).amax() < SMALL[K.dtype])
 
 
 def _product(K: Tensor) -> Tensor:
-    """Compute ``(I - K)^2 (I + K^2) (I + K^4) (I + K^8)``: the Cayley transform but for K^16."""
+    """Compute ``(I - K)^2 (I + K^2) (I + K^4) (I + K^8)``: the Cayley transform up to a factor I - K^16."""
     identity = _identity_of(K)
     first = _first_sum(K)
     square = first - identity
@@ -136,8 +136,8 @@ def _product(K: Tensor) -> Tensor:
 
 
 def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
-    """Compute the Cayley transform of each skew-symmetric matrix K with these entries (`plain_skew`) as a sum of powers
-    of K: 1, -2, 2, -2, ... of them, and half of that of the last one; four terms or more."""
+    """Compute the Cayley transform of each skew-symmetric matrix K with these entries (`plain_skew`) as a series of
+    powers of K. Its coefficients are 1, -2, 2, -2, ..., and the last one is halved. There are four terms or more."""
     K = plain_skew(entries, size)
     identity = torch.eye(size, dtype=K.dtype, device=K.device)
     total = 2 * identity - K
@@ -156,9 +156,9 @@ def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 
 class _Neumann(torch.autograd.Function):
-    """The series as an autograd function. Sums of even powers are symmetric, and K^T = -K. The gradient of K^2 by way
-    of K is -(Q K + K Q), Q that of the square; along what is skew-symmetric, as every change of K, -(Q + Q^T) K is the
-    same."""
+    """The series as an autograd function. Sums of even powers are symmetric, and K^T = -K. Let Q be the gradient of
+    K^2. Its contribution to the gradient of K is -(Q K + K Q). Changes of K are skew-symmetric, and for these -(Q +
+    Q^T) K is equivalent."""
 
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int, terms: int) -> Tensor:
@@ -199,8 +199,8 @@ def _first_sum(K: Tensor) -> Tensor:
 
 
 def _series(K: Tensor, first: Tensor, terms: int) -> Tensor:
-    """Compute `plain_neumann` as a product: for terms 2 m + 1 it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)); for one
-    term more, I - K (I + that of one less)."""
+    """Compute `plain_neumann` as a product. With 2 m + 1 terms it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)). With one
+    term more it is I - K (I + S), where S is the series with 2 m + 1 terms."""
     odd = _odd_series(*_factors(K, first, terms))
     return odd if terms % 2 else torch.baddbmm(_identity_of(K) - K, K, odd, alpha=-1)
 

@@ -5,27 +5,29 @@ Equation:
     outputs in K clusters, by K-means of the rows of U;   for the outputs c of a cluster:
     [W | b]'_c = [W | b]_c + B_c A_c V',   B_c [outputs of c, rank],   A_c [rank, components]
 
-Layers without a bias lack the column of b. `threshold` gives a cluster fewer directions than `rank`: those whose
-squared singular value in U_c is above it, relative to the largest. A cluster has at most as many directions as outputs.
-Directions beyond that are stored, but neither train nor act.
+Layers without a bias lack the column of b. With `threshold` a cluster may have fewer directions than `rank`: only those
+whose squared singular value in U_c, relative to the largest, is above it. A cluster has at most as many directions as
+outputs. Directions beyond that are stored, but are neither trained nor used.
 
-With `target_subspaces` the clusters of all sites compete during training, by the mean of |w dw| and its fluctuation, as
-moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
-from all to the target, every `interval` steps; dropped clusters keep their values and stop training. As in peft only
-clusters above the target-th score continue, one fewer than the target; averages are reset after each choice.
+With `target_subspaces` the clusters of all sites compete during training. The score of a cluster depends on moving
+averages of |w dw| and of its fluctuation. From step `warmup` to `until` (counted from 0, as in peft), the number of
+clusters that train decreases by a power law from all to the target, every `interval` steps. Dropped clusters keep their
+values and stop training. As in peft, only clusters above the target-th score continue, which is one fewer than the
+target, and the averages are reset after each choice.
 
-Files hold V and the cluster of each output: a second K-means and decomposition, on another machine, could differ.
-peft's files lack the clusters, which peft computes again; so does peftcore, which refuses a file with a different V'.
+Files contain V and the cluster of each output, because K-means and the decomposition could differ on another machine.
+Files of peft lack the clusters, and peft computes them again. For such files peftcore does so too, and refuses a file
+if its V' differs from the computed one.
 
 Parameters: rank * (K * components + out) a site, times the number of experts; components at most those of the weight.
-Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself.
+Kernels count as inputs (in * kernel), embeddings as [dim, num], and each expert is a separate weight.
 
 Start: The rows of A_c at the right singular vectors of U_c, B_c at zero: the identity.
 
 Differs from the authors' code: The method is in peft, which was compared; peft supports linear layers only.
 
-Use it: `peftcore.apply(model, "adamss")`, for few parameters along the directions that a weight has, or where subspaces
-shall be dropped in training.
+Use it: `peftcore.apply(model, "adamss")`, for few parameters along the directions of a weight, or where subspaces
+should be dropped in training.
 """
 
 from __future__ import annotations
@@ -55,23 +57,24 @@ class AdaMSSConfig(MethodConfig):
     rank: PositiveInt = 1
     """Rank of the update of each cluster."""
     threshold: Share | None = None
-    """Keep only ranks of a cluster whose squared singular value, relative to the largest, is above this."""
+    """Use only those directions of a cluster whose squared singular value, relative to the largest, is above this."""
     target_subspaces: PositiveInt | None = None
-    """How many clusters of all sites train at the end; None lets all train."""
+    """Number of clusters of all sites that train at the end. With None all of them train."""
     warmup: NonNegativeInt = 50
-    """Steps before clusters are dropped."""
+    """Number of steps before clusters are dropped."""
     until: PositiveInt = 1000
     """The step at which the target is reached."""
     interval: PositiveInt = 100
-    """Steps from one choice to the next."""
+    """Number of steps from one choice of clusters to the next."""
     beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
     """Decay of the moving average of the importance."""
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
-    """Decay of the moving average of its fluctuation."""
+    """Decay of the moving average of the importance's fluctuation."""
     exponent: PositiveFloat = 3.0
-    """How fast the number falls at first; 1 is linear."""
+    """Exponent of the decrease of the number of clusters: 1 is linear, and larger values decrease it faster at
+    first."""
     projection_seed: NonNegativeInt = 0
-    """Seed of the directions from which singular vectors are found."""
+    """Seed of the random directions at which the approximation of singular vectors starts."""
 
 
 class AdaMSSOperator(Competing):

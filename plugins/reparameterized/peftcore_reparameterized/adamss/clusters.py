@@ -1,5 +1,5 @@
-"""The outputs of a weight in clusters, by their directions: with K-means that begins as scikit-learn's does with a
-seed, so that the clusters are those of libraries which use that one."""
+"""Clusters of the outputs of a weight, by their directions. K-means starts as in scikit-learn with a fixed seed, so
+that the clusters are the same as in libraries that use scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, principal
 
 SEED = 123456789
-"""Seed of the draw of the first centers, in peft and in the code that it follows."""
+"""Seed of the random choice of the first centers, which is the seed in peft."""
 
 
 def has_bias(site: Site) -> bool:
-    """Whether the layer of a weight has a bias, which is one column more."""
+    """Whether the site's layer has a bias, which is then appended to the weight as a column."""
     bias = bias_name(site.tensor)
     return bias in site.tensors() and not site.missing(bias)
 
@@ -30,11 +30,11 @@ def shape(site: Site, config: Any) -> tuple[int, int]:
 
 
 def with_bias(site: Site, base: bool = False) -> Tensor:
-    """Return [W | b], [*batch, out, in * kernel (+ 1)], or W without a bias; optionally of the base without the
-    adapter.
+    """Return [W | b], [*batch, out, in * kernel + 1], or W if the layer has no bias. With `base`, the tensors are those
+    of the base without the adapter.
 
     Raises:
-        UnsupportedSite: weight and bias have other outputs.
+        UnsupportedSite: weight and bias have different numbers of outputs.
     """
     W = site.base_weight().detach().reshape(*site.batch, site.out_features, -1) if base else as_matrix(site)
     if not has_bias(site):
@@ -75,8 +75,8 @@ def _of_matrix(matrix: Tensor, count: int, components: int, config: Any) -> tupl
 
 
 def approximate(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return U ``[out, rank]`` and V' ``[rank, in]`` of the largest singular values, as torch finds them in two steps
-    from directions of that seed: on the CPU and in float32."""
+    """Return U ``[out, rank]`` and V' ``[rank, in]`` of the largest singular values. `torch.svd_lowrank` computes them
+    in two iterations from random directions of `seed`, on the CPU and in float32."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         U, _, V = torch.svd_lowrank(matrix.float().cpu(), q=rank, niter=2)
@@ -84,7 +84,8 @@ def approximate(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def clustered(rows: Tensor, count: int, iterations: int = 10) -> Tensor:
-    """Return the cluster of each row, ``[rows]`` of long, for rows ``[rows, width]``; at most as many as rows."""
+    """Return the cluster of each row, ``[rows]`` of dtype long, for rows ``[rows, width]``. `count` is at most the
+    number of rows."""
     import numpy as np
 
     points = rows.double().cpu()
@@ -110,7 +111,7 @@ def _nearest(points: Tensor, centers: Tensor) -> Tensor:
 
 
 def _means(points: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of each cluster; one that is empty takes a point that is farthest from its center."""
+    """Return the mean of each cluster. An empty cluster gets the point that is farthest from its center."""
     sums = torch.zeros_like(centers).index_add(0, labels, points)
     sizes = labels.bincount(minlength=len(centers)).to(sums)
     empty = sizes.eq(0).nonzero().flatten()

@@ -1,4 +1,5 @@
-"""Clusters of outputs that compete while they train: which are important, and which train no more."""
+"""Clusters of outputs that compete during training: their importance, and the choice of clusters that continue to
+train."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from peftcore.author import Operator
 
 
 class Competing(Operator):
-    """An operator with factors A ``[*batch, K, rank, width]`` of each cluster and B ``[*batch, out, rank]`` of each
-    output, with moving averages of the clusters' importance, and the choice of the clusters that train."""
+    """An operator with one factor A for each cluster, ``[*batch, K, rank, width]``, and a factor B ``[*batch, out,
+    rank]``. It stores moving averages of each cluster's importance, and which clusters train."""
 
     A: Tensor
     B: Tensor
@@ -26,7 +27,7 @@ class Competing(Operator):
     """Whether clusters are dropped in training."""
 
     def compete(self, competing: bool) -> None:
-        """Register the buffers that competing needs, once A and B exist."""
+        """Register the buffers for the competition, if `competing` is True. A and B must be set before."""
         self.competing = competing
         if competing:
             self.register_buffer("active", torch.ones_like(self.ranks, dtype=torch.bool), persistent=False)
@@ -41,7 +42,7 @@ class Competing(Operator):
                 yield f"{name} holds numbers that are not from {first} to {end - 1}"
 
     def of(self, name: str, each: Tensor) -> Tensor:
-        """Return a value of each cluster, [*batch, K, ...], so that it broadcasts over A or B."""
+        """Return values of the clusters, [*batch, K], in a shape that broadcasts over A or B."""
         return each.unsqueeze(-1).unsqueeze(-1) if name == "A" else each.gather(-1, self.cluster).unsqueeze(-1)
 
     def trained(self, name: str) -> Tensor:
@@ -80,8 +81,8 @@ class Competing(Operator):
 
 
 def choose(operators: Sequence[Competing], target: int) -> None:
-    """Keep training the clusters of all operators whose score is above the target-th; keep all if their number is at
-    most the target."""
+    """Stop training all clusters except those whose score is above the target-th largest score of all operators. If at
+    most `target` clusters train, none is stopped."""
     scores = [operator.scores() for operator in operators]
     every = torch.cat([score[operator.active] for operator, score in zip(operators, scores, strict=True)])
     if target < len(every):

@@ -1,5 +1,5 @@
-"""Patterns of those peft types that read a pattern as the path of a module, or as an expression for the part after a
-dot."""
+"""Patterns in peft's options, for the types of peft that match a pattern with the whole path of a module or with the
+part after a dot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftcore.errors import ExportError
 
 
 def path_as_pattern(path: str, paths: Collection[str], option: str) -> str:
-    """Return the pattern that means one module.
+    """Return the pattern that matches only the module at `path`.
 
     Raises:
         ExportError: the pattern matches other modules too.

@@ -12,7 +12,7 @@ from peftcore.author.formats import Found, HubArchitecture, HubPlace, Keys
 
 
 class HubLoRA(HubArchitecture):
-    """Translates ``lora_A`` and ``lora_B``, which are ours; the scale is alpha / r."""
+    """Translates ``lora_A`` and ``lora_B``, which are A and B of peftcore's LoRA. The scale is alpha / r."""
 
     holder = "loras"
 

@@ -1,8 +1,8 @@
 """LoHa in files of LyCORIS (checked against LyCORIS 4.1).
 
-``hada_w1_a`` is our B1 and ``hada_w1_b`` our A1, and so for the second matrix; with factored kernels, of which
-``hada_t1`` and ``hada_t2`` are the cores, ``hada_w1_a`` is transposed. Files are read as LyCORIS computes them in
-training, with alpha / rank applied once.
+``hada_w1_a`` is peftcore's B1 and ``hada_w1_b`` is its A1; ``hada_w2_a`` and ``hada_w2_b`` are B2 and A2. If kernels
+are factored, ``hada_t1`` and ``hada_t2`` are their cores, and ``hada_w1_a`` and ``hada_w2_a`` are transposed. Outputs
+are those of LyCORIS in training, which applies alpha / rank once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LoKr in files of LyCORIS (checked against LyCORIS 4.1).
 
-``lokr_w1`` is our w1, ``lokr_w1_a`` our w1a, and so on; a full ``lokr_w2`` of a convolution has the kernel's own
-dimensions. The file does not state the rule by which dimensions were cut: the option `factor` is derived from the
-shapes. With both factors full the scale is 1, whatever alpha is; LyCORIS writes the rank then. Files are read as
-LyCORIS computes them in training, with the scale applied once.
+``lokr_w1`` is peftcore's w1, ``lokr_w1_a`` is its w1a, and so on. In a convolution, a full ``lokr_w2`` also has the
+dimensions of the kernel. The file does not contain the option `factor`, which is derived from the shapes. If both
+factors are full, the scale is 1 whatever alpha is, and LyCORIS writes the rank as alpha. Outputs are those of LyCORIS
+in training, which applies the scale once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def _theirs(name: str) -> str:
 
 
 def _left(shapes: Mapping[str, Size]) -> tuple[int, int]:
-    """Return the sizes of the first factor; 1 where there is none: the file is refused later."""
+    """Return the numbers of rows and columns of the first factor, or 1 if it is missing. Such a file is refused
+    later."""
     first = shapes.get("lokr_w1")
     rows = shapes.get("lokr_w1_a", ())[:1] if first is None else first[:1]
     columns = shapes.get("lokr_w1_b", ())[1:2] if first is None else first[1:2]
@@ -74,10 +75,10 @@ def _left(shapes: Mapping[str, Size]) -> tuple[int, int]:
 
 
 def _factor(held: Held, rows: int, columns: int) -> int | None:
-    """Return the option with which ours cuts a weight's dimensions as the file has them.
+    """Return the value of the option `factor` with which peftcore splits a weight's dimensions as in the file.
 
     Raises:
-        CheckpointError: with none, as after `unbalanced_factorization`.
+        CheckpointError: there is no such value, as after `unbalanced_factorization`.
     """
     out, inputs = held.weight[:2]
     first = (None, max(rows, columns), out // rows, inputs // columns)

@@ -1,10 +1,10 @@
 """LoRA and DoRA in files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1 and diffusers 0.42).
 
-``lora_down`` is our A and ``lora_up`` our B, which a convolution writes with a kernel of ones; the scale is alpha /
-rank. DyLoRA is written with all its ranks, and read as LoRA, which its files are. Beside them can be
-``diff_b``, as in files for Wan, which is added to the bias. ``dora_scale`` [out, 1, ...] is our
-magnitude. LyCORIS can also take the norm over outputs, one for each input (`wd_on_output=False`), which is another
-method than ours.
+``lora_down`` is peftcore's A and ``lora_up`` is its B, which in a convolution has a kernel of size 1. The scale is
+alpha / rank. A DyLoRA is written with all its ranks. Its file is the same as that of a LoRA, and is read as LoRA. A
+file can also contain ``diff_b``, which is added to the bias, as in files for Wan. ``dora_scale`` [out, 1, ...] is
+peftcore's magnitude. LyCORIS can also compute the norm over the outputs, one for each input (`wd_on_output=False`).
+peftcore does not support that.
 """
 
 from __future__ import annotations

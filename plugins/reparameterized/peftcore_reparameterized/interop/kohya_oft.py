@@ -1,14 +1,15 @@
-"""OFT and BOFT in files of LyCORIS, there diag-oft and boft, and OFT in those of kohya's sd-scripts (checked against
-LyCORIS 4.1).
+"""OFT and BOFT in files of LyCORIS, which calls them diag-oft and boft, and OFT in files of kohya's sd-scripts (checked
+against LyCORIS 4.1).
 
-Both turn the outputs of a weight: ours do with ``side="outputs"``. ``oft_blocks`` holds a full matrix, of which the
-skew-symmetric Q = X - X^T counts: [blocks, b, b] without butterflies, [factors, blocks, b, b] with. ``rescale`` are
-gains of the outputs, `rescaled` of our OFT. Theirs turn the other way than ours in butterflies, and the coordinates of
-a block take turns between its two halves.
+Both libraries rotate the outputs of a weight, as peftcore does with ``side="outputs"``. ``oft_blocks`` contains a full
+matrix X for each block, of which only the skew-symmetric Q = X - X^T is used. Its shape is [blocks, b, b] for OFT, and
+[factors, blocks, b, b] for BOFT. ``rescale`` contains gains of the outputs, which peftcore's OFT has with the option
+`rescaled`. In BOFT, LyCORIS rotates in the opposite direction to peftcore, and the coordinates of a block alternate
+between its two halves.
 
-``alpha`` is a constraint: alpha times the number of outputs is the norm that Q is scaled down to; in LyCORIS 0 disables
-it. Our OFT has the option `constraint`. For butterflies the constraint is applied to K on reading, so that outputs are
-the same; our BOFT lacks a constraint in further training.
+``alpha`` is a constraint: Q is scaled down to a norm of at most alpha times the number of outputs. In LyCORIS, 0
+disables the constraint. peftcore's OFT has the option `constraint` for it; BOFT has none. For BOFT, the constraint is
+applied to K when a file is read, so that outputs are the same. Further training is not constrained.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from peftcore.errors import CheckpointError, ExportError
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
 CONSTRAINED = "oft_unet"
-"""The prefix of sd-scripts, for which a constraint of 0 disables the rotation."""
+"""The prefix of names in files of sd-scripts. In these files, a constraint of 0 disables the rotation."""
 
 
 class KohyaOFT(KohyaMethod):
@@ -112,7 +113,7 @@ def _width(held: Held) -> int:
     """Return the width of a file's blocks.
 
     Raises:
-        CheckpointError: they do not turn.
+        CheckpointError: blocks of this width cannot rotate.
     """
     size = held.size(BLOCKS, -1)
     if size < 2:
@@ -123,13 +124,13 @@ def _width(held: Held) -> int:
 
 
 def _gains(place: Place, found: Found) -> dict[str, Tensor]:
-    """Return the gains of the outputs, ones where the file has none."""
+    """Return the gains of the outputs, or ones if the file has no gains."""
     gain, ones = place.operator.gain.shape, [1] * (1 + len(place.site.kernel))
     return {"gain": found.take(RESCALE, gain, (*gain, *ones)) if found.has(RESCALE) else torch.ones(gain)}
 
 
 def _rescale(place: Place) -> dict[str, Tensor]:
-    """Return the gains as the file has them, [out, 1, ...]."""
+    """Return the gains in the shape that they have in a file, [out, 1, ...]."""
     return {RESCALE: place.operator.gain.view(-1, 1, *(1 for _ in place.site.kernel))}
 
 
@@ -159,10 +160,10 @@ def _check_side(place: Place) -> None:
 
 
 def _blocks(place: Place, entries: Tensor) -> Tensor:
-    """Return blocks without butterflies, [blocks, b, b], of their entries above the diagonal.
+    """Return the blocks of OFT, [blocks, b, b], from their entries above the diagonal.
 
     Raises:
-        ExportError: LyCORIS takes the number of blocks for their width.
+        ExportError: LyCORIS would confuse the number of blocks with their width.
     """
     size, outputs = place.operator.size, place.site.out_features
     if size > outputs // size:
@@ -191,10 +192,11 @@ def _reordered(matrices: Tensor, order: Tensor) -> Tensor:
 
 
 def _by_halves(size: int) -> Tensor:
-    """Return where each coordinate of a block of ours, one half after the other, stands in theirs."""
+    """Return the index in a block of LyCORIS of each coordinate in a block of peftcore, which has one half after the
+    other."""
     return torch.arange(size).view(-1, 2).T.flatten()
 
 
 def _in_turns(size: int) -> Tensor:
-    """Return the opposite of `_by_halves`."""
+    """Return the inverse permutation of `_by_halves`."""
     return torch.arange(size).view(2, -1).T.flatten()

@@ -1,13 +1,14 @@
-"""T-LoRA in files of LyCORIS (checked against LyCORIS 4.1): PiSSA.
+"""T-LoRA in files of LyCORIS, which is read as PiSSA (checked against LyCORIS 4.1).
 
     W' = W + s (P diag(l) Q - P0 diag(l0) Q0),   P0 diag(l0) Q0 the principal part of W,   s = alpha / rank
 
-``q_layer`` Q is our A, ``p_layer`` P with ``lambda_layer`` l our B. The file lacks the start: LyCORIS computes it again
-as the principal part of the base, even if training started elsewhere, and so does this translation. Where s is not 1,
-PiSSA scales its initial factors differently from T-LoRA: such adapters can be read but not written.
+``q_layer`` Q is A of peftcore's PiSSA, and ``p_layer`` P multiplied by ``lambda_layer`` l is its B. The file lacks the
+initial values. LyCORIS computes them again as the principal part of the base, even if training started elsewhere, and
+so does this translation. If s is not 1, PiSSA scales its initial factors differently from T-LoRA. Such adapters can be
+read but not written.
 
-In training, and with samplers that enable it, T-LoRA leaves out ranks by the timestep. Otherwise all ranks act, as
-here.
+In training, and with samplers that enable it, T-LoRA omits ranks depending on the timestep. Otherwise it uses all
+ranks, as peftcore does.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from peftcore_reparameterized._rotations import precise
 
 Q, P, VALUES = "q_layer.weight", "p_layer.weight", "lambda_layer"
 NEAR = 1e-4
-"""Difference to the principal part of the base, relative to its largest entry, above which the start is not the
-principal part."""
+"""The largest accepted difference between the initial values and the principal part of the base, relative to the
+largest entry of the latter."""
 
 
 class KohyaTLoRA(KohyaMethod):

@@ -1,7 +1,7 @@
 """AdaLoRA in peft's files (checked against peft 0.21).
 
-``lora_A`` and ``lora_B`` are our A and B, ``lora_E`` [rank, 1] our E; a kernel is flattened. Triples that
-`rank_pattern` left out are not in the file, but the scale is that of the rank at first: here they are zero.
+``lora_A``, ``lora_B`` and ``lora_E`` [rank, 1] are peftcore's A, B and E. Kernels are flattened. Triples that
+`rank_pattern` excludes are not in the file, and are read as zeros. The scale is still that of the initial rank.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """AdaMSS in peft's files (checked against peft 0.21).
 
-``adamss_newB`` is our V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are our A and B of each cluster, cut to its
-rank. peft's files lack the outputs of each cluster: peft computes them again from the model. So does this translation,
-and requires V' and the sizes of the clusters to equal those of the file; with another machine, or another base, the
-result may differ, and the file is refused. Writing is refused where the adapter's clusters differ from those that peft
-would compute.
+``adamss_newB`` is peftcore's V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are A and B of each cluster, without the
+directions beyond its rank. The file does not contain which outputs belong to a cluster. peft computes that again from
+the model, and so does this translation. A file is refused if the computed V' or sizes of clusters differ from those in
+the file. This may happen on another machine or with another base. An adapter is not written if its clusters differ from
+those that peft would compute.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from peftcore.errors import CheckpointError, ExportError
 from peftcore_reparameterized.adamss.clusters import approximate, clustered, with_bias
 
 MOST = 512
-"""Clusters that a module of a file may have."""
+"""Maximum number of clusters of a module in a file."""
 CLOSE = 1e-4
-"""The largest difference between the file's V' and ours, whose rows have length one."""
+"""The largest accepted difference between V' in the file and the computed V', whose rows have length one."""
 ROUNDING = 2e-7
-"""Deviation of random changes of U that simulate rounding, relative to its largest entry."""
+"""Standard deviation of the random changes of U that simulate rounding, relative to the largest entry of U."""
 
 
 class PeftAdaMSS(PeftMethod):
@@ -128,10 +128,10 @@ class PeftAdaMSS(PeftMethod):
 
 
 def _found(place: Place, matrix: Tensor, error: type[CheckpointError] | type[ExportError]) -> tuple[Tensor, Tensor]:
-    """Return V' and the cluster of each output, as they are found in the model.
+    """Return V' and the cluster of each output, computed from the weight of the model.
 
     Raises:
-        CheckpointError, ExportError: they cannot be, or rounding decides them.
+        CheckpointError, ExportError: the weight is not loaded, or the clusters depend on rounding.
     """
     if matrix.is_meta:
         raise error(

@@ -1,8 +1,9 @@
 """BOFT in peft's files (checked against peft 0.21).
 
-``boft_R`` [factors, blocks, b, b] holds a full Q whose skew-symmetric part is K; ours holds the entries of K above the
-diagonal; ``boft_s`` is our gain, as a column, of convolutions as a row. Widths and factors are those of the tensors:
-without its CUDA kernel peft makes one factor, regardless of the options (and such a model cannot load more factors).
+``boft_R`` [factors, blocks, b, b] is a full matrix Q whose skew-symmetric part is K; peftcore stores only the entries
+of K above the diagonal. ``boft_s`` is peftcore's gain, as a column, or as a row in a convolution. The width of blocks
+and the number of factors are read from the shapes of the tensors, because without its CUDA kernel peft creates one
+factor, regardless of the options. Such a model of peft cannot load more factors.
 """
 
 from __future__ import annotations

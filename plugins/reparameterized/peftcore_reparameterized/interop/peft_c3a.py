@@ -1,5 +1,5 @@
-"""C3A in peft's files (checked against peft 0.21): ``c3a_kernel`` is our w. The width of blocks is that of the
-tensors."""
+"""C3A in peft's files (checked against peft 0.21): ``c3a_kernel`` is peftcore's w. The width of blocks is read from the
+shapes of the tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DEFT in peft's files (checked against peft 0.21): ``deft_P`` and ``deft_R`` are our P and R."""
+"""DEFT in peft's files (checked against peft 0.21): ``deft_P`` and ``deft_R`` are peftcore's P and R."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""DeLoRA in peft's files (checked against peft 0.21): ``delora_A`` and ``delora_B`` are our A and B, ``delora_lambda``
-is our strength and ``delora_w_norm`` our n. The rank is that of the tensors."""
+"""DeLoRA in peft's files (checked against peft 0.21): ``delora_A`` and ``delora_B`` are peftcore's A and B,
+``delora_lambda`` is its strength, and ``delora_w_norm`` is its n. The rank is read from the shapes of the tensors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""FourierFT in peft's files (checked against peft 0.21): ``fourierft_spectrum`` is our c. The positions are not in the
-file, `random_loc_seed` gives the same ones here. The number of entries is that of the tensors."""
+"""FourierFT in peft's files (checked against peft 0.21): ``fourierft_spectrum`` is peftcore's c. The file does not
+contain the positions, which are drawn from `random_loc_seed` as in peft. The number of entries is read from the shapes
+of the tensors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """FRoD in peft's files (checked against peft 0.21).
 
-``frod_lambda_l`` and ``frod_lambda_s_values`` are our L and S. V and the places of S belong to the whole adapter, by
-role: ``frod_V.self_attn_q_proj``. U is in no file of peft: here it is made of the file's V, with which the adapter was
-trained. peft makes it of the V that it finds when it loads the file, so a file is written only where that is ours too;
-one without V (`save_projection` false) is not read, since it means the V of another machine.
+``frod_lambda_l`` and ``frod_lambda_s_values`` are peftcore's L and S. V and the positions of S are stored once for each
+role, such as ``frod_V.self_attn_q_proj``. Files of peft do not contain U. peftcore computes U from the V in the file,
+with which the adapter was trained. peft computes U from the V that it computes when it loads the file. So a file is
+written only if this V equals that of the adapter. A file without V (`save_projection` is false) is refused, because V
+of the machine that trained the adapter is unknown.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peftcore_reparameterized._decomposed import as_matrix
 from peftcore_reparameterized.frod import Joint, by_role, joint, role, within
 
 CLOSE = 1e-3
-"""The largest difference of V, or of the weight that it gives, relative to the largest entry."""
+"""The largest accepted difference of V, or of the weight computed from it, relative to the largest entry."""
 
 
 class PeftFRoD(PeftMethod):

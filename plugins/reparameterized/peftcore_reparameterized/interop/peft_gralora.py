@@ -1,7 +1,7 @@
 """GraLoRA in peft's files (checked against peft 0.21).
 
-``gralora_A`` [k, in / k, rank] and ``gralora_B`` [k, rank, out / k] are our A and B with their last two dimensions
-exchanged; the LoRA in parallel with them has the names with ``_general``."""
+``gralora_A`` [k, in / k, rank] and ``gralora_B`` [k, rank, out / k] are peftcore's A and B with their last two
+dimensions exchanged. The names of the LoRA in parallel contain ``_general``."""
 
 from __future__ import annotations
 

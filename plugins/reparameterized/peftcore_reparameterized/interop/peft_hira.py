@@ -1,7 +1,8 @@
 """HiRA in peft's files (checked against peft 0.21).
 
-``hira_A`` and ``hira_B`` are our A and B, those of an embedding ``hira_embedding_A`` and ``hira_embedding_B``; a
-convolution's B has a kernel of ones. The rank is that of the tensors: peft 0.21 passes over `rank_pattern`.
+``hira_A`` and ``hira_B`` are peftcore's A and B. For an embedding, the names are ``hira_embedding_A`` and
+``hira_embedding_B``. B of a convolution has a kernel of size 1. The rank is read from the shapes of the tensors,
+because peft 0.21 ignores `rank_pattern`.
 """
 
 from __future__ import annotations

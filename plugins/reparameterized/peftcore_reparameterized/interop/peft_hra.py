@@ -1,4 +1,5 @@
-"""HRA in peft's files (checked against peft 0.21): ``hra_u`` holds the vectors as columns, ours are rows."""
+"""HRA in peft's files (checked against peft 0.21): ``hra_u`` contains the vectors u_i as columns; in peftcore they are
+rows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Lily in peft's files (checked against peft 0.21).
 
-``lily_router`` is ours. ``lily_A`` and ``lily_B`` [experts * rank, out] are stored for each module, even where modules
-share them: they must be equal where ours share one tensor. peft groups the modules by the entry of target_modules that
-they match: by name, as here, or all in one group where target_modules is one pattern.
+``lily_router`` is peftcore's router. ``lily_A`` and ``lily_B`` [experts * rank, out] are stored for each module, even
+if modules share them. If modules share one tensor in peftcore, their tensors in the file must be equal. peft groups
+modules by the entry of target_modules that they match: by name, as in peftcore, or all in one group if target_modules
+is a single pattern.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PeftLily(PeftMethod):
 
     def __init__(self) -> None:
         self.shared: dict[str, Tensor] = {}
-        """Values of shared factors, by their names here."""
+        """Values of shared factors, by their names in peftcore."""
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         one = isinstance(keys.take("target_modules", (str, list), []), str)

@@ -1,7 +1,8 @@
 """LoHa in peft's files (checked against peft 0.21).
 
-Its ``a`` is our B and its ``b`` our A. Where kernels are factored, ``a`` is stored as ``[rank, out]``, and the third
-factor of a convolution in one dimension has a last dimension of one.
+Tensors with the ending ``_a`` are peftcore's B1 and B2, and those with ``_b`` are A1 and A2. If kernels are factored,
+the ``_a`` tensors have the shape ``[rank, out]``. In a one-dimensional convolution, the cores ``hada_t1`` and
+``hada_t2`` have an additional last dimension of size 1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """LoKr in peft's files (checked against peft 0.21).
 
-Names are ours behind ``lokr_``, with ``_a`` and ``_b`` for the two factors of a product. A full ``w2`` of a convolution
-has its kernel's dimensions, and t2 of one in one dimension a last one of size one. With a full w2 in one dimension the
-product has another order in peft, which `layout` says. Where both factors are full peft
-scales by alpha / rank all the same: here w2 has it.
+Names are those of peftcore with the prefix ``lokr_``, and with ``_a`` and ``_b`` for the two factors of a product. In a
+convolution, a full ``w2`` also has the dimensions of the kernel. In a one-dimensional convolution, t2 has an additional
+last dimension of size 1. There, with a full w2, the product has another order in peft, which the option `layout`
+selects. If both factors are full, peft still scales by alpha / rank. peftcore multiplies w2 by that scale when it reads
+the file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""MiSS in peft's files (checked against peft 0.21): ``miss_block`` is our D. `init_weights` says the equation too:
-"mini" repeats `mini_r` outputs, "bat" lets the weight take part."""
+"""MiSS in peft's files (checked against peft 0.21): ``miss_block`` is peftcore's D. `init_weights` also selects the
+equation: with "mini" `mini_r` outputs are repeated, and with "bat" the update depends on the weight."""
 
 from __future__ import annotations
 

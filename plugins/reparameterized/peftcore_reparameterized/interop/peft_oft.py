@@ -1,8 +1,10 @@
 """OFT in peft's files (checked against peft 0.21).
 
-``oft_R.weight`` is our K, ``oft_embedding_R.weight`` that of an embedding, which peft turns the other way; with the
-Neumann series, its default, all of it turns the other way. Widths of blocks are those of the tensors. peft's radius of
-COFT lacks the factor b^2. Peft takes inputs of four dimensions for images, also those of a linear layer.
+``oft_R.weight`` is peftcore's K, and ``oft_embedding_R.weight`` is K of an embedding. Compared with peftcore, peft
+rotates embeddings in the opposite direction. With the Neumann series, the default of peft, it rotates embeddings in the
+same direction, and all other layers in the opposite one. The width of blocks is read from the shapes of the tensors.
+The radius of COFT in peft lacks the factor b^2. peft treats inputs of four dimensions as images, also those of a linear
+layer.
 """
 
 from __future__ import annotations
@@ -98,16 +100,16 @@ class PeftOFT(PeftMethod):
 
 
 def _name(place: Place) -> tuple[str, int]:
-    """Return the name of the tensor at a place, and the sign of ours in it."""
+    """Return the name of the tensor at a place, and the factor (1 or -1) between it and peftcore's K."""
     table, series = place.site.layer.one_hot, place.config.series is not None
     return ("oft_embedding_R.weight" if table else "oft_R.weight"), 1 if table == series else -1
 
 
 def _series(keys: Keys) -> int | None:
-    """Return the number of terms of the series, None without.
+    """Return the number of terms of the Neumann series, or None if it is not used.
 
     Raises:
-        CheckpointError: it is too short to be one.
+        CheckpointError: there are fewer than three terms.
     """
     terms, version = keys.take("num_cayley_neumann_terms", int, 5), keys.take("peft_version", str, "")
     if not keys.take("use_cayley_neumann", bool, True):
@@ -126,7 +128,7 @@ def _series(keys: Keys) -> int | None:
 
 
 def _adjusted(size: int, wanted: int) -> int:
-    """Return the width of blocks that peft takes where the wanted one does not divide the turned side."""
+    """Return the width of blocks in peft: the width nearest to the wanted one that divides the rotated side."""
     if wanted >= size:
         return size
     lower = next(n for n in range(wanted, 0, -1) if size % n == 0)

@@ -1,9 +1,9 @@
 """OSF in peft's files (checked against peft 0.21).
 
-``osf_svd_params.U_low``, ``.S_low`` and ``.V_low`` are our U, S and V. For their initial values and the frozen singular
-directions, peft decomposes the model's weight when it loads a file, and so does this translation. The number of frozen
-singular values is read from the shapes, and `effective_rank` and `rank_pattern` are ignored; they are written as
-numbers.
+``osf_svd_params.U_low``, ``.S_low`` and ``.V_low`` are peftcore's U, S and V. The file lacks their initial values and
+the frozen singular directions. peft computes them from the model's weight when it loads a file, and so does this
+translation. When a file is read, the number of frozen singular values is derived from the shapes, and `effective_rank`
+and `rank_pattern` are ignored. When a file is written, both contain numbers.
 """
 
 from __future__ import annotations

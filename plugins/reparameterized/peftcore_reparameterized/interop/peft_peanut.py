@@ -1,6 +1,7 @@
 """PEANuT in peft's files (checked against peft 0.21).
 
-``peanut_A`` and ``peanut_B`` are ours; ``peanut_encoders.0``, ``.1``, … and ``peanut_decoders.0``, … our E and D.
+``peanut_A`` and ``peanut_B`` are peftcore's A and B. ``peanut_encoders.0``, ``.1``, … are the layers of its E, and
+``peanut_decoders.0``, … those of its D.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from peftcore.errors import CheckpointError, ExportError
 from peftcore_reparameterized.peanut import Activation
 
 DEPTH = 32
-"""The most layers on a side that are read and written."""
+"""Maximum number of encoders, and of decoders, in a file."""
 SIDES = {"E": "encoders", "D": "decoders"}
 SYNONYMS = {"swish": "silu"}
 

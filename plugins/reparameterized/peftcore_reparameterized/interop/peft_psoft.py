@@ -1,9 +1,9 @@
-"""PSOFT in peft's files (checked against peft 0.21): below ``psoft_R``, ``weight`` is our K, ``vector_b`` and
-``vector_a`` are b and a.
+"""PSOFT in peft's files (checked against peft 0.21): below ``psoft_R``, ``weight`` is peftcore's K, and ``vector_b``
+and ``vector_a`` are b and a.
 
 The file lacks the singular vectors: peft computes them from the base when it loads the file, with arbitrary signs. So
-reading and writing compute them as peft does, exactly or by its approximation; rows and columns of K are written with
-the matching signs.
+reading and writing compute them as peft does, exactly or by peft's approximation. When K is written, its rows and
+columns get the signs of these singular vectors.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import ExportError
 
 WAYS = (None, (10, 0))
-"""peft's computation of singular vectors: exact, or with this number of steps and seed, peft's defaults."""
+"""The ways in which peft computes singular vectors: exactly (None), or with a number of iterations and a seed, which
+are the defaults of peft."""
 EQUAL = 2e-5
-"""Largest deviation from 1 of the cosines between singular vectors that count as equal."""
+"""If the cosine of two singular vectors deviates from 1 by no more than this, they are considered equal."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
 
 
@@ -45,7 +46,8 @@ class PeftPSOFT(PeftMethod):
         "cayley_neumann_eps": "use eps=",
     }
     found_by: tuple[int, int] | None = None
-    """Iterations and seed of the approximation by which the file's singular vectors are found; None: exactly."""
+    """Iterations and seed of the approximation that computes the file's singular vectors; None if they are computed
+    exactly."""
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.only("psoft_svd", "full", "lowrank")
@@ -116,14 +118,15 @@ class PeftPSOFT(PeftMethod):
         return {NAMES[ours]: value for ours, value in tensors.items()}
 
     def _signs(self, place: Place) -> Tensor | None:
-        """Return the signs of the adapter's singular vectors where peft finds them; None where it finds others."""
+        """Return the signs of the adapter's singular vectors relative to those that peft computes; None if peft
+        computes others."""
         rows = nn.functional.normalize(place.operator.A.detach().to(torch.float32), dim=-1)
         overlap = rows @ self._vectors(place)[2].T
         signs = overlap.diagonal().sign()
         return None if (overlap - signs.diag()).abs().max() > EQUAL else signs
 
     def _vectors(self, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U [out, rank], S [rank] and V' [rank, in] as peft finds them."""
+        """Return U [out, rank], S [rank] and V' [rank, in] as peft computes them."""
         site, rank = replace(place.site, meta=False), place.operator.rank  # also while loading, where all is a shape
         weight = site.base_weight().detach().to(torch.float32)
         if self.found_by is None:

@@ -1,5 +1,5 @@
-"""PVeRA in peft's files (checked against peft 0.21): the contents of VeRA's files under different names, and the option
-for when z is drawn."""
+"""PVeRA in peft's files (checked against peft 0.21): the tensors of VeRA's files under different names, and an option
+that selects when z is drawn."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """RandLoRA in peft's files (checked against peft 0.21).
 
-``randlora_lambda`` and ``randlora_gamma`` are our L and G. The bases belong to the whole adapter, ``randlora_A`` [rank,
-1, short] and ``randlora_B`` [long, bases, rank], with copies at each module; they are as large as a site with the most
-outputs and the most inputs would need. A file without them (`save_projection` false) means the matrices that peft draws
-from its seed: they are drawn in the same way here, and saved.
+``randlora_lambda`` and ``randlora_gamma`` are peftcore's L and G. The bases ``randlora_A`` [rank, 1, short] and
+``randlora_B`` [long, bases, rank] are stored for the whole adapter, with copies at each module. They are large enough
+for a site with the most outputs and the most inputs of all sites. If a file lacks the bases (`save_projection` is
+false), peft draws them from a seed. peftcore draws the same ones, and saves them with the adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PeftRandLoRA(PeftMethod):
     kinds = (nn.Linear, Transposed)
     adds = True
     saved = True
-    """Whether the file that is read has the bases."""
+    """Whether the file that is being read contains the bases."""
     advice: ClassVar[Mapping[str, str]] = {
         "projection_prng_key": "use projection_seed=",
         "save_projection": "use store_basis=",
@@ -93,7 +93,8 @@ class PeftRandLoRA(PeftMethod):
 
 
 def _as_peft_draws(bases: Bases) -> tuple[Tensor, Tensor]:
-    """Draw the matrices that peft makes of a seed: dense ones in bfloat16, as it does where the machine knows that."""
+    """Return the matrices that peft draws from a seed. Dense ones are drawn in bfloat16, as in peft on machines that
+    support it."""
     config, short, long = bases.config, min(bases.span), max(bases.span)
     generator = torch.Generator().manual_seed(config.projection_seed)
     rank, count = config.rank, -(-short // config.rank)

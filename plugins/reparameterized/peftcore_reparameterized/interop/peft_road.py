@@ -1,4 +1,5 @@
-"""RoAd in peft's files (checked against peft 0.21): ``road_theta`` is our angle and ``road_alpha`` our length."""
+"""RoAd in peft's files (checked against peft 0.21): ``road_theta`` is peftcore's angle, and ``road_alpha`` is its
+length."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """TinyLoRA in peft's files (checked against peft 0.21).
 
-``tinylora_A``, ``tinylora_B`` and ``tinylora_P`` are ours, and ``tinylora_v.0``, ``.1``, … of the whole adapter are the
-vectors of the groups. A file without P (`save_projection` false) means the P drawn from its seed, which is the same
-here. peft has embeddings as [num, dim]: its A and B are our B and A there, and its P ours transposed.
+``tinylora_A``, ``tinylora_B`` and ``tinylora_P`` are peftcore's A, B and P. ``tinylora_v.0``, ``.1``, … are stored for
+the whole adapter, and are the vectors of the groups. If a file lacks P (`save_projection` is false), P is drawn from
+the seed, which gives the same P as in peft. peft treats embeddings as [num, dim]. So for an embedding, peft's A and B
+are peftcore's B and A, and P is transposed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Uni-LoRA in peft's files (checked against peft 0.21).
 
-``unilora_theta_d`` of the whole adapter is our theta. With `save_indices` there are ``unilora_indices_A`` and ``_B`` at
-each module, and ``unilora_scales_A`` and ``_B`` of the picked entries; without the option, peft draws the indices by
-numpy from its seed, for the targets in the order of the model. Here they are drawn in the same way, and stored.
+``unilora_theta_d`` is stored for the whole adapter, and is peftcore's theta. With `save_indices` there are
+``unilora_indices_A`` and ``_B`` at each module, and ``unilora_scales_A`` and ``_B`` of the selected entries. Without
+that option, peft draws the indices by numpy from a seed, for the target modules in the order of the model. peftcore
+draws the same indices, and saves them with the adapter.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class PeftUniLoRA(PeftMethod):
     def __init__(self) -> None:
         self.saved, self.length, self.seed = False, 0, 0
         self.targets: set[str] | None = None
-        """Where the file has nothing at modules: those that its options target."""
+        """The target modules in the file's options, if the file has no tensors at modules."""
         self.counts: Tensor | None = None
-        """How often each entry of the vector is picked at the places so far."""
+        """How often each entry of theta is selected at the places that have been read."""
         self.norm = torch.zeros(0)
         self.drawn: Tensor | None = None
 
@@ -59,7 +60,7 @@ class PeftUniLoRA(PeftMethod):
         }
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
-        """Return the paths of target modules; None where the stored indices determine them.
+        """Return the paths of the target modules, or None if stored indices determine them.
 
         Raises:
             CheckpointError: the file does not determine the target modules.
@@ -136,7 +137,7 @@ def _matrix(module: nn.Module) -> bool:
 
 
 def as_peft_draws(total: int, length: int, seed: int) -> Tensor:
-    """Draw the same indices as peft does for a seed."""
+    """Return the indices that peft draws from a seed."""
     import numpy as np
 
     generator = np.random.default_rng(seed)

@@ -1,9 +1,10 @@
 """VB-LoRA in peft's files (checked against peft 0.21).
 
-``vblora_logits_A`` and ``vblora_logits_B`` are ours, and ``vblora_vector_bank`` of the whole adapter is the bank's. A
-file with `save_only_topk_weights` says which k of the logits are the largest, and all but the last of their weights.
-The k logits are read as the logarithms of the weights. The other logits, which are -inf in peft and are never chosen
-again, are read as -10,000, since our files cannot hold infinite values.
+``vblora_logits_A`` and ``vblora_logits_B`` are the logits of peftcore, and ``vblora_vector_bank``, which is stored for
+the whole adapter, contains the vectors of its bank. A file with `save_only_topk_weights` contains the indices of the k
+largest logits, and their weights except the last one. These k logits are read as the logarithms of the weights. The
+other logits are -inf in peft, and are never chosen again. They are read as -10,000, because files of peftcore cannot
+contain infinite values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peftcore.errors import CheckpointError
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
 NEVER = -1e4
-"""The logit of a vector that a file does not name."""
+"""The logit of a vector whose index is not in a file."""
 
 
 class PeftVBLoRA(PeftMethod):
@@ -32,7 +33,7 @@ class PeftVBLoRA(PeftMethod):
     bias = "vblora_only"
     kinds = (nn.Linear, Transposed)
     shortened = False
-    """Whether the file that is read has only the largest logits."""
+    """Whether the file that is being read contains only the largest logits."""
     advice: ClassVar[Mapping[str, str]] = {
         "save_only_topk_weights": "leave it out: files have all logits",
         "init_vector_bank_bound": "use bank_bound=",
@@ -91,7 +92,7 @@ class PeftVBLoRA(PeftMethod):
 
 
 def _from_largest(found: Found, name: str, shape: Size, k: int) -> Tensor:
-    """Return logits with the weights that a file has, from which number of the bank has which of them."""
+    """Return the logits that give the weights in a file, from the indices and weights of the k largest ones."""
     chosen = found.take(f"{name}_topk_indices", (*shape[:-1], k)).long()
     weights = found.take(f"{name}_topk_weights", (*shape[:-1], k - 1))
     weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)

@@ -1,8 +1,8 @@
 """VeRA in peft's files (checked against peft 0.21).
 
-``vera_lambda_d`` and ``vera_lambda_b`` are our d and b. A and B belong to the whole adapter, ``vera_A`` and ``vera_B``;
-if a file omits them (`save_projection` false), they are drawn from the seed in its options, with the values that peft
-draws.
+``vera_lambda_d`` and ``vera_lambda_b`` are peftcore's d and b. A and B are stored for the whole adapter as ``vera_A``
+and ``vera_B``. If a file lacks them (`save_projection` is false), they are drawn from the seed in its options, with the
+same values as in peft.
 """
 
 from __future__ import annotations

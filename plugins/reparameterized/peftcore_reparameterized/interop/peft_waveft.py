@@ -1,5 +1,6 @@
-"""WaveFT in peft's files (checked against peft 0.21): ``waveft_spectrum`` is our c. The positions are not in the file,
-`random_loc_seed` gives the same ones here. The number of coefficients is that of the tensors."""
+"""WaveFT in peft's files (checked against peft 0.21): ``waveft_spectrum`` is peftcore's c. The file does not contain
+the positions, which are drawn from `random_loc_seed` as in peft. The number of coefficients is read from the shapes of
+the tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import CheckpointError
 
 SAME = {"sym2": "db2", "sym3": "db3"}
-"""Names of other families for wavelets of Daubechies."""
+"""Wavelets of other families that equal a Daubechies wavelet."""
 
 
 class PeftWaveFT(PeftMethod):

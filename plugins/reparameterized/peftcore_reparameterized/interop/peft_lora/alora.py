@@ -1,4 +1,4 @@
-"""aLoRA in peft's files: the option `alora_invocation_tokens`, from which on the adapter acts."""
+"""aLoRA in peft's files: the option `alora_invocation_tokens` contains the tokens from which on the adapter acts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ALoRAVariant(LoRAVariant):
         return {**common, "invocation": keys.take("alora_invocation_tokens", list)}
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        """Returns the invocation and the only task type for which peft looks for it; without an invocation, plain
-        LoRA."""
+        """Returns the invocation, and the only task type for which peft uses it. Without an invocation there are no
+        options, and the file is a plain LoRA."""
         if not config.invocation:
             return {}
         return {"alora_invocation_tokens": config.invocation, "task_type": "CAUSAL_LM"}

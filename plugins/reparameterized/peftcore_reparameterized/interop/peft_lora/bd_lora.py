@@ -1,7 +1,8 @@
-"""BD-LoRA in peft's files: the option `use_bdlora`, which selects, by parts of names, the factor that has blocks.
+"""BD-LoRA in peft's files: the option `use_bdlora` selects the factor with blocks for each module, by parts of its
+name.
 
-Blocks are stacked vertically, as ours. A module that the option names for neither factor has a plain LoRA, here with a
-single block.
+The blocks of a factor are stacked vertically, as in peftcore. If the option selects neither factor for a module, peft
+uses plain LoRA there. peftcore reads it as BD-LoRA with a single block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from peftcore.errors import CheckpointError, ExportError
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 BLOCKS = ("target_modules_bd_a", "target_modules_bd_b")
-"""Peft's lists of parts of names: where A is block diagonal, and where B is."""
+"""The options with parts of module names: modules whose A is block diagonal, and modules whose B is."""
 
 
 class BDLoRAVariant(LoRAVariant):
@@ -36,7 +37,7 @@ class BDLoRAVariant(LoRAVariant):
         return {**common, **own}
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Returns the option of each module, with lists that name this module or are empty."""
+        """Returns `use_bdlora` for each module, by path. Each of its two lists contains only this path, or is empty."""
         told, found = keys.table("use_bdlora"), {}
         for path in paths:
             hit = {name: _names_part(told, name, path, keys) for name in BLOCKS}
@@ -54,7 +55,8 @@ class BDLoRAVariant(LoRAVariant):
         return "" if linear else "factors in blocks, which it has only in linear layers"
 
     def write_options_of_all(self, places: Sequence[Place]) -> dict[str, Any]:
-        """Returns the lists of names, of which none may be part of another module's name."""
+        """Returns `use_bdlora` with its two lists of module names. A name must not be part of the name of another
+        module."""
         blocks = {module_key(place.site): place.operator for place in places}
         counts = {each.blocks for each in blocks.values()} - {1}
         if len(counts) > 1:
@@ -73,5 +75,5 @@ class BDLoRAVariant(LoRAVariant):
 
 
 def _names_part(told: Mapping[str, Any], key: str, path: str, keys: Keys) -> bool:
-    """Whether one of peft's lists has a part of the path."""
+    """Whether the list of peft's option `key` contains a part of the path."""
     return any(part in path for part in Keys(told, keys.where).names(key))

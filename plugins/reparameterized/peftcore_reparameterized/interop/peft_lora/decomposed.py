@@ -1,9 +1,9 @@
-"""PiSSA and OLoRA in peft's files, alone and combined with DoRA: values of `init_lora_weights` with which peft
-decomposes the base again when it loads.
+"""PiSSA and OLoRA in peft's files, alone and combined with DoRA. They are values of `init_lora_weights` for which peft
+decomposes the base again when it loads the file.
 
-Such a file means W - s B0 A0 + s B A, where every exact decomposition gives the same product s B0 A0; our A0 and B0 are
-computed from the host that the file is loaded into. The adapter is written as plain LoRA of twice the rank, which is
-right on any equal base. DoRA with such a start is DoRA of twice the rank: with B A and -B0 A0.
+Such a file describes the weight W - s B0 A0 + s B A. Every exact decomposition gives the same product s B0 A0, so
+peftcore computes A0 and B0 from the host. The adapter is written as plain LoRA of twice the rank, which is correct on
+any equal base. DoRA with such a start is read as DoRA of twice the rank, whose update is B A - B0 A0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from peftcore_reparameterized.pissa import PiSSA, PiSSAOperator
 
 
 class DecomposedVariant(UpdateVariant):
-    """A variant whose base peft decomposes when it loads; written as plain LoRA for every kind of layer."""
+    """A variant for which peft decomposes the base when it loads the file. It is written as plain LoRA for every kind
+    of layer."""
 
     layers: ClassVar[tuple[type, ...]]
     """The layers that peft can decompose."""
@@ -41,8 +42,8 @@ class DecomposedVariant(UpdateVariant):
 
 
 class StartVariant(DecomposedVariant, ABC):
-    """A variant that subtracts a part of the given rank from the base and trains it, with the same name in peft and
-    here."""
+    """A variant that subtracts a part of the given rank from the base and trains it. It has the same name in peft and
+    in peftcore."""
 
     def marked(self, keys: Keys) -> bool:
         return bool(keys.take("init_lora_weights", (bool, str), True) == self.reads)
@@ -53,7 +54,7 @@ class StartVariant(DecomposedVariant, ABC):
 
 
 class PiSSAVariant(StartVariant):
-    """The principal singular values of the base."""
+    """PiSSA, which trains the principal singular directions of the base."""
 
     reads = "pissa"
     writes = ("pissa",)
@@ -65,7 +66,7 @@ class PiSSAVariant(StartVariant):
 
 
 class OLoRAVariant(StartVariant):
-    """The first columns of the base's QR decomposition."""
+    """OLoRA, which trains the first columns of the base's QR decomposition."""
 
     reads = "olora"
     writes = ("olora",)
@@ -77,7 +78,8 @@ class OLoRAVariant(StartVariant):
 
 
 class DoRABesideStart(DoRAVariant):
-    """DoRA of a base from which a start subtracted a part; in our DoRA that part is in the direction."""
+    """DoRA of a base from which PiSSA or OLoRA subtracted a part. In peftcore's DoRA the low-rank update contains that
+    part."""
 
     start: ClassVar[StartVariant]
     writes = ()
@@ -103,14 +105,14 @@ class DoRABesideStart(DoRAVariant):
 
 
 class DoRABesidePiSSA(DoRABesideStart):
-    """DoRA that started by PiSSA."""
+    """DoRA with the start of PiSSA."""
 
     start = PiSSAVariant()
     starts = PiSSAVariant.starts
 
 
 class DoRABesideOLoRA(DoRABesideStart):
-    """DoRA that started by OLoRA."""
+    """DoRA with the start of OLoRA."""
 
     start = OLoRAVariant()
     starts = OLoRAVariant.starts

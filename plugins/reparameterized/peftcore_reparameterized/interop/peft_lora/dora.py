@@ -1,7 +1,7 @@
 """DoRA in peft's files: the option `use_dora`, and the magnitude of each output in addition to A and B.
 
-``lora_magnitude_vector``, in some files with ``.weight`` behind it, is our magnitude; a convolution has it as [1, out,
-1, ...].
+``lora_magnitude_vector`` is peftcore's magnitude. In some files its name ends with ``.weight``. In a convolution its
+shape is [1, out, 1, ...].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """KaSA in peft's files: the option `kasa_config`, and a diagonal between A and B.
 
-When peft loads such a file, it removes the smallest singular values from W, and so does peftcore. peftcore writes
-plain LoRA of twice the rank, which is right on the same base. ``lora_diag`` is our d.
+When peft loads such a file, it removes the smallest singular values from W, and so does peftcore. peftcore writes plain
+LoRA of twice the rank, which is correct on the same base. ``lora_diag`` is peftcore's d.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Peft's option `layer_replication`: ranges of layers that a model runs, some of them repeatedly, with a separate LoRA
 for each run.
 
-Peft replicates the layers of the model when it loads; here that is a separate call, `peftcore.replicate_layers`.
+peft replicates the layers of the model when it loads the file. In peftcore this is a separate call,
+`peftcore.replicate_layers`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ MOST = 1000
 
 
 def check_replication(keys: Keys, model: nn.Module) -> None:
-    """Verify that the model runs its layers in the ranges of the file, where it names any.
+    """Verify that the model runs its layers in the ranges that the file specifies, if any.
 
     Raises:
-        CheckpointError: the option holds no ranges, or more layers than there can be.
+        CheckpointError: the option is not a list of ranges, or there are too many layers in it.
         HostMismatch: the model runs its layers in another order.
     """
     ranges = keys.take("layer_replication", list, None)

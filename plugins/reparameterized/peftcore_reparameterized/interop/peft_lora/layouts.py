@@ -1,9 +1,9 @@
-"""Layouts of A and B in a file of peft's LoRA, by the layer that they adapt.
+"""Layouts of A and B in a file of peft's LoRA, which depend on the adapted layer.
 
-A and B of an embedding have different names. Stacked experts are concatenated, A [experts * rank, in] and B [out, rank
-* experts]. A convolution's B has a kernel of ones, and in a grouped one A reads all channels. For the output projection
-of torch's attention peft adds the update twice, in its forward and when it merges, so there our B is twice that of the
-file.
+A and B of an embedding have different names. Stacked experts are concatenated: A is [experts * rank, in], and B is
+[out, rank * experts]. B of a convolution has a kernel of size 1, and A of a grouped convolution reads all channels. At
+the output projection of torch's attention, peft adds the update twice, in forward and in a merge. So there, peftcore's
+B is twice that of the file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ A_NAME, B_NAME, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
 FACTORS = (A_NAME, B_NAME, BIAS, TABLE_A, TABLE_B)
 PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
-"""The tensors of torch's attention, of which peft adapts both."""
+"""Two tensors of torch's attention. peft adapts either both or none of them."""
 
 
 def read_factors(site: Site, A: Size, B: Size, found: Found) -> dict[str, Tensor]:
-    """Returns our A and B, of the given shapes."""
+    """Returns peftcore's A and B, of the given shapes, from the tensors in a file."""
     if site.layer.one_hot:
         tensors = {"A": found.take(TABLE_A, A), "B": found.take(TABLE_B, B)}
     elif site.batch:
@@ -43,7 +43,7 @@ def read_factors(site: Site, A: Size, B: Size, found: Found) -> dict[str, Tensor
 
 
 def write_factors(site: Site, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Returns A and B by peft's names."""
+    """Returns A and B in peft's layout, by peft's names."""
     if site.tensor == BEHIND:
         B = B / 2
     if site.layer.one_hot:
@@ -68,5 +68,6 @@ def check_attention(sites: Iterable[Site]) -> None:
 
 
 def _turned(site: Site) -> bool:
-    """Whether peft takes inputs of a stack for outputs: it believes what a module declares, and Llama 4 does not."""
+    """Whether peft confuses inputs and outputs of stacked experts. It relies on the attribute `is_transposed` of a
+    module, which the modules of Llama 4 lack."""
     return isinstance(site.layer, Transposed) and not getattr(site.module, "is_transposed", False)

@@ -1,7 +1,7 @@
-"""MiCA in peft's files: the value ``"mica"`` of `init_lora_weights`, with B the weight's minor directions.
+"""MiCA in peft's files: the value ``"mica"`` of `init_lora_weights`. B contains the minor directions of the weight.
 
-Peft has it in some layers, and one rank for all; an adapter with other layers or several ranks is written as plain
-LoRA.
+peft supports MiCA in some kinds of layers, and with one rank for all. An adapter with other layers or several ranks is
+written as plain LoRA.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftcore.author.formats import Keys, Place, is_one_of, is_parameter
 from peftcore_reparameterized.interop.peft_lora.plain import UpdateVariant
 
 LAYERS = (nn.Linear, Transposed, nn.Embedding)
-"""The layers where peft has it."""
+"""The layers for which peft supports MiCA."""
 
 
 class MiCAVariant(UpdateVariant):
@@ -35,6 +35,6 @@ class MiCAVariant(UpdateVariant):
 
 
 def _has_minor(place: Place) -> bool:
-    """Whether peft has MiCA at a place, with the rank that is said."""
+    """Whether peft supports MiCA at a place, and the factors have the configured rank."""
     layer = not is_parameter(place.site) and is_one_of(place.site, LAYERS)
     return layer and place.operator.A.shape[0] == place.config.rank

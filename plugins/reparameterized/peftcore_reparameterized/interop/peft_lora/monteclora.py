@@ -1,7 +1,7 @@
 """MonteCLoRA in peft's files: the option `monteclora_config`, and the tensors of a sampler in addition to A and B.
 
-``std_prior`` and ``expert_weights_prior`` of peft's sampler are our t and p; its other tensors are the last draw, which
-is ignored.
+``std_prior`` and ``expert_weights_prior`` of peft's sampler are peftcore's t and p. The other tensors of the sampler
+are its last draw, which is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 SAMPLER = "lora_monteclora_sampler"
 PRIORS = {"t": f"{SAMPLER}.std_prior", "p": f"{SAMPLER}.expert_weights_prior"}
-"""Tensors in peft, by ours."""
+"""Names of tensors in peft, by their names in peftcore."""
 DRAWS = (f"{SAMPLER}.gaussian_var_prior", f"{SAMPLER}.expert_weights")
 """The last draw of the sampler: a covariance [rank, rank], and the weight of each sample."""
 OPTIONS = {
@@ -27,7 +27,7 @@ OPTIONS = {
     "kl": ("kl_loss_weight", 1e-5),
     "entropy": ("use_entropy", False),
 }
-"""Peft's options and their defaults, by ours."""
+"""Names and defaults of peft's options, by their names in peftcore."""
 
 
 class MonteCLoRAVariant(LoRAVariant):

@@ -1,9 +1,9 @@
-"""Plain LoRA in peft's files, and the methods that are written as one.
+"""Plain LoRA in peft's files, and the methods that are written as plain LoRA.
 
-EVA and LoRA-One are LoRA after their initialization, and are written as LoRA, EVA with a rank and an alpha for each
-module. The updates of CorDA and LoRA-GA are written as LoRA of twice the rank, which is right on any equal base; peft's
-files lack their start. The update of LoRA-XS is written as LoRA of its rank, of which peft would train the factors that
-are frozen here.
+EVA and LoRA-One are LoRA after their initialization, and are written as LoRA. A file of EVA has a rank and an alpha for
+each module. The updates of CorDA and LoRA-GA are written as LoRA of twice the rank, which is correct on any equal base.
+Files of peft cannot contain their initial factors. The update of LoRA-XS is written as LoRA of the same rank. peft
+would train its outer factors, which are frozen in peftcore.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class PlainVariant(LoRAVariant):
 
 
 class UpdateVariant(LoRAVariant):
-    """A variant whose file holds the factors of its update, at the rank given by its options."""
+    """A variant whose file contains the factors of the whole update, at the rank that its options specify."""
 
     def factors(self, place: Place) -> tuple[Tensor, Tensor]:
-        """Returns the factors [*batch, rank, in, *kernel] and [*batch, out, rank]: with zeros where the weight has
-        fewer directions."""
+        """Returns the factors [*batch, rank, in, *kernel] and [*batch, out, rank]. If the weight has fewer directions,
+        the others are zeros."""
         A, B, _ = place.operator.factors()
         lacking, dim = self.times * place.config.rank - B.shape[-1], len(place.site.batch)
         more = A.new_zeros(*A.shape[:dim], lacking, *A.shape[dim + 1 :])
@@ -58,6 +58,6 @@ class LoRAXSVariant(UpdateVariant):
 
 
 def _in_groups(shapes: Mapping[str, Size]) -> bool:
-    """Whether the tensors are those of a grouped convolution: each output mixes some of the rank alone."""
+    """Whether the tensors are those of a grouped convolution, in which each output uses only a part of the rank."""
     A, B = shapes.get("lora_A.weight", Size()), shapes.get("lora_B.weight", Size())
     return len(A) == len(B) > 2 and A[0] != B[1]

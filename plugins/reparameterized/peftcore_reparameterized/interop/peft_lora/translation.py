@@ -1,11 +1,11 @@
 """LoRA in peft's files (checked against peft 0.21): the translation shared by all variants, and the choice of a
 variant.
 
-A file is read as the first variant that its options mark; options of a second variant are refused as unknown. Our
-method's name selects the variant that is written. Other plugins register a `LoRAVariant` under ``"peft/LORA/NAME"`` in
-the hook `peftcore_translations`.
+A file is read as the first variant that its options mark. Options of a second variant are refused as unknown. When an
+adapter is written, the name of its method selects the variant. Other plugins register a `LoRAVariant` under
+``"peft/LORA/NAME"`` in the hook `peftcore_translations`.
 
-A bias of B adds its share to the module's own bias.
+If the file has a bias of B, this bias is multiplied by the scale and added to the bias of the module.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ VARIANTS: tuple[type[LoRAVariant], ...] = (
     plain.DataStartVariant,
     plain.LoRAXSVariant,
 )
-"""Our variants, in the order in which their options are checked; a file that matches none is plain LoRA."""
+"""The variants of this plugin, in the order in which their options are checked. A file that matches none is plain
+LoRA."""
 
 
 class PeftLoRA(PeftMethod):
@@ -109,10 +110,11 @@ class PeftLoRA(PeftMethod):
         self.methods = (*type(self).methods, *(name for each in others for name in each.writes))
         self.below = (*type(self).below, *(name for each in others for name in each.below))
         self.in_file: LoRAVariant | None = None
-        """The variant of the file that is read, once its options were."""
+        """The variant of the file that is being read. It is None until the file's options are read."""
 
     def _variant(self, place: Place) -> LoRAVariant:
-        """Return the variant of the file that is read, or the one as which a place's method is written."""
+        """Return the variant of the file that is being read, or, if an adapter is written, the variant for the method
+        of a place."""
         name = place.config.method
         return self.in_file or next(each for each in self.variants if name in each.writes)
 

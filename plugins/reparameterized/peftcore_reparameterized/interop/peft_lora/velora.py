@@ -1,7 +1,7 @@
-"""VeLoRA in peft's files: the option `velora_config`, and, in addition to A and B, the vector on which inputs are
+"""VeLoRA in peft's files: the option `velora_config`, and a vector in addition to A and B, onto which inputs are
 projected.
 
-``lora_velora_embed`` is our v.
+``lora_velora_embed`` is peftcore's v.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 VECTOR = "lora_velora_embed"
 PROJECTIONS = {"batch_average_once": "first", "batch_average": "each", "random": "random"}
-"""Our names of the projections, by peft's."""
+"""Names of the projections in peftcore, by their names in peft."""
 
 
 class VeLoRAVariant(LoRAVariant):
-    """Low-rank factors whose inputs are kept in a compressed form for the gradient."""
+    """Low-rank factors whose inputs are stored in a compressed form for the gradient."""
 
     reads = "velora"
     writes = ("velora",)
