@@ -294,7 +294,7 @@ class LinePoints(PointCounter):
         if self.hit or not self._inside(frame.f_code.co_filename) or _ends_a_block(frame):
             frame.f_trace = None  # a generator that goes on has its own
             return None
-        ends = _ends(frame.f_code.co_filename)
+        ends = ends_of_blocks(frame.f_code.co_filename)
         unguarded = 3 if frame.f_code.co_name == "__enter__" else 0  # up to its ``try``
         last = 0
 
@@ -322,7 +322,7 @@ def _ends_a_block(frame: FrameType) -> bool:
 
 
 @functools.cache
-def _ends(file: str) -> dict[int, range]:
+def ends_of_blocks(file: str) -> dict[int, range]:
     """Return the line numbers of the ``with`` statements in a file, each with the range of lines of its block. Python
     executes the line of a ``with`` statement again before it calls ``__exit__``."""
     nodes = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))

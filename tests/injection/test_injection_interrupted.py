@@ -18,6 +18,7 @@ from torch import nn
 import peftcore
 from peftcore.forward.state.host_state import state_of
 from peftcore.layers.layer import GRAFTED
+from peftcore.testing.fault_points import ends_of_blocks
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 CORE = Path(peftcore.__file__).parent
@@ -50,20 +51,31 @@ class Interrupted:
         return False
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
-        """Follow functions of these files, except the end of a block: Python guards no `__exit__` from an interrupt."""
-        followed = frame.f_code.co_filename in self.files and frame.f_code.co_name != "__exit__"
-        return self._line if followed else None
+        """Follow functions of these files, except the ends of blocks: Python guards no `__exit__` from an interrupt and
+        calls it at the line of the block's begin."""
+        file, last = frame.f_code.co_filename, 0
+        if file not in self.files or frame.f_code.co_name == "__exit__":
+            return None
+        ends = ends_of_blocks(file)
 
-    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        place = frame.f_code.co_filename, frame.f_lineno
-        if event == "line" and self.runs.setdefault(place, 0) < OFTEN:
-            self.runs[place] += 1
+        def line(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal last
+            if event == "line":
+                before, last = last, frame.f_lineno
+                if before not in ends.get(last, ()):
+                    self._count(file, last)
+            return line
+
+        return line
+
+    def _count(self, file: str, line: int) -> None:
+        if self.runs.setdefault((file, line), 0) < OFTEN:
+            self.runs[file, line] += 1
             self.left -= 1
             if not self.left:
                 sys.settrace(None)
-                self.at = f"{Path(place[0]).name}:{place[1]}"
+                self.at = f"{Path(file).name}:{line}"
                 raise KeyboardInterrupt
-        return self._line
 
 
 def look(model: nn.Module) -> dict[str, Any]:
