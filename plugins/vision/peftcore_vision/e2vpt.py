@@ -76,7 +76,7 @@ class E2VPTConfig(PromptConfig):
     share_kv: bool = True
     """Use the same numbers as keys and as values."""
     kv_dropout: Share = 0.0
-    """Probability with which numbers of the trained keys and values are dropped in training, by separate draws."""
+    """Dropout probability of the trained keys and values, with separate draws for both."""
     segments: PositiveInt = 16
     """Number of segments of a prompt token; segments can be pruned separately."""
 
@@ -164,7 +164,7 @@ def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int =
 
     Args:
         injection: the adapter to prune, usually a fresh one; its prompts must have the sizes of the scored adapter's.
-        scores: those of `importance`, ``[length, segments]``.
+        scores: the result of `importance`, ``[length, segments]``.
         tokens: how many tokens to prune; at least one must stay.
         segments: how many segments of each token to prune; at least one must stay.
 

@@ -16,7 +16,7 @@ Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the id
 Differs from the authors' code: No difference is known: where a matrix has several slices, the authors' code and this
 method differ from the equation in the same way.
 
-Use it: `peftcore.apply(model, "fact_tk")`, where FacT-TT would do, but must be smaller; it merges.
+Use it: `peftcore.apply(model, "fact_tk")`, where `fact_tt` is suitable but has too many parameters. It can be merged.
 """
 
 from __future__ import annotations

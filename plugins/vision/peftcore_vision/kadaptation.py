@@ -15,8 +15,8 @@ Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero:
 
 Differs from the authors' code: The code starts both u and v at zero, where neither gets a gradient, so only b would
 learn. It also uses the u and v of queries for values, adds the update of queries after their division by the square
-root of a head's width, and returns the tokens of a batch in another order than it reads them. Here the update is the
-paper's: it acts on the weight, and merges.
+root of a head's width, and returns the tokens of a batch in another order than it reads them. Here the update is that
+of the paper: it acts on the weight, and can be merged.
 
 Use it: `peftcore.apply(model, "kadaptation")`, to get an update of a higher rank with the parameters of a LoRA of rank
 1; not where n does not divide the widths (`lokr` chooses sizes that fit). `compacter` has the same products in
@@ -55,12 +55,12 @@ class KAdaptationConfig(MethodConfig):
     rule_range: PositiveFloat = 0.01
     """Bound of the uniform draw of l and r."""
     dropout: Share | None = None
-    """Probability with which entries of H are dropped in training; None: 0.5, but 0 for weights that the model reads
-    without calling their module."""
+    """Dropout probability of the entries of H. None: 0.5, but 0 for weights that the model reads without calling their
+    module."""
 
 
 class Rule(nn.Module):
-    """The first factors that all sites of a role share, as l and r."""
+    """The parameters l and r of the first factors, which all sites of a role share."""
 
     def __init__(self, config: KAdaptationConfig) -> None:
         super().__init__()

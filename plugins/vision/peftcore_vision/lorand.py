@@ -41,10 +41,10 @@ class LoRandConfig(MethodConfig):
     branches: PositiveInt = 4
     """Number β of products in the sum for a matrix."""
     reduction: PositiveInt = 2
-    """Divisor of the stream's width d, which gives the adapter's inner width."""
+    """Divisor of the hidden size d; the quotient is the adapter's inner width."""
     joins: Joins = "stream"
-    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
-    scale, stochastic depth), or before them, at the branch's last matrix."""
+    """Where the adapter reads and adds. "stream": after the host's dropout, layer scale and stochastic depth on a
+    branch's output. "matrix": before these operations, at the output of the branch's last matrix."""
     zero_up: bool = False
     """Start the outer factors of W_up and its bias at zero: an exact identity."""
 

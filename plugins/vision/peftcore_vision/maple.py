@@ -6,10 +6,10 @@ Equation:
 
 Text prompts train, and linear maps compute image prompts from them, so both towers learn together (code:
 muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has a separate prompt, which replaces the
-previous block's output for its prompt; the last prompt passes through all later blocks. P_0 replaces words, before
-positions are added, as in coop: tokenize ``"X X " + name + "."`` with `length` words of one token each, or with any
-words, of which the first `length` are replaced. The authors write "a photo of a"; with length=2 its first two words are
-replaced, and their ids are ``init_ids``. The texts of a batch are the classes:
+output rows of the previous block's prompt. The last prompt passes through all later blocks. P_0 replaces words before
+positions are added, as in coop. Tokenize ``"X X " + name + "."`` with `length` placeholder words of one token each. In
+any other text, the first `length` words are replaced. The authors write "a photo of a"; with length=2 its first two
+words are replaced, and their ids are ``init_ids``. The texts of a batch are the classes:
 
     peftcore.apply(clip, "maple", init_ids=[320, 1125])
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
@@ -90,7 +90,7 @@ class CoupledSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The widths; plans and saved files record them as the shape of this target."""
+        """The shape [image_width, width], which plans and saved files record for this target."""
         return torch.Size([self.image_width, self.width])
 
 
@@ -105,11 +105,11 @@ class Rest:
     has_norm: bool
     """True if the image tower has a norm before its blocks."""
     places: Tap
-    """The tap through which the text table passes the prompt's positions to the text blocks."""
+    """Passes the prompt's positions from the operator at the token embedding to the operators at the text blocks."""
 
 
 def two_towers(surgeon: Surgeon) -> Towers:
-    """Return both towers.
+    """Return the sites of the text encoder and of the image encoder (the two towers).
 
     Raises:
         UnsupportedSite: the model lacks one of the towers, or a tower does not accept prompts.
@@ -162,7 +162,7 @@ class MaPLeOperator(PlacesOperator):
         return on_first(output, lambda y: put_at(held, self.cast(y, self.rows)[0][None], y))
 
     def _of_image(self, x: Tensor) -> Tensor:
-        """Return the prompt of the images [batch, length, d_image]."""
+        """Return the image prompt [batch, length, d_image]."""
         rows, weight, bias = self.cast(x, self.rows, self.map.weight, self.map.bias)
         return nn.functional.linear(rows, weight, bias).expand(len(x), -1, -1)
 

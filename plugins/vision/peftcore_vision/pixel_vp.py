@@ -65,7 +65,7 @@ class PixelSite(Site):
     wide: int = 0
 
     def size(self, config: PixelVPConfig) -> int:
-        """Width of the frame or the square."""
+        """Return the width of the frame or the square in pixels."""
         return config.size or max(1, round(min(self.high, self.wide) * 30 / 224))
 
 

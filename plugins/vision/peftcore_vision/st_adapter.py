@@ -53,8 +53,8 @@ class STAdapterConfig(StreamConfig):
     kernel: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 1, 1)
     """Size of the kernel in frames, rows and columns; odd numbers."""
     before: Literal["both", "attention", "feed-forward"] = "both"
-    """The branches of a block with an adapter in front; for data in which motion matters less, the code has one only in
-    front of the feed-forward."""
+    """Where adapters act: in front of both branches of a block, or of only one of them. For data in which motion
+    matters less, the authors' code has an adapter only in front of the feed-forward."""
 
     @field_validator("kernel")
     @classmethod
@@ -102,7 +102,8 @@ class STAdapterOperator(StreamOperator):
         return self._added(self.feed_forward, x)
 
     def _added(self, adapter: Convolution, x: Tensor) -> Tensor:
-        """Return what joins ``[rows, tokens, d]`` or ``[rows, height, width, d]``: zero at what is no patch."""
+        """Return the term to add to the stream ``[rows, tokens, d]`` or ``[rows, height, width, d]``. It is zero at
+        tokens that are not patches."""
         lie, frames = self.lie.get(), self._told()
         count = clips(x, frames, None if lie is None else lie[0])
         if x.dim() == 3:

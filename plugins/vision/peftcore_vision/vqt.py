@@ -62,7 +62,7 @@ class VQTConfig(RowsConfig):
     length: PositiveInt = 1
     """Number of queries in each block."""
     dropout: Share = 0.1
-    """Probability with which numbers of the queries are dropped in training."""
+    """Dropout probability of the queries."""
     summary: Literal["concat", "mean", "weighted"] = "concat"
     """The values that the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
     normalize: bool = True
@@ -73,10 +73,10 @@ class VQTConfig(RowsConfig):
 
 @dataclass(frozen=True, eq=False)
 class QuerySite(PromptSite):
-    """A block whose queries heads read."""
+    """A block with trained queries, whose outputs the heads read."""
 
     classes: tuple[int, ...] = ()
-    """The outputs of each head."""
+    """Number of outputs of each head."""
 
 
 class QueryOperator(PromptOperator):

@@ -82,7 +82,7 @@ class DyTConfig(MethodConfig):
     scale: PositiveFloat = 0.1
     """The factor s in front of the adapter."""
     dropout: Share = 0.1
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations."""
     rate: Portion = 0.5
     """The share of tokens that the feed-forwards should compute."""
     rate_weight: NonNegativeFloat = 2.0
@@ -107,8 +107,8 @@ class DyTConfig(MethodConfig):
 
 
 def loss_of_share(taps: Taps, share: float) -> Tensor | None:
-    """Return ``(mean gate - share)^2`` from the gates that the blocks recorded, and clear the record; None if it is
-    empty."""
+    """Return ``(mean gate - share)^2`` from the gates that the blocks recorded, and clear the record. Return None if no
+    gates were recorded."""
     counts = taps.counts.take()
     if not counts:
         return None
@@ -117,10 +117,11 @@ def loss_of_share(taps: Taps, share: float) -> Tensor | None:
 
 
 def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
-    """Return ``L(q) + KL(q | p)``, where q is a second pass in which no token skips.
+    """Return the loss ``L(q) + KL(q | p)``. p is the prediction in `output`; q is the prediction of a second forward
+    pass in which no token skips the feed-forwards.
 
     Raises:
-        TrainingError: the model returns no logits, or labels of their shape are missing.
+        TrainingError: the model returns no logits, or there are no labels whose shape fits the logits.
     """
     given = call.inputs.get("labels")
     labels: Any = call.context.get("labels") if given is None else given
@@ -131,8 +132,8 @@ def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
 
 
 def _logits_of(output: Any, labels: Any) -> Tensor:
-    """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
-    float32 at least."""
+    """Return the class logits in a model's output, ``[rows, classes]`` or ``[rows, classes, high, wide]``, in float32
+    at least."""
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if (
         isinstance(logits, Tensor)
@@ -148,7 +149,7 @@ def _logits_of(output: Any, labels: Any) -> Tensor:
 
 
 class DyT(Method):
-    """Feed-forwards of chosen tokens only, in parallel with adapters of all tokens."""
+    """Feed-forwards for chosen tokens only, in parallel with adapters for all tokens."""
 
     name = "dyt"
     Config = DyTConfig
