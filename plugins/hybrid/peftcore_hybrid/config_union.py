@@ -4,7 +4,7 @@ Equation:
     union(m_1, ..., m_n): every m_i acts at its own sites, as if applied by itself
 
 If several parts act on the same module, they compose in the order of the list, as several injections do. The union is
-one injection: it is activated, routed, merged, saved and loaded as a whole. It merges if all its parts do.
+one injection: it is activated, routed, merged, saved and loaded as a whole. It can be merged if all its parts can.
 
 Parameters: the sum over its parts.
 

@@ -6,8 +6,9 @@ from peftcore.author import Surgeon
 
 
 def train_classifiers(surgeon: Surgeon) -> None:
-    """Train the heads of the host whole, unless they predict tokens (one row for each row of the token table) or the
-    host is a denoiser, whose blocks are modulated by a time step: a denoiser lacks classes."""
+    """Make the classification heads of the host trainable as a whole. Heads that predict tokens stay frozen; they have
+    one row for each row of the token embedding. All heads stay frozen if a time step modulates the blocks, since a
+    denoiser has no classes."""
     host = surgeon.resolver.host
     tokens = {entry.shape[0] for entry in host.entries if entry.role == "embed" and entry.shape}
     given = {entry.module: entry.shape[0] for entry in host.entries if entry.role == "head" and entry.shape}

@@ -13,8 +13,8 @@ Start: The values of the model: the identity.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "linear_probe")`. First: every other method has to close the gap between the probe and
-full fine-tuning.
+Use it: `peftcore.apply(model, "linear_probe")`, as the first baseline: other methods have to close the gap between the
+probe and full fine-tuning.
 """
 
 from __future__ import annotations
