@@ -1,4 +1,4 @@
-"""Digests of the content of files, which show whether it is still the same."""
+"""Digests of the content of files, which show whether the content has changed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def of_content(source: str) -> str | None:
 
 
 def of_sample(source: str) -> str | None:
-    """Return a digest of the sizes of the files of a model and of some bytes of each: they may be too large to be read
-    whole, and one that was trained differs everywhere."""
+    """Return a digest of a model's files, from their sizes and some bytes of each. The files may be too large to be
+    read as a whole, and training changes bytes everywhere in a file. Return None if the file or folder does not
+    exist."""
     return _digest(source, _stamps(source), True) if Path(source).exists() else None
 
 
@@ -32,7 +33,7 @@ def _files(source: str) -> Iterator[Path]:
 
 
 def _stamps(source: str) -> tuple[tuple[str, int, int], ...]:
-    """Return names, sizes and times of files: where these are as they were, nothing is read again."""
+    """Return names, sizes and times of files. Files are not read again as long as these are unchanged."""
     return tuple((str(each), (stat := each.stat()).st_size, stat.st_mtime_ns) for each in _files(source))
 
 

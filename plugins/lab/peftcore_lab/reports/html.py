@@ -1,4 +1,5 @@
-"""The report of a comparison as one HTML file: it asks nothing of any network, and only its own script runs in it."""
+"""The report of a comparison as one HTML file. It loads nothing from a network, and only its own script can run in
+it."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from peftcore_lab.reports.svg import inline
 from peftcore_lab.reports.trials import ComparisonReport
 
 WIDE, HALF, NARROW = Shape(900, 430, 30), Shape(520, 370, 22), Shape(360, 400, 16)
-"""Charts over the whole page, next to another chart, and on a telephone: text keeps its size."""
+"""Shapes of charts: over the whole width of the page, next to another chart, and on a phone. Text has the same size in
+all of them."""
 CROWD = 8
-"""Number of points up to which all names have room."""
+"""The largest number of points for which all names have room in a chart."""
 
 Drawing = Callable[[Shape], Figure]
 
@@ -57,7 +59,7 @@ def page(report: ComparisonReport, folder: Path | None = None) -> str:
 
 
 def own(environment: Environment, name: str) -> Markup:
-    """Return a template file that is in the page unchanged."""
+    """Return the text of a template file that is inserted into the page unchanged."""
     assert environment.loader is not None
     return Markup(environment.loader.get_source(environment, name)[0])
 
@@ -69,12 +71,12 @@ def heading(report: ComparisonReport) -> str:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture, for a wide window and for a narrow one."""
+    """One chart, drawn for a wide window and for a narrow one."""
 
     title: str
     caption: str
     whole: bool
-    """Whether the chart takes the whole width of the page."""
+    """Whether the chart fills the whole width of the page."""
     wide: Markup
     narrow: Markup
 
@@ -96,15 +98,15 @@ def charts(report: ComparisonReport) -> list[Chart]:
 
 @dataclass(frozen=True)
 class Picture:
-    """The picture that the model of one configuration drew."""
+    """A picture that the model of one configuration generated."""
 
     label: str
     source: str
-    """The picture itself, as a data URL."""
+    """The content of the picture, as a data URL."""
 
 
 def pictures(report: ComparisonReport, folder: Path) -> list[Picture]:
-    """Return the pictures that models drew, those of each configuration's first seed."""
+    """Return the pictures that models generated: for each configuration that of its first seed."""
     found = []
     for entry in report.entries():
         file = folder / (entry.trials[0].picture or ".")
@@ -114,7 +116,7 @@ def pictures(report: ComparisonReport, folder: Path) -> list[Picture]:
 
 
 def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:
-    """Draw the metric over a cost."""
+    """Return a chart of the metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
     crowd = " Where a name has no room, the number of its row is shown." if len(drawn) > CROWD else ""
@@ -131,7 +133,7 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int
 def over_steps(
     report: ComparisonReport, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]
 ) -> list[Chart]:
-    """Draw curves over the steps, if there are some."""
+    """Return a chart of curves over the steps, or an empty list if there are no curves."""
     if not lines:
         return []
     caption = curves.caption(lines)
