@@ -43,7 +43,7 @@ class MAMAdapterConfig(MethodConfig):
 
     method: Literal["mam_adapter"] = "mam_adapter"
     prefix_length: PositiveInt = 30
-    """Number of trained keys and values that are added in front of those of each attention."""
+    """Number of trained keys and values that are added in front of the keys and values of each attention."""
     prefix_mid_dim: PositiveInt | None = 800
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     prefix_dropout: Share = 0.0

@@ -9,7 +9,7 @@ scores s_l [r, d] and s'_l [d, r], and each mask keeps the share `kept` of a mat
 and h the tensor to which its output is added, as in `pfeiffer_adapter` with the same `placement`. In the backward pass
 a mask acts as |s_l| (a straight-through estimate): the gradient of a mask entry passes to its score as if no entry were
 masked. The learning rate of the scores is `mask_ratio` times that of the prototype. Scores have the weight decay of the
-maps, and biases have none.
+maps; biases are not decayed.
 
 With learned masks a file stores the scores, which are larger than one adapter for each layer. For small files use
 `masks="fixed"`, which stores one bit instead of each score, and copies the masks and the prototype from a trained

@@ -70,7 +70,7 @@ class UniPELTConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the updates of queries and values."""
     prefix_length: PositiveInt = 10
-    """Number of trained keys and values that are added in front of those of each attention."""
+    """Number of trained keys and values that are added in front of the keys and values of each attention."""
     prefix_mid_dim: PositiveInt | None = 512
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     adapter_reduction: PositiveInt = 16
@@ -185,7 +185,7 @@ class GatedAdapter(PfeifferOperator):
 
 
 class GatedPrefix(PrefixOperator):
-    """Adds trained keys and values in front of those of an attention, with an effect that is scaled by the gate."""
+    """Adds trained keys and values in front of the keys and values of an attention. The gate scales their effect."""
 
     def __init__(self, site: AttentionSite, config: UniPELTConfig, surgeon: Surgeon, opening: Tap) -> None:
         super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix(), _encoder))

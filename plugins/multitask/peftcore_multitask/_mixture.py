@@ -81,7 +81,7 @@ def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> 
 
 def imbalance(tap: Tap) -> Tensor | None:
     """Return the sum over groups of ``experts * sum_e F_e P_e``, from the statistics of `leave_counts`: F_e is the
-    number of picks of e per token and P_e the mean of its probability. Return None if there are no statistics."""
+    number of picks of e per token and P_e the mean of its probability. Return None without statistics."""
     groups: dict[str, list[Tensor]] = {}
     for group, sums in tap.take() or ():
         groups.setdefault(group, []).append(sums)

@@ -16,9 +16,9 @@ The loss gets regularizer * |V - I|^2 from each module. To fuse adapters of the 
     peftcore.activate(model, Fuse("a", "b", by="fusion"))
 
 The fusion acts at the modules at which its adapters act; the order of the adapters does not matter. (Norms that the
-adapters train are averaged.) The fusion has no effect without its adapters. It does not freeze them; to freeze one,
-call ``injections(model)["a"].trainable(False)``. Without the option `adapters`, the fusion creates its own adapters
-from `parts`, and forms one adapter with them. With train_parts=False they are frozen.
+adapters train are averaged.) Without its adapters, the fusion does not change the model. It does not freeze them; to
+freeze one, call ``injections(model)["a"].trainable(False)``. Without the option `adapters`, the fusion creates its own
+adapters from `parts`, and forms one adapter with them. With train_parts=False they are frozen.
 
 Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts that it owns.
 
@@ -106,7 +106,7 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
     tensors are skipped.
 
     Raises:
-        UnknownInjection: the model has no adapter of that name.
+        UnknownInjection: the model lacks an adapter of that name.
         CompositionError: an adapter acts on more than the outputs of modules.
     """
     there = injections(surgeon.model)

@@ -5,7 +5,7 @@ Equation:
 
 v_e [in] is the prototype of part e: the first right singular vector of B_e A_e, the direction of inputs that it changes
 most, of length one. So no router is trained, and the data of the parts is not needed. Each token chooses separately at
-each target module. The sign of v_e has no meaning, hence |v_e' x|. The factors w_e are `weights`, 1 by default.
+each target module. The sign of v_e is arbitrary, hence |v_e' x|. The factors w_e are `weights`, 1 by default.
 
 `general` selects GenKnowSub (ACL 2025, short paper 54). The last `general` parts are adapters of general knowledge,
 which no token chooses. The mean of their factors is subtracted from the factors of all other parts: A_e - mean(A), B_e

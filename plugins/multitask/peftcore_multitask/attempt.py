@@ -4,11 +4,11 @@ Equation:
     X' = [P ; X],   P = P_t + sum_j a_j P_j,   a = softmax_j(max(P_j) . h / T),   h = LN(W_up silu(W_down max(X)))
 
 X are the embedded tokens. P_1, P_2, ... [length, d] are the *sources*, prompts that were trained for other tasks and
-are frozen. P_t is the task's own prompt, and also the last of the mixed prompts. max is the maximum of each feature
-over the rows of a prompt, or over the tokens of the text. W_down [hidden, d], W_up [d, hidden] and the norm LN are
-shared by all tasks. T is e times the width d (2087 in the authors' T5-base), unless `temperature` sets it. `weights`
-multiply the sources. The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one
-for each row.
+are frozen. P_t is the task's own prompt, and also the last of the mixed prompts. The function max is the maximum of
+each feature over the rows of a prompt, or over the tokens of the text. W_down [hidden, d], W_up [d, hidden] and the
+norm LN are shared by all tasks. T is e times the width d (2087 in the authors' T5-base), unless `temperature` sets it.
+`weights` multiply the sources. The call passes the task by ``with peftcore.call(model, task=...)``: one task for all
+rows, or one for each row.
 
     peftcore.gather(model, "attempt", {"prompts/mnli": 1.0, "prompts/squad": 1.0}).trainable()
 
@@ -24,7 +24,7 @@ Parameters: length * d for each source and each task, and 2 hidden d, with `trai
 Start: P_t is the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). No start is an identity.
 
 Differs from the authors' code: The authors' max includes padding; here it does not. Their option of a trained
-temperature has no effect in their code; it is left out here, as are their other kinds of attention. LN has neither gain
+temperature does not work in their code; it is left out here, as are their other kinds of attention. LN has neither gain
 nor bias. In the authors' code they are frozen at one and zero, although the 232,000 parameters that the paper counts
 for T5-base include them (`train_norm`).
 

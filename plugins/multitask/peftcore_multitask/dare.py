@@ -41,8 +41,8 @@ class DAREConfig(PartsConfig):
     mask_seed: int = 0
     """Seed of the masks."""
     masks: Literal["numbered", "by path"] = "numbered"
-    """What the masks of a target module depend on besides the seed: the module's number, or its path (in older files).
-    The path changes if the model becomes part of a larger model."""
+    """The masks of a target module depend on the seed and on the module's number, or on its path (in older files). The
+    path changes if the model becomes part of a larger model."""
     merge: Literal["linear", "ties"] = "linear"
     """The merge of the sparse changes: their sum, or TIES."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

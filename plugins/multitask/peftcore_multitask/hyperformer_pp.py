@@ -186,7 +186,7 @@ def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> HyperFo
 
 
 class HyperFormerOperator(AtBranchEnd):
-    """The adapter of one site. It has no tensors of its own if a shared network computes its weights."""
+    """The adapter of one site. It lacks tensors if a shared network computes its weights."""
 
     def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: HyperFormerParts | None) -> None:
         super().__init__(site)

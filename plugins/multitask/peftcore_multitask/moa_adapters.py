@@ -8,7 +8,7 @@ W_down_e is [r, d], W_up_e [d, r] and W_g [experts, d], without bias; h is the o
 before it is added to the residual stream. With `top_k`, only the k experts with the largest gates act on a token, and
 these gates are divided by their sum. F_e is the share of e in all choices, and P_e is the mean of its gate before the
 choice. Both are over the tokens of one sub-block without padding (Fedus et al. 2022, arXiv 2101.03961). Without
-`top_k`, all experts act on all tokens, and there is no balancing loss.
+`top_k`, all experts act on all tokens, and the balancing loss is left out.
 
 Gates and losses are in float32 at least.
 

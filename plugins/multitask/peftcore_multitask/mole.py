@@ -25,7 +25,7 @@ starts at 1. New LoRAs in `parts` add nothing, so a fresh adapter with them is t
 Differs from the authors' code: The paper makes one choice for a whole sequence, from its flattened tokens, so all
 inputs must have one length. Here each token has its own choice. The authors' code (yushuiwx/Mixture-of-LoRA-Experts)
 has a different gate: one for all LoRAs of a block of Stable Diffusion, which reads the block's flattened input, without
-tau. The loss in that code has no gradient, so `balance` is 0 by default.
+tau. The loss in that code lacks a gradient, so `balance` is 0 by default.
 
 Use it: `peftcore.apply(model, "mole")`, where there are LoRAs for several subjects or tasks, and data for their
 combination; not without data (arrow), nor where one choice for the whole model is enough, made from its hidden states

@@ -29,7 +29,7 @@ Differs from the authors' code: The paper starts a new task from the nearest pro
 this method does.
 
 Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, if the
-texts identify the task; not for tasks that share inputs (the similar `hyperformer_pp` has no such losses), nor for one
+texts identify the task; not for tasks that share inputs (the similar `hyperformer_pp` lacks such losses), nor for one
 task (`parallel_adapter`).
 """
 

@@ -25,8 +25,8 @@ Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z unifo
 convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
 
 Differs from the authors' code: No difference is known for Polytropon (microsoft/mttl); peft starts A as wide as a LoRA,
-+-1/sqrt(in). No code of C-Poly's authors was found; Its equation adds the outputs of skills. Here A and B of all
-skills, also of own ones, are averaged separately, as in Polytropon's code.
++-1/sqrt(in). No code of C-Poly's authors was found. The equation of C-Poly adds the outputs of skills. Here A and B of
+all skills, also of own ones, are averaged separately, as in Polytropon's code.
 
 Use it: `peftcore.apply(model, "polytropon", tasks=["sums", "letters"])`, for many related tasks: their common skills
 are learned once, and a new task needs few examples. Own skills are for tasks that interfere with each other; their size

@@ -55,7 +55,7 @@ class VLAdapterConfig(TaskConfig):
 
     method: Literal["vl_adapter"] = "vl_adapter"
     shared: Literal["all", "down", "up", "none"] = "all"
-    """What all tasks share: the whole adapter, the matrix of one side with its bias, or nothing."""
+    """The part that all tasks share: the whole adapter, the matrix of one side with its bias, or nothing."""
     bottleneck: PositiveInt = 96
     """Width r of the adapters; an eighth of the hidden size in the authors' scripts."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"

@@ -49,7 +49,7 @@ class SHiRAConfig(MethodConfig):
     mask: Literal["random", "magnitude", "smallest"] = "random"
     """How the entries are chosen: drawn at random, or those with the largest or the smallest magnitudes."""
     sparsity: Share | None = None
-    """The share of entries that stay frozen; if set, `rank` has no effect."""
+    """The share of entries that stay frozen; if set, `rank` is ignored."""
     low_rank: NonNegativeInt = 0
     """Rank of a low-rank update in addition to the entries; 0 leaves it out."""
     alpha: PositiveFloat = 16.0

@@ -36,7 +36,7 @@ class InFrontOperator(Operator):
         self.scale, self.dropout = scale, nn.Dropout(own_dropout(site, dropout))
 
     def down(self) -> tuple[Tensor, Tensor | None]:
-        """Return A ``[*batch, h, d]`` and its bias a ``[*batch, h]``. The bias is None if A has no bias."""
+        """Return A ``[*batch, h, d]`` and its bias a ``[*batch, h]``. The bias is None if A lacks a bias."""
         raise NotImplementedError
 
     def up(self, low: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class PromptConfig(RowsConfig):
 
     projection: PositiveInt | None = None
     """Width of the trained prompts; one shared linear layer projects them to the hidden size. None: prompts have the
-    hidden size, and there is no linear layer."""
+    hidden size, without a linear layer."""
     train_head: bool = True
     """Train the image head together with the prompts, as in the VPT paper."""
 

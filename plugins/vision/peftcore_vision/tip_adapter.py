@@ -91,7 +91,7 @@ class Shots:
 
 def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site, str]) -> Shots:
     """Return the labels of all images of the data, and their features as a mean over several passes through the data.
-    If two consecutive passes give bitwise equal features, the data has no augmentations, and no further pass runs.
+    If two consecutive passes give bitwise equal features, the data lacks augmentations, and no further pass runs.
 
     Args:
         model: the model, which runs in eval mode.

@@ -121,8 +121,8 @@ def unit(v: Tensor, wanted: bool) -> Tensor:
 
 
 class UnaskedOperator(AttentionOperator):
-    """Hides the keys of its block's queries from all rows of the attention. Other operators' keys may be in front of
-    these keys."""
+    """Hides the keys of its block's queries from all rows of the attention. Keys of other operators may be in front of
+    the queries' keys."""
 
     def __init__(self, site: AttentionSite, asking: Tap) -> None:
         super().__init__(site)

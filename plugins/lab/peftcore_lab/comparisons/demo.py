@@ -74,7 +74,7 @@ def listed(names: str) -> list[str]:
 
 def candidates(names: Iterable[str], learning_rate: float | None, tuned: bool = False) -> list[dict[str, Any]]:
     """Return methods with settings that are good for the tweets. `learning_rate` sets one rate for all methods. With
-    `tuned`, methods have no rate."""
+    `tuned`, methods are returned without a rate."""
     recipes = {name: RECIPES.get(name, Recipe()) for name in names}
     rates = {} if tuned else {name: learning_rate or recipe.learning_rate for name, recipe in recipes.items()}
     return [

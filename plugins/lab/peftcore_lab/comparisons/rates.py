@@ -14,7 +14,7 @@ from peftcore_lab.reports.trials import ComparisonReport
 
 def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
     """Return two comparisons, which train on the same examples. The first one tries each method with each rate, scored
-    on a tuning set. The second one is to be reported; its methods have no rates yet.
+    on a tuning set. The second one is to be reported; its methods still lack rates.
 
     Raises:
         BadInput: a method already has a rate, the examples cannot be read, or there are too few examples.

@@ -78,7 +78,7 @@ def conversations(part: Dataset, chosen: Columns, where: ExampleSource) -> list[
     """Return the conversations of a table.
 
     Raises:
-        BadInput: a row has no conversation. The error names the row.
+        BadInput: a row lacks a conversation. The error names the row.
     """
     found = []
     for index, row in enumerate(part):

@@ -81,7 +81,7 @@ def scored(source: str) -> Dataset:
     `HELD_OUT`.
 
     Raises:
-        BadInput: the data cannot be read, or has no such split.
+        BadInput: the data cannot be read, or lacks such a split.
     """
     found = read(source)
     if isinstance(found, Dataset):

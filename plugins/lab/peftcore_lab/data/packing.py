@@ -22,7 +22,7 @@ def packed(examples: Sequence[Row], length: int) -> list[Row]:
     """Return rows of at most `length` tokens. Examples are packed from the longest to the shortest, each into the
     fullest row that has room.
 
-    The first token of each example has no label, because the token before it belongs to another example.
+    The first token of each example is not a label, because the token before it belongs to another example.
     """
     rows: list[list[Row]] = []
     room: list[int] = []
@@ -66,7 +66,7 @@ class PackedCollator:
 def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabulary: int) -> None:
     """Check that the examples of a row do not influence each other: the outputs for an example must be the same alone,
     after a second example, and after a third one. During the check the adapter's parameters are changed at random,
-    since many fresh adapters have no effect.
+    since many fresh adapters do not change outputs.
 
     Raises:
         BadInput: examples of one row change each other's outputs.

@@ -60,7 +60,7 @@ def pairs(part: Dataset, chosen: PairColumns, where: ExampleSource) -> list[Pref
     """Return the pairs of a table.
 
     Raises:
-        BadInput: a row has no pair. The error names the row.
+        BadInput: a row lacks a pair. The error names the row.
     """
     found = []
     for index, row in enumerate(part):

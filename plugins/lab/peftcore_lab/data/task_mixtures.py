@@ -19,7 +19,7 @@ def of_tasks(found: Splits, column: str | None, wanted: Sequence[str]) -> Splits
     return the given splits.
 
     Raises:
-        BadInput: the column is missing, a row has no task, a wanted or scored task has no training rows, or tasks are
+        BadInput: the column is missing, a row lacks a task, a wanted or scored task lacks training rows, or tasks are
             wanted without a column.
     """
     if column is None:

@@ -133,7 +133,7 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int
 def over_steps(
     report: ComparisonReport, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]
 ) -> list[Chart]:
-    """Return a chart of curves over the steps, or an empty list if there are no curves."""
+    """Return a chart of curves over the steps, or an empty list without curves."""
     if not lines:
         return []
     caption = curves.caption(lines)

@@ -79,7 +79,7 @@ class Taken:
 
 
 def place(axes: Axes, wishes: Iterable[Wish], marks: Sequence[Box], lines: Sequence[Box]) -> None:
-    """Write the names of points, in the order of `wishes`. A name may cover ``lines`` if there is no other room.
+    """Write the names of points, in the order of `wishes`. A name may cover ``lines`` if all other room is occupied.
 
     A name without free room is left out. The axes and the figure must not change their size afterwards.
     """

@@ -66,7 +66,7 @@ class CandidateCosts:
     trainable: int
     """Number of trainable parameters, including those of a new head, as in ``peftcore compare``."""
     memory: int | None = None
-    """Memory of a step in bytes, as estimated by ``peftcore plan``; None if the search has no limit for it."""
+    """Memory of a step in bytes, as estimated by ``peftcore plan``; None if the search does not limit it."""
 
 
 @dataclass(frozen=True)

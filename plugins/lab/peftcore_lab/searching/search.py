@@ -44,7 +44,7 @@ from peftcore_lab.training.fleet_runs import Saved
 POLL = 1.0
 """Seconds between two checks of the trials of other workers."""
 PATIENCE = 200
-"""Number of consecutive points without training after which the search ends, since the space seems to have no new
+"""Number of consecutive points without training after which the search ends, since the space seems to lack new
 points."""
 TOLD = {"model", "task", "data", "tuning", "tuning_size", "methods", "learning_rate", "budget", "memory", "start"}
 TRAINED = {"training", "dtype", "quantize", "seed"}

@@ -26,7 +26,7 @@ class SearchOutcome:
     tried: ComparisonReport
     """The runs of the study, on the tuning split."""
     confirmed: ComparisonReport
-    """The best of these configurations, trained with all seeds and scored on the tuning split."""
+    """The best configurations of the study, trained with all seeds and scored on the tuning split."""
     pick: ConfigurationTrials
     """The best configuration of `confirmed`."""
     report: ComparisonReport

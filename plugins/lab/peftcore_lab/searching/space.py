@@ -178,7 +178,7 @@ class Space:
 
     Args:
         methods: for each method its options, as in a configuration file.
-        learning_rate: the learning rates for methods whose options have none.
+        learning_rate: the learning rates for methods whose options do not set them.
 
     Raises:
         BadInput, UnknownMethod: a method or an option is wrong. The error names it.

@@ -2,7 +2,8 @@
 
 Every worker writes a sign of life every few seconds. If the signs of a worker stop, the first other worker that notices
 it marks its trial as lost, and the point of that trial is tried again. Workers of a journal file also have a shared
-lock on the file. If a worker starts while no other has such a lock, all running trials are lost, and it need not wait.
+lock on the file. If a worker starts and all other workers are gone, it gets an exclusive lock. Then all running trials
+are lost, and it need not wait.
 
 The random draw of a point depends on the trial's number, without counting earlier lost trials. So a search that was
 killed draws the same points as one that was not.
@@ -44,7 +45,7 @@ ALIVE, LOST, REASON, RECORD, KEY, INSTEAD = "alive", "lost", "reason", "record",
 """Names of the attributes of a trial. `KEY` identifies a trial by all settings that determine its score. `INSTEAD` is
 the number of the lost trial that a trial repeats."""
 BUDGET = "budget"
-"""The name of the constraint that tells the sampler which points are over the budget."""
+"""The name of the constraint with which the sampler learns which points are over the budget."""
 
 
 UNUSABLE = (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, OptunaError)

@@ -21,7 +21,7 @@ class Noised:
     latents: Tensor
     """[rows, channels, height, width]"""
     times: Tensor
-    """The timesteps, which tell the denoiser the amount of noise, [rows]."""
+    """The timesteps, from which the denoiser infers the amount of noise, [rows]."""
     target: Tensor
     """The output that the denoiser should return, in the shape of the latents."""
     weight: Tensor

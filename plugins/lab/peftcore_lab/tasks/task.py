@@ -41,19 +41,19 @@ class RowsOfTasks(Data):
     """Column with the task of each row. Methods that need the task get it with each batch. Scores are also reported for
     each task."""
     tasks: tuple[str, ...] = ()
-    """Use only the rows of these tasks."""
+    """The tasks whose rows are used; by default all."""
 
     def splits(self) -> Splits:
         """Read the examples of the tasks.
 
         Raises:
-            BadInput: the examples cannot be read, or a task has no training rows.
+            BadInput: the examples cannot be read, or a task lacks training rows.
         """
         found = splits(self.train, self.held_out, self.held_out_size)
         return of_tasks(found, self.task_column, self.tasks)
 
     def names(self, found: Splits) -> tuple[str, ...]:
-        """Return the names of the tasks; empty if there is no column of tasks."""
+        """Return the names of the tasks; empty without a column of tasks."""
         return () if self.task_column is None else names_in(found.train, self.task_column)
 
     def told(self, rows: Sequence[dict[str, Any]], part: Any) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ class Task(ABC, Generic[D]):
         """Check by its name that a model can be used, before anything is read or written.
 
         Raises:
-            BadInput: there is no model with this name, or the task cannot use it.
+            BadInput: the model does not exist, or the task cannot use it.
         """
         if self.use is not None:
             find(model).check(self.use)

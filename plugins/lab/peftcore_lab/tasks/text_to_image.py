@@ -33,7 +33,7 @@ CONDITIONS = ("condition", "conditioning_image", "control")
 
 
 class CaptionedData(Data):
-    """Options of the data: a column of pictures, and one of their captions."""
+    """Options of the data: a column of pictures and a column of captions."""
 
     image: str | None = None
     """Column of the pictures. By default it is detected by its name."""

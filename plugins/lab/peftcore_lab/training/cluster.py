@@ -36,7 +36,7 @@ class Cluster:
 
     Raises:
         MissingPackage: Ray is not installed.
-        BadInput: there is no cluster at the address.
+        BadInput: a cluster cannot be reached at the address.
     """
 
     def __init__(self, address: str | None = None, cpus: float = 1.0, gpus: float = 1.0) -> None:

@@ -21,10 +21,11 @@ Batch = dict[str, Any]
 
 
 def options_for(choice: MethodChoice, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a method. If the data has tasks, the arguments include their names.
+    """Return the arguments of a method. If the data has tasks and the method depends on them, the arguments include the
+    names of the tasks.
 
     Raises:
-        ConfigError: the method's options name other tasks, or the method has no tasks.
+        ConfigError: the method's options name other tasks, or only the number of tasks.
     """
     return peftcore.method(choice.name).Config.for_tasks(choice.arguments, tasks) if tasks else choice.arguments
 

@@ -294,7 +294,7 @@ def _out_of_memory(run: Run, seen: _Seen, error: Exception) -> str:
 
 
 def told(prepared: Prepared) -> list[str]:
-    """Return the model's sample answers; empty if the task has none."""
+    """Return the model's sample answers; empty if the task does not define samples."""
     if prepared.samples is None:
         return []
     hold_whole(prepared.model)  # a pipeline calls parts of it, not all of it

@@ -121,7 +121,7 @@ def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
     pass in which no token skips the feed-forwards.
 
     Raises:
-        TrainingError: the model returns no logits, or there are no labels whose shape fits the logits.
+        TrainingError: the model does not return logits, or labels whose shape fits the logits are missing.
     """
     given = call.inputs.get("labels")
     labels: Any = call.context.get("labels") if given is None else given
