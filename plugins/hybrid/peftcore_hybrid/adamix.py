@@ -17,8 +17,8 @@ tokens that are not padding; the left arguments of both KL terms are detached. I
 of its adapter. If the model does not return the loss, `injection.losses()` does. The second pass doubles the time and
 the memory of training.
 
-Parameters: M (d r + r) + d r + d an adapter, of which evaluation computes with the means, 2 d r + r + d; without
-`shared`, M times both maps.
+Parameters: M (d r + r) + d r + d per adapter; evaluation uses only the means, 2 d r + r + d; without `shared`, M times
+both maps.
 
 Start: Matrices from N(0, 0.02) and biases at zero, with a separate draw for each copy: the authors' code first copies
 one map, but then the model initializes all its linear layers again. The start is near the identity; ``up_init_std=0``

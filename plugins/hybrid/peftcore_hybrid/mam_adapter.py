@@ -10,8 +10,8 @@ attention, and most of the parameters at the feed-forward, where they help most.
 pages apply here: encoder, decoder and cross-attention have separate prefixes. The positions of tokens do not change,
 since the authors' code does not put prefixes into a cache.
 
-Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
-and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.
+Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) per attention
+and k d + (d + 1) t per stack; with ffn_bottleneck r and hidden size e: 2 e r + r + e per feed-forward.
 
 Start: Each part starts as its method does: the adapter is an exact identity, the prefix is not.
 

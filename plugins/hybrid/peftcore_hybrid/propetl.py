@@ -20,7 +20,7 @@ adapter:
 
 The prototype continues to train with these masks, or can be frozen.
 
-Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits with fixed masks.
+Parameters: 2 d r + r + d of the prototype, and 2 d r scores per layer, or as many bits with fixed masks.
 
 Start: Both maps from N(0, 0.02), biases at zero, the scores of D uniform in +-1/sqrt(r), the scores of U in
 +-1/sqrt(d). The start is near the identity; ``up_init_std=0`` makes it an exact identity.

@@ -9,7 +9,7 @@ Equation:
 ``gate="sequence"`` is the paper's gate: g is the mean over a row's tokens, here without padding (by the model's
 `attention_mask`). In a causal model this mean would include later tokens, and with a cache only the last token, so it
 is refused for causal attention. By default every token has a separate gate. Since tokens share the keys of a prefix, a
-token's gate scales the change that the prefix makes to its output, which takes a second softmax:
+token's gate scales the change that the prefix makes to its output, which needs a second softmax:
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
@@ -19,7 +19,7 @@ adapter_placement="branch" it reads o.
 
 Gates depend on the input, so the method cannot be merged.
 
-Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
+Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d per
 feed-forward, r = d / reduction; and d + 1 for each gate.
 
 Start: Gates start near one half. u, the adapter's W and the network that generates the prefix start from N(0, 0.02),
@@ -169,7 +169,7 @@ class GatedLoRA(Operator):
 
 class GatedAdapter(PfeifferOperator):
     """A bottleneck whose output is multiplied by a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the
-    stream, where u is the adapter's input; with the placement "branch" it is added to the site's output."""
+    residual stream, where u is the adapter's input; with the placement "branch" it is added to the site's output."""
 
     def __init__(self, site: Site, config: UniPELTConfig, placement: Placement) -> None:
         plain = pfeiffer_adapter.PfeifferAdapterConfig(bottleneck=config.bottleneck(site))

@@ -94,10 +94,10 @@ def imbalance(tap: Tap) -> Tensor | None:
 
 
 def with_one_input(site: Site) -> Site:
-    """Return the site, after a check that its module takes one input, the residual stream.
+    """Return the site, after a check that its module has one input, the residual stream.
 
     Raises:
-        UnsupportedSite: the module's forward takes more inputs, such as a residual.
+        UnsupportedSite: the module's forward has more inputs, such as a residual.
     """
     asked = inspect.signature(site.module.forward).parameters.values()
     if sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked) > 1:

@@ -19,7 +19,7 @@ class TaskConfig(MethodConfig):
     """Options of a method that depends on the task."""
 
     tasks: PositiveInt | list[str] = 1
-    """How many tasks there are, or their names."""
+    """The number of tasks, or their names."""
     task: NonNegativeInt | str | None = None
     """The default task, for calls that do not pass one. Without a default, each call must pass a task unless there is
     only one."""

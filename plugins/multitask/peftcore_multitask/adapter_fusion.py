@@ -20,7 +20,7 @@ adapters train are averaged.) Without its adapters, the fusion does not change t
 freeze one, call ``injections(model)["a"].trainable(False)``. Without the option `adapters`, the fusion creates its own
 adapters from `parts`, and forms one adapter with them. With train_parts=False they are frozen.
 
-Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts that it owns.
+Parameters: 3 d^2 + d per module (2 d^2 + d without V), and those of the parts that it owns.
 
 Start: Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first the fusion is
 close to the mean of the adapters, as long as they add little. With fresh adapters that add nothing, it is the identity.

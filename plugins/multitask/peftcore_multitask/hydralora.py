@@ -11,7 +11,7 @@ As in the authors' code, the gate reads x without dropout, and each head has a s
 open. The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their
 module are refused.
 
-Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site.
+Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel per site.
 
 Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
 

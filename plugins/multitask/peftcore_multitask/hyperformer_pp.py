@@ -16,7 +16,7 @@ The call passes the task by ``with peftcore.call(model, task=...)``: one task fo
 network computes the adapter of each row's task, or of all tasks if there are fewer tasks than rows.
 
 Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and (p +
-1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
+1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) per adapter.
 
 Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity. ``gain_std=0`` makes
 the start an exact identity.
@@ -26,9 +26,9 @@ configs/hyperformer.json of that code is neither of the two methods: it has one 
 generators for attention and feed-forward. shared=False is the HyperFormer of the paper, which the code calls
 meta-adapter.
 
-Use it: `peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])`, for many tasks of which some have few
-examples: a new task costs t numbers. Not for tasks with little in common, where separate adapters (`pfeiffer_adapter`)
-are better, nor where the adapter has to be merged.
+Use it: `peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])`, for many tasks, some of them with few
+examples: a new task adds t parameters. Not for tasks with little in common, where separate adapters
+(`pfeiffer_adapter`) are better, nor where the adapter has to be merged.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ task in training.
 The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module
 are refused.
 
-Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
+Parameters: experts * rank * (in * kernel + out) + experts * in * kernel per site.
 
 Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero: the identity.
 

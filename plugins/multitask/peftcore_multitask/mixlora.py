@@ -11,7 +11,8 @@ except padding, as in the authors' trainer (TUDB-Labs/MoE-PEFT). Other target mo
 one update each, without a router. W_r [experts, d] is without bias. The router computes in float32 at least.
 
 The feed-forward must be a separate module, and the adapter cannot be limited to some rows of a batch. Parameters:
-experts * d a feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
+experts * d per feed-forward, experts * rank * (in + out) per matrix of a feed-forward, and rank * (in + out) per other
+matrix.
 
 Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero: the identity, up to rounding.
 

@@ -12,7 +12,7 @@ choice. Both are over the tokens of one sub-block without padding (Fedus et al. 
 
 Gates and losses are in float32 at least.
 
-Parameters: experts * (2 d r + r + d) + experts * d an adapter, two adapters a block.
+Parameters: experts * (2 d r + r + d) + experts * d per adapter, two adapters per block.
 
 Start: W_up and all biases at zero, W_down and W_g as torch's layers: the identity.
 
@@ -64,7 +64,7 @@ class MoAAdaptersConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f."""
     top_k: PositiveInt | None = None
-    """How many bottlenecks act on a token; None: all."""
+    """Number of bottlenecks that act on a token; None: all."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     joins: Joins = "stream"

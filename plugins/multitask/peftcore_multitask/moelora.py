@@ -12,7 +12,7 @@ The call passes the task by ``with peftcore.call(model, task=...)``: one task fo
 single weight equals the update, and the method cannot be merged. Tensors that the model reads without calling their
 module are refused, because they cannot be adapted row by row.
 
-Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_width once; with ``gate="each"`` a site.
+Parameters: rank * (in * kernel + out) per site, and (tasks + experts) * task_width once; with ``gate="each"`` per site.
 
 Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
 
@@ -20,8 +20,8 @@ Differs from the authors' code: The authors' table of tasks has an additional ro
 a gate for each site (MMOELoraLinear) is ``gate="each"`` here; their script does not use it. Rank 16 and 8 experts are
 from their script, and alpha is the default of their arguments.
 
-Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for tasks that are known, of which some
-have little data: one adapter costs as much as a LoRA of its rank; `polytropon` lets tasks share skills without a vector
+Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for known tasks, some of them with little
+data. One adapter has as many parameters as a LoRA of its rank. `polytropon` lets tasks share skills without a vector
 for each.
 """
 

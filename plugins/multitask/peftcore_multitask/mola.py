@@ -13,7 +13,7 @@ p_e, over tokens without padding and the modules of the layer.
 The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module
 are refused.
 
-Parameters: experts * (rank * (in * kernel + out) + in * kernel) a site, with the experts of its layer.
+Parameters: experts * (rank * (in * kernel + out) + in * kernel) per site, with the experts of its layer.
 
 Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero: the identity.
 

@@ -16,8 +16,8 @@ frozen. To load LoRAs from files, and to train only the gates:
 
 LoRAs act as in evaluation: their dropout, for example, is off.
 
-The gates depend on the token, so the method cannot be merged. Parameters: N^2 out + 1 a module with N LoRAs, and those
-of the parts.
+The gates depend on the token, so the method cannot be merged. Parameters: N^2 out + 1 per module with N LoRAs, and
+those of the parts.
 
 Start: The rows of V start in random directions with length 0.01, so that all experts have nearly equal shares; tau
 starts at 1. New LoRAs in `parts` add nothing, so a fresh adapter with them is the identity.

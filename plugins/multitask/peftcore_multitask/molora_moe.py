@@ -11,7 +11,7 @@ are convolutions too.
 The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module
 are refused.
 
-Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
+Parameters: experts * rank * (in * kernel + out) + experts * in * kernel per site.
 
 Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
 

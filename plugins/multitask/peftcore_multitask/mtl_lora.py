@@ -11,7 +11,7 @@ The call passes the task by ``with peftcore.call(model, task=...)``: one task fo
 single weight equals the update, and the method cannot be merged. Tensors that the model reads without calling their
 module are refused, because they cannot be adapted row by row.
 
-Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a site; with diagonals, rank instead of
+Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) per site; with diagonals, rank instead of
 rank^2.
 
 Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups): the identity.

@@ -12,7 +12,7 @@ MHA uses the model's attention mask: tokens do not attend to padding, nor to lat
 values of earlier tokens are stored in the model's cache, after those of the model. The call passes the task by ``with
 peftcore.call(model, task=...)``: one task for all rows, or one for each row.
 
-Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in BERT-base.
+Parameters of a task: 2 a d + a + d per stack, 3 a^2 + 3 a per block; 1.8 million in BERT-base.
 
 Start: All matrices from N(0, 0.02), biases at zero: near the identity. ``up_std=0`` makes the start an exact identity.
 
@@ -155,7 +155,7 @@ class PALOperator(Operator):
         return call(x + self.added(*found))
 
     def added(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return the term that is added to the stream ``[batch, ..., d]``, for a block whose cache has `held`
+        """Return the term that is added to the residual stream ``[batch, ..., d]``, for a block whose cache has `held`
         tokens."""
         tokens, caches = h.flatten(1, -2), self.room.layers(given)
         held = held_by(caches, held)

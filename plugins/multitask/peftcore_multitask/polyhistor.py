@@ -5,7 +5,7 @@ Equation:
     y = h + W_up f(W_down h),   W_down = K kron (U_t V_t) [n, d],   W_up = K' kron (U'_t V'_t) [d, n]
     U_t = A v_t [n0, r],  V_t = B v_t [r, d0],  U'_t = A' v_t [d0, r],  V'_t = B' v_t [r, n0],   t the task
 
-From the paper are the following ideas. Each task has an embedding v_t, from which hypernetworks compute a template in
+The following ideas are from the paper. Each task has an embedding v_t, from which hypernetworks compute a template in
 two factors (Polyhistor). Each layer has a kernel K, the same for all tasks, which scales templates up to the layer's
 width; the templates have the width of the narrowest stage of a hierarchical model. Polyhistor-Lite combines both. A
 layer of d = m d0 features has n = m n0 inner ones, where n0 = d0 / reduction, rounded down, but at least 1. So kernels
@@ -14,7 +14,7 @@ pieces.
 
 The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row.
 
-Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 an adapter.
+Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 per adapter.
 
 Start: Embeddings from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity matrix
 (with equal entries, all m pieces would remain equal), and K' at zero. So a fresh adapter is the identity.
@@ -26,9 +26,9 @@ adapters have biases; down and up projections have separate templates and kernel
 attention and feed-forward alike.
 
 Use it: `peftcore.apply(model, "polyhistor", tasks=["segmentation", "depth", "normals"])`, for several dense tasks on
-one hierarchical backbone, a Swin or a SegFormer, where a further task should cost k numbers; not where widths lack a
-common divisor (the similar `hyperformer_pp` has a network for each width), nor where the adapter has to be merged.
-`compacter` is a similar method for one task.
+one hierarchical backbone, a Swin or a SegFormer, where a further task should add only k parameters; not where widths
+lack a common divisor (the similar `hyperformer_pp` has a network for each width), nor where the adapter has to be
+merged. `compacter` is a similar method for one task.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ module are refused, because they cannot be adapted row by row.
 
 The authors (microsoft/mttl) train Z a hundred times faster than the skills, without weight decay; peft leaves that to
 the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
-own_skills) a site. A forward computes the own skills of all tasks, and multiplies those of other tasks by zero.
+own_skills) per site. A forward computes the own skills of all tasks, and multiplies those of other tasks by zero.
 
 Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001: the identity. In
 convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).

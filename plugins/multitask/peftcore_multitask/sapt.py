@@ -22,7 +22,7 @@ uses as t the mean shares over the texts of a task; `injection.report()` contain
 The text is the part of the input before the first label, or the whole input without labels, unless
 ``peftcore.call(model, prompt_length=...)`` passes its length. Generated tokens do not change the shares.
 
-Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
+Parameters: tasks * rank * (in + out) per module, tasks * d + 2 hidden d + 2 d once.
 
 Start: Keys uniform in +-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in the
 authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero: the identity for the first task.

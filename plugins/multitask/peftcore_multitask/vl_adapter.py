@@ -13,7 +13,7 @@ train too. To train the map from visual features to tokens, name it: ``train=["m
 The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row. With
 ``shared="all"`` calls need not pass the task, and names of tasks are ignored.
 
-Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared side and else the number of tasks; and
+Parameters: n_D (d r + r) + n_U (d r + d) per adapter, where n is 1 for a shared side and else the number of tasks; and
 the norms with `train_layer_norm`.
 
 Start: Matrices from N(0, 0.02), biases at zero: near the identity. ``up_init_std=0`` makes the start an exact identity.

@@ -7,7 +7,7 @@ h [tokens, d] is the output of the stack of blocks with X-LoRA off, so each forw
 without gradients; generation keeps a second cache for the first pass. The classifier is one linear layer, or `depth` of
 them with ReLU and dropout between. c is the same at all target modules; with `layerwise` each module has a separate c.
 `top_k` keeps only the largest shares. g is `scale`. Parts act as in evaluation: their dropout, for example, is off.
-Parts are LoRAs of linear layers, and the model has one stack of tokens.
+Parts are LoRAs of linear layers, and the model must have exactly one stack of blocks that processes tokens.
 
 Parameters: those of the parts, and (d + 1) N of the classifier, times the number of target modules with `layerwise`; at
 more depth (d + 1) w + (depth - 2) (w + 1) w + (w + 1) N for N parts and width w.

@@ -1,4 +1,5 @@
-"""Classification heads, which the authors of some methods train whole in addition to the method's own parameters."""
+"""Classification heads, which the authors of some methods train as a whole, in addition to the parameters of the
+method."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ matrix of queries, keys and values trains as a whole; a target such as attn.q tr
 contains queries, keys, values and the first matrix of the feed-forward, target the slices attn.q, attn.k and attn.v. A
 common output matrix cannot be split, since attention and feed-forward share it.
 
-Parameters: 4 d^2 + 4 d a block (about a third of a transformer), and those of the head and of the position embeddings.
+Parameters: 4 d^2 + 4 d per block (about a third of a transformer), and those of the head and of the position
+embeddings.
 
 Start: The values of the model: the identity.
 

@@ -5,7 +5,7 @@ Equation:
 
 All biases of the model train, including those of norms. As in the authors' code, the whole classification head trains
 too; the paper does not mention it. If `target` is set, only biases of the target train. Models without biases (Llama,
-T5) have nothing to train: `add_missing_bias` gives the linear layers of the blocks new biases.
+T5) have nothing to train. `add_missing_bias` adds new biases to the linear layers of the blocks.
 
 Parameters: the length of each bias, and the weight of the head.
 

@@ -5,9 +5,9 @@ Equation:
 
 F is the diagonal of the Fisher information, computed once before training (``data=``); there is one quantile for all
 weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, the
-gradients of F are computed in training mode, all parameters outside of the blocks train whole, and weight decay still
-acts on masked weights; the paper does not mention these details. If `target` is set, only the target trains with a
-mask, and only modules in `train` train without one. The optimizer masks the gradients, so train with
+gradients of F are computed in training mode, all parameters outside of the blocks train without a mask, and weight
+decay still acts on masked weights; the paper does not mention these details. If `target` is set, only the target trains
+with a mask, and only modules in `train` train without one. The optimizer masks the gradients, so train with
 ``injection.optimizer(...)``.
 
 Parameters: all; in the blocks only the share `share` of them changes.
@@ -55,7 +55,7 @@ class ChildTuningDConfig(MethodConfig):
     training: bool = True
     """Compute F in training mode, with dropout."""
     others: bool = True
-    """Train all parameters outside of the blocks whole: embeddings, final norms, poolers, heads."""
+    """Train all parameters outside of the blocks, without a mask: embeddings, final norms, poolers, heads."""
 
 
 class ChildMask(GradientRule):

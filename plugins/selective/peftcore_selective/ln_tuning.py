@@ -7,7 +7,7 @@ All layers of the kinds LayerNorm, RMSNorm, GroupNorm and BatchNorm train, insid
 does not contain the running statistics of BatchNorm. The stored tensor itself trains, even if the layer transforms it
 (Gemma's norms use 1 + g).
 
-Parameters: 2 d a LayerNorm, d an RMSNorm.
+Parameters: 2 d per LayerNorm, d per RMSNorm.
 
 Start: The values of the model: the identity.
 

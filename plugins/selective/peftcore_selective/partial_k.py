@@ -6,7 +6,7 @@ Equation:
 
 Backward ends at block L - k: no parameter below it trains, so no activations are kept there. Blocks are counted
 separately in each stack, such as an encoder and a decoder. The stages of a pyramid are one stack. A head that is tied
-to a table of tokens stays frozen, since training it would also train the token table below the blocks. `target` selects
+to the token embedding stays frozen, since training it would also train the embedding below the blocks. `target` selects
 some of these modules, for example only the linear layers of the last blocks.
 
 Parameters: those of k blocks, of the final norm and of the head.

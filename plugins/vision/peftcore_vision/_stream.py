@@ -20,8 +20,8 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 
 READER, NORM, PATCH = "reader", "norm", "patch"
-"""The forms of three sites: the module that reads the stream between attention and feed-forward, the norm that returns
-this stream, and the convolution that embeds patches."""
+"""The forms of three sites. `READER`: the module that reads the residual stream between attention and feed-forward.
+`NORM`: the norm that returns this stream. `PATCH`: the convolution that embeds patches."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class StreamConfig(MethodConfig):
     """Rows and columns of the patches; only their ratio counts. The default is the ratio in the output of the patch
     convolution, or a square if that convolution did not run."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
+    """Number of tokens in front of the patches, such as a class token. By default, all tokens that do not fit into the
+    largest grid."""
 
     @property
     def amid(self) -> bool:

@@ -12,7 +12,7 @@ input of this norm. With reads="branch" x is the feed-forward's input in every m
 and stochastic depth after the feed-forward do not act on the adapter's output, as in the authors' code. With
 joins="matrix" they do.
 
-Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
+Parameters: 2 d r + r + d per block, 2 d more with a norm, one more when s is learned.
 
 Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
 
@@ -59,7 +59,8 @@ class AdaptFormerConfig(MethodConfig):
     layer_norm: Literal["none", "in", "out"] = "none"
     """Add a trained norm on the adapter's input ("in") or on its output ("out")."""
     reads: Literal["stream", "branch"] = "stream"
-    """The adapter's input: the stream in front of the feed-forward's norm, or the feed-forward's own input."""
+    """The adapter's input. "stream": the residual stream in front of the feed-forward's norm. "branch": the input of
+    the feed-forward itself."""
     joins: Joins = "stream"
     """Where the adapter's output is added. "stream": to the residual stream, after the host's dropout, layer scale and
     stochastic depth. "matrix": to the output of the branch's last matrix, before these operations."""

@@ -16,7 +16,7 @@ same positions in all frames of a batch. The drop probability rises from 0 in th
 last. The norm after the last block trains too. The user adds and trains a head over the frames' outputs. The host's
 dropout, layer scale and stochastic depth act only on MHA, A_s and MLP.
 
-Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
+Parameters: 3 (2 d h + h + d) per block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
 Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
 
@@ -84,8 +84,8 @@ class AIMConfig(MethodConfig):
 
 
 NORM, END, PATCH = "norm", "end", "patch"
-"""The forms of three kinds of sites: the norms of a block, the module whose output adds attention to the stream, and
-the convolution that embeds patches."""
+"""The forms of three kinds of sites: the norms of a block, the module whose output adds attention to the residual
+stream, and the convolution that embeds patches."""
 
 
 @dataclass(frozen=True, eq=False)

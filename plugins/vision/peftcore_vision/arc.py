@@ -10,7 +10,7 @@ for each width, as in the authors' code. (In these models that code puts the fee
 norm.) As in `repadapter`, convolutions with padding are refused. Weights without a bias are refused if the model reads
 them without calling their module. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
 
-Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
+Parameters: h + d per adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
 Start: D from a Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw
 too. So a fresh ARC is not an identity (``feed_forward_start="zero"`` makes it one).

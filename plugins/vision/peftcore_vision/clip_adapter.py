@@ -44,7 +44,7 @@ class CLIPAdapterConfig(FeatureConfig):
 
     method: Literal["clip_adapter"] = "clip_adapter"
     reduction: PositiveInt = 4
-    """How many times narrower the bottleneck is than the features."""
+    """Divisor of the number of features; the quotient is the width of the bottleneck."""
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     """Share of the adapter's output in the mix; the rest is the original features."""
 

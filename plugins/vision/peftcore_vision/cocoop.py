@@ -53,7 +53,7 @@ class CoCoOpConfig(PlacesConfig):
     length: PositiveInt = 4
     """Number M of context vectors."""
     reduction: PositiveInt = 16
-    """How many times narrower the network's hidden layer is than the features."""
+    """Divisor of the number of features; the quotient is the width of the network's hidden layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class ConditionedOperator(PlacesOperator):
         return f
 
     def _repeat(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the tower on all texts once for each image."""
+        """Run the text encoder on all texts, repeated for each image."""
         given, f = {**dict(zip(self.names, args, strict=False)), **kwargs}, self.seen.take()
         if f is None:
             raise MissingContext("words depend on the image: call the whole model, with texts and images")

@@ -12,7 +12,7 @@ all matrices of blocks are adapted and all norms train, as in the authors' code.
 For convolutions the blocks include the kernel: [out/g, in/g, kernel]. Each expert of a mixture has separate blocks. It
 has a c only if it has a bias.
 
-Parameters: in out / g + out a branch, and the norms.
+Parameters: in out / g + out per branch, and the norms.
 
 Start: G and c are uniform in +-1e-3, near the identity. ``init_range=0`` makes the start an exact identity.
 

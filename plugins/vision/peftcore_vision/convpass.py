@@ -10,11 +10,11 @@ kernel acts on it.
 
 Activations of four dimensions (Swin, ConvNeXt) are grids already. In a sequence, the patches are the last tokens: as
 many as fit into the largest grid with the proportions of the model's patch embedding. The tokens in front of them are
-not patches. The bypass is added to the stream after the branch's layer scale and dropout, and a separate draw of
-stochastic depth drops it. With joins="matrix" the branch's layer scale, dropout and stochastic depth act on the bypass
-too.
+not patches. The bypass is added to the residual stream after the branch's layer scale and dropout, and a separate draw
+of stochastic depth drops it. With joins="matrix" the branch's layer scale, dropout and stochastic depth act on the
+bypass too.
 
-Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged.
+Parameters: 2 d h + h + d + 9 h^2 + h per bypass, two per block. It cannot be merged.
 
 Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero: the identity.
 
@@ -67,7 +67,8 @@ class ConvpassConfig(MethodConfig):
     """Rows and columns of the patches; only their ratio counts. The default is the ratio in the output of the patch
     convolution, or a square if that convolution did not run."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
+    """Number of tokens in front of the patches, such as a class token. By default, all tokens that do not fit into the
+    largest grid."""
     joins: Joins = "stream"
     """Where the bypass is added. "stream": to the residual stream, after the host's dropout, layer scale and stochastic
     depth. "matrix": to the output of the branch's last matrix, before these operations."""

@@ -11,7 +11,7 @@ identity; with `kernel` (DTL+) it is one depthwise convolution of that size, wit
 acts on the patches arranged as in the picture; tokens in front of the patches skip it. M is `start` times the number of
 blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
 
-Parameters: 2 rank d a block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
+Parameters: 2 rank d per block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
 
 Start: A starts as torch's linear layers do and C at zero, so a fresh adapter is an exact identity.
 

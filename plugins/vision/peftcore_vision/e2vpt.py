@@ -16,7 +16,7 @@ For details that the paper leaves open, this follows the code (ChengHan111/E2VPT
 `segments`; the score of a token is the sum of its segments' scores; the lowest signed scores are pruned
 (``absolute=True`` takes the derivatives' magnitudes); pruned tokens stay as rows of zeros.
 
-Parameters: (length + kv_length) * d a block, with separate keys and values (length + 2 kv_length) * d; with
+Parameters: (length + kv_length) * d per block, with separate keys and values (length + 2 kv_length) * d; with
 `projection` as in `vpt_deep`; and the head.
 
 Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.

@@ -62,7 +62,7 @@ class EVPConfig(MethodConfig):
 
     method: Literal["evp"] = "evp"
     reduction: PositiveInt = 4
-    """How many times narrower c is than the stream's width d."""
+    """Divisor of the hidden size d; the quotient is c."""
     share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
     """The share of all frequencies that count as low."""
     frequencies: Literal["high", "low", "none"] = "high"

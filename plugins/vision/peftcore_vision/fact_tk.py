@@ -9,7 +9,7 @@ matrices C P [r, r, n] to [r, n r], which distributes their columns over the sli
 column (c r + p) // n of matrix (c r + p) % n. If the slices divide the inputs, the inputs are distributed in the same
 way.
 
-Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
+Parameters: r per slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
 
 Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the identity.
 

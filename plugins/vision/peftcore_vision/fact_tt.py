@@ -9,7 +9,7 @@ ViT has 12 slices. Matrices are cut into slices in both directions, and d is the
 so feed-forwards of other sizes and stacks of several widths (Swin) are supported too. A convolution has separate slices
 for each position of its kernel, and stacked experts have separate slices for each expert.
 
-Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
+Parameters: r^2 per slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
 Start: U and Sigma as linear layers, V at zero: the identity.
 

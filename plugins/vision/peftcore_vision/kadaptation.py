@@ -9,7 +9,7 @@ site. H is an update of rank n r. The matrices of one attention share b; s = 160
 entries of H are dropped with a probability of 0.5, except for weights that the model reads without calling their
 module, where dropout cannot act.
 
-Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
+Parameters: r (in + out) per site, out per attention, and 2 n^2 per role: 50,176 in the tower of a CLIP ViT-B/32.
 
 Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero: the identity.
 

@@ -3,11 +3,11 @@
 Equation:
     y = h + W_up gelu(W_down h + b_down) + b_up,   W_down = sum_i P_i K_i Q_i,   W_up = sum_i P_i K_i Q_i
 
-h is the output of attention or feed-forward before it is added to the stream. W_down [d/2, d] and W_up [d, d/2] are
-wide, but each is a sum of β products of thin factors, P_i [out, α], K_i [α, α] and Q_i [α, in]; both matrices have
-separate factors.
+h is the output of attention or feed-forward before it is added to the residual stream. W_down [d/2, d] and W_up [d,
+d/2] are wide, but each is a sum of β products of thin factors, P_i [out, α], K_i [α, α] and Q_i [α, in]; both matrices
+have separate factors.
 
-Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
+Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 per adapter, two per block.
 
 Start: Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity (`zero_up` makes it one).
 

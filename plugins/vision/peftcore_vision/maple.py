@@ -74,7 +74,7 @@ class Towers:
     images: list[Site]
     """The blocks that process patches of an image."""
     image_width: int
-    """Width of the image tower's stream."""
+    """Hidden size of the image tower."""
     norms: list[Site]
     """The norm between the patch embedding and the first block, or an empty list."""
 
@@ -84,9 +84,9 @@ class CoupledSite(Site):
     """A module in the text tower, together with the width of the image tower."""
 
     width: int = 0
-    """Width of the text tower's stream."""
+    """Hidden size of the text tower."""
     image_width: int = 0
-    """Width of the image tower's stream; the maps compute prompts of this width."""
+    """Hidden size of the image tower; the maps compute prompts of this width."""
 
     @property
     def weight_shape(self) -> torch.Size:

@@ -9,7 +9,7 @@ the gate of a feed-forward and the matrix parallel to it. For a convolution the 
 authors' RepAdapter2D. Convolutions with padding are refused, since the shift b would not act on the padding. Weights
 without a bias are refused if the model reads them without calling their module.
 
-Parameters: d h + h + d h / g + d an adapter.
+Parameters: d h + h + d h / g + d per adapter.
 
 Start: A from a Xavier-uniform draw, all else at zero: the identity.
 

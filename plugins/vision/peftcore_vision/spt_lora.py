@@ -26,7 +26,7 @@ that. In training their code drops inputs of updates, and whole updates of sampl
 chosen entries of norms frozen, although they count in the budget. Here queries, keys and values of one fused matrix
 count as separate sites. The authors also train the head and the class token (``train=["head"]``), count the 768 numbers
 of the token in the budget, which is not done here, and do not adapt embeddings. SPT-Adapter, with bottlenecks instead
-of low-rank updates, is not here.
+of low-rank updates, is not available.
 
 Use it: `peftcore.apply(model, "spt_lora", data=[batch], share=0.05)`, where the budget is small and the task differs
 much from pretraining; not where one adapter is to be used with several base models, since the chosen entries depend on

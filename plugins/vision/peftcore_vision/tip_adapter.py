@@ -56,7 +56,7 @@ class TipAdapterConfig(FeatureConfig):
     alpha: NonNegativeFloat = 1.17
     """Weight of the cache's logits."""
     beta: NonNegativeFloat = 1.0
-    """Sharpness beta: a larger value gives the most similar images a larger part of the weight."""
+    """Sharpness beta: with a larger value, the most similar images have a larger part of the weight."""
     train_keys: bool = True
     """True trains K (Tip-Adapter-F)."""
     passes: PositiveInt = 10

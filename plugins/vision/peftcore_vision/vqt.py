@@ -10,15 +10,15 @@ removed after the block, and only the head reads them: s concatenates the rows o
 a trained weighted sum (U_l then reads d numbers). x_head is the head's input; W and b are the head's weights, which
 train too.
 
-Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
-9,216 without heads for ViT-B with length 1. "weighted" has `length` more for each block.
+Parameters: length * d per block, for each head with c classes c * length * d per block ("concat") or c * d, and the
+head; 9,216 without heads for ViT-B with length 1. "weighted" has `length` more for each block.
 
 Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch, and U_l at zero. Not an identity, since
 the head's inputs are normalized; ``normalize=False`` makes it one.
 
 Differs from the authors' code: The authors (andytu28/VQT) begin with a new head. Their selection of features by a group
-lasso (KEEP_FRAC) trains once, keeps the best columns and then trains again; it is not here. They keep dropout of the
-frozen blocks off while prompts train: put the model in eval mode for that.
+lasso (KEEP_FRAC) trains once, keeps the best columns and then trains again; it is not available. They keep dropout of
+the frozen blocks off while prompts train: put the model in eval mode for that.
 
 Use it: `peftcore.apply(model, "vqt")`, where a head needs features of all layers and the backbone must not change, as
 when several tasks share one forward; not where features have to change with the task: use the related `vpt_deep`.

@@ -71,7 +71,7 @@ class JobRunner(Protocol):
         """Yield the results in the order in which they arrive.
 
         Args:
-            saved: receives the savings of runs that trained together.
+            saved: a list to which the costs saved by training runs together are appended.
             resume: keep finished runs, and resume unfinished ones.
         """
 
@@ -147,7 +147,7 @@ def run_together(
     to train together are trained alone afterwards.
 
     Args:
-        saved: receives a record of the costs that were saved.
+        saved: a list to which the costs saved by training together are appended.
     """
     runs = [comparison.run(candidate, seed) for candidate in candidates]
     for run in runs:

@@ -45,7 +45,7 @@ def length(training: dict[str, Any]) -> str:
 
 
 def error(report: ComparisonReport) -> str:
-    """Return what the number after ± means, or an empty text if numbers lack it."""
+    """Return what the number after ± means, or an empty text if numbers are without ±."""
     entries = report.entries()
     if any(len(entry.trials) > 1 for entry in entries):
         return "one standard error of the mean over seeds"

@@ -52,7 +52,7 @@ class Training(Options):
     steps: PositiveInt | None = None
     """Optimizer steps; instead of `epochs`."""
     epochs: PositiveFloat | None = None
-    """Passes over the data (3)."""
+    """Passes over the data; 3 by default."""
     batch_size: PositiveInt = 8
     """Examples in a batch on each device."""
     accumulate: PositiveInt = 1

@@ -336,7 +336,7 @@ class SearchRun:
         return found
 
     def _final(self, tried: ComparisonReport, pick: ConfigurationTrials) -> Comparison:
-        """Return the comparison of the pick with smaller configurations of the Pareto front."""
+        """Return the comparison of the chosen configuration (the pick) with smaller ones of the Pareto front."""
         smaller = [entry for entry in reversed(tried.front()) if entry.trainable < pick.trainable]
         chosen = [candidate_of(entry) for entry in (pick, *smaller[: self.search.finals - 1])]
         return self.search.comparison(self.held_out, chosen, self.search.seeds, self.search.out)
@@ -390,8 +390,8 @@ class SearchRun:
 
 
 def search(what: Search, board: Board) -> SearchOutcome:
-    """Run a search and return its outcome. ``search.json``, ``best.yaml``, the report of the pick and the runs are
-    written to ``what.out``.
+    """Run a search and return its outcome. ``search.json``, ``best.yaml``, the report of the chosen configuration and
+    the runs are written to ``what.out``.
 
     Raises:
         BadInput: a model, data or option cannot be used, or no configuration fits into the budget. Nothing was trained

@@ -30,7 +30,7 @@ class SearchOutcome:
     pick: ConfigurationTrials
     """The best configuration of `confirmed`."""
     report: ComparisonReport
-    """The report of the pick on the held-out examples."""
+    """The report of the chosen configuration (`pick`) on the held-out examples."""
     budget: Budget
     left_out: dict[str, str]
     """Methods without a configuration that fits into the budget, with the reasons."""
@@ -95,7 +95,8 @@ def _value(value: Any) -> Any:
 
 
 def write_best(run: Run, out: Path) -> None:
-    """Write ``best.yaml``, with which ``peftcore train`` trains the pick in a separate run."""
+    """Write ``best.yaml``, with which ``peftcore train`` trains the chosen configuration (the pick) in a separate
+    run."""
     whole = run.model_dump(mode="json", exclude_none=True)
     whole["model"], *places = absolute([whole["model"], whole["data"]["train"], whole["data"]["held_out"]])
     whole["data"].update(zip(("train", "held_out"), places, strict=True))

@@ -6,11 +6,11 @@ Equation:
     m_i = 1 if sigmoid(w . x_i + b) > 1/2 else 0,   w [d];   in training sigmoid((w . x_i + b + g - g') / temperature)
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
 
-g and g' are draws from Gumbel's distribution, and the gradient of m is that of the sigmoid. x is the stream in front of
-the feed-forward's norm. The feed-forward always computes the class token and all other tokens in front of a picture's
-patches (`prefix_tokens`). The mean of m covers all blocks, pictures and tokens except these tokens and padding. p is
-the model's prediction, and q its prediction in a second pass with m = 1 everywhere and new dropout; KL passes no
-gradient to q.
+g and g' are draws from Gumbel's distribution, and the gradient of m is that of the sigmoid. x is the residual stream in
+front of the feed-forward's norm. The feed-forward always computes the class token and all other tokens in front of a
+picture's patches (`prefix_tokens`). The mean of m covers all blocks, pictures and tokens except these tokens and
+padding. p is the model's prediction, and q its prediction in a second pass with m = 1 everywhere and new dropout; KL
+passes no gradient to q.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
 with classes in dimension 1), and labels, passed to the model or by ``peftcore.call(model, labels=...)``; without labels
@@ -20,7 +20,7 @@ from `injection.losses()`.
 In training the feed-forward computes all tokens, and its output for tokens that are not chosen is multiplied by zero.
 In evaluation with `skip`, it computes only the chosen tokens, which makes the model faster.
 
-Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
+Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, per block.
 
 Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: the feed-forward gets about half
 of the tokens. ``init_std=0, init_bias=10`` chooses all tokens: the identity.
@@ -98,7 +98,8 @@ class DyTConfig(MethodConfig):
     chosen tokens of a row. This needs feed-forwards that process each token by itself, and only one adapter at each of
     them. In routes and under torch.compile all tokens are computed."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens in front are always computed; None: all tokens in front of a picture's patches."""
+    """Number of tokens at the start of a sequence that the feed-forward always computes. None: all tokens in front of a
+    picture's patches."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of w at the start."""
     init_bias: FiniteFloat = 0.0

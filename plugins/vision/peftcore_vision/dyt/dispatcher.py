@@ -106,8 +106,8 @@ class DyTOperator(Bypass):
         return h * self.laid_out(self.gates(self.layer.channels_last(read)).to(h.dtype))
 
     def gates(self, x: Tensor) -> Tensor:
-        """Return 1 for chosen tokens and 0 for others, ``[batch, ..., 1]``, from the stream ``[batch, ..., features]``;
-        in training, record their sum."""
+        """Return gates ``[batch, ..., 1]``, 1 for chosen tokens and 0 for others, for the residual stream ``[batch,
+        ..., features]``. In training, record the sum of the gates."""
         precise = torch.promote_types(self.gate.dtype, torch.float32)
         with full_precision(x):
             logits = (x.to(precise) @ self.gate.to(precise) + self.gate_bias.to(precise)).unsqueeze(-1)
