@@ -15,7 +15,7 @@ of a kernel.
 Parameters: of low rank r, r (in * kernel + out) for A and for B, 2 r in for a product, r (in * kernel + 1) for C;
 vectors have out or, for C, in * kernel; constants one. Times the number of experts.
 
-Start: X_d at zero, X_u from Glorot's uniform draw, all other terms at zero, so W' = W: the identity.
+Start: X_d at zero, X_u from Glorot's uniform draw, all other terms at zero, so W' = W. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors train all choices at once, with a randomly drawn path for each forward, and
 then search for the best path under a budget. Here, as in peft, the choice is fixed; set the result of such a search for

@@ -10,7 +10,7 @@ computes with a scale of 1/N. The paper averages bottleneck adapters; such a sou
 
 Parameters: those of the parts, N times those of one.
 
-Start: The mean of the parts' values: the identity if fresh parts are.
+Start: The mean of the parts' values. A fresh adapter is the identity if fresh parts are.
 
 Differs from the authors' code: The authors choose the adapters of a soup by similarity of domains, which is left to the
 user. Weights are used as they are; the Adapters library divides them by their sum.

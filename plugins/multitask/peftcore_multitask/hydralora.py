@@ -13,7 +13,8 @@ module are refused.
 
 Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel per site.
 
-Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
+Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1). A fresh adapter is the
+identity.
 
 Differs from the authors' code: No difference is known; the defaults are those of the authors' script fine-tuning.sh.
 The paper finds the number of heads by clustering the data; here it is an option.

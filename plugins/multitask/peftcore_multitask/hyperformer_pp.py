@@ -18,8 +18,8 @@ network computes the adapter of each row's task, or of all tasks if there are fe
 Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and (p +
 1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) per adapter.
 
-Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity. ``gain_std=0`` makes
-the start an exact identity.
+Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero. A fresh adapter is near the identity.
+``gain_std=0`` makes the start an exact identity.
 
 Differs from the authors' code: The authors' batches have one task; here each row may have its own. The file
 configs/hyperformer.json of that code is neither of the two methods: it has one network for each stack, with separate

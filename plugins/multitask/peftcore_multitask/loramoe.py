@@ -16,7 +16,7 @@ are refused.
 
 Parameters: experts * rank * (in * kernel + out) + experts * in * kernel per site.
 
-Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero: the identity.
+Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors count padding in z. They have two tasks, and the first half of the experts
 is for their type 1. Their script sets balance and delta to zero, like the defaults here.

@@ -14,7 +14,7 @@ The feed-forward must be a separate module, and the adapter cannot be limited to
 experts * d per feed-forward, experts * rank * (in + out) per matrix of a feed-forward, and rank * (in + out) per other
 matrix.
 
-Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero: the identity, up to rounding.
+Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero. A fresh adapter is the identity, up to rounding.
 
 Differs from the authors' code: The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k`
 copies of its input. Each matrix applies all A in one product, and each copy keeps only the ranks of its expert, so no

@@ -14,7 +14,7 @@ Gates and losses are in float32 at least.
 
 Parameters: experts * (2 d r + r + d) + experts * d per adapter, two adapters per block.
 
-Start: W_up and all biases at zero, W_down and W_g as torch's layers: the identity.
+Start: W_up and all biases at zero, W_down and W_g as torch's layers. A fresh adapter is the identity.
 
 Differs from the authors' code: No single paper describes this method. It is the common form of routed adapters, as a
 baseline for them. Gates for whole sequences, computed from the mean of the tokens, are not available.

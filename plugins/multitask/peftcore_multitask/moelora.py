@@ -14,7 +14,8 @@ module are refused, because they cannot be adapted row by row.
 
 Parameters: rank * (in * kernel + out) per site, and (tasks + experts) * task_width once; with ``gate="each"`` per site.
 
-Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
+Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero. A fresh adapter is the
+identity.
 
 Differs from the authors' code: The authors' table of tasks has an additional row, which no task reads. Their layer with
 a gate for each site (MMOELoraLinear) is ``gate="each"`` here; their script does not use it. Rank 16 and 8 experts are

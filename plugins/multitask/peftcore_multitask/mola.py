@@ -15,7 +15,7 @@ are refused.
 
 Parameters: experts * (rank * (in * kernel + out) + in * kernel) per site, with the experts of its layer.
 
-Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero: the identity.
+Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors gather the tokens of each expert. Here all A are applied in one product, and
 each token keeps only the ranks of its experts. So shapes do not depend on values, and no token is dropped. Near a tie,

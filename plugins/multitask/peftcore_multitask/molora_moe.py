@@ -13,7 +13,8 @@ are refused.
 
 Parameters: experts * rank * (in * kernel + out) + experts * in * kernel per site.
 
-Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
+Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1). A fresh adapter is the
+identity.
 
 Differs from the authors' code: No difference is known.
 

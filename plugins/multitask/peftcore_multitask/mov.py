@@ -14,7 +14,7 @@ experts, torch's own attention) are refused.
 
 Parameters: experts * (in + in) for the second matrix, experts * (out + head) for keys and for values.
 
-Start: All l at one, W_g from N(0, 0.02): the identity, up to rounding.
+Start: All l at one, W_g from N(0, 0.02). A fresh adapter is the identity, up to rounding.
 
 Differs from the authors' code: No difference is known.
 

@@ -14,7 +14,7 @@ module are refused, because they cannot be adapted row by row.
 Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) per site; with diagonals, rank instead of
 rank^2.
 
-Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups): the identity.
+Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups). A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known (pUmpKin-Co/MTL-LoRA, whose script has whole matrices L_t). The
 adapters package has another default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.

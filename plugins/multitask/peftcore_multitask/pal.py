@@ -14,7 +14,8 @@ peftcore.call(model, task=...)``: one task for all rows, or one for each row.
 
 Parameters of a task: 2 a d + a + d per stack, 3 a^2 + 3 a per block; 1.8 million in BERT-base.
 
-Start: All matrices from N(0, 0.02), biases at zero: near the identity. ``up_std=0`` makes the start an exact identity.
+Start: All matrices from N(0, 0.02), biases at zero. A fresh adapter is near the identity. ``up_std=0`` makes the start
+an exact identity.
 
 Differs from the authors' code: The gelu is only in the authors' code, not in the paper, and the code has 6 heads
 instead of 12. The authors also train the whole model, or only its norms, for all tasks together; here the model is

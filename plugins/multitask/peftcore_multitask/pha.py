@@ -22,8 +22,8 @@ norm after the blocks, or the last adapter's input if the model lacks that norm.
 Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and (p + 1) (2 d r
 + r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
 
-Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
-Xavier's rule times 1e-4: near the identity.
+Start: The maps that compute weights are uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
+Xavier's rule times 1e-4. A fresh adapter is near the identity.
 
 Differs from the authors' code: The paper starts a new task from the nearest prototype; neither the authors' code nor
 this method does.

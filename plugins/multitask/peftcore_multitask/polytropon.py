@@ -21,8 +21,8 @@ The authors (microsoft/mttl) train Z a hundred times faster than the skills, wit
 the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
 own_skills) per site. A forward computes the own skills of all tasks, and multiplies those of other tasks by zero.
 
-Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001: the identity. In
-convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
+Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001. A fresh adapter is the
+identity. In convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
 
 Differs from the authors' code: No difference is known for Polytropon (microsoft/mttl); peft starts A as wide as a LoRA,
 +-1/sqrt(in). No code of C-Poly's authors was found. The equation of C-Poly adds the outputs of skills. Here A and B of

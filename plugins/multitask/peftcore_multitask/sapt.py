@@ -25,7 +25,8 @@ The text is the part of the input before the first label, or the whole input wit
 Parameters: tasks * rank * (in + out) per module, tasks * d + 2 hidden d + 2 d once.
 
 Start: Keys uniform in +-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in the
-authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero: the identity for the first task.
+authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero. A fresh adapter is the identity for the first
+task.
 
 Differs from the authors' code: The authors' max includes padding; here it does not. Dropout, which is zero in the
 authors' scripts, is left out. Encoder-decoder models are refused, since the text is not available when the decoder

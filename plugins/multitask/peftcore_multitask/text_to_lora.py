@@ -23,7 +23,8 @@ kinds.
 Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
 for each layer and each kind, and (w + 1) rank (in + out) for each kind.
 
-Start: H at zero and h as a LoRA's start, so the LoRA is the same for all vectors and does nothing: the identity.
+Start: H at zero and h as a LoRA's start, so the LoRA is the same for all vectors and does nothing. A fresh adapter is
+the identity.
 
 Differs from the authors' code: The networks and the way of training that are named above as not available; no other
 difference is known.

@@ -16,7 +16,8 @@ The call passes the task by ``with peftcore.call(model, task=...)``: one task fo
 Parameters: n_D (d r + r) + n_U (d r + d) per adapter, where n is 1 for a shared side and else the number of tasks; and
 the norms with `train_layer_norm`.
 
-Start: Matrices from N(0, 0.02), biases at zero: near the identity. ``up_init_std=0`` makes the start an exact identity.
+Start: Matrices from N(0, 0.02), biases at zero. A fresh adapter is near the identity. ``up_init_std=0`` makes the start
+an exact identity.
 
 Differs from the authors' code: The authors' batches have one task; here each row may have its own. The other adapters
 of the paper are separate methods here. Its Hyperformer is similar to `hyperformer`, but has separate generators for the

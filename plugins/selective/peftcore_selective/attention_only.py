@@ -13,7 +13,7 @@ common output matrix cannot be split, since attention and feed-forward share it.
 Parameters: 4 d^2 + 4 d per block (about a third of a transformer), and those of the head and of the position
 embeddings.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known (facebookresearch/deit).
 

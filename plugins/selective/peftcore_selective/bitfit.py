@@ -9,7 +9,8 @@ T5) have nothing to train. `add_missing_bias` adds new biases to the linear laye
 
 Parameters: the length of each bias, and the weight of the head.
 
-Start: The values of the model: the identity. New biases of `add_missing_bias` start at zero.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity. New biases of `add_missing_bias`
+start at zero.
 
 Differs from the authors' code: No difference is known (benzakenelad/BitFit).
 

@@ -12,7 +12,7 @@ with a mask, and only modules in `train` train without one. The optimizer masks 
 
 Parameters: all; in the blocks only the share `share` of them changes.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 

@@ -12,7 +12,7 @@ weights.
 
 Parameters: share * (those of all sites), in one vector. The file also contains their positions, 8 bytes each.
 
-Start: v at zero: the identity.
+Start: v at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: v is a difference, so weight decay pulls the trained weights towards the base, and does
 not change the others. The authors train the weights themselves and mask gradients. They also train the whole classifier

@@ -9,7 +9,7 @@ is a replacement, so the model's own head is kept and restored when the probe is
 
 Parameters: classes * (d + 1) for a linear head.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 

@@ -9,7 +9,7 @@ does not contain the running statistics of BatchNorm. The stored tensor itself t
 
 Parameters: 2 d per LayerNorm, d per RMSNorm.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: The code of the authors was not compared.
 

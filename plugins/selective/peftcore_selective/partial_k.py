@@ -11,7 +11,7 @@ some of these modules, for example only the linear layers of the last blocks.
 
 Parameters: those of k blocks, of the final norm and of the head.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 

@@ -13,7 +13,7 @@ smallest of |W|. Each expert has separate entries.
 
 Parameters: |I| a site, and low_rank * (in * kernel + out), times the number of experts.
 
-Start: v at zero, and B of `low_rank` at zero: the identity.
+Start: v at zero, and B of `low_rank` at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The masks of the paper by rows, diagonals or gradients are not available (fish_mask
 chooses by gradients). The file contains I, since the adapter consists of I and v. peft draws I again from a seed, but

@@ -9,7 +9,7 @@ trained rows.
 
 Parameters: the number of indices times the width of the embedding.
 
-Start: The rows of the embedding: the identity.
+Start: Trained rows start at the rows of the embedding. A fresh adapter is the identity.
 
 Differs from the authors' code: There is no paper; in peft a tied head is computed without its bias. A file stores the
 rows themselves, in ascending order of their indices, not differences from a base: so new tokens have the same

@@ -14,7 +14,7 @@ joins="matrix" they do.
 
 Parameters: 2 d r + r + d per block, 2 d more with a norm, one more when s is learned.
 
-Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero. A fresh adapter is an exact identity.
 
 Differs from the authors' code: No difference is known. The paper's equation normalizes the adapter's input; the
 authors' code does so only with layer_norm="in".

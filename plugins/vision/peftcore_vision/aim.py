@@ -18,7 +18,7 @@ dropout, layer scale and stochastic depth act only on MHA, A_s and MLP.
 
 Parameters: 3 (2 d h + h + d) per block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
-Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
+Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2). A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 

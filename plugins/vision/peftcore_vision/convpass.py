@@ -16,7 +16,8 @@ bypass too.
 
 Parameters: 2 d h + h + d + 9 h^2 + h per bypass, two per block. It cannot be merged.
 
-Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero: the identity.
+Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero. A fresh adapter
+is the identity.
 
 Differs from the authors' code: As in the code, stochastic depth has a separate draw (the paper draws none). In models
 with windows each window is convolved as a separate picture; in the authors' variant for Swin the convolution crosses

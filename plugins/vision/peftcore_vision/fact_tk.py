@@ -11,7 +11,7 @@ way.
 
 Parameters: r per slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
 
-Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the identity.
+Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known: where a matrix has several slices, the authors' code and this
 method differ from the equation in the same way.

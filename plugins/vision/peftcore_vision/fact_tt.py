@@ -11,7 +11,7 @@ for each position of its kernel, and stacked experts have separate slices for ea
 
 Parameters: r^2 per slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
-Start: U and Sigma as linear layers, V at zero: the identity.
+Start: U and Sigma as linear layers, V at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: In the authors' code d = 768 and the four slices of a feed-forward's matrix are
 hard-coded.

@@ -11,7 +11,7 @@ module, where dropout cannot act.
 
 Parameters: r (in + out) per site, out per attention, and 2 n^2 per role: 50,176 in the tower of a CLIP ViT-B/32.
 
-Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero: the identity.
+Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The code starts both u and v at zero, where neither gets a gradient, so only b would
 learn. It also uses the u and v of queries for values, adds the update of queries after their division by the square

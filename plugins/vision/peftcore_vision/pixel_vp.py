@@ -15,7 +15,7 @@ texts as classes, or any outputs of a frozen head.
 
 Parameters: 2 c size (height + width - 2 size), 69,840 for 30 of 224 pixels; a square c size^2.
 
-Start: N(0, 1), as in the code: not an identity (``std=0`` makes it one).
+Start: N(0, 1), as in the code. A fresh adapter is not an identity (``std=0`` makes it one).
 
 Differs from the authors' code: The authors draw the position of a random square in evaluation too, and never at the
 last row and column.

@@ -11,7 +11,7 @@ without a bias are refused if the model reads them without calling their module.
 
 Parameters: d h + h + d h / g + d per adapter.
 
-Start: A from a Xavier-uniform draw, all else at zero: the identity.
+Start: A from a Xavier-uniform draw, all else at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors' own merging fails with g = 1; no other difference is known.
 

@@ -18,7 +18,7 @@ trains as a whole; ``share=1`` results in the same choice.
 
 Parameters: about share * (the number of weights of all sites).
 
-Start: A uniform in +-1/sqrt(in), B and v at zero: the identity.
+Start: A uniform in +-1/sqrt(in), B and v at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors' steps of tau are chosen for their budget of 400,000. Their A and B start in
 the same way, but then the initialization of their whole model draws both again, from N(0, 0.02^2): `init_std` does

@@ -17,8 +17,8 @@ routed to several adapters.
 
 Parameters: 2 d h + 2 h + d + h t y z per adapter: 592,512 in a ViT-B with the defaults, two per block.
 
-Start: k, c and all biases at zero: the identity; W_down and W_up as torch's layers; they get no gradient in the first
-step.
+Start: k, c and all biases at zero, W_down and W_up as torch's layers. A fresh adapter is the identity. W_down and W_up
+get no gradient in the first step.
 
 Differs from the authors' code: The code turns cuDNN off for the convolution k; here it stays on.
 

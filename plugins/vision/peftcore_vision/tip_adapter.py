@@ -22,7 +22,8 @@ the module that returns the features.
 
 Parameters: images * d, or none with ``train_keys=False``. A plan without `images` counts one image.
 
-Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` leaves the outputs unchanged.
+Start: K are the features of the images in ``data=``. A fresh adapter is not an identity; ``alpha=0`` leaves the outputs
+unchanged.
 
 Differs from the authors' code: The authors search alpha and beta on validation images; here both are attributes of the
 operator, which you can set.

@@ -23,7 +23,7 @@ In evaluation with `skip`, it computes only the chosen tokens, which makes the m
 Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, per block.
 
 Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: the feed-forward gets about half
-of the tokens. ``init_std=0, init_bias=10`` chooses all tokens: the identity.
+of the tokens. With ``init_std=0, init_bias=10`` all tokens are chosen, and a fresh adapter is the identity.
 
 Differs from the authors' code: The paper's mixture of adapters is neither in the authors' code nor here.
 
