@@ -33,8 +33,8 @@ class ConfigUnionConfig(MethodConfig):
 
     method: Literal["config_union"] = "config_union"
     parts: list[dict[str, Any]] = Field(min_length=1, max_length=100)
-    """The methods in order: each is a dictionary of its options, with its name as "method", and "target" if it has
-    separate targets."""
+    """The methods in order. Each is a dictionary with its options, its name under "method", and optionally its own
+    targets under "target"."""
 
     @field_validator("parts")
     @classmethod

@@ -94,8 +94,8 @@ Each = Literal["token", "sequence"]
 
 
 class Gate(nn.Module):
-    """A gate sigmoid(u . x + c): ``[rows, tokens, 1]``, or, for gates of a sequence, its mean over the tokens, ``[rows,
-    1, 1]``."""
+    """A gate sigmoid(u . x + c) for each token, ``[rows, tokens, 1]``. For gates of sequences it is averaged over the
+    tokens, ``[rows, 1, 1]``."""
 
     def __init__(self, width: int, each: Each) -> None:
         super().__init__()
@@ -125,7 +125,8 @@ def start_as_bert(module: nn.Module) -> None:
 
 
 def mean_of_tokens(values: Tensor) -> Tensor:
-    """Return the mean of ``[rows, tokens, 1]`` over the tokens that are not padding, by the model's `attention_mask`.
+    """Return the mean of values ``[rows, tokens, 1]`` over all tokens that are not padding in the model's
+    `attention_mask`.
 
     Raises:
         MissingContext: a part of the host was called by itself, so the padding is unknown.

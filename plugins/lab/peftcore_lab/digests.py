@@ -11,7 +11,8 @@ PIECE = 2**20
 SAMPLE = 2**16
 """Bytes that are read at the beginning, in the middle and at the end of each file of a model."""
 NOT_CONTENT = ("state.json", "cache-")
-"""Prefixes of file names in a saved dataset that are ignored, because they differ for the same rows."""
+"""Prefixes of files in a saved dataset that are ignored, because these files can differ between datasets with the same
+rows."""
 
 
 def of_content(source: str) -> str | None:

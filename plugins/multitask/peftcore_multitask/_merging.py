@@ -1,8 +1,8 @@
 """Base classes of methods that merge the deltas of several adapters, their *parts*, into one change of a weight.
 
 The parts do not act one after the other: at each site their deltas tau_t = W_t - W are combined, and W' = W + combined.
-Everything stays differentiable, so parts may train together. A part is any method that can be merged; its changes of
-biases are combined in the same way. Effects other than changes of weights (a dropout of inputs) are left out.
+The merge is differentiable, so parts may train together. A part is any method that can be merged; its changes of biases
+are combined in the same way. Effects other than changes of weights (a dropout of inputs) are left out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from peftcore.errors import ConfigError, UnsupportedSite
 Key = tuple[str, str, Slices | None]
 """The path of a module, the name of a tensor, and the slices of that tensor."""
 Members = dict[int, Graft]
-"""Installed operators (grafts) at one tensor, by number of the part; parts that do not change the tensor are left
-out."""
+"""The installed operators (grafts) at one tensor, by number of the part. Parts that do not change the tensor are
+missing."""
 
 
 MOST = 100

@@ -27,7 +27,8 @@ def factors(site: Site, A: tuple[int, ...], B: tuple[int, ...], inputs: int) -> 
 
 
 def blocks(parts: Tensor) -> Tensor:
-    """Return ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros elsewhere."""
+    """Return a block-diagonal tensor ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` as its diagonal
+    blocks."""
     n = len(parts)
     eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
     return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)

@@ -51,7 +51,7 @@ class ArrowConfig(PartsConfig):
     top_k: PositiveInt = 3
     """The largest number of parts that act on a token."""
     temperature: PositiveFloat = 1.0
-    """Divides the similarities before the softmax: when it is small, only the most similar part acts."""
+    """Divisor of the similarities before the softmax. If it is small, only the most similar part acts."""
     general: NonNegativeInt = 0
     """Number of parts at the end of the list that contain general knowledge, which is subtracted from the other
     parts."""

@@ -72,14 +72,15 @@ class RegMeanConfig(PartsConfig):
 
 
 LEAST = 1e-6
-"""Eigenvalues of the inputs' correlations below this share of the largest one count as rounding errors of float32."""
+"""Eigenvalues of the inputs' correlation matrix below this share of the largest eigenvalue are treated as rounding
+errors of float32."""
 LARGEST_ERROR = 1e-3
 """The largest accepted error of an inverse: the largest difference between the sum of all P_t and the identity
 matrix."""
 
 
 def gram_sites(sites: Iterable[Site]) -> list[Site]:
-    """Return the sites that are weights of called linear layers, whose inputs are vectors."""
+    """Return the sites that are weights of linear layers whose module the model calls with vectors."""
     layers = [(site, site.layer_of(site.module, site.tensor)) for site in sites]
     return [site for site, layer in layers if layer.called and layer.of_vectors and not layer.batch_dims]
 

@@ -108,7 +108,8 @@ class Block(nn.Module):
 
 
 class LoRANetwork(nn.Module):
-    """The network that all sites share: it reads a vector and embeddings of the LoRA's layer and kind of matrix."""
+    """The network that all sites share. It reads a task vector, and the embeddings of a LoRA's layer and kind of
+    matrix."""
 
     def __init__(self, config: TextToLoRAConfig) -> None:
         super().__init__()

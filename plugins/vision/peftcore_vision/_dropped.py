@@ -1,4 +1,5 @@
-"""The default probability of dropout on an update: the authors' value, or 0 where dropout cannot act."""
+"""The default dropout probability of updates: that of the authors' code, or 0 for weights on which dropout cannot
+act."""
 
 from __future__ import annotations
 

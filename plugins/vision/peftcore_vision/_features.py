@@ -1,4 +1,4 @@
-"""Sites at image features: a projection that returns the features, or a classifier that reads them."""
+"""Finds the sites at image features: a projection that returns the features, or a classifier that reads them."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class InFrontOperator(Operator):
         return call(x + self.scale * self.layer.channels_back(self.up(low) + b).to(x.dtype))
 
     def _through(self, weight: Tensor, columns: Tensor) -> Tensor:
-        """Compute ``s W columns``, of columns ``[*batch, n, d]``: [*batch, out, n, kernel]."""
+        """Return the product s W c ``[*batch, out, n, kernel]`` for `columns` c ``[*batch, n, d]``."""
         dtype = torch.promote_types(weight.dtype, columns.dtype)
         matrices = weight.to(dtype).reshape(*weight.shape[: self.layer.batch_dims + 2], -1)  # [*batch, out, d, kernel]
         return self.scale * torch.einsum("...odk,...nd->...onk", matrices, columns.to(dtype))

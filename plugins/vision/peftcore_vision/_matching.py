@@ -22,8 +22,8 @@ class MatcherSite(FeatureSite):
 
     @property
     def separable(self) -> bool:
-        """False: rows are images in one part of the model and texts in another, so they cannot be routed to different
-        adapters."""
+        """Always False: rows cannot be routed to different adapters, since they are images in one part of the model and
+        texts in another."""
         return False
 
 

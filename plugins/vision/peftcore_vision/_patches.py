@@ -1,4 +1,4 @@
-"""Functions that find the convolutions which embed patches of pictures, and the layout of patches in a sequence of
+"""Finds the convolutions that embed patches of pictures, and determines how patches are arranged in a sequence of
 tokens."""
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
 
 
 def side_of(surgeon: Surgeon, site: Site) -> int | None:
-    """Return the height and width in pixels of the pictures for which an encoder's position embeddings were made.
-    Pictures are taken to be square, and extra positions (of a class token) are ignored. Return None if the encoder that
-    contains the convolution does not have one table of positions."""
+    """Return the side, in pixels, of the square pictures for which the position embeddings of a convolution's encoder
+    were made. Extra positions, such as that of a class token, are ignored. Return None if the encoder does not have
+    exactly one table of positions."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     tables = [e for e in host.entries if e.role == "embed.pos" and e.tower == tower and e.block is None]

@@ -4,10 +4,10 @@ Equation:
     y = W x + bias + drop(G P x + c),   G [out, in] of g diagonal blocks [out/g, in/g],   c [out]
     W' = W + G P,   bias' = bias + c
 
-P is the identity; with `reorder` it distributes the inputs of each group over all groups: input j of group i becomes
-input number j g + i. Several numbers in `groups` make several branches, whose outputs are added. Each branch has a
-separate c and a separate random drop. The drop is stochastic depth: whole rows of the batch skip the branch. By default
-all matrices of blocks are adapted and all norms train, as in the authors' code.
+By default P is the identity. With `reorder`, P is a permutation that distributes the inputs of each group over all
+groups: input j of group i becomes input number j g + i. Several numbers in `groups` make several branches, whose
+outputs are added. Each branch has a separate c and a separate random drop. The drop is stochastic depth: whole rows of
+the batch skip the branch. By default all matrices of blocks are adapted and all norms train, as in the authors' code.
 
 For convolutions the blocks include the kernel: [out/g, in/g, kernel]. Each expert of a mixture has separate blocks. It
 has a c only if it has a bias.

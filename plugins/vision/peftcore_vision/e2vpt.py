@@ -110,7 +110,7 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
     """Return the operators with prompts in segments.
 
     Raises:
-        ConfigError: there are none, or they differ in size.
+        ConfigError: there are no prompts, or they differ in size.
     """
     found = [each for each in injection.operators.values() if isinstance(each, PrunedOperator)]
     if len({each.kept.shape for each in found}) != 1:
@@ -123,7 +123,7 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
 
 def importance(injection: Injection, data: Iterable[Any], absolute: bool = False) -> Tensor:
     """Return the importance scores of a trained adapter's prompts, ``[length, segments]``: the derivative of the loss
-    by the mask that all blocks share, as a mean over batches. The model runs in eval mode.
+    with respect to the mask that all blocks share, averaged over batches. The model runs in eval mode.
 
     Args:
         injection: the adapter.

@@ -114,7 +114,7 @@ class KAdaptationOperator(Operator):
         return B, A.unflatten(-1, self.inputs)
 
     def dense(self) -> Tensor:
-        """Return H^T ``[*batch, out, in, *kernel]``."""
+        """Return the full matrix H^T of the update, ``[*batch, out, in, *kernel]``."""
         B, A = self.pair()
         return (B @ A.flatten(B.dim() - 1)).unflatten(-1, self.inputs)
 

@@ -132,8 +132,8 @@ def two_towers(surgeon: Surgeon) -> Towers:
 
 
 class MaPLeOperator(PlacesOperator):
-    """The prompts of one block in both towers; the text prompt is written into the output of the previous block, or of
-    the token table."""
+    """The prompts of one block in both towers. The text prompt replaces rows of the previous block's output, or of the
+    token embedding's output."""
 
     def __init__(self, site: CoupledSite, config: MaPLeConfig, table: Site, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)

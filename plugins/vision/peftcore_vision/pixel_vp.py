@@ -48,8 +48,8 @@ class PixelVPConfig(MethodConfig):
     shape: Literal["frame", "square", "random"] = "frame"
     """The trained pixels: a frame around the picture, a square in its corner, or a square at random positions."""
     size: Pixels | None = None
-    """Width of the frame or the square in pixels; None: 30 for pictures of 224 pixels, and in proportion for other
-    sizes."""
+    """Width of the frame or the square in pixels; None: 30 for pictures of 224 pixels, and proportionally more or less
+    for other sizes."""
     picture: tuple[Pixels, Pixels] | None = None
     """Height and width of pictures; None: the size of the model's table of positions, or 224 by 224 without such a
     table."""

@@ -78,7 +78,8 @@ class RepAdapterOperator(InFrontOperator):
 
 
 class RepAdapter(Method):
-    """Linear adapters in front of attention and feed-forward, which can be merged into the first matrices of both."""
+    """Linear adapters in front of attention and feed-forward, which can be merged into the first matrices of attention
+    and feed-forward."""
 
     name = "repadapter"
     Config = RepAdapterConfig

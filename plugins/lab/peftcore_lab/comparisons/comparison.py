@@ -41,16 +41,17 @@ class Comparison(Options):
     tune_lr: list[PositiveFloat] = Field(default_factory=list)
     """Learning rates to try for each method, scored on a tuning set. Then each method is trained with its best rate."""
     tuning: str | None = None
-    """Other examples to choose rates by; without them, a part of the training examples is used."""
+    """Other examples for choosing learning rates; without them, a part of the training examples is used."""
     tuning_size: PositiveInt | None = None
-    """Number of training examples that are held out to choose rates by (a fifth, at most 1,000, unless set)."""
+    """Number of training examples that are held out for choosing learning rates (a fifth, at most 1,000, unless
+    set)."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     together: PositiveInt = 1
     """How many runs train at once on one model, if they differ only in method, options and learning rate. The reported
     seconds and memory are then those of all these runs, divided by their number."""
     checkpoints: bool = False
-    """Write checkpoints during a run, from which ``--resume`` continues an interrupted one; not for runs that train
-    together."""
+    """Write checkpoints during a run, so that ``--resume`` can continue an interrupted run. Runs that train together
+    write none."""
     dtype: str = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None

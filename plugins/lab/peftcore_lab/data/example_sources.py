@@ -97,10 +97,10 @@ def scored(source: str) -> Dataset:
 
 
 def divide(examples: Dataset, size: int | None, source: str) -> Splits:
-    """Hold out random examples for validation; the same data always gives the same examples.
+    """Return splits with random examples held out for validation. The choice is the same each time for the same data.
 
     Raises:
-        BadInput: nothing would be left to train on.
+        BadInput: no training example would be left.
     """
     wanted = min(1000, max(1, len(examples) // 5)) if size is None else size
     if wanted >= len(examples):

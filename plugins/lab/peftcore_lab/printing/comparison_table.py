@@ -69,7 +69,7 @@ def caption(report: ComparisonReport, entries: list[ConfigurationTrials]) -> str
 
 
 def settings(entries: list[ConfigurationTrials]) -> list[str]:
-    """Return a line for each target and learning rate: configurations that share them can be compared."""
+    """Return a line for each combination of target and learning rate, with the configurations that have it."""
     groups: dict[str, list[str]] = {}
     for entry in entries:
         first = entry.trials[0]

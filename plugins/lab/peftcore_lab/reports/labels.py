@@ -1,4 +1,4 @@
-"""Places names next to the points of a chart, such that none covers a point, a line or another name."""
+"""Places names next to the points of a chart, so that a name does not cover a point, a line or another name."""
 
 from __future__ import annotations
 

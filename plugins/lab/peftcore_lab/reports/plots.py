@@ -172,7 +172,7 @@ class ChartPoint:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Return the range from the lowest to the highest value that is drawn at this point."""
+        """Return the lowest and the highest value that are drawn at this point."""
         error = self.entry.error or 0.0
         heights = (self.y - error, self.y + error, *self.seeds)
         return (self.y, self.y) if self.away else (min(heights), max(heights))

@@ -69,7 +69,7 @@ class Training(Options):
     """Decay of moving averages of the trained parameters, such as 0.999. Scores, the best checkpoint and the saved
     adapter are those of the averages."""
     clip: PositiveFloat = 1.0
-    """The largest norm of all gradients together."""
+    """Maximum norm for gradient clipping, over all gradients together."""
     seed: NonNegativeInt = Field(0, lt=2**32)
     """Seed of newly initialised parameters, the order of the data, and dropout."""
     autocast: bool = False
@@ -79,7 +79,7 @@ class Training(Options):
     group_by_length: bool = False
     """Put examples of similar length into the same batch. There is less padding, and the order is less random."""
     evaluate_every: PositiveFloat = 0.1
-    """Steps between scores, and between checkpoints; below 1, a share of all steps."""
+    """Steps between two evaluations, and between two checkpoints. A number below 1 is a share of all steps."""
     checkpoints: bool | Literal["last"] = True
     """``true`` writes checkpoints, and the result is the best one. ``last`` writes checkpoints to resume from, and the
     result is the last step. ``false`` writes no checkpoints, and the result is the last step."""
@@ -117,8 +117,8 @@ class Run(Options):
     method: MethodChoice
     """``lora``, or ``{name: lora, rank: 8}``. If `adapter` is set, the method is that of the adapter."""
     adapter: str | None = None
-    """An adapter to continue, instead of a new one: a folder, a file, or a name on the Hub, with the method, the
-    options and the target modules of the file."""
+    """An existing adapter to continue, instead of a new one: a folder, a file, or a name on the Hub. Its method,
+    options and target modules are used."""
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the base's weights in memory."""

@@ -223,7 +223,7 @@ class SearchRun:
         return self.planner.needs(choice.candidate(self.planner.host))
 
     def work(self) -> None:
-        """Run trials until the study has as many as wanted, including those that other workers run."""
+        """Run trials until the study has the wanted number of trials, including those of other workers."""
         idle = 0
         while len(self.study.counted()) < self.search.trials and idle < PATIENCE:
             self.study.bury()

@@ -103,8 +103,8 @@ class DyTConfig(MethodConfig):
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of w at the start."""
     init_bias: FiniteFloat = 0.0
-    """The dispatcher's bias b at the start; if w starts at zero and b is positive, all tokens are chosen: an exact
-    identity."""
+    """The dispatcher's bias b at the start; if w starts at zero and b is positive, all tokens are chosen, and a fresh
+    adapter is an exact identity."""
 
 
 def loss_of_share(taps: Taps, share: float) -> Tensor | None:

@@ -58,7 +58,8 @@ class Taps:
 
 
 class DyTOperator(Bypass):
-    """The dispatcher of one feed-forward, which gates its output token by token, and the parallel bottleneck.
+    """The dispatcher of one feed-forward and the parallel bottleneck. The dispatcher multiplies the feed-forward's
+    output by a gate for each token.
 
     With `skip` it passes only the chosen tokens to the feed-forward, and fills the output of the other tokens with
     zeros.
