@@ -86,7 +86,7 @@ class MatrixSite(Site):
     """A matrix that gets updates."""
 
     experts: int = 1
-    """Number of updates: the experts of its feed-forward, or one."""
+    """Number of updates: the number of experts for a matrix of a feed-forward, else 1."""
 
 
 class RouterOperator(Router):

@@ -102,7 +102,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., width]``."""
+        """Return the block's output ``[..., width]``."""
         inner = self.dropout(nn.functional.silu(self.up(self.norm(x))))
         return x + self.dropout(nn.functional.silu(self.down(inner)))
 

@@ -121,8 +121,8 @@ def unit(v: Tensor, wanted: bool) -> Tensor:
 
 
 class UnaskedOperator(AttentionOperator):
-    """Hides the keys of its block's queries from all rows of the attention. Keys of other operators may be in front of
-    the queries' keys."""
+    """Hides the keys of the trained queries of a block from all rows of the attention. Keys of other operators may be
+    in front of the queries' keys."""
 
     def __init__(self, site: AttentionSite, asking: Tap) -> None:
         super().__init__(site)
