@@ -23,7 +23,7 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_presets() -> Mapping[str, Preset]:
-    """Name options of methods as papers do."""
+    """Return the presets of this plugin: names from papers for methods with certain options."""
     return PRESETS
 
 

@@ -6,10 +6,10 @@ Equation:
     evaluation    y = h + U gelu(D h + b) + c,           each the mean of its copies
     loss          L(p) + w (KL(p | q) + KL(q | p)) / 2   with q of a second pass, which draws (and drops) anew
 
-h is the feed-forward's output before it is added to the stream: the output of the last matrix, in front of the host's
-dropout, as in the code for RoBERTa and for GPT-2 (`joins`). In the code's scripts only the down map has copies, and all
-copies share one up map (`shared`). Draws use torch's generator of the device. Copies that were not drawn have gradients
-of zero, so optimizers with momentum still move them, as in the authors' code.
+h is the feed-forward's output before it is added to the residual stream: the output of the last matrix, in front of the
+host's dropout, as in the code for RoBERTa and for GPT-2 (`joins`). In the code's scripts only the down map has copies,
+and all copies share one up map (`shared`). Draws use torch's generator of the device. Copies that were not drawn have
+gradients of zero, so optimizers with momentum still move them, as in the authors' code.
 
 The loss needs the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` of a model's output: its field `logits`,
 the output itself if it is a tensor, or the first entry of a tuple after the loss. It is a mean over rows, or over
@@ -17,15 +17,15 @@ tokens that are not padding; the left arguments of both KL terms are detached. I
 of its adapter. If the model does not return the loss, `injection.losses()` does. The second pass doubles the time and
 the memory of training.
 
-Parameters: M (d r + r) + d r + d an adapter, of which evaluation computes with the means, 2 d r + r + d; without
-`shared`, M times both maps.
+Parameters: M (d r + r) + d r + d per adapter; evaluation uses only the means, 2 d r + r + d; without `shared`, M times
+both maps.
 
 Start: Matrices from N(0, 0.02) and biases at zero, with a separate draw for each copy: the authors' code first copies
-one map, but then the model initializes all its linear layers again. Near the identity; ``up_init_std=0`` makes it
-exact.
+one map, but then the model initializes all its linear layers again. The start is near the identity; ``up_init_std=0``
+makes it an exact identity.
 
 Differs from the authors' code: Their loss for GPT-2 is over tokens with a label, and 100 times as large; here it is a
-mean over tokens that are not padding. Their mixture of LoRAs is not here.
+mean over tokens that are not padding. Their mixture of LoRAs is not available.
 
 Use it: `peftcore.apply(model, "adamix")`, where a bottleneck adapter of this size learns too little, and evaluation
 must not cost more; not where training time counts: `houlsby_adapter` takes half the time, and `adapter_soup` averages
@@ -75,8 +75,8 @@ class AdaMixConfig(MethodConfig):
     routing: Literal["random", "mean"] = "random"
     """The maps used in training: randomly drawn copies, or the mean of all copies."""
     joins: Joins = "matrix"
-    """The place where the adapter reads and adds: at the feed-forward's last matrix, or after the host's operations on
-    the branch's output (dropout, layer scale, stochastic depth)."""
+    """Where the adapter reads and adds. "matrix": at the output of the feed-forward's last matrix. "stream": after the
+    host's dropout, layer scale and stochastic depth on that output."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of the down maps at the start."""
     up_init_std: NonNegativeFloat = 0.02
@@ -84,7 +84,7 @@ class AdaMixConfig(MethodConfig):
 
 
 def copies(config: AdaMixConfig) -> tuple[int, int]:
-    """Return how many down maps and up maps there are."""
+    """Return the numbers of down maps and of up maps."""
     down, up = (1 if config.shared == name else config.experts for name in ("down", "up"))
     return down, up
 
@@ -175,7 +175,8 @@ def logits_of(output: Any, labelled: bool) -> Tensor:
 
 
 def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean of both divergences between logits ``[..., classes]``, in float32 at least: ``[...]``."""
+    """Return the mean of the two KL divergences between logits ``[..., classes]``. The result is ``[...]``, in float32
+    at least."""
     precise = torch.promote_types(one.dtype, torch.float32)
     p, q = one.to(precise).log_softmax(-1), other.to(precise).log_softmax(-1)
     return 0.5 * (_kl(p.detach(), q) + _kl(q.detach(), p)).sum(-1)

@@ -4,7 +4,7 @@ Equation:
     union(m_1, ..., m_n): every m_i acts at its own sites, as if applied by itself
 
 If several parts act on the same module, they compose in the order of the list, as several injections do. The union is
-one injection: it is activated, routed, merged, saved and loaded as a whole. It merges if all its parts do.
+one injection: it is activated, routed, merged, saved and loaded as a whole. It can be merged if all its parts can.
 
 Parameters: the sum over its parts.
 
@@ -33,8 +33,8 @@ class ConfigUnionConfig(MethodConfig):
 
     method: Literal["config_union"] = "config_union"
     parts: list[dict[str, Any]] = Field(min_length=1, max_length=100)
-    """The methods in order: each is a dictionary of its options, with its name as "method", and "target" if it has
-    separate targets."""
+    """The methods in order. Each is a dictionary with its options, its name under "method", and optionally its own
+    targets under "target"."""
 
     @field_validator("parts")
     @classmethod

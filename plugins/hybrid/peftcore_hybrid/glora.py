@@ -15,14 +15,14 @@ of a kernel.
 Parameters: of low rank r, r (in * kernel + out) for A and for B, 2 r in for a product, r (in * kernel + 1) for C;
 vectors have out or, for C, in * kernel; constants one. Times the number of experts.
 
-Start: X_d at zero, X_u from Glorot's uniform draw, all other terms at zero, so W' = W: the identity.
+Start: X_d at zero, X_u from Glorot's uniform draw, all other terms at zero, so W' = W. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors train all choices at once, with a randomly drawn path for each forward, and
 then search for the best path under a budget. Here, as in peft, the choice is fixed; set the result of such a search for
 each site in `overrides`. peft starts X_u from Kaiming's draw, and does not add a bias to a layer without one.
 
 Use it: `peftcore.apply(model, "glora")`, where LoRA's update is not expressive enough: GLoRA also scales the weight and
-shifts the output, and merges too.
+shifts the output, and can be merged too.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def terms(site: Site, config: GLoRAConfig) -> dict[str, tuple[tuple[int, ...], .
 
 
 class GLoRAOperator(WeightOperator):
-    """The terms of one site, as matrices that broadcast to the weight [*batch, out, in * kernel], or to a column for
-    the bias."""
+    """The terms of one site, as matrices. Terms of the weight broadcast to [*batch, out, in * kernel], terms of the
+    bias to a column."""
 
     def __init__(self, site: Site, config: GLoRAConfig) -> None:
         super().__init__(site)
@@ -116,7 +116,7 @@ class GLoRAOperator(WeightOperator):
         return flat if A is None else flat + flat * A
 
     def _multiplied(self, weight: Tensor) -> Tensor:
-        """Return W A, for each place of a kernel, [*batch, out, in * kernel]."""
+        """Return W A, computed for each position of a kernel, [*batch, out, in * kernel]."""
         A, up, inputs = self.get_parameter("A"), self.get_parameter("A_up"), self.layer.batch_dims + 1
         precise = torch.promote_types(weight.dtype, A.dtype)
         product = weight.movedim(inputs, -1).to(precise) @ A.to(precise) @ up.to(precise)

@@ -10,10 +10,10 @@ attention, and most of the parameters at the feed-forward, where they help most.
 pages apply here: encoder, decoder and cross-attention have separate prefixes. The positions of tokens do not change,
 since the authors' code does not put prefixes into a cache.
 
-Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
-and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.
+Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) per attention
+and k d + (d + 1) t per stack; with ffn_bottleneck r and hidden size e: 2 e r + r + e per feed-forward.
 
-Start: As the two methods: the adapter is an exact identity, the prefix is not.
+Start: Each part starts as its method does: the adapter is an exact identity, the prefix is not.
 
 Differs from the authors' code: No difference is known.
 
@@ -43,20 +43,20 @@ class MAMAdapterConfig(MethodConfig):
 
     method: Literal["mam_adapter"] = "mam_adapter"
     prefix_length: PositiveInt = 30
-    """Number of keys and values in front of each attention's own."""
+    """Number of trained keys and values that are added in front of the keys and values of each attention."""
     prefix_mid_dim: PositiveInt | None = 800
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     prefix_dropout: Share = 0.0
-    """Probability with which numbers of the prefix are dropped in training."""
+    """Dropout probability of the prefix."""
     ffn_bottleneck: PositiveInt = 512
     """Width r of the adapter at the feed-forward."""
     ffn_scale: PositiveFloat | Literal["learned"] = 4.0
-    """The factor s in front of the adapter; "learned" trains one for each feed-forward, from 1."""
+    """The factor s in front of the adapter; "learned" trains a separate s for each feed-forward, starting at 1."""
     ffn_dropout: Share = 0.0
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations."""
     ffn_joins: Joins = "stream"
-    """The place where the adapter adds: to the stream, after the host's dropout and layer scale of the feed-forward, or
-    before them, to the output of the feed-forward's last matrix."""
+    """Where the adapter's output is added. "stream": to the residual stream, after the host's dropout and layer scale
+    of the feed-forward. "matrix": to the output of the feed-forward's last matrix, before these operations."""
 
 
 def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def ffn_options(config: MAMAdapterConfig) -> parallel_adapter.ParallelAdapterCon
 
 
 def _chosen(paths: list[str], surgeon: Surgeon) -> Callable[[str, nn.Module], bool] | None:
-    """Return a part's target: the paths that it has of the user's target, or None without one, where each part has its
-    own."""
+    """Return the target of a part: the given paths, which are from the user's target. Without a user's target, return
+    None, so that the part uses its default target."""
     return None if surgeon.wishes.target is None else lambda path, module: path in paths
 
 

@@ -9,7 +9,7 @@ scores s_l [r, d] and s'_l [d, r], and each mask keeps the share `kept` of a mat
 and h the tensor to which its output is added, as in `pfeiffer_adapter` with the same `placement`. In the backward pass
 a mask acts as |s_l| (a straight-through estimate): the gradient of a mask entry passes to its score as if no entry were
 masked. The learning rate of the scores is `mask_ratio` times that of the prototype. Scores have the weight decay of the
-maps, and biases have none.
+maps; biases are not decayed.
 
 With learned masks a file stores the scores, which are larger than one adapter for each layer. For small files use
 `masks="fixed"`, which stores one bit instead of each score, and copies the masks and the prototype from a trained
@@ -20,13 +20,13 @@ adapter:
 
 The prototype continues to train with these masks, or can be frozen.
 
-Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits.
+Parameters: 2 d r + r + d of the prototype, and 2 d r scores per layer, or as many bits with fixed masks.
 
 Start: Both maps from N(0, 0.02), biases at zero, the scores of D uniform in +-1/sqrt(r), the scores of U in
-+-1/sqrt(d). Near the identity; ``up_init_std=0`` makes it exact.
++-1/sqrt(d). The start is near the identity; ``up_init_std=0`` makes it an exact identity.
 
 Differs from the authors' code: The authors also mask LoRA and prefixes, and combine a layer's mask with a mask for each
-task; both are not here.
+task; neither is available here.
 
 Use it: `peftcore.apply(model, "propetl")`, where many adapters are stored and files must be small; not where training
 memory must be small: `compacter` also shares parameters between layers, and `pfeiffer_adapter` has no scores.
@@ -55,16 +55,16 @@ class ProPETLConfig(MethodConfig):
 
     method: Literal["propetl"] = "propetl"
     bottleneck: PositiveInt = 64
-    """Width r of the prototype; the authors use a twelfth of the stream's width."""
+    """Width r of the prototype; the authors use a twelfth of the hidden size."""
     kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the prototype's numbers that a mask keeps; the authors' code calls it sparsity."""
     masks: Literal["learned", "fixed"] = "learned"
-    """The kind of masks: from trained scores, or given as bits."""
+    """"learned": masks are computed from trained scores. "fixed": masks are stored as bits and do not train."""
     mask_ratio: PositiveFloat = 30.0
     """Learning rate of the scores, divided by that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
-    the target's output ("branch"); "auto" chooses "post" or "pre" by the model."""
+    """The adapter's input. "post": the residual stream after the norm that ends a block. "pre": the residual stream as
+    the block returns it. "branch": the output of the target. "auto": "post" or "pre", depending on the model."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02
@@ -72,8 +72,8 @@ class ProPETLConfig(MethodConfig):
 
 
 def largest(scores: Tensor, kept: float) -> Tensor:
-    """Return a mask of the entries with the largest magnitude; in backward, the mask's gradient passes to the
-    magnitudes."""
+    """Return a mask that is 1 for the share `kept` of entries with the largest magnitudes, else 0. In backward, the
+    mask's gradient passes to the magnitudes."""
     sizes = scores.abs()
     count = scores.numel() - int((1 - kept) * scores.numel())
     places = sizes.flatten().topk(count).indices
@@ -105,7 +105,7 @@ class Prototype(nn.Module):
 
 
 class ProPETLOperator(AtLayerEnd):
-    """The masks of one layer, over the prototype."""
+    """The masks of one layer for the shared prototype."""
 
     def __init__(self, site: Site, config: ProPETLConfig, placement: Placement, prototype: Shared) -> None:
         super().__init__(site)
@@ -180,7 +180,8 @@ def take_masks(fixed: AppliedMethod, trained: AppliedMethod) -> None:
     """Copy the masks and prototypes of a trained adapter to an adapter with fixed masks.
 
     Raises:
-        ConfigError: the first adapter does not have fixed masks, or their layers and sizes differ.
+        ConfigError: `fixed` does not have fixed masks, `trained` does not have learned masks, or their layers or sizes
+            differ.
     """
     mine, theirs = _layers(fixed), _layers(trained)
     kinds = [each.config.model_dump().get("masks") for each in (fixed, trained)]

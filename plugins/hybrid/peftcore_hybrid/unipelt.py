@@ -9,24 +9,24 @@ Equation:
 ``gate="sequence"`` is the paper's gate: g is the mean over a row's tokens, here without padding (by the model's
 `attention_mask`). In a causal model this mean would include later tokens, and with a cache only the last token, so it
 is refused for causal attention. By default every token has a separate gate. Since tokens share the keys of a prefix, a
-token's gate scales the change that the prefix makes to its output, which takes a second softmax:
+token's gate scales the change that the prefix makes to its output, which needs a second softmax:
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
-The adapter is a `pfeiffer_adapter` whose output is multiplied by a gate: x is the stream, o the feed-forward's output
-after the host's dropout, and LN the norm that ends the block; in blocks without such a norm LN is left out. With
+The adapter is a `pfeiffer_adapter` whose output is multiplied by a gate: x is the residual stream, o the feed-forward's
+output after the host's dropout, and LN the norm that ends the block; in blocks without such a norm LN is left out. With
 adapter_placement="branch" it reads o.
 
-Gates depend on the input, so nothing merges.
+Gates depend on the input, so the method cannot be merged.
 
-Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
+Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d per
 feed-forward, r = d / reduction; and d + 1 for each gate.
 
-Start: Gates near one half: u, the adapter's W, and all of the network that makes the prefix from N(0, 0.02), biases at
-zero, A and B as in LoRA. Not an identity.
+Start: Gates start near one half. u, the adapter's W and the network that generates the prefix start from N(0, 0.02),
+biases at zero, A and B as in LoRA. The start is not an identity.
 
-Differs from the authors' code: By default each token has a separate gate; the paper's is ``gate="sequence"``, whose
-mean includes padding in the authors' code, but not here. In the paper's text the adapter reads o.
+Differs from the authors' code: By default each token has a separate gate. ``gate="sequence"`` is the gate of the paper;
+its mean includes padding in the authors' code, but not here. In the text of the paper the adapter reads o.
 
 Use it: `peftcore.apply(model, "unipelt")`, where you do not know which of the three methods suits the task.
 """
@@ -65,19 +65,20 @@ class UniPELTConfig(MethodConfig):
 
     method: Literal["unipelt"] = "unipelt"
     gate: Literal["token", "sequence"] = "token"
-    """A gate for each token, or the paper's gate for each sequence (the mean over its tokens), which supports only
-    encoders."""
+    """"token": a gate for each token. "sequence": the gate of the paper, one for each sequence (the mean over its
+    tokens), which supports only encoders."""
     rank: PositiveInt = 8
     """Rank of the updates of queries and values."""
     prefix_length: PositiveInt = 10
-    """Number of keys and values in front of each attention's own."""
+    """Number of trained keys and values that are added in front of the keys and values of each attention."""
     prefix_mid_dim: PositiveInt | None = 512
     """Width of the network that generates the prefix in training; None trains the prefix directly."""
     adapter_reduction: PositiveInt = 16
-    """How many times narrower than the stream the adapter's bottleneck is."""
+    """Divisor of the hidden size; the quotient is the width of the adapter's bottleneck."""
     adapter_placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream after the norm that ends a block ("post"), or as the block returns it ("pre"), or
-    the output of the feed-forward's last matrix ("branch"); "auto" chooses "post" or "pre" by the model."""
+    """The adapter's input. "post": the residual stream after the norm that ends a block. "pre": the residual stream as
+    the block returns it. "branch": the output of the feed-forward's last matrix. "auto": "post" or "pre", depending on
+    the model."""
 
     def prefix(self) -> prefix_tuning.PrefixTuningConfig:
         """Return the options of the prefix."""
@@ -93,8 +94,8 @@ Each = Literal["token", "sequence"]
 
 
 class Gate(nn.Module):
-    """A gate sigmoid(u . x + c): ``[rows, tokens, 1]``, or, for gates of a sequence, its mean over the tokens, ``[rows,
-    1, 1]``."""
+    """A gate sigmoid(u . x + c) for each token, ``[rows, tokens, 1]``. For gates of sequences it is averaged over the
+    tokens, ``[rows, 1, 1]``."""
 
     def __init__(self, width: int, each: Each) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class Gate(nn.Module):
 
 
 def linear(width: int, outputs: int) -> nn.Linear:
-    """Make a linear layer with BERT's initialization and a bias of zeros."""
+    """Return a linear layer that is initialized as in BERT, with a bias of zeros."""
     made = nn.Linear(width, outputs)
     start_as_bert(made)
     return made
@@ -124,7 +125,8 @@ def start_as_bert(module: nn.Module) -> None:
 
 
 def mean_of_tokens(values: Tensor) -> Tensor:
-    """Return the mean of ``[rows, tokens, 1]`` over the tokens that are not padding, by the model's `attention_mask`.
+    """Return the mean of values ``[rows, tokens, 1]`` over all tokens that are not padding in the model's
+    `attention_mask`.
 
     Raises:
         MissingContext: a part of the host was called by itself, so the padding is unknown.
@@ -142,7 +144,8 @@ def mean_of_tokens(values: Tensor) -> Tensor:
 
 
 class GatedLoRA(Operator):
-    """The gated update of queries or values; at queries also the gate of the prefix, which reads the same input."""
+    """The gated update of queries or values. At queries it also computes the gate of the prefix, which reads the same
+    input."""
 
     padded = frozenset({"A", "B"})
 
@@ -167,7 +170,7 @@ class GatedLoRA(Operator):
 
 class GatedAdapter(PfeifferOperator):
     """A bottleneck whose output is multiplied by a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the
-    stream, where u is the adapter's input; with the placement "branch" it is added to the site's output."""
+    residual stream, where u is the adapter's input; with the placement "branch" it is added to the site's output."""
 
     def __init__(self, site: Site, config: UniPELTConfig, placement: Placement) -> None:
         plain = pfeiffer_adapter.PfeifferAdapterConfig(bottleneck=config.bottleneck(site))
@@ -183,7 +186,7 @@ class GatedAdapter(PfeifferOperator):
 
 
 class GatedPrefix(PrefixOperator):
-    """Adds keys and values in front of the attention's own, scaled by the gate."""
+    """Adds trained keys and values in front of the keys and values of an attention. The gate scales their effect."""
 
     def __init__(self, site: AttentionSite, config: UniPELTConfig, surgeon: Surgeon, opening: Tap) -> None:
         super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix(), _encoder))
@@ -238,14 +241,15 @@ class UniPELT(Method):
 
 
 def _encoder(length: int, width: int, hidden: int) -> Encoder:
-    """Make the half of the prefix network that layers share, started as BERT's own layers."""
+    """Return the half of the prefix network that layers share, initialized like the layers of BERT."""
     made = Encoder(length, width, hidden)
     made.apply(start_as_bert)
     return made
 
 
 def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surgeon: Surgeon) -> None:
-    """Adapt an attention: its prefix, and the updates of its queries and values, which are `inside` it."""
+    """Install the prefix of an attention, and the updates of its matrices for queries and values, which are `inside`
+    it."""
     opening = Tap()
     queries = [each for each in inside if each.role in QUERIES]
     if queries or surgeon.wishes.exclude is None:  # where queries are excluded, the prefix goes with its gate

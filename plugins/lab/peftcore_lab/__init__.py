@@ -1,7 +1,8 @@
 """Training runs, comparisons and searches: a library, and the commands ``peftcore train``, ``compare``, ``search`` and
 ``chat``.
 
-A plugin of peftcore: its entry point is this module, which registers commands and tasks and imports nothing else.
+This package is a plugin of peftcore. Its entry point is this module, which registers commands and tasks and imports
+nothing else.
 
 It may import all of the core except `peftcore.testing`. In the core only `peftcore.compare` imports this package. Only
 the commands print; library functions get a display object for progress. Each package imports only packages that are
@@ -14,7 +15,7 @@ listed above it. In the order of reading:
 - `training`: one run.
 - `reports`: results of a comparison, for people and programs.
 - `comparisons`: several methods, configurations and seeds on one task.
-- `searching`: the best within a budget.
+- `searching`: searches for the best method and options within a budget.
 - `chat_session`: conversations with a language model and its adapter.
 - `schemas`: the JSON schemas of the files that the commands read.
 - `printing`: the tables that the commands print.

@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Conversation:
-    """The messages so far, and the model with its adapter that answers."""
+    """The messages so far, and the model and adapter that answer them."""
 
     model: Any
     tokenizer: Any
@@ -32,16 +32,17 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, asked: str, say: Say, longest: int, temperature: float) -> None:
-        """Answer a message, and append both to the conversation; of an interrupted answer the generated part is kept.
+        """Answer a message, and append the message and the answer to the conversation. If the answer is interrupted,
+        the part that was generated is appended.
 
         Args:
             asked: the user's message.
-            say: gets the answer as it is generated.
-            longest: tokens of an answer at most.
+            say: receives the answer piece by piece, while it is generated.
+            longest: the maximum number of tokens of an answer.
             temperature: temperature of sampling; 0 is greedy decoding.
 
         Raises:
-            BadInput: the chat template refuses the conversation.
+            BadInput: the chat template raises an error for the conversation.
         """
         self.messages.append({"role": "user", "content": asked})
         self._answered(say, longest, temperature)
@@ -88,7 +89,7 @@ class Conversation:
 
 
 class _Spoken(transformers.TextStreamer):
-    """Hands on what is generated, word by word."""
+    """Passes the generated text on, word by word."""
 
     def __init__(self, tokenizer: Any, say: Say) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -99,14 +100,15 @@ class _Spoken(transformers.TextStreamer):
 
 
 def conversation(adapter: str, model: str | None, template: str | None, system: str, dtype: str) -> Conversation:
-    """Open an adapter on its model.
+    """Return a conversation with an adapter, which is loaded on its base model.
 
     Args:
-        adapter: the folder of a run of ``peftcore train``, whose model and chat template are known, or an adapter.
+        adapter: an adapter, or the folder of a run of ``peftcore train``, which also names the model and the chat
+            template.
         model: a model to use instead of the one that the run or the adapter names.
-        template: a chat template, as of the task chat.
-        system: the system's message.
-        dtype: of the model's weights.
+        template: a chat template: ``chatml`` or a Jinja file.
+        system: the system message.
+        dtype: the dtype of the model's weights.
 
     Raises:
         BadInput: the model is unknown, or its tokenizer lacks a chat template.

@@ -1,4 +1,4 @@
-"""Digests of the content of files, which show whether it is still the same."""
+"""Digests of the content of files, which show whether the content has changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ PIECE = 2**20
 SAMPLE = 2**16
 """Bytes that are read at the beginning, in the middle and at the end of each file of a model."""
 NOT_CONTENT = ("state.json", "cache-")
-"""Prefixes of file names in a saved dataset that are ignored, because they differ for the same rows."""
+"""Prefixes of files in a saved dataset that are ignored, because these files can differ between datasets with the same
+rows."""
 
 
 def of_content(source: str) -> str | None:
@@ -20,8 +21,9 @@ def of_content(source: str) -> str | None:
 
 
 def of_sample(source: str) -> str | None:
-    """Return a digest of the sizes of the files of a model and of some bytes of each: they may be too large to be read
-    whole, and one that was trained differs everywhere."""
+    """Return a digest of a model's files, from their sizes and some bytes of each. The files may be too large to be
+    read as a whole, and training changes bytes everywhere in a file. Return None if the file or folder does not
+    exist."""
     return _digest(source, _stamps(source), True) if Path(source).exists() else None
 
 
@@ -32,7 +34,7 @@ def _files(source: str) -> Iterator[Path]:
 
 
 def _stamps(source: str) -> tuple[tuple[str, int, int], ...]:
-    """Return names, sizes and times of files: where these are as they were, nothing is read again."""
+    """Return names, sizes and times of files. Files are not read again as long as these are unchanged."""
     return tuple((str(each), (stat := each.stat()).st_size, stat.st_mtime_ns) for each in _files(source))
 
 

@@ -1,5 +1,5 @@
-"""The JSON schemas of the files that commands read, for editors that complete and check them. The keys under `data`
-depend on the task, the keys next to a method's name on the method."""
+"""The JSON schemas of the files that commands read, for editors that complete and check such files. The keys under
+`data` depend on the task, and the keys next to a method's name depend on the method."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from peftcore_lab.searching.search import Search
 from peftcore_lab.tasks import task_catalogue
 
 FILES: Mapping[str, type[Options]] = {"train": Run, "compare": Comparison, "search": Search}
-"""The kind of file that a command reads."""
+"""The schema class of the files that each command reads."""
 PLACES = {
     "target": "Target modules: a role, a glob, the end of a path, or several; the method's own when left out.",
     "exclude": "Target modules that are left out.",
     "train": "Modules or parameters that are trained too.",
 }
 CHOICES = {kind.__name__ for kind in (MethodChoice, Candidate)}
-"""Names of the definitions in a schema that hold the choice of a method."""
+"""Names of the definitions in a schema that describe the choice of a method."""
 JSON = dict[str, Any]
 BY_NAME: JSON = {"type": "string", "description": "Name of a method, with its own options."}
 
@@ -62,7 +62,7 @@ def search() -> JSON:
 
 
 def _of_methods(choice: JSON, defs: JSON) -> JSON:
-    """Return the schema of a method's choice, with the options of each."""
+    """Return the schema of the choice of a method, with the options of each method."""
     infos = peftcore.methods(presets=True)
     choice["properties"]["name"]["examples"] = [*(info.name for info in infos), FULL]
     choice["properties"] |= {name: {"description": text} for name, text in PLACES.items()}
@@ -82,7 +82,7 @@ def _of_methods(choice: JSON, defs: JSON) -> JSON:
 
 
 def _hoisted(kind: JSON, name: str, defs: JSON) -> JSON:
-    """Put a schema among the definitions, with those that it has itself under its name; return a reference to it."""
+    """Add a schema and its own definitions to `defs`, and return a reference to the schema."""
     inner = kind.pop("$defs", {})
     text = json.dumps({"whole": kind, "inner": inner})
     for each in inner:
@@ -94,7 +94,7 @@ def _hoisted(kind: JSON, name: str, defs: JSON) -> JSON:
 
 
 def _when(key: str, value: str, properties: JSON) -> JSON:
-    """Return the rule that these properties hold where a key has a value."""
+    """Return the schema rule that `properties` apply if a key has a certain value."""
     return {
         "if": {"properties": {key: {"const": value}}, "required": [key]},
         "then": {"properties": properties},

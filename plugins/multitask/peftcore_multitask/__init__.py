@@ -47,13 +47,13 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_presets() -> Mapping[str, Preset]:
-    """Name options of methods as papers do."""
+    """Return the presets of this plugin: names from papers for methods with certain options."""
     return PRESETS
 
 
 @hookimpl
 def peftcore_formats() -> Mapping[str, str]:
-    """Name the file formats that this plugin reads."""
+    """Map the names of the file formats of this plugin to their import paths."""
     return {"adapterhub_fusion": "peftcore_multitask.interop.adapterhub_fusion:AdapterHubFusion"}
 
 

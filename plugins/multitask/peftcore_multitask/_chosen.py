@@ -16,7 +16,7 @@ Factors = tuple[Tensor, Tensor, float]
 
 
 def first_of(members: Members, title: str) -> Graft:
-    """Return the first of the parts at one module, which are LoRAs of a linear layer.
+    """Return the first part at one module. All parts there must be LoRAs of a linear layer.
 
     Raises:
         UnsupportedSite: a part is not a LoRA, or the layer is not linear. `title` is the method's name in the error.
@@ -37,8 +37,8 @@ def first_of(members: Members, title: str) -> Graft:
 
 
 def add_shares(operator: Operator, y: Tensor, x: Tensor, every: Sequence[Factors], shares: Tensor) -> Tensor:
-    """Return y + sum_e c_e s_e B_e A_e x for shares c ``[..., parts]``, inputs x ``[..., in]`` and outputs y
-    ``[..., out]``: all factors are concatenated, for two products."""
+    """Return y + sum_e c_e s_e B_e A_e x for shares c ``[..., parts]``, inputs x ``[..., in]`` and outputs y ``[...,
+    out]``: all A_e and all B_e are concatenated, so this takes two matrix products."""
     scales = torch.tensor([scale for *_, scale in every], dtype=shares.dtype, device=shares.device)
     ranks = torch.tensor([len(A) for A, *_ in every], device=shares.device)
     shares = (shares * scales).repeat_interleave(ranks, -1, output_size=sum(len(A) for A, *_ in every))

@@ -1,8 +1,8 @@
 """Base classes of methods that merge the deltas of several adapters, their *parts*, into one change of a weight.
 
 The parts do not act one after the other: at each site their deltas tau_t = W_t - W are combined, and W' = W + combined.
-Everything stays differentiable, so parts may train together. A part is any method that can be merged; its changes of
-biases are combined in the same way. Effects other than changes of weights (a dropout of inputs) are left out.
+The merge is differentiable, so parts may train together. A part is any method that can be merged; its changes of biases
+are combined in the same way. Effects other than changes of weights (a dropout of inputs) are left out.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from peftcore.author import (
 from peftcore.errors import ConfigError, UnsupportedSite
 
 Key = tuple[str, str, Slices | None]
-"""Module, tensor and slices."""
+"""The path of a module, the name of a tensor, and the slices of that tensor."""
 Members = dict[int, Graft]
-"""Installed operators (grafts) at one tensor, by number of the part; parts that do not change the tensor are left
-out."""
+"""The installed operators (grafts) at one tensor, by number of the part. Parts that do not change the tensor are
+missing."""
 
 
 MOST = 100
@@ -46,12 +46,13 @@ class PartsConfig(MethodConfig):
     """Options of a method that combines parts."""
 
     changes_weights: ClassVar[bool] = True
-    """Whether every part has to be a change of weights."""
+    """Whether every part must be a method that changes weights and can be merged."""
 
     parts: list[dict[str, Any]] = Field(
         default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], min_length=1, max_length=MOST
     )
-    """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
+    """The adapters to combine. Each entry has the options of one adapter, the name of its method under "method", and
+    optionally its own "target"."""
     weights: list[float] | None = None
     """A weight for each part, which may be negative; equal weights by default."""
 
@@ -87,7 +88,8 @@ class MergingOperator(WeightOperator):
         self.weights = {str(index): weights[index] for index in members}
 
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:
-        """Merge the deltas of the parts, by number, into one; for a bias some may be missing."""
+        """Return one delta, merged from the deltas of the parts (by number of the part). Parts that do not change a
+        bias are missing in the deltas of that bias."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor | None) -> Tensor:
@@ -118,20 +120,20 @@ class MergingOperator(WeightOperator):
 
 
 class OfMergedParts(OfParts):
-    """A method that is made of parts: it hands options on to them and counts their parameters."""
+    """Base class of methods that consist of parts. It passes options on to the parts and counts their parameters."""
 
     @staticmethod
     def parameter_count(site: Site, config: Any) -> int:
-        """Count the parameters of a site that all parts have."""
+        """Return the number of parameters of all parts at a site."""
         every = [(peftcore.method(part["method"]), options_of(part)) for part in config.parts]
         return sum(method.parameter_count(site, options.at(site.path)) for method, options in every)
 
 
 def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
-    """Return the operators of the parts at each tensor, without grafting them.
+    """Return the operators of all parts, grouped by the tensor that they change, without installing them.
 
     Raises:
-        UnsupportedSite: parts meet in one tensor in different ways, so that their deltas cannot be separated.
+        UnsupportedSite: parts change one tensor in different ways, so their deltas cannot be separated.
     """
     groups: dict[Key, Members] = {}
     for index, part in enumerate(config.parts):
@@ -151,7 +153,7 @@ def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
 
 
 def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., MergingOperator]) -> None:
-    """Graft one operator for each tensor that any part changes.
+    """Install one operator for each tensor that any part changes.
 
     Raises:
         UnsupportedSite: a part does more than change the weight, or parts change a tensor in different ways.
@@ -168,7 +170,8 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
 
 
 def _check_apart(groups: Mapping[Key, Members]) -> None:
-    """Raise unless each tensor belongs to one group: also biases that change with a weight."""
+    """Raise UnsupportedSite if a tensor belongs to several groups. Biases that change together with a weight are
+    checked too."""
     held: dict[str, list[tuple[Key, Slices | None]]] = {}
     for key, members in groups.items():
         places = [{_name(each.module_path, each.tensor) for each in graft.holders} for graft in members.values()]

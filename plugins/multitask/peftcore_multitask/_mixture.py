@@ -1,9 +1,10 @@
-"""Low-rank experts of one module, the gates by which tokens or tasks share them, and the loss that balances them.
+"""Low-rank experts of one module, with gates for each token or task, and the loss that balances the experts.
 
     y = W x + b + s sum_e g_e B_e A_e dropout(x)
 
-Each expert has separate factors A_e [rank, in] and B_e [out, rank] and draws its own dropout of inputs; s is a number.
-In evaluation, or without dropout, all A are one product, whose ranks are weighed by the gates, and all B another one.
+Each expert has separate factors A_e [rank, in] and B_e [out, rank] and a separate dropout of its inputs; s is a number.
+In evaluation, or without dropout, all A_e are applied in one matrix product and all B_e in another one. The gates scale
+the result of the first product.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from peftcore_multitask._skills import factors
 
 
 class ExpertsOperator(Router):
-    """The experts of one site; subclasses give the gates."""
+    """The experts of one site; subclasses compute the gates."""
 
     stackable = True
 
@@ -35,12 +36,14 @@ class ExpertsOperator(Router):
                                  site.in_features)  # fmt: skip
 
     def start_normal(self, std: float) -> None:
-        """Start all A from a normal distribution; at embeddings they stay zero, and B starts so."""
+        """Initialize all A from a normal distribution with standard deviation `std`. At embeddings nothing changes: A
+        is zero there."""
         if not self.layer.one_hot:
             nn.init.normal_(self.A, std=std)
 
     def update(self, call: Callable[..., Tensor], x: Tensor, gates: Tensor) -> Tensor:
-        """Return the output, for gates whose channels are the experts: they broadcast to all places of the output."""
+        """Return the module's output with the updates of all experts. The channels of `gates` are the experts; the
+        other dimensions are broadcast to those of the output."""
         y, channels, (experts, rank) = call(x), self.layer.channel_dim, self.A.shape[:2]
         A, B, gates = self.cast(y, self.A, self.B, gates)
         if self.training and self.dropout.p:
@@ -62,11 +65,11 @@ def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> 
     """Store statistics for a balancing loss, which `imbalance` computes after the forward.
 
     Args:
-        tap: stores the statistics of all routers: for each router a group, and in one tensor the sums of picks and of
-            probabilities over tokens without padding, and the number of tokens.
-        group: routers that are balanced together.
-        picks: 1 for each expert that a token has, else 0 ``[rows, tokens, experts]``.
-        probabilities: the softmax that they were picked by, in the same shape.
+        tap: stores one entry for each router: its group, and a tensor with the sums of `picks` and of `probabilities`
+            over all tokens except padding, followed by the number of these tokens.
+        group: the name of the group of routers that are balanced together.
+        picks: 1 for each expert that is chosen for a token, else 0 ``[rows, tokens, experts]``.
+        probabilities: the softmax from which the experts were chosen, in the same shape.
     """
     both, counts, _ = by_row(torch.cat([picks, probabilities, torch.ones_like(picks[..., :1])], -1))
     sums = (both if counts is None else both * counts.unsqueeze(-1)).sum((0, 1))
@@ -78,7 +81,7 @@ def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> 
 
 def imbalance(tap: Tap) -> Tensor | None:
     """Return the sum over groups of ``experts * sum_e F_e P_e``, from the statistics of `leave_counts`: F_e is the
-    number of picks of e per token and P_e the mean of its probability. None without statistics."""
+    number of picks of e per token and P_e the mean of its probability. Return None without statistics."""
     groups: dict[str, list[Tensor]] = {}
     for group, sums in tap.take() or ():
         groups.setdefault(group, []).append(sums)
@@ -91,10 +94,10 @@ def imbalance(tap: Tap) -> Tensor | None:
 
 
 def with_one_input(site: Site) -> Site:
-    """Return the site, after a check that its module takes one input, the residual stream.
+    """Return the site, after a check that its module has one input, the residual stream.
 
     Raises:
-        UnsupportedSite: the module's forward takes more inputs, such as a residual.
+        UnsupportedSite: the module's forward has more inputs, such as a residual.
     """
     asked = inspect.signature(site.module.forward).parameters.values()
     if sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked) > 1:

@@ -1,4 +1,5 @@
-"""The task of each row of a batch: two options of a method, and ``peftcore.call(model, task=...)``."""
+"""The task of each row of a batch, which ``peftcore.call(model, task=...)`` passes. Two options of a method set the
+known tasks and the default task."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from peftcore.errors import ConfigError, MissingContext, RouteError
 
 
 class TaskConfig(MethodConfig):
-    """Options of a method that knows tasks."""
+    """Options of a method that depends on the task."""
 
     tasks: PositiveInt | list[str] = 1
-    """How many tasks there are, or their names."""
+    """The number of tasks, or their names."""
     task: NonNegativeInt | str | None = None
-    """The task of calls that pass none. Without this default each call must pass a task, unless there is only one."""
+    """The default task, for calls that do not pass one. Without a default, each call must pass a task unless there is
+    only one."""
 
     @classmethod
     def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def task_count(config: TaskConfig) -> int:
 
 
 def position(task: Any, tasks: int | list[str]) -> int:
-    """Return the number of one task.
+    """Return the index of a task, which is given by name or index.
 
     Raises:
         ConfigError: the task is unknown.
@@ -70,8 +72,8 @@ def position(task: Any, tasks: int | list[str]) -> int:
 class Tasks:
     """Looks up the entry of a table for the task of each row.
 
-    A call passes one task, a number or a name, for all rows; or a list or an integer tensor with one for each row, or
-    with a single one for all. Rows are the first dimension of a module's inputs.
+    A call passes one task for all rows, as a number or a name. Or it passes a list or an integer tensor, with one task
+    for each row or a single task for all rows. Rows are the first dimension of a module's inputs.
     """
 
     def __init__(self, site: Site, config: TaskConfig) -> None:
@@ -81,12 +83,13 @@ class Tasks:
             self.default = 0
 
     def of_rows(self, table: Tensor, rows: int) -> Tensor:
-        """Return the entries of `table` ``[tasks, ...]`` for so many rows: ``[1, ...]`` where all have one task, else
-        ``[rows, ...]``, each repeated where a module sees several rows of one (beams, windows, flat tokens).
+        """Return the entries of `table` ``[tasks, ...]`` for the tasks of a module's input rows. The result is ``[1,
+        ...]`` if the call passes one task, else ``[rows, ...]``. Entries are repeated if the module gets several rows
+        for each row of the batch (beams, windows, flat tokens).
 
         Raises:
             MissingContext: the call does not pass the task.
-            RouteError: there are not as many rows.
+            RouteError: the number of rows does not fit the number of tasks.
         """
         running = forward_context()
         told = running.told("task", self.default)

@@ -3,34 +3,35 @@
 Equation:
     y = h + V sum_t a_t z_t,   a = softmax_t((Q h + q) . K z_t),   z_t = y_t - h
 
-h is a module's output without adapters and y_t its output with adapter t alone: each token weighs the adapters'
-changes. Where a norm ends a block, adapters that read behind it and are added in front of it are mixed there, as the
-package does it (`mixes`): s is the norm's input without adapters, s_t its input with adapter t, and z_t = s_t - s,
+h is a module's output without adapters, and y_t is its output with adapter t alone. Each token weighs the changes that
+the adapters make. At a norm that ends a block, adapters may change only the norm's input. There the fusion mixes these
+inputs, as the adapters package does (option `mixes`). s is the norm's input without adapters, s_t its input with
+adapter t, and z_t = s_t - s,
 
     y = LN(s + V sum_t a_t z_t),   h = LN(s) in the scores
 
-The loss gets regularizer * |V - I|^2 from each module. Over adapters of the model:
+The loss gets regularizer * |V - I|^2 from each module. To fuse adapters of the model:
 
     peftcore.apply(model, "adapter_fusion", name="fusion", adapters=["a", "b"])
     peftcore.activate(model, Fuse("a", "b", by="fusion"))
 
-The fusion acts at the modules around which its adapters act (norms that they train are averaged), whatever their order,
-and does nothing alone. It does not freeze the adapters; to freeze one: ``injections(model)["a"].trainable(False)``.
-Without `adapters` the fusion creates and owns `parts`, and is one adapter with all of them; without `train_parts` they
-are frozen.
+The fusion acts at the modules at which its adapters act; the order of the adapters does not matter. (Norms that the
+adapters train are averaged.) Without its adapters, the fusion does not change the model. It does not freeze them; to
+freeze one, call ``injections(model)["a"].trainable(False)``. Without the option `adapters`, the fusion creates its own
+adapters from `parts`, and forms one adapter with them. With train_parts=False they are frozen.
 
-Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts that it owns.
+Parameters: 3 d^2 + d per module (2 d^2 + d without V), and those of the parts that it owns.
 
-Start: Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about
-the adapters' mean, as long as they add little. With adapters that add nothing yet it is the identity.
+Start: Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first the fusion is
+close to the mean of the adapters, as long as they add little. With fresh adapters that add nothing, it is the identity.
 
-Differs from the authors' code: The package's K has a bias, which adds the same to all scores of a token and cancels:
-left out. So is its temperature, which changes in evaluation. It drops scores as often as the model drops attention;
-here that is `dropout`, 0. The paper freezes the adapters that it mixes; here they stay as they are, unless they are
-parts.
+Differs from the authors' code: In the adapters package K has a bias, which is left out here, since it adds the same
+number to all scores of a token and cancels. The package's temperature, which changes in evaluation, is left out too.
+The package drops scores with the attention dropout of the model; here the option `dropout` sets it, 0 by default. The
+paper freezes the adapters that it mixes; here the fusion does not change whether adapters of the model train.
 
-Use it: `peftcore.apply(model, "adapter_fusion")`, to let a task draw on adapters that were trained apart for other
-tasks, and stay as they are.
+Use it: `peftcore.apply(model, "adapter_fusion")`, for a task that can use adapters which were trained separately for
+other tasks.
 """
 
 from __future__ import annotations
@@ -74,36 +75,38 @@ class AdapterFusionConfig(MethodConfig):
 
     method: Literal["adapter_fusion"] = "adapter_fusion"
     adapters: Annotated[list[str], Field(min_length=1)] | None = None
-    """Injections of the host that are fused, by name; without them, `parts` are."""
+    """Names of the host's injections to fuse. None: the fusion creates its own adapters from `parts`."""
     parts: list[dict[str, Any]] = Field(
         default_factory=lambda: [{**ADAPTER}, {**ADAPTER}], min_length=1, max_length=MOST
     )
-    """Adapters that the fusion owns: each as its options, with its name under "method" and its "target" if it has its
-    own."""
+    """Adapters that the fusion creates. Each entry has the options of one adapter, the name of its method under
+    "method", and optionally its own "target"."""
     train_parts: bool = True
-    """Train the parts together with the fusion; in the paper they are trained separately before, and frozen."""
+    """Train the parts together with the fusion. In the paper they are trained separately beforehand, and then
+    frozen."""
     mixes: Literal["auto", "inputs", "outputs"] = "auto"
-    """The values to mix: "inputs" mixes the module's inputs with each adapter and runs the module on the mix, "outputs"
-    mixes its outputs. "auto": inputs where all adapters only change the module's input, such as a norm at a block's
-    end."""
+    """The values to mix. "inputs": the module's inputs under each adapter; the module then runs on the mix. "outputs":
+    the module's outputs under each adapter. "auto": inputs if all adapters change only the module's input (as at a norm
+    that ends a block), else outputs."""
     value: bool = True
     """Use the matrix V; AdapterHub's package calls a fusion without it static."""
     regularizer: NonNegativeFloat = 0.01
     """Factor of |V - I|^2 in the loss."""
     dropout: Share = 0.0
-    """Probability with which scores are dropped (set to zero) in training."""
+    """Dropout probability of the scores."""
 
 
 Members = list[list[nn.Module]]
-"""The operators of each adapter at one place; several where an adapter is a hybrid."""
+"""The operators of each adapter at one module. A hybrid adapter may have several."""
 
 
 def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
-    """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
-    the other modules at which the same operators act. Operators that replace tensors are skipped.
+    """Return the modules at which injections of the model act, restricted by the user's `target` and `exclude`. Each
+    entry lists one module, followed by the other modules at which the same operators act. Operators that replace
+    tensors are skipped.
 
     Raises:
-        UnknownInjection: the model has no adapter of that name.
+        UnknownInjection: the model lacks an adapter of that name.
         CompositionError: an adapter acts on more than the outputs of modules.
     """
     there = injections(surgeon.model)
@@ -136,19 +139,20 @@ def only_inputs(model: nn.Module, names: Sequence[str], place: Sequence[Site]) -
 
 
 def _as_called(surgeon: Surgeon, site: Site) -> Site:
-    """Return the whole module of a site, as one that is called; where it cannot be called, the surgeon raises."""
+    """Return a site for the whole module of a site, so that operators can wrap the module's calls."""
     if site.form == "weight":
         site = surgeon.resolver.site(site.module_path, site.tensor)
     return replace(site, slices=None, meta=surgeon.dry)
 
 
 def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Site, tuple[Site, ...], Members]]:
-    """Return the sites at which any of the parts acts, the other sites that its operators hold, and the operators of
-    each part.
+    """Return one entry for each site at which a part acts: the site, the further sites of its operators, and the
+    operators of each part.
 
     Raises:
-        ConfigError: a part does not act on outputs of modules alone, looks at data, or changes with the steps.
-        UnsupportedSite: a part acts on a tensor, or parts meet in different ways.
+        ConfigError: a part needs data or a schedule, or cannot act on single rows of a batch.
+        UnsupportedSite: a part acts on a tensor or inside an attention, or parts with the same path act on different
+            modules.
     """
     found: dict[str, dict[int, list[Graft]]] = {}
     for index, part in enumerate(parts):
@@ -203,7 +207,7 @@ def outputs_of(
 
 
 def first_of(output: Any) -> Tensor:
-    """Return a module's output, or its first entry where it is a tuple."""
+    """Return a module's output, or its first entry if it is a tuple."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
 
@@ -216,8 +220,8 @@ def fused(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Return a module's output under a fusion that owns its parts: it mixes their outputs, or the inputs that they pass
-    to the module."""
+    """Return a module's output under a fusion with its own parts. The fusion mixes the module's outputs with each part,
+    or the inputs that each part passes to the module."""
     calls = Calls(OneForward(call, module))
     base, outputs = outputs_of(parts, calls, *args, **kwargs)
     if not outputs:

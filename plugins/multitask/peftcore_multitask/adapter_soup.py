@@ -3,20 +3,20 @@
 Equation:
     theta = sum_t w_t theta_t,   w_t = 1/N by default;   then the method once, with theta
 
-Which adapters go into a soup is the user's choice. All parts are of one method, with the same options and sites, and
-their tensors are floating-point: choices (integers) cannot be averaged. The mean is over parameters, not over changes
-of weights: of LoRAs the mean of A times the mean of B, which is not the mean of the products (`task_arithmetic` with a
-scale of 1/N is that). Bottlenecks, the paper's own adapters, make a soup too, which cannot be merged, as they cannot.
+The user chooses the adapters of a soup. All parts have the same method, options and sites. Their tensors must be
+floating-point, since indices (integers) cannot be averaged. The mean is over parameters, not over changes of weights.
+For LoRAs it is the mean of B times the mean of A. This is not the mean of the products B A, which `task_arithmetic`
+computes with a scale of 1/N. The paper averages bottleneck adapters; such a soup cannot be merged.
 
 Parameters: those of the parts, N times those of one.
 
-Start: The mean of the parts' values: the identity if fresh parts are.
+Start: The mean of the parts' values. A fresh adapter is the identity if fresh parts are.
 
 Differs from the authors' code: The authors choose the adapters of a soup by similarity of domains, which is left to the
 user. Weights are used as they are; the Adapters library divides them by their sum.
 
-Use it: `peftcore.apply(model, "adapter_soup")`, with `peftcore_multitask.gather` for adapters of related domains,
-trained from one start: such adapters are in one basin of the loss.
+Use it: `peftcore.apply(model, "adapter_soup")`, with `peftcore_multitask.gather` for adapters of related domains that
+were trained from the same initialization. Such adapters are in one basin of the loss.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AdapterSoupConfig(PartsConfig):
 
 
 class _Soup(nn.Module):
-    """The equal operators of the parts, and one with the mean of their parameters."""
+    """The operators of the parts, which have equal shapes, and the weights of their mean."""
 
     def __init__(self, members: Members, config: AdapterSoupConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _Soup(nn.Module):
         self.weights = [1 / len(self.parts)] * len(self.parts) if config.weights is None else config.weights
 
     def mean(self) -> Any:
-        """Return an operator with the mean parameters, made for each use: threads share none."""
+        """Return an operator with the mean parameters. Each call creates a new one, so threads do not share it."""
         every = [dict(part.named_parameters()) | dict(part.named_buffers()) for part in self.parts.values()]
         mixed = {name: merge_math.linear([each[name] for each in every], self.weights) for name in every[0]}
         return with_tensors(self.parts["0"], mixed)

@@ -4,12 +4,12 @@ Equation:
     y = W x + b + sum_e c_e w_e s_e B_e A_e x,   c = softmax over the `top_k` largest of |v_e' x| / temperature, else 0
 
 v_e [in] is the prototype of part e: the first right singular vector of B_e A_e, the direction of inputs that it changes
-most, of length one. So nothing is trained to choose, and none of the parts' data is needed; a token chooses anew at
-each target module. Its sign means nothing, hence |v' x|. The factors w_e are `weights`, 1 by default.
+most, of length one. So no router is trained, and the data of the parts is not needed. Each token chooses separately at
+each target module. The sign of v_e is arbitrary, hence |v_e' x|. The factors w_e are `weights`, 1 by default.
 
-`general` is GenKnowSub (ACL 2025, short paper 54): the last so many parts are adapters of general knowledge, which do
-not take part, and the mean of their factors is taken away from those of all others: A_e - mean(A), B_e - mean(B), as in
-peft, which is not the difference of the products.
+`general` selects GenKnowSub (ACL 2025, short paper 54). The last `general` parts are adapters of general knowledge,
+which no token chooses. The mean of their factors is subtracted from the factors of all other parts: A_e - mean(A), B_e
+- mean(B). This is the same as in peft; it is not the difference of the products.
 
 No gradient passes through v_e. Parts act as in evaluation: their dropout, for example, is off.
 
@@ -17,12 +17,12 @@ Parameters: those of the parts; nothing more.
 
 Start: Nothing is drawn: prototypes are computed from the parts, and fresh parts change nothing.
 
-Differs from the authors' code: peft finds v_e once, by 15 steps of power iteration from a random start, all ranks
-alike; here it is found at each forward, by products of rank times rank numbers that end at the vector itself, so it is
-right while parts train on and ranks may differ.
+Differs from the authors' code: peft computes v_e once, by 15 steps of power iteration from a random start, and all
+ranks must be equal. Here v_e is computed at each forward, by repeatedly squaring a matrix [rank, rank]. So it remains
+correct while parts train, and ranks may differ.
 
-Use it: `peftcore.apply(model, "arrow")`, with `peftcore_multitask.gather` for a library of LoRAs and inputs without a
-label of the LoRA that they need.
+Use it: `peftcore.apply(model, "arrow")`, with `peftcore_multitask.gather` for a library of LoRAs, if no label says
+which LoRA an input needs.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ class ArrowConfig(PartsConfig):
     method: Literal["arrow"] = "arrow"
     changes_weights: ClassVar[bool] = True
     top_k: PositiveInt = 3
-    """How many parts act on a token, at most."""
+    """The largest number of parts that act on a token."""
     temperature: PositiveFloat = 1.0
-    """Divides the similarities before the softmax: when it is small, only the most similar part acts."""
+    """Divisor of the similarities before the softmax. If it is small, only the most similar part acts."""
     general: NonNegativeInt = 0
-    """How many of the last parts are general knowledge, which is subtracted from the other parts."""
+    """Number of parts at the end of the list that contain general knowledge, which is subtracted from the other
+    parts."""
 
     @model_validator(mode="after")
     def _some_left(self) -> Self:
@@ -66,7 +67,7 @@ class ArrowConfig(PartsConfig):
 def prototype(A: Tensor, B: Tensor) -> Tensor:
     """Return the first right singular vector [in] of B A, for A [rank, in] and B [out, rank]; zeros where B A is zero.
 
-    With G = B'B A A' [rank, rank], an eigenvector u of G gives A'u, one of A'B'B A.
+    If u is an eigenvector of G = B'B A A' [rank, rank], then A'u is an eigenvector of A'B'B A.
     """
     A, B = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (A, B))
     power = (B.mT @ B) @ (A @ A.mT)
@@ -80,7 +81,7 @@ def prototype(A: Tensor, B: Tensor) -> Tensor:
 
 
 class ArrowOperator(Router):
-    """The parts of one module, among which each token chooses."""
+    """The parts of one module, and the choice among them for each token."""
 
     def __init__(self, site: Site, config: ArrowConfig, members: Members) -> None:
         super().__init__(site)

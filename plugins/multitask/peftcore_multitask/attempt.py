@@ -4,26 +4,29 @@ Equation:
     X' = [P ; X],   P = P_t + sum_j a_j P_j,   a = softmax_j(max(P_j) . h / T),   h = LN(W_up silu(W_down max(X)))
 
 X are the embedded tokens. P_1, P_2, ... [length, d] are the *sources*, prompts that were trained for other tasks and
-stay as they are; P_t is the task's prompt, and also the last of the mixed prompts. max takes the largest of each
-feature over the rows of a prompt, or over the text; W_down [hidden, d], W_up [d, hidden] and the norm LN are shared by
-all tasks. T is e times the width d, 2087 in the authors' T5-base, unless `temperature` says it; `weights` multiply
-sources. The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+are frozen. P_t is the task's own prompt, and also the last of the mixed prompts. The function max is the maximum of
+each feature over the rows of a prompt, or over the tokens of the text. W_down [hidden, d], W_up [d, hidden] and the
+norm LN are shared by all tasks. T is e times the width d (2087 in the authors' T5-base), unless `temperature` sets it.
+`weights` multiply the sources. The call passes the task by ``with peftcore.call(model, task=...)``: one task for all
+rows, or one for each row.
 
     peftcore.gather(model, "attempt", {"prompts/mnli": 1.0, "prompts/squad": 1.0}).trainable()
 
-makes it of prompts in files. Without, the sources start as `prompt_tuning` starts them. They are frozen, unless
-`train_parts` says otherwise.
+creates the adapter from prompts in files. Otherwise the sources start as prompts of `prompt_tuning` do. They are frozen
+unless `train_parts` is True.
 
-The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-gives its length: the mixture is made once, and generated tokens do not change it.
+The text is the part of the input before the first label, or the whole input without labels, unless
+``peftcore.call(model, prompt_length=...)`` passes its length. The mixture is computed once from the text; generated
+tokens do not change it.
 
 Parameters: length * d for each source and each task, and 2 hidden d, with `train_norm` + 2 d.
 
 Start: P_t is the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). No start is an identity.
 
-Differs from the authors' code: The authors' max sees padding, this does not; their option of a trained temperature does
-not train, and is left out, as are their other kinds of attention. LN has neither gain nor bias: the authors' code
-leaves its own frozen at one and zero, while the 232,000 that the paper prints for T5-base count them (`train_norm`).
+Differs from the authors' code: The authors' max includes padding; here it does not. Their option of a trained
+temperature does not work in their code; it is left out here, as are their other kinds of attention. LN has neither gain
+nor bias. In the authors' code they are frozen at one and zero, although the 232,000 parameters that the paper counts
+for T5-base include them (`train_norm`).
 
 Use it: `peftcore.apply(model, "attempt", tasks=["sums", "letters"])`, where prompts of large tasks exist and a new
 task has few examples; not to train many tasks at once from nothing (multitask_prompt_tuning), nor where a prompt need
@@ -68,7 +71,8 @@ class AttemptConfig(TaskConfig, PartsConfig):
     parts: list[dict[str, Any]] = Field(
         default_factory=lambda: [{**SOURCE} for _ in range(6)], min_length=1, max_length=MOST
     )
-    """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
+    """The sources: prompts of one length. Each entry has the options of one prompt, with "prompt_tuning" under
+    "method"."""
     train_parts: bool = False
     """Train the sources too."""
     train_norm: bool = False
@@ -131,7 +135,7 @@ class AttemptOperator(InstanceOperator, Router):
             return target + torch.einsum("bj,bjld->bld", shares, mixed)
 
     def shares(self, embeds: Tensor, text: Tensor, mixed: Tensor) -> Tensor:
-        """Return how much of each prompt a text gets, ``[batch, mixed]``."""
+        """Return the attention weight of each prompt for each text, ``[batch, mixed]``."""
         largest = embeds.to(mixed.dtype).masked_fill(~text[..., None], -torch.inf).amax(1)
         largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
         sought = self.norm(self.up(nn.functional.silu(self.down(largest))))

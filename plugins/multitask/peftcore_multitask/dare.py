@@ -4,19 +4,19 @@ Equation:
     tau~_t = m_t * tau_t / (1 - p),   m_t = 1 with probability 1 - p, value by value
     W' = W + s sum_t w_t tau~_t        or, with `merge="ties"`, s times TIES of the w_t tau~_t
 
-The rest of each part is so sparse that parts hardly overlap, and keeps the mean. Masks are drawn once for each part and
-site, from (mask_seed, part, number of the site) on the CPU, so that they are the same everywhere; files have
-`mask_seed` instead of them.
+The remaining values of each part are so sparse that parts hardly overlap, and rescaling keeps their mean. Masks are
+drawn once for each part and site on the CPU, from a seed of `mask_seed`, the part and the number of the site. So they
+are the same on every machine, and files contain `mask_seed` instead of the masks.
 
 Parameters: those of the parts. A mask takes one byte for each value of a weight.
 
-Start: Masks are drawn; of fresh parts nothing changes.
+Start: Masks are drawn. Fresh parts change nothing.
 
-Differs from the authors' code: The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
-afterwards; peft trims no more, like the default here, and calls 1 - p the density.
+Differs from the authors' code: The authors' code (yule-BUAA/MergeLM) draws new masks at each merge, and for TIES it
+trims to a density of 0.2 afterwards. peft does not trim afterwards, like the default here, and calls 1 - p the density.
 
-Use it: `peftcore.apply(model, "dare")`, with `peftcore_multitask.gather`, at p = 0.9 for changes that are small, as
-fine-tuning makes them; large changes need a smaller p.
+Use it: `peftcore.apply(model, "dare")`, with `peftcore_multitask.gather`, with p = 0.9 for small changes, which are
+usual in fine-tuning; large changes need a smaller p.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ class DAREConfig(PartsConfig):
     mask_seed: int = 0
     """Seed of the masks."""
     masks: Literal["numbered", "by path"] = "numbered"
-    """The key of each target module's masks: its number, or its path (older files), which changes in a larger model."""
+    """The masks of a target module depend on the seed and on the module's number, or on its path (in older files). The
+    path changes if the model becomes part of a larger model."""
     merge: Literal["linear", "ties"] = "linear"
     """The merge of the sparse changes: their sum, or TIES."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """For TIES: the share of all values of a part that is kept."""
     sign: merge_math.Sign = "total"
-    """For TIES: the sign that is elected, that of the sum ("total") or that of more parts ("frequency")."""
+    """For TIES: how the sign of a value is elected. "total": the sign of the sum. "frequency": the sign that more parts
+    have."""
     scale: float = 1.0
     """The factor s of the merged change."""
 

@@ -4,18 +4,20 @@ Equation:
     y = W x + b + s sum_e g_e B_e A dropout(x),   s = alpha / rank,   g = softmax(W_g x)
 
 A [rank, in] learns the common features of the data, the heads B_e [out, rank] the features of parts of it; W_g [heads,
-in] is without bias. The softmax is taken in float32 at least. Convolutions: A and W_g are convolutions, so every
-position has a gate; embeddings: W_g has a column for each token.
+in] is without bias. The softmax is taken in float32 at least. For convolutions, A and W_g are convolutions too, so
+every position has a gate. For embeddings, W_g has a column for each token.
 
-As in the authors' code, the gate reads x without dropout and each head drops for itself; the paper does not say. The
-gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+As in the authors' code, the gate reads x without dropout, and each head has a separate dropout; the paper leaves this
+open. The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their
+module are refused.
 
-Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site.
+Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel per site.
 
-Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
+Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1). A fresh adapter is the
+identity.
 
-Differs from the authors' code: No difference is known; defaults are those of its fine-tuning.sh. The paper finds the
-number of heads by clustering the data; here it is an option.
+Differs from the authors' code: No difference is known; the defaults are those of the authors' script fine-tuning.sh.
+The paper finds the number of heads by clustering the data; here it is an option.
 
 Use it: `peftcore.apply(model, "hydralora")`, for data of several kinds without labels of the kind: it needs no task,
 and costs less than as many LoRAs.
@@ -43,11 +45,11 @@ class HydraLoRAConfig(MethodConfig):
     rank: PositiveInt = 4
     """Rank of each head's update."""
     heads: PositiveInt = 4
-    """How many B there are."""
+    """Number of heads, each with a separate B_e."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.05
-    """Probability with which inputs of a head's update are dropped in training."""
+    """Dropout probability of the inputs of each head's update."""
 
 
 class HydraLoRAOperator(Router):

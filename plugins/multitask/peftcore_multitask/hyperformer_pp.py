@@ -8,26 +8,27 @@ Equation:
     z = P2 relu(P1 e_task)                                 HyperFormer (shared=False): D to S are each adapter's own
 
 h is the output of the last matrix of self-attention or of the feed-forward; cross-attention gets no adapter, unless it
-is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
-stack have several widths, each width has a network. e_place is the embedding of the adapter's place in its block. All
-norms of the host train too.
+is named as a target. Encoder and decoder have separate networks, but share the embeddings of tasks. If the adapters of
+a stack have several widths, each width has a separate network. e_place is the embedding of the adapter's place in its
+block. All norms of the host train too.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Weights are made
-for the tasks of the batch, or for all tasks if these are fewer than its rows.
+The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row. The
+network computes the adapter of each row's task, or of all tasks if there are fewer tasks than rows.
 
 Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and (p +
-1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
+1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) per adapter.
 
-Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity; ``gain_std=0`` makes it
-exact.
+Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero. A fresh adapter is near the identity.
+``gain_std=0`` makes the start an exact identity.
 
 Differs from the authors' code: The authors' batches have one task; here each row may have its own. The file
-configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention and
-feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
+configs/hyperformer.json of that code is neither of the two methods: it has one network for each stack, with separate
+generators for attention and feed-forward. shared=False is the HyperFormer of the paper, which the code calls
+meta-adapter.
 
-Use it: `peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])`, for many tasks of which some have few
-examples: a new task costs t numbers. Not for tasks with little in common, where an adapter each (`pfeiffer_adapter`) is
-better, nor where it has to be merged.
+Use it: `peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])`, for many tasks, some of them with few
+examples: a new task adds t parameters. Not for tasks with little in common, where separate adapters
+(`pfeiffer_adapter`) are better, nor where the adapter has to be merged.
 """
 
 from __future__ import annotations
@@ -65,24 +66,25 @@ class HyperFormerConfig(TaskConfig):
 
     method: Literal["hyperformer_pp"] = "hyperformer_pp"
     shared: bool = True
-    """One network for all adapters of a stack (HyperFormer++); without it, each adapter has its own generators."""
+    """True: one network for all adapters of a stack (HyperFormer++). False: each adapter has its own generators
+    (HyperFormer)."""
     bottleneck: PositiveInt = 24
-    """Width r of the adapters; a 32nd of the stream in the authors' configuration."""
+    """Width r of the adapters; a 32nd of the hidden size in the authors' configuration."""
     task_width: PositiveInt = 64
     """Width t of the embeddings of tasks, and of layers and places."""
     hidden: PositiveInt = 128
     """Hidden width h of the network that reads the embeddings."""
     code: PositiveInt = 64
-    """Width p of z, which the adapters are made from."""
+    """Width p of z, from which the adapters are computed."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
     """The non-linearity f."""
     joins: Joins = "matrix"
-    """Where an adapter reads and adds: at a branch's last matrix, or behind what the host does to the branch's output
-    (dropout, layer scale, stochastic depth)."""
+    """Where an adapter reads and adds. "matrix": at the output of a branch's last matrix. "stream": after the host's
+    dropout, layer scale and stochastic depth on the branch's output."""
     init_std: NonNegativeFloat = 0.01
     """Standard deviation of all matrices at the start."""
     gain_std: NonNegativeFloat = 0.01
-    """Standard deviation of the matrices that make gain and shift; 0 makes a fresh adapter an exact identity."""
+    """Standard deviation of the matrices that compute gain and shift; 0 makes a fresh adapter an exact identity."""
     train_layer_norm: bool = True
     """Train the norms of the host too, as the authors do."""
 
@@ -109,7 +111,7 @@ class Reader(nn.Module):
 
 
 class TaskTable(nn.Module):
-    """The embeddings of tasks, and with `shared=False` the network that makes z from them."""
+    """The embeddings of tasks, and with `shared=False` the network that computes z from them."""
 
     def __init__(self, config: HyperFormerConfig) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class TaskTable(nn.Module):
 
 
 class Generators(nn.Module):
-    """The linear maps that make an adapter of z."""
+    """The linear maps that compute the weights of an adapter from z."""
 
     def __init__(self, width: int, config: HyperFormerConfig) -> None:
         super().__init__()
@@ -145,7 +147,7 @@ class Embedding(nn.Module):
 
 
 class Network(Generators):
-    """The network of a stack: it makes adapters of their tasks, layers and places."""
+    """The network of a stack, which computes adapters from the embeddings of task, layer and place."""
 
     def __init__(self, width: int, config: HyperFormerConfig) -> None:
         super().__init__(width, config)
@@ -169,8 +171,9 @@ class HyperFormerParts:
 
 
 def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> HyperFormerParts:
-    """Return the parts that a site shares with others, named by its path and not by other sites. A stack is all blocks
-    whose paths differ only in numbers; these numbers are the layer, and the rest of the site's path is the place."""
+    """Return the parts that a site shares with other sites. Their names depend only on the path of the site. Blocks
+    whose paths differ only in numbers form a stack. The numbers in a block's path name the layer, and the site's path
+    without numbers names the place."""
     path, width = site.module_path, site.out_features
     block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)
@@ -183,7 +186,7 @@ def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> HyperFo
 
 
 class HyperFormerOperator(AtBranchEnd):
-    """The adapter of one site, without tensors where a network is shared."""
+    """The adapter of one site. It lacks tensors if a shared network computes its weights."""
 
     def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: HyperFormerParts | None) -> None:
         super().__init__(site)
@@ -192,7 +195,8 @@ class HyperFormerOperator(AtBranchEnd):
         self.activation, self.tasks = ACTIVATIONS[config.activation](), Tasks(site, config)
 
     def weights(self, rows: int) -> tuple[Tensor, ...]:
-        """Return the adapter of each row, ``[rows or 1, ...]``: made for the tasks of the rows, or for all tasks."""
+        """Return the adapter weights of each row, ``[rows or 1, ...]``. If there are fewer tasks than rows, they are
+        computed once for each task."""
         table = self.table.module
         chosen = self.tasks.of_rows(torch.arange(len(table.embedding), device=table.embedding.device), rows)
         fewer = len(chosen) > len(table.embedding)
@@ -215,7 +219,7 @@ class HyperFormerOperator(AtBranchEnd):
 
 
 class HyperFormer(Method):
-    """Adapters that a network makes of the task.
+    """Adapters whose weights a network computes from an embedding of the task.
 
     Example:
         injection = peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])
@@ -250,6 +254,6 @@ class HyperFormer(Method):
 
 
 def _by_role_in_cross(surgeon: Surgeon, site: Site) -> bool:
-    """Whether a site ends a cross-attention, and is there by the role of all attentions."""
+    """Return whether a site ends a cross-attention and is a target only by the role that all attentions share."""
     families = {entry.role.partition(".")[0] for entry in surgeon.resolver.host.at(site.module_path)}
     return site.role == "attn.output" and "cross" in families

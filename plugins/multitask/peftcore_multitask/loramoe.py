@@ -6,23 +6,24 @@ Equation:
     loss = balance * var(z) / mean(z)^2,   z_ne = I_ne sum_t g_nte
 
 A_e [rank, in] and W_g [experts, in] are without bias; the softmax is taken in float32 at least, of x without dropout.
-The loss is that of each module, added up. z_ne is the sum of the gates of expert e over all tokens of row n, padding
-left out, and the variance is that of all rows and experts, unbiased. With tasks the experts are cut into as many
-groups, one behind the other, and I is 1 + delta for the group of the row's task, which calls pass in training, and 1 -
-delta for all others.
+The losses of all modules are added. z_ne is the sum of the gates of expert e over all tokens of row n except padding.
+The variance is the unbiased one over all rows and experts. With tasks, the experts are split into consecutive groups,
+one for each task. I is 1 + delta for the group of the row's task, and 1 - delta for all other groups. Calls pass the
+task in training.
 
-The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module
+are refused.
 
-Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
+Parameters: experts * rank * (in * kernel + out) + experts * in * kernel per site.
 
-Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero: the identity.
+Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero. A fresh adapter is the identity.
 
-Differs from the authors' code: The authors count padding in z. The authors have two tasks, of which the first half of
-the experts is for their type 1; their script has balance and delta at zero, and so have the defaults here.
+Differs from the authors' code: The authors count padding in z. They have two tasks, and the first half of the experts
+is for their type 1. Their script sets balance and delta to zero, like the defaults here.
 
 Use it: `peftcore.apply(model, "loramoe", tasks=["skill", "knowledge"], balance=0.01, delta=0.1)`, where new data must
-not degrade the model's knowledge: delta assigns experts to kinds of data; not where one kind is learned (`lora` costs
-an eighth), and where there is little memory `hydralora` shares one A.
+not degrade the model's knowledge: delta assigns experts to kinds of data. Not where only one kind of data is learned
+(`lora` costs an eighth). With little memory use `hydralora`, whose experts share one A.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ class LoRAMoEConfig(TaskConfig):
 
     method: Literal["loramoe"] = "loramoe"
     experts: PositiveInt = 8
-    """Low-rank updates of a site."""
+    """Number of low-rank updates (experts) of a site."""
     rank: PositiveInt = 4
     """Rank of each low-rank update."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.05
-    """Probability with which inputs of an expert are dropped in training."""
+    """Dropout probability of the inputs of each expert."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     delta: Share = 0.0
@@ -98,7 +99,7 @@ class LoRAMoEOperator(ExpertsOperator):
         return got.var() / (got.mean().square() + 1e-10) if got.numel() > 1 else got.sum() * 0
 
     def importance(self, like: Tensor) -> Tensor:
-        """Return I ``[tasks, experts]``."""
+        """Return the factors I of the balancing loss, ``[tasks, experts]``."""
         assert self.tasks is not None, "delta is not zero"
         told = self.tasks.tasks
         count = told if isinstance(told, int) else len(told)

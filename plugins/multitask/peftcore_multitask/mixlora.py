@@ -6,18 +6,20 @@ Equation:
     loss = balance * experts * sum_e F_e P_e
 
 FFN_e is the feed-forward of the model with an update of each of its matrices, W + s B_e A_e dropout, s = alpha / rank.
-F_e is how many choices of e there are a token and P_e the mean of p_e, over the tokens of all layers, padding left out,
-as their trainer has it (TUDB-Labs/MoE-PEFT). Other target modules, of attention, get one update each, without a router.
-W_r [experts, d] is without bias. The router computes in float32 at least.
+F_e is the number of choices of e per token, and P_e is the mean of p_e. Both are taken over the tokens of all layers
+except padding, as in the authors' trainer (TUDB-Labs/MoE-PEFT). Other target modules, such as those of attention, have
+one update each, without a router. W_r [experts, d] is without bias. The router computes in float32 at least.
 
-It acts where the feed-forward is a separate module, and not on rows of a batch apart. Parameters: experts * d a
-feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
+The feed-forward must be a separate module, and the adapter cannot be limited to some rows of a batch. Parameters:
+experts * d per feed-forward, experts * rank * (in + out) per matrix of a feed-forward, and rank * (in + out) per other
+matrix.
 
-Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero: the identity, up to rounding.
+Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero. A fresh adapter is the identity, up to rounding.
 
 Differs from the authors' code: The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k`
-copies of its input, and in a matrix all A are one product, of which a copy keeps the ranks of its expert: nothing is
-dropped. Near a tie a rounding chooses another expert. Noise on the router's inputs, 0 by default there, is left out.
+copies of its input. Each matrix applies all A in one product, and each copy keeps only the ranks of its expert, so no
+token is dropped. Near a tie, rounding may choose another expert. The authors' noise on the router's inputs, 0 by
+default, is left out.
 
 Use it: `peftcore.apply(model, "mixlora")`, for several tasks at once with room for a second forward of the
 feed-forward; `loramoe` costs a fraction of it.
@@ -60,15 +62,15 @@ class MixLoRAConfig(MethodConfig):
 
     method: Literal["mixlora"] = "mixlora"
     experts: PositiveInt = 8
-    """Feed-forwards of a block."""
+    """Number of experts of a feed-forward."""
     top_k: PositiveInt = 2
-    """How many of them act on a token."""
+    """Number of experts that act on a token."""
     rank: PositiveInt = 8
     """Rank of each update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.05
-    """Probability with which inputs of an update are dropped in training."""
+    """Dropout probability of the inputs of each update."""
     balance: NonNegativeFloat = 0.01
     """Factor of the balancing loss."""
 
@@ -84,7 +86,7 @@ class MatrixSite(Site):
     """A matrix that gets updates."""
 
     experts: int = 1
-    """Number of updates: the experts of its feed-forward, or one."""
+    """Number of updates: the number of experts for a matrix of a feed-forward, else 1."""
 
 
 class RouterOperator(Router):
@@ -116,8 +118,8 @@ class RouterOperator(Router):
 
 
 class UpdateOperator(Operator):
-    """The updates of one matrix: one for each expert of a feed-forward, of which a token gets the routed one; else
-    one."""
+    """The updates of one matrix. A matrix of a feed-forward has one update for each expert, and each token gets the
+    update of its expert. Other matrices have a single update."""
 
     def __init__(self, site: MatrixSite, config: MixLoRAConfig, chosen: Tap | None) -> None:
         super().__init__(site)
@@ -143,8 +145,8 @@ class UpdateOperator(Operator):
         return self.layer.add(y, low, B.transpose(0, 1).flatten(1), self.scale)
 
     def kept(self, picks: Tensor, low: Tensor) -> Tensor:
-        """Return one for the ranks of the expert of each copy, and zero for all others, in the shape of `low`; raises
-        SequenceError where the matrix is given other tokens than its feed-forward."""
+        """Return a mask in the shape of `low`: 1 for the ranks of each copy's expert, 0 for all other ranks. Raises
+        SequenceError if the matrix gets other tokens than its feed-forward."""
         ranks = picks.to(low.dtype).flatten(0, -2).repeat_interleave(self.A.shape[1], -1)
         times, rest = divmod(low.numel(), ranks.numel())
         if rest:

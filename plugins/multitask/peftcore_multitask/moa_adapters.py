@@ -5,23 +5,23 @@ Equation:
     loss = balance * experts * sum_e F_e P_e
 
 W_down_e is [r, d], W_up_e [d, r] and W_g [experts, d], without bias; h is the output of attention or feed-forward
-before it is added to the residual stream. With `top_k` a token has the k experts with the largest gates, which are
-divided by their sum, and F_e is how many tokens pick e and P_e the mean of its gate, over the tokens of one sub-block
-without padding (Fedus et al. 2022, arXiv 2101.03961). Without it all experts act on all tokens, and nothing is to be
-balanced.
+before it is added to the residual stream. With `top_k`, only the k experts with the largest gates act on a token, and
+these gates are divided by their sum. F_e is the share of e in all choices, and P_e is the mean of its gate before the
+choice. Both are over the tokens of one sub-block without padding (Fedus et al. 2022, arXiv 2101.03961). Without
+`top_k`, all experts act on all tokens, and the balancing loss is left out.
 
 Gates and losses are in float32 at least.
 
-Parameters: experts * (2 d r + r + d) + experts * d an adapter, two adapters a block.
+Parameters: experts * (2 d r + r + d) + experts * d per adapter, two adapters per block.
 
-Start: W_up and all biases at zero, W_down and W_g as torch's layers: the identity.
+Start: W_up and all biases at zero, W_down and W_g as torch's layers. A fresh adapter is the identity.
 
-Differs from the authors' code: No single paper has it: it is the form that routed adapters have in common, as a
-baseline for them. Gates of whole sequences, from the mean of their tokens, are not here.
+Differs from the authors' code: No single paper describes this method. It is the common form of routed adapters, as a
+baseline for them. Gates for whole sequences, computed from the mean of the tokens, are not available.
 
-Use it: `peftcore.apply(model, "moa_adapters", experts=8, top_k=2, balance=0.01)`, where one set of data holds several
-kinds, and the kind shows in each token; not where the task is known and calls can pass it (`hyperformer_pp`,
-`mtl_lora`), nor where it has to be small: `loramoe` and `molora_moe` are its linear kin.
+Use it: `peftcore.apply(model, "moa_adapters", experts=8, top_k=2, balance=0.01)`, where one data set contains several
+kinds of data, and each token shows its kind; not where the task is known and calls can pass it (`hyperformer_pp`,
+`mtl_lora`), nor where the adapter has to be small: `loramoe` and `molora_moe` are similar, with linear experts.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ class MoAAdaptersConfig(MethodConfig):
 
     method: Literal["moa_adapters"] = "moa_adapters"
     experts: PositiveInt = 4
-    """Bottlenecks of a site."""
+    """Number of bottlenecks (experts) of a site."""
     bottleneck: PositiveInt = 16
     """Width r of each bottleneck."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f."""
     top_k: PositiveInt | None = None
-    """How many bottlenecks act on a token; None: all."""
+    """Number of bottlenecks that act on a token; None: all."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """Where the adapter reads and adds. "stream": after the host's dropout, layer scale and stochastic depth on a
+    branch's output. "matrix": before these operations, at the output of the branch's last matrix."""
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -124,7 +124,7 @@ class MixtureOperator(AtBranchEnd, Router):
 
 
 class MoAAdapters(Method):
-    """Bottleneck adapters behind attention and feed-forward, of which each token has its own mixture.
+    """Bottleneck adapters after attention and feed-forward, mixed separately for each token.
 
     Example:
         injection = peftcore.apply(model, "moa_adapters", experts=8, top_k=2, balance=0.01)

@@ -3,24 +3,26 @@
 Equation:
     y = W x + b + s sum_e g_e B_e A_e dropout(x),   g = softmax(W_g v_t),   s = alpha / rank
 
-`rank` is that of all experts together: each has rank / experts of it, and the scale counts the whole. v_t [task_width]
-is the vector of task t; W_g [experts, task_width] is without bias. All sites share one v and one W_g, as in the paper
-and in the authors' script; with ``gate="each"``, each site has its own. The softmax is taken in float32 at least.
+`rank` is the sum of the ranks of all experts: each expert has rank / experts, and the scale uses the sum. v_t
+[task_width] is the vector of task t; W_g [experts, task_width] is without bias. All sites share one v and one W_g, as
+in the paper and in the authors' script; with ``gate="each"``, each site has its own. The softmax is taken in float32 at
+least.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
-weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
-be adapted row by row.
+The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row. So no
+single weight equals the update, and the method cannot be merged. Tensors that the model reads without calling their
+module are refused, because they cannot be adapted row by row.
 
-Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_width once; with ``gate="each"`` a site.
+Parameters: rank * (in * kernel + out) per site, and (tasks + experts) * task_width once; with ``gate="each"`` per site.
 
-Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
+Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero. A fresh adapter is the
+identity.
 
-Differs from the authors' code: The authors' table of tasks has one row more, which no task reads; their script does not
-run the layer with a gate per site, MMOELoraLinear, which is ``gate="each"`` here. Their script has rank 16 and 8
-experts, alpha is the default of their arguments.
+Differs from the authors' code: The authors' table of tasks has an additional row, which no task reads. Their layer with
+a gate for each site (MMOELoraLinear) is ``gate="each"`` here; their script does not use it. Rank 16 and 8 experts are
+from their script, and alpha is the default of their arguments.
 
-Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for tasks that are known, of which some
-have little data: one adapter costs as much as a LoRA of its rank; `polytropon` lets tasks share skills without a vector
+Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for known tasks, some of them with little
+data. One adapter has as many parameters as a LoRA of its rank. `polytropon` lets tasks share skills without a vector
 for each.
 """
 
@@ -48,13 +50,13 @@ class MOELoRAConfig(TaskConfig):
 
     method: Literal["moelora"] = "moelora"
     experts: PositiveInt = 8
-    """Low-rank updates of a site."""
+    """Number of low-rank updates (experts) of a site."""
     rank: PositiveInt = 16
-    """Rank of all of them together."""
+    """Sum of the ranks of all experts."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.1
-    """Probability with which inputs of an expert are dropped in training."""
+    """Dropout probability of the inputs of each expert."""
     task_width: PositiveInt = 64
     """Length of a task's vector."""
     gate: Literal["shared", "each"] = "shared"
@@ -70,7 +72,7 @@ class MOELoRAConfig(TaskConfig):
 
 
 class TaskGate(nn.Module):
-    """The vectors of tasks, and the matrix that makes gates of them."""
+    """The vectors of tasks, and the matrix that computes gates from them."""
 
     def __init__(self, config: MOELoRAConfig) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class MOELoRAOperator(ExpertsOperator):
 
 
 class MOELoRA(Method):
-    """Low-rank experts, which each task mixes by different shares.
+    """Low-rank experts, which each task mixes with different shares.
 
     Example:
         injection = peftcore.apply(model, "moelora", tasks=["entities", "summaries"])

@@ -4,22 +4,23 @@ Equation:
     y = W x + b + s sum_{e in top} g_e B_e A_e dropout(x),   g = p / sum_{top} p,   p = softmax(W_r x)
     loss = balance * sum_layers experts * sum_e F_e P_e
 
-s = alpha / rank, and top has the `top_k` largest p. A layer has as many experts as `experts` says: a list is spread
-evenly over the depth, so [2, 4, 6, 8] gives the first quarter of the layers two and the last one eight. A_e [rank, in]
-and W_r [experts, in] are without bias. The softmax is taken in float32 at least, of x without dropout; each expert
-drops for itself. F_e is the share of expert e in all choices of a layer, and P_e the mean of p_e, over tokens without
-padding and the modules of the layer.
+s = alpha / rank, and top has the `top_k` largest p. `experts` sets the number of experts of each layer. A list is
+spread evenly over the depth: with [2, 4, 6, 8], the first quarter of the layers has two experts and the last quarter
+has eight. A_e [rank, in] and W_r [experts, in] are without bias. The softmax is taken in float32 at least, of x without
+dropout; each expert has a separate dropout. F_e is the share of expert e in all choices of a layer, and P_e the mean of
+p_e, over tokens without padding and the modules of the layer.
 
-The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module
+are refused.
 
-Parameters: experts * (rank * (in * kernel + out) + in * kernel) a site, with the experts of its layer.
+Parameters: experts * (rank * (in * kernel + out) + in * kernel) per site, with the experts of its layer.
 
-Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero: the identity.
+Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero. A fresh adapter is the identity.
 
-Differs from the authors' code: The authors gather the tokens of each expert; here all A are one product, of which a
-token keeps the ranks of its experts, so shapes depend on no value and nothing is dropped. Near a tie a rounding chooses
-another expert. They count padding in F and P. Their script leaves the loss out, and so does `balance` by default; where
-they take it, it is 0.001.
+Differs from the authors' code: The authors gather the tokens of each expert. Here all A are applied in one product, and
+each token keeps only the ranks of its experts. So shapes do not depend on values, and no token is dropped. Near a tie,
+rounding may choose another expert. The authors count padding in F and P. Their script does not use the loss, so
+`balance` is 0 by default; elsewhere they set it to 0.001.
 
 Use it: `peftcore.apply(model, "mola", experts=[8, 6, 4, 2])`, where one size for all layers wastes experts;
 `molora_moe` weighs all experts instead of choosing some, and `mixlora` chooses once for a whole feed-forward.
@@ -63,13 +64,13 @@ class MoLAConfig(MethodConfig):
     experts: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = Field(default=[2, 4, 6, 8])
     """Low-rank updates of a site: one number for all layers, or several that are spread evenly over the depth."""
     top_k: PositiveInt = 2
-    """How many of them act on a token."""
+    """Number of low-rank updates that act on a token."""
     rank: PositiveInt = 8
     """Rank of each low-rank update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.05
-    """Probability with which inputs of an expert are dropped in training."""
+    """Dropout probability of the inputs of each expert."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
 
@@ -91,7 +92,7 @@ class LayerSite(Site):
 
 
 class MoLAOperator(ExpertsOperator):
-    """The experts of one site, of which a token has those with the largest gates."""
+    """The experts of one site, and the router that chooses the experts of each token."""
 
     def __init__(self, site: LayerSite, config: MoLAConfig, balances: Tap) -> None:
         super().__init__(site, site.experts, config.rank, config.alpha / config.rank, config.dropout)
@@ -147,10 +148,10 @@ class MoLA(Method):
 
 
 def _in_layer(surgeon: Surgeon, site: Site, experts: int | list[int]) -> LayerSite:
-    """Return a site with the experts of its layer.
+    """Return a site with the number of experts of its layer.
 
     Raises:
-        UnsupportedSite: it is in no layer, and each has another number.
+        UnsupportedSite: `experts` is a list, but the site is in no layer.
     """
     depths = block_depths(surgeon)
     block = next((entry.block for entry in surgeon.resolver.host.at(site.module_path) if entry.block), None)

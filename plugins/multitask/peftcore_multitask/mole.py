@@ -6,24 +6,26 @@ Equation:
 
 Each target module has separate gates. They read the outputs that its LoRAs would add to a token, concatenated and
 scaled to length one; V [N, N out] is without bias. tau is trained. w_e are `weights`, 1 by default. The mean in the
-loss is over the tokens, without padding, and then over the modules; the loss is least where all experts get the same.
+loss is over the tokens, without padding, and then over the modules; the loss is smallest if all experts have equal
+shares.
 
-The LoRAs in `parts` train together with the gates. In the paper the LoRAs are trained separately before, and frozen. To
-load LoRAs from files, and to train only the gates:
+The LoRAs in `parts` train together with the gates. In the paper the LoRAs are trained separately beforehand, and then
+frozen. To load LoRAs from files, and to train only the gates:
 
     peftcore.gather(model, "mole", {"dog": 1.0, "cat": 1.0}, train_parts=False).trainable()
 
 LoRAs act as in evaluation: their dropout, for example, is off.
 
-The gates depend on the token, so nothing merges. Parameters: N^2 out + 1 a module with N LoRAs, and those of the parts.
+The gates depend on the token, so the method cannot be merged. Parameters: N^2 out + 1 per module with N LoRAs, and
+those of the parts.
 
-Start: The rows of V in normal directions with length 0.01, so that all experts act alike; tau at 1. New LoRAs in
-`parts` start without effect: then it is the identity.
+Start: The rows of V start in random directions with length 0.01, so that all experts have nearly equal shares; tau
+starts at 1. New LoRAs in `parts` add nothing, so a fresh adapter with them is the identity.
 
-Differs from the authors' code: The paper flattens the tokens of a sequence too, into one choice: then all inputs have
-one length; here each token chooses. The authors' code (yushuiwx/Mixture-of-LoRA-Experts) reads something else: one gate
-for all LoRAs of a block of Stable Diffusion, of the block's flattened input, without tau; and its loss lacks a
-gradient, so `balance` is 0 by default.
+Differs from the authors' code: The paper makes one choice for a whole sequence, from its flattened tokens, so all
+inputs must have one length. Here each token has its own choice. The authors' code (yushuiwx/Mixture-of-LoRA-Experts)
+has a different gate: one for all LoRAs of a block of Stable Diffusion, which reads the block's flattened input, without
+tau. The loss in that code lacks a gradient, so `balance` is 0 by default.
 
 Use it: `peftcore.apply(model, "mole")`, where there are LoRAs for several subjects or tasks, and data for their
 combination; not without data (arrow), nor where one choice for the whole model is enough, made from its hidden states
@@ -63,7 +65,7 @@ class MoLEConfig(PartsConfig):
     method: Literal["mole"] = "mole"
     changes_weights: ClassVar[bool] = True
     train_parts: bool = True
-    """Train the LoRAs too; in the paper they are trained separately before, and frozen."""
+    """Train the LoRAs too. In the paper they are trained separately beforehand, and then frozen."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
 
@@ -125,7 +127,7 @@ class MoLEOperator(Router):
 
 
 class MoLE(OfMergedParts, Method):
-    """Gates over LoRAs that were trained apart, for each token at each module."""
+    """Gates over LoRAs that were trained separately, for each token at each module."""
 
     name = "mole"
     Config = MoLEConfig

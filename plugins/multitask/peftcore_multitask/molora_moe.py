@@ -3,16 +3,18 @@
 Equation:
     y = W x + b + s sum_e g_e B_e A_e x,   g = softmax(W_g x),   s = alpha / rank
 
-All experts take part in each token, so there is nothing to balance and nothing is dropped. A_e [rank, in] and the
-router W_g [experts, in] are without bias; the softmax is taken in float32 at least. Every matrix of attention and of
-the feed-forward has separate experts and a separate router, as in the authors' configuration. Convolutions: A and W_g
-are convolutions.
+All experts act on each token, so no balancing loss is needed and no token is dropped. A_e [rank, in] and the router W_g
+[experts, in] are without bias; the softmax is taken in float32 at least. Every matrix of attention and of the
+feed-forward has separate experts and a separate router, as in the authors' configuration. For convolutions, A and W_g
+are convolutions too.
 
-The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+The gate depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module
+are refused.
 
-Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
+Parameters: experts * rank * (in * kernel + out) + experts * in * kernel per site.
 
-Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
+Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1). A fresh adapter is the
+identity.
 
 Differs from the authors' code: No difference is known.
 
@@ -34,7 +36,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, 
 from peftcore_multitask._mixture import ExpertsOperator, softmax_of
 
 STD = 0.02
-"""Deviation of A and of the router at the start."""
+"""Standard deviation of A and of the router at the start."""
 
 
 class MoLoRAConfig(MethodConfig):
@@ -42,7 +44,7 @@ class MoLoRAConfig(MethodConfig):
 
     method: Literal["molora_moe"] = "molora_moe"
     experts: PositiveInt = 10
-    """Low-rank updates of a site."""
+    """Number of low-rank updates (experts) of a site."""
     rank: PositiveInt = 4
     """Rank of each low-rank update."""
     alpha: PositiveFloat = 16.0

@@ -3,22 +3,23 @@
 Equation:
     a' = a * sum_e p_e l_e,   p = softmax(W_g a)      (* entry by entry)
 
-a is what (IA)^3 scales: keys and values where they leave their projection, the feed-forward's inner activations where
-they enter the second matrix. The router reads a itself, a token at a time; of keys and values a head at a time, W_g
-[experts, head] one for all heads, l [heads, experts, head]. All experts take part, the softmax is in float32 at least.
-W_g is without bias.
+a are the activations that (IA)^3 scales: the outputs of the projections to keys and values, and the inputs of the
+feed-forward's second matrix. The router reads a itself, separately for each token. Keys and values are also read
+separately for each head: W_g [experts, head] is the same for all heads, and l is [heads, experts, head]. All experts
+act on each token. The softmax is taken in float32 at least. W_g is without bias.
 
-The width of heads is read from attentions of transformers; elsewhere from the option `head`. The scale depends on the
-token, so nothing merges; a tensor that is read instead of called (stacked experts, torch's own attention) is refused.
+The width of heads is detected in attentions of transformers; for other attentions set the option `head`. The scale
+depends on the token, so the method cannot be merged. Tensors that the model reads without calling their module (stacked
+experts, torch's own attention) are refused.
 
 Parameters: experts * (in + in) for the second matrix, experts * (out + head) for keys and for values.
 
-Start: All l at one, W_g from N(0, 0.02): the identity, up to rounding.
+Start: All l at one, W_g from N(0, 0.02). A fresh adapter is the identity, up to rounding.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "mov")`, for instructions and tasks of many kinds at the price of a few (IA)^3: soft
-routing needs no task, nor a balance.
+Use it: `peftcore.apply(model, "mov")`, for instructions and tasks of many kinds, with few parameters. Soft routing
+needs neither a task label nor a balancing loss.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Router
 from peftcore.errors import UnsupportedSite
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
-"""Roles whose output is a run of heads."""
+"""Roles of matrices whose output consists of the attention heads, one after the other."""
 
 
 class MoVConfig(MethodConfig):
@@ -44,19 +45,19 @@ class MoVConfig(MethodConfig):
 
     method: Literal["mov"] = "mov"
     experts: PositiveInt = 30
-    """Vectors of each site."""
+    """Number of vectors of each site."""
     scale_inputs: list[str] = Field(default_factory=lambda: ["mlp.down"])
     """Sites whose input is scaled instead of their output: roles, or globs for site paths."""
     head: PositiveInt | None = None
-    """Width of a head of keys and values; None asks the host's attention."""
+    """Width of a head of keys and values. None: the width is detected in the host's attention."""
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedSite(Site):
-    """A site whose activation is known to be a run of heads."""
+    """A site with a scaled activation, which consists of heads of known width."""
 
     inputs: bool = False
-    """Whether its input is scaled."""
+    """True if the site's input is scaled, False if its output is."""
     width: int = 0
     """Features of the activation that is scaled."""
     head: int = 0
@@ -84,7 +85,7 @@ class MoVOperator(Router):
         return call(self.mixed(x)) if self.inputs else self.mixed(call(x))
 
     def mixed(self, a: Tensor) -> Tensor:
-        """Scale the activation, its channels where the layer has them, by its mixture of vectors."""
+        """Return the activation with its channels scaled by the mixture of vectors that the router computes from it."""
         with full_precision(a):
             precise = torch.promote_types(self.gain.dtype, torch.float32)
             heads = self.layer.channels_last(a).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
@@ -98,7 +99,7 @@ def _routed(surgeon: Surgeon, site: Site, config: MoVConfig) -> RoutedSite:
     """Return the site with the width that its router reads at once.
 
     Raises:
-        UnsupportedSite: nothing tells how wide the heads of keys and values are.
+        UnsupportedSite: the width of the heads of keys and values is unknown.
     """
     config = config.at(site.path)
     inputs = any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)

@@ -3,24 +3,25 @@
 Equation:
     y = W x + b + s sum_i w_ti B_i (L_t A dropout(x)),   w_t = softmax(v_t / temperature),   s = alpha / rank
 
-A [rank, in] and the B_i [out, rank] are shared by all tasks. Task t has a matrix L_t [rank, rank], or only its
-diagonal, which moves what A finds apart from other tasks, and a logit v_ti for each B_i. The softmax is taken in
+A [rank, in] and the B_i [out, rank] are shared by all tasks. Task t has a matrix L_t [rank, rank] (or only its
+diagonal), which transforms the output of A for this task, and a logit v_ti for each B_i. The softmax is taken in
 float32 at least. Convolutions and embeddings have factors as in LoRA.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
-weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
-be adapted row by row.
+The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row. So no
+single weight equals the update, and the method cannot be merged. Tensors that the model reads without calling their
+module are refused, because they cannot be adapted row by row.
 
-Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a site; rank for rank^2 of diagonals.
+Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) per site; with diagonals, rank instead of
+rank^2.
 
-Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups): the identity.
+Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups). A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known (pUmpKin-Co/MTL-LoRA, whose script has whole matrices L_t). The
 adapters package has another default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
 
-Use it: `peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])`, for tasks that get into each other's way in one
-LoRA; not where they have little in common (`polytropon` can keep whole skills for one of them) and not where the task
-is unknown (`hydralora`).
+Use it: `peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])`, for tasks that interfere with each other in one
+LoRA; not for tasks with little in common (`polytropon` can have skills that only one task uses), nor where the task is
+unknown (`hydralora`).
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class MTLLoRAConfig(TaskConfig):
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     temperature: PositiveFloat = 0.1
-    """Divisor of the logits of the mixture: the smaller, the more a task keeps to one B."""
+    """Divisor of the logits of the mixture. With a smaller divisor, each task uses mostly one B."""
     task_matrix: Literal["full", "diagonal"] = "full"
-    """The task's own matrix in the middle: whole, or its diagonal alone."""
+    """The form of each task's matrix L_t: a full matrix, or only a diagonal."""
     dropout: Share = 0.05
-    """Probability with which inputs of the update are dropped in training."""
+    """Dropout probability of the update's inputs."""
 
 
 class MTLLoRAOperator(Operator):
@@ -92,7 +93,7 @@ class MTLLoRAOperator(Operator):
 
 
 class MTLLoRA(Method):
-    """Low-rank adaptation with a matrix and a mixture of each task's own.
+    """Low-rank adaptation in which each task has its own middle matrix and its own mixture of B.
 
     Example:
         injection = peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])

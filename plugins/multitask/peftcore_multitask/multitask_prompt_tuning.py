@@ -4,8 +4,9 @@ Equation:
     X' = [P_t ; E(ids)],   P_t = P * (u_t v_t)      (* entry by entry)
 
 P [length, d] is shared by all tasks; u_t [length, rank] and v_t [rank, d] are the task's own, of rank 1 in the paper.
-P_t is put in front of the embedded tokens exactly as in prompt_tuning, and is made at its own precision. The call
-passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+P_t is inserted in front of the embedded tokens exactly as in prompt_tuning, and is computed in the precision of its
+parameters. The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each
+row.
 
 Parameters: length * d + tasks * rank * (length + d).
 
@@ -15,8 +16,8 @@ start, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, 
 identity.
 
 Differs from the authors' code: The paper trains many source tasks with losses that distil a teacher's prompt for each;
-here, as in peft, the model's loss trains it. For a target task it starts from P and the mean (or one) of the source
-tasks' u and v: copy the tensors.
+here, as in peft, only the model's loss is used. For a target task, the paper starts from P and from u and v of one
+source task, or their mean over source tasks; to do the same, copy the tensors.
 
 Use it: `peftcore.apply(model, "multitask_prompt_tuning", tasks=["sums", "letters"])`, where many tasks share one large
 model and a new one has few examples: it costs length + d numbers more.
@@ -46,13 +47,14 @@ class MultitaskPromptTuningConfig(TaskConfig):
     init: Literal["vocabulary", "uniform"] = "vocabulary"
     """Start the shared prompt from embeddings of tokens drawn from the vocabulary, or uniform in +-0.5."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Ids of tokens whose embeddings start the shared prompt instead, repeated or cut to its length."""
+    """Token ids whose embeddings initialize the shared prompt instead of `init`. They are repeated or cut to the
+    prompt's length."""
     task_init: Literal["ones", "normal"] = "ones"
-    """Start every task at the shared prompt, or as peft does, close to zero."""
+    """"ones" starts every task at the shared prompt. "normal" starts every task close to zero, as peft does."""
 
 
 class MultitaskPromptOperator(SequenceOperator):
-    """The shared prompt of one stack, and the factors by which tasks scale it."""
+    """The shared prompt of one stack, and the factors with which tasks scale it."""
 
     def __init__(self, site: SequenceSite, config: MultitaskPromptTuningConfig) -> None:
         super().__init__(site, config.length)
@@ -85,7 +87,7 @@ def _ids(vocabulary: int, config: MultitaskPromptTuningConfig) -> Tensor:
 
 
 class MultitaskPromptTuning(Method):
-    """A trained prompt that tasks share, and each scales for itself.
+    """A trained prompt that all tasks share and each task scales.
 
     Example:
         injection = peftcore.apply(model, "multitask_prompt_tuning", tasks=["sums", "letters"])

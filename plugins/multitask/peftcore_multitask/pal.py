@@ -4,25 +4,26 @@ Equation:
     h' = LN(s + TS_t(h)),   where no norm ends the block s + TS_t(h)
     TS_t(h) = gelu(V_t MHA_t(U_t h + u_t) + v_t),   U_t [a, d],  V_t [d, a]
 
-h is the stream that a block is given, s the sum of stream and branches at its end, and t the task. U and V, with their
-biases, are shared by all blocks of a stack; MHA, of width a, is each block's own: queries, keys and values with biases,
-dropout of attention's weights, and no matrix behind it.
+h is the residual stream in front of a block, s is the sum of stream and branches at the block's end, and t is the task.
+U and V, with their biases, are shared by all blocks of a stack; each block has a separate MHA of width a. It has
+queries, keys and values with biases, dropout of attention weights, and no output matrix.
 
-A token attends under the model's mask: not to padding, and in causal stacks not to later tokens; keys and values of
-earlier tokens are stored behind the model's own in its cache. The call passes the task, ``with peftcore.call(model,
-task=...)``: one for all rows, or one for each.
+MHA uses the model's attention mask: tokens do not attend to padding, nor to later tokens in causal stacks. Its keys and
+values of earlier tokens are stored in the model's cache, after those of the model. The call passes the task by ``with
+peftcore.call(model, task=...)``: one task for all rows, or one for each row.
 
-Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in BERT-base.
+Parameters of a task: 2 a d + a + d per stack, 3 a^2 + 3 a per block; 1.8 million in BERT-base.
 
-Start: All matrices from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
+Start: All matrices from N(0, 0.02), biases at zero. A fresh adapter is near the identity. ``up_std=0`` makes the start
+an exact identity.
 
-Differs from the authors' code: The gelu is in the code alone, as are 6 heads for the paper's 12. The authors train the
-whole model along, or its norms alone, for all tasks in common; here it is frozen, unless `train` names it. Their
-batches have one task.
+Differs from the authors' code: The gelu is only in the authors' code, not in the paper, and the code has 6 heads
+instead of 12. The authors also train the whole model, or only its norms, for all tasks together; here the model is
+frozen, except modules in `train`. Their batches have one task.
 
-Use it: `peftcore.apply(model, "pal", tasks=["sums", "letters"])`, for many tasks on one encoder where each weighs
-context anew; not where tasks have few examples and much in common (`hyperformer_pp`), nor where it has to be merged.
-`parallel_adapter` is its kin without attention.
+Use it: `peftcore.apply(model, "pal", tasks=["sums", "letters"])`, for many tasks on one encoder, where each task should
+attend to context differently; not where tasks have few examples and much in common (`hyperformer_pp`), nor where the
+adapter has to be merged. `parallel_adapter` is similar, without attention.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class PALConfig(TaskConfig):
     width: PositiveInt = 204
     """Width a of the attention, of all heads together."""
     heads: PositiveInt = 6
-    """Heads, which divide the width."""
+    """Number of heads; it must divide the width."""
     dropout: Share = 0.1
-    """Probability with which attention weights are dropped in training."""
+    """Dropout probability of attention weights."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of U and of the matrices of queries, keys and values at the start."""
     up_std: NonNegativeFloat = 0.02
@@ -85,7 +86,7 @@ class PALConfig(TaskConfig):
 
 
 ENDING = "ending"
-"""The form of the site of a norm that ends a block."""
+"""The form of a site at a norm that ends a block."""
 
 
 def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
@@ -155,7 +156,7 @@ class PALOperator(Operator):
         return call(x + self.added(*found))
 
     def added(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return the term that is added to the stream ``[batch, ..., d]``, for a block whose cache has `held`
+        """Return the term that is added to the residual stream ``[batch, ..., d]``, for a block whose cache has `held`
         tokens."""
         tokens, caches = h.flatten(1, -2), self.room.layers(given)
         held = held_by(caches, held)
@@ -174,7 +175,7 @@ class PALOperator(Operator):
 
 
 class PAL(Method):
-    """A narrow attention of each task in parallel with every block.
+    """A narrow attention for each task, in parallel with every block.
 
     Example:
         injection = peftcore.apply(model, "pal", tasks=["sums", "letters"])

@@ -7,29 +7,30 @@ Equation:
     loss = contrast * mean_i(L_i + M_i),    M_i = log sum_{k of other tasks} exp s(v_i, k) - s(v_i, k_task)
     L_i = mean_j log sum_{l != i} exp s(v_i, v_l) - s(v_i, v_j),    rows j != i of the same task; L over rows with such
 
-x is the feed-forward's input, behind the norm in front of it, and the adapter joins the stream behind the host's
-dropout, as in the authors' code. k [tasks, t] are the prototypes, v is the vector that the *retriever* makes of a text,
-from its states H at the end of the stack: without padding, and in a causal stack only those before the first label
-(``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task to
-each other and to its prototype. The own task is missing in the sum of M, as in the code. The call passes the task,
-``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
+x is the feed-forward's input, after its norm. The adapter's output is added to the residual stream after the host's
+dropout, as in the authors' code. k [tasks, t] are the prototypes. v is the vector of a text, which the *retriever*
+computes from the hidden states H of the text at the end of the stack. Padding is left out. In a causal stack, only
+tokens before the first label count, or the first tokens up to a length that ``peftcore.call(model, prompt_length=...)``
+passes. The losses exist only in training. They pull texts of a task towards each other and towards the prototype of the
+task. As in the code, the sum in M leaves out the row's own task. The call passes the task by ``with
+peftcore.call(model, task=...)``: one task for all rows, or one for each row. Batches should mix tasks.
 
-Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has separate
-matrices, the same for all tasks. In a model without tokens (pictures), H is the output of its norm behind the blocks,
-or the last adapter's input where the model lacks that norm. Adapters of one width share P1 to U.
+In an encoder-decoder, H are the states of the encoder. The network does not compute the encoder's adapters: each of
+them has separate matrices, the same for all tasks. In a model without tokens (for pictures), H is the output of the
+norm after the blocks, or the last adapter's input if the model lacks that norm. Adapters of one width share P1 to U.
 
 Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and (p + 1) (2 d r
 + r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
 
-Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
-Xavier's rule times 1e-4: near the identity.
+Start: The maps that compute weights are uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
+Xavier's rule times 1e-4. A fresh adapter is near the identity.
 
 Differs from the authors' code: The paper starts a new task from the nearest prototype; neither the authors' code nor
 this method does.
 
-Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, which their
-texts identify; not for tasks that share inputs, where `hyperformer_pp`, its nearest kin, is without these losses, nor
-for one task (`parallel_adapter`).
+Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, if the
+texts identify the task; not for tasks that share inputs (the similar `hyperformer_pp` lacks such losses), nor for one
+task (`parallel_adapter`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Prototypes(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """Makes adapters between two widths."""
+    """The network that computes adapters for one pair of input and output widths."""
 
     def __init__(self, inputs: int, outputs: int, config: PHAConfig) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Hypernetwork(nn.Module):
             nn.init.zeros_(head.bias)
 
     def forward(self, prototypes: Tensor, place: Tensor) -> tuple[Tensor, ...]:
-        """Return W_down [n, r, in], b_down [n, 1, r], W_up [n, out, r] and b_up [n, 1, out] of prototypes [n, t]."""
+        """Return W_down [n, r, in], b_down [n, 1, r], W_up [n, out, r] and b_up [n, 1, out] for prototypes [n, t]."""
         with full_precision(prototypes):
             both = torch.cat([prototypes, place.expand_as(prototypes)], -1)
             z = self.norm(self.second(self.first(both).relu()))
@@ -115,15 +116,15 @@ class Retriever(nn.Module):
 
 
 class Contrast:
-    """Adds the losses of the rows of a batch, for the operator that sees their states."""
+    """Adds the contrastive losses of a batch to the loss of the model, from hidden states that an operator passes."""
 
     def __init__(self, site: Site, config: PHAConfig, retriever: Shared, prototypes: Shared) -> None:
         self.retriever, self.prototypes, self.tasks = retriever, prototypes, Tasks(site, config)
         self.factor, self.temperature = config.contrast, config.temperature
 
     def add(self, operator: Operator, states: Tensor, counts: Tensor | None) -> None:
-        """Add the loss of an operator for ``[rows, tokens, width]``, of which those count that `counts` ``[rows,
-        tokens]`` has."""
+        """Add the loss for states ``[rows, tokens, width]`` that an operator passes. `counts` ``[rows, tokens]`` are
+        the weights of the tokens; None weights all tokens equally."""
         prototypes = self.prototypes.module.value
         with full_precision(states):
             states = states.to(prototypes.dtype)
@@ -158,8 +159,8 @@ class ReadingOperator(Operator):
 
 
 def contrast(vectors: Tensor, tasks: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Return the contrastive loss of the vectors of rows ``[rows, t]`` with tasks ``[rows]``: against each other, and
-    against the prototypes ``[tasks, t]`` of other tasks."""
+    """Return the contrastive loss of text vectors ``[rows, t]`` with tasks ``[rows]``. Each vector is compared with
+    those of other rows, and with the prototypes ``[tasks, t]``."""
     vectors, prototypes = (nn.functional.normalize(each, dim=-1) for each in (vectors, prototypes))
     least = torch.finfo(vectors.dtype).min
     alone = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
@@ -187,7 +188,7 @@ class PHAConfig(TaskConfig):
     hidden: PositiveInt = 128
     """Hidden width h of the network that reads prototypes, and of the retriever."""
     code: PositiveInt = 64
-    """Width p of c, which the adapters are made from."""
+    """Width p of c, from which the adapters are computed."""
     contrast: NonNegativeFloat = 0.1
     """Factor of both losses; with 0, or a single task, the retriever is left out."""
     temperature: PositiveFloat = 0.1
@@ -198,14 +199,14 @@ class PHAConfig(TaskConfig):
 
 @dataclass(frozen=True, eq=False)
 class AdapterSite(BranchSite):
-    """The place of an adapter."""
+    """The site of an adapter."""
 
     own: bool = False
     """Whether the adapter has its own matrices instead of generated ones."""
 
 
 class AdapterOperator(Bypass):
-    """The adapter of one site: made by `network`, or its own."""
+    """The adapter of one site. `network` computes its weights; without a network, the adapter has its own matrices."""
 
     def __init__(
         self,
@@ -237,7 +238,8 @@ class AdapterOperator(Bypass):
         return (inner @ up.mT + up_bias).view(*x.shape[:-1], -1)
 
     def made(self, network: Shared, rows: int) -> tuple[Tensor, ...]:
-        """Return the adapter of each row, ``[rows or 1, ...]``: made for the tasks of the rows, or for all tasks."""
+        """Return the adapter weights of each row, ``[rows or 1, ...]``. If there are fewer tasks than rows, they are
+        computed once for each task."""
         prototypes = self.prototypes.module.value
         chosen = self.tasks.of_rows(torch.arange(len(prototypes), device=prototypes.device), rows)
         if len(chosen) <= len(prototypes):
@@ -246,7 +248,8 @@ class AdapterOperator(Bypass):
 
 
 class PHA(Method):
-    """Adapters that a network makes of prototypes of tasks, and a retriever that holds prototypes and texts together.
+    """Adapters whose weights a network computes from prototypes of tasks, and a retriever whose losses pull texts
+    towards the prototype of their task.
 
     Example:
         injection = peftcore.apply(model, "pha", tasks=["sums", "letters"])

@@ -5,18 +5,19 @@ Equation:
     y = h + W_up f(W_down h),   W_down = K kron (U_t V_t) [n, d],   W_up = K' kron (U'_t V'_t) [d, n]
     U_t = A v_t [n0, r],  V_t = B v_t [r, d0],  U'_t = A' v_t [d0, r],  V'_t = B' v_t [r, n0],   t the task
 
-The paper's are: the embedding v_t of a task, hypernetworks in two factors that make a template of it (Polyhistor), and
-for each layer a kernel K that scales templates of the narrowest stage of a hierarchical model up to the layer's widths,
-the same for all tasks (the Lite, which is both together). A layer of d = m d0 features has n = m n0 inner ones, n0 = d0
-/ reduction rounded down, but at least 1. So kernels are [m, m]: in a plain ViT, one number. Products are not built: h
-is read in m pieces.
+The following ideas are from the paper. Each task has an embedding v_t, from which hypernetworks compute a template in
+two factors (Polyhistor). Each layer has a kernel K, the same for all tasks, which scales templates up to the layer's
+width; the templates have the width of the narrowest stage of a hierarchical model. Polyhistor-Lite combines both. A
+layer of d = m d0 features has n = m n0 inner ones, where n0 = d0 / reduction, rounded down, but at least 1. So kernels
+are [m, m], which is one number in a plain ViT. The Kronecker products are not stored as matrices: h is split into m
+pieces.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row.
 
-Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 an adapter.
+Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 per adapter.
 
-Start: Embeddings from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity (of equal
-entries all m pieces would stay alike) and K' at zero: the identity.
+Start: Embeddings from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity matrix
+(with equal entries, all m pieces would remain equal), and K' at zero. So a fresh adapter is the identity.
 
 Differs from the authors' code: The authors published no code, and only their abstract, figures and introduction were
 available. So all that the equation does not fix is chosen here, after `hyperformer_pp`, on which they build: h is the
@@ -25,9 +26,9 @@ adapters have biases; down and up projections have separate templates and kernel
 attention and feed-forward alike.
 
 Use it: `peftcore.apply(model, "polyhistor", tasks=["segmentation", "depth", "normals"])`, for several dense tasks on
-one hierarchical backbone, a Swin or a SegFormer, where a further task should cost k numbers; not where widths lack a
-common divisor (`hyperformer_pp`, its nearest kin, has a network for each), nor where it has to be merged. `compacter`
-is its kin for one task.
+one hierarchical backbone, a Swin or a SegFormer, where a further task should add only k parameters; not where widths
+lack a common divisor (the similar `hyperformer_pp` has a network for each width), nor where the adapter has to be
+merged. `compacter` is a similar method for one task.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class PolyhistorConfig(TaskConfig):
     rank: PositiveInt = 1
     """Rank r of the templates."""
     reduction: PositiveInt = 32
-    """Divisor of the templates' width, which gives the adapter's inner width."""
+    """Divisor of the templates' width d0; the quotient is their inner width n0."""
     width: PositiveInt | None = None
     """Width d0 of the templates, which must divide the width of each site; by default the width of the narrowest
     site."""
@@ -74,12 +75,12 @@ class PolyhistorConfig(TaskConfig):
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
     """The non-linearity f."""
     joins: Joins = "matrix"
-    """Where an adapter reads and adds: at a branch's last matrix, or behind what the host does to the branch's output
-    (dropout, layer scale, stochastic depth)."""
+    """Where an adapter reads and adds. "matrix": at the output of a branch's last matrix. "stream": after the host's
+    dropout, layer scale and stochastic depth on the branch's output."""
 
 
 class Templates(nn.Module):
-    """The embeddings of tasks, and the linear maps that make factors of them."""
+    """The embeddings of tasks, and the linear maps that compute the templates' factors from them."""
 
     def __init__(self, width: int, config: PolyhistorConfig) -> None:
         super().__init__()
@@ -99,14 +100,14 @@ class Templates(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ScaledSite(BranchSite):
-    """The place of an adapter."""
+    """The site of an adapter."""
 
     times: int = 1
     """The factor m: the site's width divided by the templates' width."""
 
 
 class PolyhistorOperator(AtBranchEnd):
-    """The kernels of one site, and the templates of all."""
+    """The adapter of one site: its kernels, and the templates that all sites share."""
 
     def __init__(self, site: ScaledSite, config: PolyhistorConfig, templates: Shared) -> None:
         super().__init__(site)
@@ -126,7 +127,8 @@ class PolyhistorOperator(AtBranchEnd):
 
 
 def scaled(pieces: Tensor, kernel: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """Return (kernel kron (U V)) of features in pieces ``[rows, positions * m, ...]``, in pieces again."""
+    """Return features multiplied by the matrix kernel kron (U V). Input and output features are split into m pieces,
+    ``[rows, positions * m, ...]``, where m is the size of the kernel."""
     low = (pieces @ V.mT).unflatten(1, (-1, len(kernel)))  # [rows, positions, m, r]
     return torch.einsum("ij,npjr->npir", kernel, low).flatten(1, 2) @ U.mT
 

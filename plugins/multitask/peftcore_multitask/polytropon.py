@@ -3,34 +3,34 @@
 Equation:
     y = W x + b + s (sum_k w_k B_k) (sum_k w_k A_k) x,   s = 1 / rank,   w = z / sum_k z
 
-Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank]. Task t has a logit for each skill, Z_t: z =
-sigmoid(Z_t), and in training a draw for each row that the module sees from the relaxed Bernoulli distribution with
-these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are averaged apart.
+Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank]. Task t has a logit for each skill, Z_t. In
+evaluation z = sigmoid(Z_t). In training z is drawn for each row of the module's input, from the relaxed Bernoulli
+distribution with these logits: z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are averaged separately.
 
-With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has that many more skills, which only
-this task uses, with logits next to those of the common ones. k runs over both.
+With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has `own_skills` additional skills, which
+only this task uses. They have logits like the common skills, and k runs over both.
 
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
 separate logits and skills.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
-weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
-be adapted row by row.
+The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row. So no
+single weight equals the update, and the method cannot be merged. Tensors that the model reads without calling their
+module are refused, because they cannot be adapted row by row.
 
 The authors (microsoft/mttl) train Z a hundred times faster than the skills, without weight decay; peft leaves that to
 the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
-own_skills) a site. A forward computes with the own skills of all tasks, and weighs those of others with zero.
+own_skills) per site. A forward computes the own skills of all tasks, and multiplies those of other tasks by zero.
 
-Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001: the identity. In
-convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
+Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001. A fresh adapter is the
+identity. In convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
 
 Differs from the authors' code: No difference is known for Polytropon (microsoft/mttl); peft starts A as wide as a LoRA,
-+-1/sqrt(in). No code of C-Poly's authors was found; where its equation adds outputs of skills, A and B are averaged
-apart here, own ones among them, as Polytropon's code does.
++-1/sqrt(in). No code of C-Poly's authors was found. The equation of C-Poly adds the outputs of skills. Here A and B of
+all skills, also of own ones, are averaged separately, as in Polytropon's code.
 
 Use it: `peftcore.apply(model, "polytropon", tasks=["sums", "letters"])`, for many related tasks: their common skills
-are learned once, and a new task needs few examples. Own skills are for tasks that get in each other's way; they grow
-with the number of tasks (mtl_lora has a small matrix for each).
+are learned once, and a new task needs few examples. Own skills are for tasks that interfere with each other; their size
+grows with the number of tasks (mtl_lora has only a small matrix for each task).
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class PolytroponConfig(TaskConfig):
 
     method: Literal["polytropon"] = "polytropon"
     skills: PositiveInt = 4
-    """Low-rank updates that the tasks of a site share."""
+    """Number of low-rank updates of a site that all tasks share."""
     own_skills: NonNegativeInt = 0
-    """Low-rank updates that each task has for itself: more than 0 is C-Poly."""
+    """Number of additional low-rank updates for each task; above 0, the method is C-Poly."""
     splits: PositiveInt = 1
-    """Groups of inputs and of outputs that are routed apart: more than 1 is multi-head routing."""
+    """Number of groups of inputs and of outputs that are routed separately; above 1, it is multi-head routing."""
     rank: PositiveInt = 8
     """Rank of each skill."""
     sampled: bool = True
@@ -94,7 +94,7 @@ class PolytroponOperator(Router):
             self.own_A, self.own_B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), spread)
 
     def weights(self, rows: int) -> Tensor:
-        """Return how much of each skill a row gets, ``[rows or 1, splits, skills + own_skills]``."""
+        """Return the weight of each skill for each row, ``[rows or 1, splits, skills + own_skills]``."""
         logits = self.tasks.of_rows(self.logits, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.training and self.noise:

@@ -12,17 +12,18 @@ matrices G_t. The owner of an adapter and its data computes them with `grams`, a
     merged = gather(model, "regmean", {"first": 1.0, "second": 1.0})
     take_grams(merged, [first, second])
 
-Without grams all P_t are w_t / sum w: a plain mean, which all tensors but those of linear layers of vectors keep
-(biases, norms, convolutions, embeddings, experts), as in the authors' code (bloomberg/dataless-model-merging). a is 0.9
-in their notebook, where RoBERTa does without, and 0.1 in most of their scripts; a = 0 is their diagonal variant.
+Without these matrices all P_t are w_t / sum w: a plain mean. All tensors except weights of linear layers (biases,
+norms, convolutions, embeddings, experts) always have the plain mean, as in the authors' code
+(bloomberg/dataless-model-merging). In their notebook a is 0.9 (it is not used for RoBERTa), and 0.1 in most of their
+scripts; a = 0 is their diagonal variant.
 
-With `unseen` = "base" the inverse is a pseudo-inverse: in directions that no task's inputs have, W' is the base, so a
-few prompts are enough, and rows of a table, which no two parts train, are added up. With a = 1 and a weight for each
-row of X_t that is the gradient fusion of Mix-of-Show (arXiv 2305.18292, `mix_of_show`), whose authors descend to it
-from the base by L-BFGS.
+With `unseen` = "base" the inverse is a pseudo-inverse. In directions that no task's inputs have, W' is the base weight,
+so a few prompts are enough. Changes of an embedding table are added, since parts train different rows of it. With a = 1
+and a weight for each row of X_t, this is the gradient fusion of Mix-of-Show (arXiv 2305.18292, `mix_of_show`). Its
+authors compute it by L-BFGS, starting from the base weight.
 
-A sum of low-rank parts is low-rank: `factors` gives it, and `peftcore.to_lora` with the sum of their ranks writes it
-without the P_t, which take a number for each pair of inputs, part and site.
+A merge of low-rank parts is low-rank too (`factors`). `peftcore.to_lora`, with the sum of their ranks, converts it to a
+LoRA that does not need the P_t. The P_t are large: [in, in] for each part and site.
 
 Parameters: those of the parts.
 
@@ -31,8 +32,9 @@ Start: All P_t are w_t / sum w: a plain mean, which changes nothing while the pa
 Differs from the authors' code: An input that is zero in all tasks keeps the plain mean; the authors' inverse does not
 exist there, and they count padding.
 
-Use it: `peftcore.apply(model, "regmean")`, where a few batches of each task are at hand when its adapter is done; not
-without (`ties_merging`, `task_arithmetic`), nor where one adapter should choose by the input (`arrow`).
+Use it: `peftcore.apply(model, "regmean")`, where a few batches of each task are available after its adapter was
+trained; not without data (`ties_merging`, `task_arithmetic`), nor where adapters should be chosen for each input
+(`arrow`).
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class RegMeanConfig(PartsConfig):
     off_diagonal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     """The factor a of the off-diagonal entries of the matrices, which are products of two different inputs."""
     unseen: Literal["mean", "base"] = "mean"
-    """The weight in directions that no task's inputs have: the parts' mean, where only single inputs may be unseen and
-    all else is an error; or the base's."""
+    """The merged weight in directions that no task's inputs have. "mean": the mean of the parts; this is possible only
+    for single inputs, and other unseen directions are an error. "base": the weight of the base model."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
@@ -70,20 +72,23 @@ class RegMeanConfig(PartsConfig):
 
 
 LEAST = 1e-6
-"""Eigenvalues of the inputs' correlations below this share of the largest one count as rounding errors of float32."""
+"""Eigenvalues of the inputs' correlation matrix below this share of the largest eigenvalue are treated as rounding
+errors of float32."""
 LARGEST_ERROR = 1e-3
-"""The largest error of an inverse, as the largest distance of the sum of all shares from the identity."""
+"""The largest accepted error of an inverse: the largest difference between the sum of all P_t and the identity
+matrix."""
 
 
 def gram_sites(sites: Iterable[Site]) -> list[Site]:
-    """Return the sites that are weights of called linear layers, whose inputs are vectors."""
+    """Return the sites that are weights of linear layers whose module the model calls with vectors."""
     layers = [(site, site.layer_of(site.module, site.tensor)) for site in sites]
     return [site for site, layer in layers if layer.called and layer.of_vectors and not layer.batch_dims]
 
 
 def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Return X' X / n ``[in, in]`` by path for the linear layers at which an adapter acts, and those named in `also`
-    (where other parts of a merge act): X are their inputs while the adapter acts alone, without padding.
+    """Return the matrices X' X / n ``[in, in]`` of the linear layers at which an adapter acts, by path. X [n, in] are
+    the inputs of the layer without padding, while only this adapter is active. Layers in `also`, at which other parts
+    of a merge act, are included.
 
     Args:
         injection: the adapter.
@@ -147,11 +152,11 @@ def matrices_of(path: str, every: Sequence[Mapping[str, Tensor]], like: Tensor) 
 
 
 def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: float, base: bool = False) -> Tensor:
-    """Return P ``[parts, in, in]`` for the matrices of the layer at a path; with `base`, zero in directions that no
-    inputs have.
+    """Return the P_t of one layer, ``[parts, in, in]``, computed from its matrices `G`. With `base`, they are zero in
+    directions that no inputs have.
 
     Raises:
-        CalibrationError: their sum is singular.
+        CalibrationError: the sum of the matrices is singular.
     """
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     if base:  # not scaled as below: what is orthogonal to the inputs is to stay so
@@ -175,7 +180,7 @@ def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: floa
 
 
 class RegMeanOperator(MergingOperator):
-    """The changes of all parts, each multiplied from the inputs' side."""
+    """Merges the changes of all parts, each multiplied by its P_t."""
 
     shares: Tensor | None
 
@@ -227,7 +232,7 @@ class RegMean(OfMergedParts, Method):
 
 @torch.no_grad()
 def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> None:
-    """Merge by the matrices of the parts, which `grams` returned, in the order of the parts.
+    """Set the P_t of a merge from the matrices of the parts, as returned by `grams`, in the order of the parts.
 
     Raises:
         ConfigError: the injection is not a regmean, it is merged into the model, or matrices are missing or do not fit.

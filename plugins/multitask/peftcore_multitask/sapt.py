@@ -5,34 +5,36 @@ Equation:
     y = W x + b + s sum_j a_j B_j A_j x,    a = softmax_j(k_j . q / sqrt(d)),    s = alpha / rank
     q = LN(silu(W_up W_down max(E)));       loss = replay * mean_rows sum_j t_j (log t_j - log a_j)
 
-E are the embedded tokens of the text, of which max takes the largest of each feature; a is the same at all target
-modules. Each task has a key k_j [d] and A_j [rank, in], B_j [out, rank] at each module. The last task is learned: its
-key and LoRA train, and W_down [hidden, d], W_up [d, hidden] and the norm go on training; those of earlier tasks are
-frozen, and as in the code, no gradient passes through them to x. Calls need not pass the task of a text. The next task:
+E are the embedded tokens of the text; max is the maximum of each feature over them. a is the same at all target
+modules. Each task has a key k_j [d], and A_j [rank, in], B_j [out, rank] at each module. The last task is the one being
+learned: its key and LoRAs train, and so do W_down [hidden, d], W_up [d, hidden] and the norm. Keys and LoRAs of earlier
+tasks are frozen, and as in the code, no gradient passes through these LoRAs to x. Calls need not pass the task of a
+text. To add the next task:
 
     second = peftcore.apply(model, "sapt", tasks=2, name="second")
     peftcore_multitask.sapt.take_tasks(second, first)  # the values of an adapter of one task, which may go then
 
-The loss keeps the network's shares for texts of earlier tasks (the paper's pseudo-samples). Such texts are rows of the
-batch, without labels, and the call passes their shares t [rows, tasks], the oldest task first, with zeros for later
-tasks: ``with peftcore.call(model, attention=t)``. A row of zeros is not such a text. The code holds the mean share over
-the texts of a task for t, which `injection.report()` has.
+The loss preserves the shares that the network computes for texts of earlier tasks (the paper's pseudo-samples). Such
+texts are rows of the batch without labels. The call passes their target shares t [rows, tasks], the oldest task first,
+with zeros for later tasks: ``with peftcore.call(model, attention=t)``. For all other rows t is zero. The authors' code
+uses as t the mean shares over the texts of a task; `injection.report()` contains them.
 
-The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-gives its length: generated tokens change nothing.
+The text is the part of the input before the first label, or the whole input without labels, unless
+``peftcore.call(model, prompt_length=...)`` passes its length. Generated tokens do not change the shares.
 
-Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
+Parameters: tasks * rank * (in + out) per module, tasks * d + 2 hidden d + 2 d once.
 
 Start: Keys uniform in +-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in the
-authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero: the identity for the first task.
+authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero. A fresh adapter is the identity for the first
+task.
 
-Differs from the authors' code: The authors' max sees padding, this does not. Dropout, which the authors' scripts have
-at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the
-decoder runs.
+Differs from the authors' code: The authors' max includes padding; here it does not. Dropout, which is zero in the
+authors' scripts, is left out. Encoder-decoder models are refused, since the text is not available when the decoder
+runs.
 
-Use it: `peftcore.apply(model, "sapt")`, for tasks that are learned one after the other, where old ones are to stay and
-to help; not for tasks that are all there at once (`hydralora`), nor for LoRAs out of files, with which no attention was
-trained (`mole`).
+Use it: `peftcore.apply(model, "sapt")`, for tasks that are learned one after the other, if earlier tasks must not be
+forgotten and should help later ones; not for tasks that are available at the same time (`hydralora`), nor for LoRAs
+that were trained without this attention (`mole`).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ from peftcore_multitask._skills import factors
 __all__ = ["SAPT", "SAPTConfig", "take_tasks"]
 
 STD = 0.02
-"""Deviation of the network at the start."""
+"""Standard deviation of the network's weights at the start."""
 
 
 class SAPTConfig(MethodConfig):
@@ -96,12 +98,12 @@ class SAPTConfig(MethodConfig):
 
 
 def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
-    """Copy the values of an adapter that was trained on fewer tasks into one of the same method: each tensor that both
-    have.
+    """Copy all tensors of `trained`, an adapter for fewer tasks, into `injection`, an adapter of the same method for
+    more tasks.
 
     Raises:
-        ConfigError: the adapters differ in method, modules or sizes, or the first has no more tasks; nothing has
-            changed.
+        ConfigError: the adapters differ in method, modules or sizes, or `injection` has fewer tasks. Nothing is changed
+            then.
     """
     mine, theirs = (
         {f"{path}:{name}": value for path, op in each.operators.items() for name, value in op.named_parameters()}
@@ -122,7 +124,7 @@ def divergence(told: Any, logs: Tensor) -> Tensor:
     """Return the divergence of shares from target shares, as a mean over the rows that have targets.
 
     Args:
-        told: ``[rows, tasks]``; a row of zeros is skipped.
+        told: the target shares ``[rows, tasks]``; rows of zeros are skipped.
         logs: the logarithms of the shares ``[rows, tasks]``.
 
     Raises:
@@ -138,31 +140,33 @@ def divergence(told: Any, logs: Tensor) -> Tensor:
 
 EMBEDS = "inputs_embeds"
 KEPT = "_peftcore_decided"
-"""The attribute of a cache in which decisions are kept."""
+"""The name of the attribute of a cache that stores the shares of its texts."""
 
 
 class Decisions:
-    """The decisions of one operator, kept with the model's caches; copies of the model share them."""
+    """Stores the shares that one operator computed for texts (its decisions), as an attribute of the model's caches.
+    Copies of the model can read them too."""
 
     def __init__(self) -> None:
         self.stamp = uuid.uuid4().hex
 
     def of(self, cache: Any) -> Tensor | None:
-        """Return the decision that was made when the text in a cache was new."""
+        """Return the shares that were stored with a cache, or None."""
         kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
         return kept
 
     def keep(self, cache: Any, decided: Tensor) -> None:
-        """Keep a decision with a cache; a cache that takes no attributes keeps none."""
+        """Store shares with a cache. Caches that do not accept attributes are skipped."""
         with suppress(AttributeError):
             setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
 
 
 class SharedAttention(Router):
-    """The keys of the tasks, and the network that reads texts: leaves the shares of each text.
+    """The keys of the tasks, and the network that reads texts. It stores the shares of each text for all LoRAs.
 
-    Acts around a stack and behind its token table. Forwards that go on from a cache find the shares with the cache:
-    copies of it have them too, and rows that are repeated (beams) repeat them.
+    The operator wraps the stack of blocks, and reads the output of its token embedding. A forward that continues a
+    cache uses the shares that are stored with the cache. Copies of the cache contain them too, and they are repeated
+    for repeated rows (beams).
     """
 
     routes = "sequence"
@@ -180,8 +184,8 @@ class SharedAttention(Router):
         self.norm = nn.LayerNorm(width)
 
     def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Return the shares of texts ``[rows, tasks]``, for embedded tokens ``[rows, tokens, d]``, of which `text`
-        ``[rows, tokens]`` counts."""
+        """Return the shares of texts ``[rows, tasks]`` for embedded tokens ``[rows, tokens, d]``. The mask `text`
+        ``[rows, tokens]`` is True at tokens of the text."""
         with full_precision(embeds):
             logs = self.scores(embeds, text).log_softmax(-1)
             told = forward_context().context.get("attention") if self.training else None
@@ -192,7 +196,7 @@ class SharedAttention(Router):
         return shares
 
     def scores(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Return ``[rows, tasks]``, of which the softmax is taken."""
+        """Return the logits of the shares, ``[rows, tasks]``."""
         keys = torch.stack([*self.keys])
         largest = embeds.to(keys.dtype).masked_fill(~text[..., None], -torch.inf).amax(1)
         largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
@@ -231,8 +235,8 @@ class SharedAttention(Router):
         self.decided.put(self.decide(embeds, found[1].expand(embeds.shape[:2])))
 
     def _again(self, kept: Tensor | None, embeds: Tensor) -> Tensor:
-        """Return what was decided when the text was new; raises where it was not, or where the input may be more of
-        it."""
+        """Return the shares `kept`, repeated for the rows of the batch. Raises SequenceError if there are none or they
+        do not fit, and MissingContext if the input may be a part of the text."""
         if kept is None or len(embeds) % len(kept):
             raise SequenceError(
                 "this cache was filled without this adapter, or for other rows: start with an empty cache, and leave "
@@ -247,10 +251,12 @@ class SharedAttention(Router):
 
 
 def deciding_place(surgeon: Surgeon, sites: list[Site]) -> tuple[Site, TokenStack, tuple[Site, ...]]:
-    """Return the place around the one stack of some modules, the stack, and the place of its token table.
+    """Return the site of the stack of blocks that contains all given modules, the stack itself, and the site of its
+    token embedding.
 
     Raises:
-        UnsupportedSite: the modules lack one stack, or it is an encoder or decoder connected to another stack.
+        UnsupportedSite: the modules are not in one stack, or the stack is an encoder or decoder connected to another
+            stack.
     """
     place, stack = TokenStacks(surgeon).around(sites), TokenStacks(surgeon).of(sites[0])
     assert stack is not None, "there is a place around it"
@@ -284,7 +290,7 @@ class SAPTOperator(Operator):
         return self.update(call(x), x, shares)
 
     def update(self, y: Tensor, x: Tensor, shares: Tensor) -> Tensor:
-        """Return y with all LoRAs of x, for shares ``[rows, ..., tasks]``."""
+        """Return y plus the outputs of all LoRAs for x, weighted by shares ``[rows, ..., tasks]``."""
         every = [(A, B, self.scale) for A, B in zip(self.A, self.B, strict=True)]
         if every[:-1]:
             y = add_shares(self, y, x.detach(), every[:-1], shares[..., :-1])

@@ -3,21 +3,22 @@
 Equation:
     W' = W + s sum_t w_t tau_t,   tau_t = W_t - W,   s = 0.4
 
-tau_t is the change of the weight by part t: of a LoRA B A, of weights trained in place their difference. w_t = -1
-forgets a task, w = (1, 1, -1) is an analogy.
+tau_t is the change of the weight by part t: B A for a LoRA, and the difference of weights if they were trained
+directly. w_t = -1 forgets a task, w = (1, 1, -1) is an analogy.
 
-Where all parts are low-rank, so is the sum: `factors` gives it, with the ranks added.
+If all parts are low-rank, their sum is low-rank too (`factors`), and its rank is the sum of their ranks.
 
 Parameters: those of the parts.
 
-Start: Nothing is drawn; of fresh parts nothing changes.
+Start: Nothing is drawn. Fresh parts change nothing.
 
 Differs from the authors' code: The authors sum over the whole of models that were trained in full
-(mlfoundations/task_vectors); here every site that a part has counts, and parts may differ in method and sites. peft's
-"linear" sums factors of LoRAs instead of their products, which is another thing; its "cat" is this one.
+(mlfoundations/task_vectors); here all sites of the parts are summed, and parts may differ in method and sites. The
+combination "linear" of peft sums the factors of LoRAs instead of their products, which is different. The combination
+"cat" of peft is the same as this method.
 
-Use it: `peftcore.apply(model, "task_arithmetic")`, with `peftcore_multitask.gather` to put trained adapters together;
-choose s on validation data, the more tasks the smaller.
+Use it: `peftcore.apply(model, "task_arithmetic")`, with `peftcore_multitask.gather` to combine trained adapters. Choose
+s on validation data; use a smaller s for more tasks.
 """
 
 from __future__ import annotations

@@ -1,35 +1,37 @@
 """Text-to-LoRA: LoRAs that a network makes of the description of a task.   Charakorn et al. 2025, arXiv 2506.06105
 (code: SakanaAI/text-to-lora).
 
-This is the largest of the paper's three networks, with one of the paper's two ways to train, by the loss of the model
-itself. The networks whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs
-that exist (recon).
+This is the largest of the paper's three networks, trained by the loss of the model itself. The paper's smaller
+networks, whose heads compute A and B, or their rows, one after the other, are not available. Neither is the paper's
+other way of training, on existing LoRAs (recon).
 
 Equation:
     y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
     z = M([LN(E v + e) ; LN(layer) ; LN(kind)])
 
 v is a vector that the call passes: an embedding of the task's description by any model that embeds texts. `layer` is an
-embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu feed-forwards,
-two of them with residuals, and 0.05 is dropped between. The loss gets decay * (mean A^2 + mean B^2) from each kind.
+embedding of the layer, and `kind` an embedding of the kind of matrix in that layer. Each kind has a head H, h. M
+consists of feed-forwards with SiLU, two of them with residual connections, and a dropout of 0.05. Each kind adds decay
+* (mean A^2 + mean B^2) to the loss.
 
     with peftcore.call(model, task_vector=embedded): ...      # [1, vector_width] for all rows, or [rows, vector_width]
     make_lora(injection, embedded[0])                         # a plain LoRA: it merges, and is saved by itself
 
-This network is the one that the authors' scripts train. Where models have several stacks, each has separate layers and
+The authors' scripts train this network. In models with several stacks, each stack has separate embeddings of layers and
 kinds.
 
 Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
 for each layer and each kind, and (w + 1) rank (in + out) for each kind.
 
-Start: H at zero and h as a LoRA's start, so all vectors give the same LoRA, which does nothing: the identity.
+Start: H at zero and h as a LoRA's start, so the LoRA is the same for all vectors and does nothing. A fresh adapter is
+the identity.
 
-Differs from the authors' code: The networks and the way to train that are named above are not here; no other difference
-is known.
+Differs from the authors' code: The networks and the way of training that are named above as not available; no other
+difference is known.
 
 Use it: `peftcore.apply(model, "text_to_lora", vector_width=384)`, for hundreds of tasks with descriptions, where a new
-one shall need no training; not for a few tasks, nor where no text says what a task is (`hyperformer_pp` has an
-embedding of each that it learns).
+task should need no training; not for a few tasks, nor for tasks without a description (`hyperformer_pp` learns an
+embedding of each task).
 """
 
 from __future__ import annotations
@@ -79,13 +81,14 @@ class TextToLoRAConfig(MethodConfig):
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / sqrt(rank)``."""
     dropout: Share = 0.05
-    """Probability with which inputs of the update are dropped in training."""
+    """Dropout probability of the update's inputs."""
     latent: Annotated[PositiveInt, Field(multiple_of=4)] = 128
-    """Width l of the network: half of it reads the vector, a quarter each says layer and kind."""
+    """Width l of the network. Half of its input is computed from the vector, and a quarter each from the embeddings of
+    layer and kind."""
     head_width: PositiveInt = 512
     """Width w of z, which the heads read."""
     network_dropout: Share = 0.05
-    """Probability with which values in the network are dropped in training."""
+    """Dropout probability inside the network."""
     decay: NonNegativeFloat = 1e-3
     """Factor of the penalty on the LoRAs' values."""
 
@@ -99,13 +102,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., width]``."""
+        """Return the block's output ``[..., width]``."""
         inner = self.dropout(nn.functional.silu(self.up(self.norm(x))))
         return x + self.dropout(nn.functional.silu(self.down(inner)))
 
 
 class LoRANetwork(nn.Module):
-    """The network that all sites share: it reads a vector and embeddings of the LoRA's layer and kind of matrix."""
+    """The network that all sites share. It reads a task vector, and the embeddings of a LoRA's layer and kind of
+    matrix."""
 
     def __init__(self, config: TextToLoRAConfig) -> None:
         super().__init__()
@@ -139,8 +143,8 @@ class LayerEmbedding(nn.Module):
 
 
 class Kind(nn.Module):
-    """The shared parts of the LoRAs of one kind of matrix: its embedding, and the head that makes them of z. The head
-    starts as a LoRA, the same for all vectors: A uniform in +-1/sqrt(in), B zero."""
+    """The embedding of one kind of matrix, and the head that computes the kind's LoRAs from z. At the start, the head
+    returns the same LoRA for all vectors: A uniform in +-1/sqrt(in), B zero."""
 
     def __init__(self, inputs: int, outputs: int, config: TextToLoRAConfig) -> None:
         super().__init__()
@@ -159,19 +163,19 @@ class Kind(nn.Module):
 
 
 class Told:
-    """Looks up the vectors that a call passes."""
+    """Looks up the task vectors that a call passes."""
 
     def __init__(self, site: Site, width: int) -> None:
         self.path, self.width, self.apart = site.path, width, not site.mixes_rows
 
     def of_rows(self, rows: int) -> Tensor:
-        """Return one vector for all rows ``[1, width]``, or one for each row; each is repeated if a module sees several
-        rows of one (beams, windows).
+        """Return one vector for all rows ``[1, width]``, or one for each row. Vectors are repeated if the module gets
+        several rows for each row of the batch (beams, windows).
 
         Raises:
             MissingContext: the call does not pass a vector.
-            ConfigError: it is not a table of vectors of that width.
-            RouteError: there are not as many rows.
+            ConfigError: the call's value is not a tensor of vectors of this width.
+            RouteError: the number of rows does not fit the number of vectors.
         """
         running = forward_context()
         running.need("task_vector")
@@ -190,7 +194,7 @@ class Told:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold modules in evaluation mode, without dropout."""
+    """Set modules to evaluation mode inside a `with` block, and restore their modes afterwards."""
     was = {each: each.training for module in modules for each in module.modules()}
     try:
         for each in was:
@@ -203,8 +207,8 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HypernetworkParts:
-    """The parts that a site shares with others: the network, the embedding of its layer, and its kind; and how many
-    sites are of that kind."""
+    """The parts that a site shares with other sites: the network, the embedding of its layer, and its kind. `alike` is
+    the number of sites of this kind."""
 
     network: Shared
     layer: Shared
@@ -218,7 +222,8 @@ def kind_name(site: Site) -> str:
 
 
 def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int) -> HypernetworkParts:
-    """Return the parts that a site shares with others, named by its path and not by other sites."""
+    """Return the parts that a site shares with other sites. Their names depend only on the path and the size of the
+    site."""
     block = next((each.block for each in surgeon.resolver.host.at(site.module_path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)
     layer = ".".join(re.findall(r"\d+", site.module_path if block is None else block))
@@ -232,7 +237,7 @@ def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int)
 
 
 class TextToLoRAOperator(Operator):
-    """The LoRA of one site, made by the shared network from the call's vector."""
+    """The LoRA of one site, which the shared network computes from the call's vector."""
 
     training_only = Operator.training_only | {"decay"}
 
@@ -261,7 +266,7 @@ class TextToLoRAOperator(Operator):
 
 
 class TextToLoRA(Method):
-    """LoRAs made of vectors that calls pass.
+    """LoRAs that a network computes from vectors that calls pass.
 
     Example:
         injection = peftcore.apply(model, "text_to_lora", vector_width=384)
@@ -296,11 +301,12 @@ class TextToLoRA(Method):
 
 @torch.no_grad()
 def make_lora(injection: AppliedMethod, vector: Tensor, name: str = "lora") -> Injection:
-    """Return the LoRA of one vector ``[vector_width]``: frozen, and active instead of the network, which is kept.
+    """Return the LoRA that the network computes for one vector ``[vector_width]``. It is installed, frozen, and
+    activated instead of the network. The network remains installed.
 
     Raises:
         ConfigError: the injection is not a text_to_lora, or the vector has another width.
-        PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
+        PeftcoreError: for the same reasons as in `peftcore.lora_of`. Nothing is changed then.
     """
     found = [graft for graft in injection.grafts if isinstance(graft.operator, TextToLoRAOperator)]
     if not found or vector.shape != (injection.config.vector_width,):

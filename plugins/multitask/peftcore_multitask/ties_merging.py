@@ -5,21 +5,23 @@ Equation:
     gamma  = sign(sum_t tau^_t),                      value by value
     W'     = W + s mean {tau^_t : sign tau^_t = gamma},   0 where there is none
 
-Tasks that disagree would wash each other out in a mean; here the minority does not count.
+In a mean, values of different signs would cancel each other. Here values with the sign of the minority do not count.
 
-Gradients reach what is left and agrees; where no part has anything they reach all parts, so that fresh ones learn.
+Gradients reach the values that are kept and have the elected sign. Where all parts are zero, gradients reach all parts,
+so that fresh parts can learn.
 
 Parameters: those of the parts.
 
-Start: Nothing is drawn; of fresh parts nothing changes.
+Start: Nothing is drawn. Fresh parts change nothing.
 
 Differs from the authors' code: The authors' code (prateeky2806/ties-merging) trims the flattened model as a whole;
-here, as in peft, each weight for itself. Where the sum is exactly 0 the sign is that of most values, as the authors
-have it, not +1 as in peft, which also elects before it weighs. Of LoRAs the products B A are merged (peft's "ties_svd"
-without the svd), not A and B apart (its "ties").
+here, as in peft, each weight is trimmed separately. Where the sum is exactly 0, the sign is that of most values, as in
+the authors' code; in peft it is +1. peft also elects signs before it applies the weights w_t. For LoRAs, the products B
+A are merged, as in the combination "ties_svd" of peft, but without its SVD. The combination "ties" of peft merges A and
+B separately.
 
-Use it: `peftcore.apply(model, "ties_merging")`, with `peftcore_multitask.gather` for three and more trained adapters,
-where plain sums lose.
+Use it: `peftcore.apply(model, "ties_merging")`, with `peftcore_multitask.gather` for three or more trained adapters, if
+a plain sum of them is not good enough.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class TIESMergingConfig(PartsConfig):
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of each part's values that is kept."""
     sign: merge_math.Sign = "total"
-    """The sign that is elected: that of the sum of values ("total"), or that of more parts ("frequency")."""
+    """How the sign of a value is elected. "total": the sign of the sum. "frequency": the sign that more parts have."""
     scale: float = 1.0
     """The factor s of the merged change."""
 

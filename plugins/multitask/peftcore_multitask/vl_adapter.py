@@ -5,25 +5,26 @@ Equation:
     y = h + U_t f(D_t h + b_t) + c_t,   D_t [r, d],  U_t [d, r],   t the task
 
 h is the output of the last matrix of an attention (self and cross) or of the feed-forward, in front of the host's
-dropout. `shared` says what all tasks have in common: everything (the paper's single adapter, its best), D with b or U
-with c (half-shared), or nothing (an adapter each). Paper and code adapt the language model alone, BART or T5, which
-reads pictures as tokens: so do default targets in a model of two towers. All norms train too, and so does the map from
-visual features to tokens if you name it: ``train=["multi_modal_projector"]``.
+dropout. `shared` sets what all tasks share: everything (the single adapter of the paper, its best variant), D with b or
+U with c (half-shared), or nothing (separate adapters). Paper and code adapt only the language model, BART or T5, which
+reads pictures as tokens. So do the default targets in a model with separate towers for texts and pictures. All norms
+train too. To train the map from visual features to tokens, name it: ``train=["multi_modal_projector"]``.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. With
+The call passes the task by ``with peftcore.call(model, task=...)``: one task for all rows, or one for each row. With
 ``shared="all"`` calls need not pass the task, and names of tasks are ignored.
 
-Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared side and else the number of tasks; with
-`train_layer_norm`, the norms besides.
+Parameters: n_D (d r + r) + n_U (d r + d) per adapter, where n is 1 for a shared side and else the number of tasks; and
+the norms with `train_layer_norm`.
 
-Start: Matrices from N(0, 0.02), biases at zero: near the identity; ``up_init_std=0`` makes it exact.
+Start: Matrices from N(0, 0.02), biases at zero. A fresh adapter is near the identity. ``up_init_std=0`` makes the start
+an exact identity.
 
-Differs from the authors' code: The authors' batches have one task; here each row may have its own. The paper's other
-adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a block's places
-apart), its Compacter `compacter`, which it trains for all tasks as one.
+Differs from the authors' code: The authors' batches have one task; here each row may have its own. The other adapters
+of the paper are separate methods here. Its Hyperformer is similar to `hyperformer`, but has separate generators for the
+places in a block. Its Compacter is `compacter`, trained for all tasks together.
 
-Use it: `peftcore.apply(model, "vl_adapter", shared="down", tasks=["questions", "captions"])`, for tasks of one kind on
-one model, as questions and captions for pictures are; not where tasks get in each other's way (`polytropon`,
+Use it: `peftcore.apply(model, "vl_adapter", shared="down", tasks=["questions", "captions"])`, for similar tasks on one
+model, such as questions and captions for pictures; not where tasks interfere with each other (`polytropon`,
 `mtl_lora`), nor where a new task should cost next to nothing (`hyperformer_pp`).
 """
 
@@ -55,23 +56,23 @@ class VLAdapterConfig(TaskConfig):
 
     method: Literal["vl_adapter"] = "vl_adapter"
     shared: Literal["all", "down", "up", "none"] = "all"
-    """The part that is one for all tasks: the whole adapter, the matrix of one side with its bias, or nothing."""
+    """The part that all tasks share: the whole adapter, the matrix of one side with its bias, or nothing."""
     bottleneck: PositiveInt = 96
-    """Width r of the adapters; an eighth of the stream in the authors' scripts."""
+    """Width r of the adapters; an eighth of the hidden size in the authors' scripts."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
     """The non-linearity f."""
     joins: Joins = "matrix"
-    """Where an adapter reads and adds: at a branch's last matrix, or behind what the host does to the branch's output
-    (dropout, layer scale, stochastic depth)."""
+    """Where an adapter reads and adds. "matrix": at the output of a branch's last matrix. "stream": after the host's
+    dropout, layer scale and stochastic depth on the branch's output."""
     train_layer_norm: bool = True
-    """Train the norms of the host along, as the authors do."""
+    """Train the norms of the host too, as the authors do."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02
     """Standard deviation of U at the start; 0 makes a fresh adapter an exact identity."""
 
     def copies(self, side: str) -> int:
-        """Return how many matrices a side has, "down" or "up": one where tasks share it."""
+        """Return the number of matrices of a side, "down" or "up": 1 if all tasks share it, else one for each task."""
         return 1 if self.shared in ("all", side) else task_count(self)
 
 
@@ -99,7 +100,7 @@ class VLAdapterOperator(AtBranchEnd):
 
 
 class VLAdapter(Method):
-    """Bottleneck adapters that tasks share wholly or by half.
+    """Bottleneck adapters that tasks share wholly, by half or not at all.
 
     Example:
         injection = peftcore.apply(model, "vl_adapter", shared="down", tasks=["questions", "captions"])

@@ -5,9 +5,9 @@ Equation:
 
 h [tokens, d] is the output of the stack of blocks with X-LoRA off, so each forward runs the stack twice, the first time
 without gradients; generation keeps a second cache for the first pass. The classifier is one linear layer, or `depth` of
-them with ReLU and dropout between. c is the same at all target modules, or with `layerwise` each has its own; `top_k`
-keeps the largest alone. g is `scale`. Parts act as in evaluation: their dropout, for example, is off. Parts are LoRAs
-of linear layers, and the model has one stack of tokens.
+them with ReLU and dropout between. c is the same at all target modules; with `layerwise` each module has a separate c.
+`top_k` keeps only the largest shares. g is `scale`. Parts act as in evaluation: their dropout, for example, is off.
+Parts are LoRAs of linear layers, and the model must have exactly one stack of blocks that processes tokens.
 
 Parameters: those of the parts, and (d + 1) N of the classifier, times the number of target modules with `layerwise`; at
 more depth (d + 1) w + (depth - 2) (w + 1) w + (w + 1) N for N parts and width w.
@@ -16,8 +16,8 @@ Start: The classifier as torch's linear layers; fresh LoRAs change nothing.
 
 Differs from the authors' code: peft refuses caches; here generation keeps a second one for the first pass.
 
-Use it: `peftcore.apply(model, "xlora")`, with `peftcore_multitask.gather` to blend LoRAs that were trained apart:
-train_parts=False trains the classifier alone, as in the paper.
+Use it: `peftcore.apply(model, "xlora")`, with `peftcore_multitask.gather` to blend LoRAs that were trained separately.
+train_parts=False trains only the classifier, as in the paper.
 """
 
 from __future__ import annotations
@@ -56,29 +56,29 @@ class XLoRAConfig(PartsConfig):
 
     method: Literal["xlora"] = "xlora"
     train_parts: bool = True
-    """Train the parts too; in the paper they are trained separately before, and frozen."""
+    """Train the parts too. In the paper they are trained separately beforehand, and then frozen."""
     layerwise: bool = False
-    """Make separate shares for each target module."""
+    """Compute separate shares for each target module."""
     softmax: bool = True
-    """Make the shares of a token positive, with a sum of one."""
+    """Apply a softmax to the shares of a token, so that they are positive and their sum is one."""
     temperature: PositiveFloat = 1.0
-    """Divides what the softmax is taken of."""
+    """Divisor of the softmax's logits."""
     top_k: PositiveInt | None = None
-    """How many parts act on a token, at most; all without."""
+    """The largest number of parts that act on a token; None: all parts."""
     softmax_top_k: bool = False
-    """Take a softmax of the shares that are left, too."""
+    """Apply another softmax to the shares that `top_k` keeps."""
     depth: Annotated[int, Field(ge=1, le=100)] = 1
-    """Linear layers of the classifier."""
+    """Number of linear layers of the classifier."""
     width: PositiveInt = 2048
     """Width between the layers of the classifier."""
     dropout: Share = 0.2
-    """Dropout between them, in training."""
+    """Dropout probability between the layers of the classifier."""
     scale: float = 1.0
-    """Factor g of all that is added."""
+    """The factor g of the sum of all parts."""
 
 
 def classifier(inputs: int, outputs: int, config: XLoRAConfig) -> nn.Sequential:
-    """Make the layers that map hidden states ``[..., inputs]`` to a number for each part."""
+    """Return the layers that map hidden states ``[..., inputs]`` to shares ``[..., outputs]``."""
     widths = [inputs, *[config.width] * (config.depth - 1)]
     between: list[nn.Module] = []
     for one, other in itertools.pairwise(widths):
@@ -87,7 +87,7 @@ def classifier(inputs: int, outputs: int, config: XLoRAConfig) -> nn.Sequential:
 
 
 class ClassifierOperator(Operator):
-    """Runs the stack once with X-LoRA off, and leaves the shares for the run that counts."""
+    """Runs the stack once with X-LoRA off, computes the shares from the output, and stores them for the second run."""
 
     def __init__(self, site: Site, config: XLoRAConfig, classifier: Shared, shares: Tap) -> None:
         super().__init__(site)
@@ -121,7 +121,7 @@ class ClassifierOperator(Operator):
 
 
 class XLoRAOperator(Router):
-    """The parts of one module, each with a share in each token."""
+    """The parts of one module, each weighted by its share for each token."""
 
     def __init__(self, site: Site, config: XLoRAConfig, members: Members, shares: Tap, number: int) -> None:
         super().__init__(site)
@@ -149,7 +149,7 @@ class XLoRAOperator(Router):
 
 
 class XLoRA(OfMergedParts, Method):
-    """Shares of LoRAs in each token, from a first pass of the model."""
+    """LoRAs weighted for each token by shares that a classifier computes from a first pass of the model."""
 
     name = "xlora"
     Config = XLoRAConfig

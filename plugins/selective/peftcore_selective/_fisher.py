@@ -13,11 +13,11 @@ from peftcore import Batch
 def squared_gradients(
     parameters: Iterable[nn.Parameter], data: Iterable[Batch], max_norm: float | None = None
 ) -> dict[nn.Parameter, Tensor]:
-    """Return for each parameter the sum over the batches of (dL/dp)^2; the gradient of each is first clipped to
-    `max_norm`.
+    """Return the sum over the batches of (dL/dp)^2 for each parameter p. The gradient of each parameter is first
+    clipped to the norm `max_norm`.
 
-    The sum ranks weights as the mean over the batches does. No `grad` is left on any parameter, including parameters
-    of other active adapters.
+    The sum ranks weights as the mean over the batches does. The `grad` of all parameters is unchanged, also of
+    parameters of other active adapters.
     """
     sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters}
     for batch in data:

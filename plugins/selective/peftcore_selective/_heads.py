@@ -1,4 +1,5 @@
-"""Classification heads, which the authors of some methods train whole in addition to the method's own parameters."""
+"""Classification heads, which the authors of some methods train as a whole, in addition to the parameters of the
+method."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from peftcore.author import Surgeon
 
 
 def train_classifiers(surgeon: Surgeon) -> None:
-    """Train the heads of the host whole, unless they predict tokens (one row for each row of the token table) or the
-    host is a denoiser, whose blocks are modulated by a time step: a denoiser lacks classes."""
+    """Make the classification heads of the host trainable as a whole. Heads that predict tokens stay frozen; they have
+    one row for each row of the token embedding. All heads stay frozen if a time step modulates the blocks, since a
+    denoiser lacks classes."""
     host = surgeon.resolver.host
     tokens = {entry.shape[0] for entry in host.entries if entry.role == "embed" and entry.shape}
     given = {entry.module: entry.shape[0] for entry in host.entries if entry.role == "head" and entry.shape}

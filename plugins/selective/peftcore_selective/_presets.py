@@ -1,4 +1,4 @@
-"""Presets of this plugin: names of papers for options of methods, a line each."""
+"""Presets of this plugin. Each line maps a name from a paper to a method with options."""
 
 from peftcore.author import Preset
 

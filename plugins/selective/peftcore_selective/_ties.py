@@ -1,4 +1,4 @@
-"""Tied tensors: token tables that are also heads."""
+"""Tied tensors, such as a token embedding that is also the weight of the head."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from peftcore.author import Site, Slices, Surgeon
 
 
 def one_each(sites: Iterable[Site]) -> list[Site]:
-    """Return one site for each tensor: among tied sites, the deepest one. A table in an outer module is passed to the
-    modules that use it, and may never be called itself."""
+    """Return one site for each tensor. Of several sites with the same tensor, the one with the deepest path is
+    returned: an embedding in an outer module may only be passed to inner modules, and never be called itself."""
     found: dict[tuple[int | str, Slices | None], Site] = {}
     for site in sites:
         tensor = site.layer.held(site.module, site.tensor)
@@ -22,7 +22,8 @@ def one_each(sites: Iterable[Site]) -> list[Site]:
 
 
 def tied_to(site: Site, surgeon: Surgeon) -> list[Site]:
-    """Return the other modules that hold the site's tensor; empty if the site is a slice of it."""
+    """Return the sites of other modules with the same tensor as the given site; empty if the given site is a slice of
+    it."""
     resolver, tensor = surgeon.resolver, site.layer.held(site.module, site.tensor)
     places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.slices is None else []
     here = site.module_path, site.tensor

@@ -3,16 +3,17 @@
 Equation:
     W' for W in {W_q, W_k, W_v, W_o} of every block, and their biases,   trained, starting from the host's
 
-As in the authors' code, the head over classes and the position embeddings train too, which the paper does not say;
-if `target` is set, only the target trains. Feed-forwards, norms and other embeddings stay. Cross-attention stays too,
-which the paper's image models do not have: target ("attn.*", "cross.*") to train it too. A matrix that makes queries,
-keys and values together trains whole; a target such as attn.q trains its slice of it. Where one matrix serves attention
-and feed-forward together, target the parts of the first (attn.q, attn.k, attn.v); a common output matrix cannot be
-split, since attention and feed-forward share it.
+As in the authors' code, the classification head and the position embeddings train too; the paper does not mention them.
+If `target` is set, only the target trains. Feed-forwards, norms and other embeddings are frozen. Cross-attention, which
+the image models of the paper do not have, is frozen too; to train it, set the target ("attn.*", "cross.*"). A fused
+matrix of queries, keys and values trains as a whole; a target such as attn.q trains only its slice. If one matrix
+contains queries, keys, values and the first matrix of the feed-forward, target the slices attn.q, attn.k and attn.v. A
+common output matrix cannot be split, since attention and feed-forward share it.
 
-Parameters: 4 d^2 + 4 d a block, about a third of a transformer's, those of the head, and of the tables of positions.
+Parameters: 4 d^2 + 4 d per block (about a third of a transformer), and those of the head and of the position
+embeddings.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known (facebookresearch/deit).
 

@@ -3,18 +3,19 @@
 Equation:
     y = W x + b',   b' trained, starting from b
 
-All biases of the model, those of norms included. As in the authors' code, the head over classes trains whole, which the
-paper does not say; if `target` is set, only its biases train. Models without biases (Llama, T5) have nothing to train:
-`add_missing_bias` gives the linear layers of the blocks new biases.
+All biases of the model train, including those of norms. As in the authors' code, the whole classification head trains
+too; the paper does not mention it. If `target` is set, only biases of the target train. Models without biases (Llama,
+T5) have nothing to train. `add_missing_bias` adds new biases to the linear layers of the blocks.
 
 Parameters: the length of each bias, and the weight of the head.
 
-Start: The values of the model: the identity. New biases of `add_missing_bias` start at zero.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity. New biases of `add_missing_bias`
+start at zero.
 
 Differs from the authors' code: No difference is known (benzakenelad/BitFit).
 
-Use it: `peftcore.apply(model, "bitfit")`, as the smallest baseline that reaches every layer; it merges by writing the
-biases back.
+Use it: `peftcore.apply(model, "bitfit")`, as the smallest baseline that changes every layer. Merging writes the biases
+into the model.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class BitFitConfig(MethodConfig):
 
     method: Literal["bitfit"] = "bitfit"
     add_missing_bias: bool = False
-    """Add a bias, starting at zero, to linear layers without one (those with the role `all-linear`, or the targets
-    asked for)."""
+    """Add a bias, starting at zero, to linear layers without one: to the targets, or without targets to all layers with
+    the role `all-linear`."""
     head: bool = True
     """Train the whole head, unless it predicts tokens."""
 

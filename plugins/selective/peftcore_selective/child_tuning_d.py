@@ -3,16 +3,16 @@
 Equation:
     F = mean over the batches of (dL/dW)^2,   mask = F >= its (1 - share) quantile,   G <- mask * G
 
-F is the diagonal of the Fisher information, computed once before training (``data=``); the quantile is one for all
+F is the diagonal of the Fisher information, computed once before training (``data=``); there is one quantile for all
 weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, the
-gradients of F are computed in training mode, all parameters outside of the blocks train whole, and weight decay still
-acts on masked weights; the paper does not mention these details. Where a target is named, the target is masked, and
-besides it only the modules in `train` train, whole. The optimizer masks the gradients, so train with
+gradients of F are computed in training mode, all parameters outside of the blocks train without a mask, and weight
+decay still acts on masked weights; the paper does not mention these details. If `target` is set, only the target trains
+with a mask, and only modules in `train` train without one. The optimizer masks the gradients, so train with
 ``injection.optimizer(...)``.
 
 Parameters: all; in the blocks only the share `share` of them changes.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 
@@ -50,11 +50,12 @@ class ChildTuningDConfig(MethodConfig):
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
     """Share of the weights that train."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Norm to which the gradient of each tensor is clipped before it is squared; None does not clip."""
+    """The norm to which the gradient of each tensor is clipped before it is squared. None: gradients are not
+    clipped."""
     training: bool = True
     """Compute F in training mode, with dropout."""
     others: bool = True
-    """Train all parameters outside of the blocks whole: embeddings, final norms, poolers, heads."""
+    """Train all parameters outside of the blocks, without a mask: embeddings, final norms, poolers, heads."""
 
 
 class ChildMask(GradientRule):
@@ -70,7 +71,7 @@ class ChildMask(GradientRule):
 
 
 class ChildTuningD(Method):
-    """Train the child network of the task."""
+    """Train the child network of a task: the weights with the largest Fisher information."""
 
     name = "child_tuning_d"
     Config = ChildTuningDConfig
@@ -120,6 +121,6 @@ def _masked(injection: AppliedMethod) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """Return the smallest value above that share of the values: what ``>=`` an interpolated quantile picks, of any
-    size."""
+    """Return the smallest value above the given share of the values. A comparison ``>=`` with it selects the same
+    values as one with an interpolated quantile. The number of values is not limited."""
     return values.kthvalue(math.ceil((len(values) - 1) * share) + 1).values

@@ -4,24 +4,24 @@ Equation:
     F = mean over the examples of (dL/dtheta)^2,   I = the k largest of F,   theta' = theta + scatter(v at I),   v zero
 
 F is the diagonal of the empirical Fisher information, computed once before training (``data=``), in evaluation mode; k
-is `share` of all weights, and one ranking covers all of them: tables, matrices, norms, biases. The squares are those of
-single examples, so a batch has to be one example: the square of a mean over a batch is something else.
+is `share` of all weights, and one ranking covers all of them: embeddings, matrices, norms, biases. The squares are
+those of single examples, so each batch must be one example; the square of a mean over a batch is different.
 
-In a quantized model the quantized weights are left out: its gradient would be as large as the dense weights of the
-whole model.
+In a quantized model the quantized weights are left out, since their gradients would be as large as the unquantized
+weights.
 
-Parameters: share * (those of all sites), in one vector; the file has their places besides, 8 bytes each.
+Parameters: share * (those of all sites), in one vector. The file also contains their positions, 8 bytes each.
 
-Start: v at zero: the identity.
+Start: v at zero. A fresh adapter is the identity.
 
-Differs from the authors' code: v is a difference, so weight decay pulls the trained weights to the base and leaves the
-rest alone; the authors train the weights themselves and mask gradients. The authors train the classifier whole and take
-its size off k. Here the head is left out, unless a target names it; ``train=["classifier"]`` trains it whole, and does
-not count. Their code also takes absolute values for squares, or the expectation over labels, which is another forward
-for each class.
+Differs from the authors' code: v is a difference, so weight decay pulls the trained weights towards the base, and does
+not change the others. The authors train the weights themselves and mask gradients. They also train the whole classifier
+and subtract its size from k. Here the head is left out unless a target names it; ``train=["classifier"]`` trains it as
+a whole, and its size is not subtracted. Their code has options for absolute values instead of squares, and for the
+expectation over labels, which needs another forward for each class; they are not available here.
 
-Use it: `peftcore.apply(model, "fish_mask", data=batches)`, where a change has to be small to send or to store: half a
-percent of the weights is usual.
+Use it: `peftcore.apply(model, "fish_mask", data=batches)`, where the trained change must be small to send or to store;
+half a percent of the weights is usual.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FishMaskConfig(MethodConfig):
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
     """Share of the weights that train."""
     samples: PositiveInt = 1024
-    """The maximum number of batches for the Fisher information; each has to be one example."""
+    """The maximum number of batches for the Fisher information; each batch must be one example."""
 
 
 class FishMaskUpdate(Checked):
@@ -145,11 +145,13 @@ class FishMask(Method):
 
 
 def _there(site: Site) -> bool:
-    """True if the site's weight is in floating point and not quantized: only such weights have gradients."""
+    """Return whether the site's weight exists, is floating-point and is not quantized. Only such weights have
+    gradients."""
     dense = not site.layer.packed and not site.missing(site.tensor)
     return dense and site.module.get_parameter(site.tensor).is_floating_point()
 
 
 def _stored(site: Site) -> Site:
-    """Return the site with a whole tensor as it is stored, so that holders of other kinds (table, head) share it."""
+    """Return the site with its tensor in the stored layout, so that different modules (an embedding and a head) can
+    share it."""
     return replace(site, form="weight", layer=site.layer if site.slices else site.layer.as_stored)

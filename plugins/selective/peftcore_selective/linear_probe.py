@@ -9,12 +9,12 @@ is a replacement, so the model's own head is kept and restored when the probe is
 
 Parameters: classes * (d + 1) for a linear head.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 
-Use it: `peftcore.apply(model, "linear_probe")`. First: every other method has to close the gap between the probe and
-full fine-tuning.
+Use it: `peftcore.apply(model, "linear_probe")`, as the first baseline: other methods have to close the gap between the
+probe and full fine-tuning.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 Equation:
     y = g' * n(x) + c',   g' and c' trained, starting from g and c
 
-LayerNorm, RMSNorm, GroupNorm, BatchNorm, inside the blocks and around them; running statistics of BatchNorm stay as
-they are. The stored tensor itself trains, even if the layer transforms it (Gemma's norms use 1 + g).
+All layers of the kinds LayerNorm, RMSNorm, GroupNorm and BatchNorm train, inside and outside of the blocks. The adapter
+does not contain the running statistics of BatchNorm. The stored tensor itself trains, even if the layer transforms it
+(Gemma's norms use 1 + g).
 
-Parameters: 2 d a LayerNorm, d an RMSNorm.
+Parameters: 2 d per LayerNorm, d per RMSNorm.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
-Differs from the authors' code: That code was not compared.
+Differs from the authors' code: The code of the authors was not compared.
 
 Use it: `peftcore.apply(model, "ln_tuning")`, for domain shift and multimodal alignment, where it is close to LoRA with
 a hundredth of its parameters.

@@ -4,14 +4,14 @@ role as a baseline.
 Equation:
     h_l = B_l(h_{l-1}) for l <= L - k,   h_l = B'_l(h_{l-1}) for l > L - k,   y = H'(n'(h_L)),   all from the host's
 
-Backward ends at block L - k: no parameter below it trains, so no activations are kept there. Blocks are counted in each
-stack, those of an encoder and those of a decoder by themselves; the stages of a pyramid are one stack. A head that is
-tied to a table of tokens stays frozen, since training it would also train the token table below the blocks. `target`
-selects among these modules: all of them, or only the linear layers of the last blocks.
+Backward ends at block L - k: no parameter below it trains, so no activations are kept there. Blocks are counted
+separately in each stack, such as an encoder and a decoder. The stages of a pyramid are one stack. A head that is tied
+to the token embedding stays frozen, since training it would also train the embedding below the blocks. `target` selects
+some of these modules, for example only the linear layers of the last blocks.
 
 Parameters: those of k blocks, of the final norm and of the head.
 
-Start: The values of the model: the identity.
+Start: Trained tensors start at the model's values. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 
@@ -36,7 +36,7 @@ class PartialKConfig(MethodConfig):
 
     method: Literal["partial_k"] = "partial_k"
     k: PositiveInt = 1
-    """How many blocks train, from the top of each stack; of a shorter stack, all."""
+    """Number of blocks that train, counted from the end of each stack. All blocks of a shorter stack train."""
     final_norm: bool = True
     """Train the norm after the last block too."""
     head: bool = True
@@ -70,10 +70,11 @@ class PartialK(Method):
 
 
 def _last_blocks(surgeon: Surgeon, k: int) -> tuple[str, ...]:
-    """Return how the paths in the last k blocks begin; default targets stay in the main tower.
+    """Return the paths of the last k blocks of each stack, each with a dot at the end. Without a user's target, only
+    the main tower counts.
 
     Raises:
-        TargetError: there are not so many.
+        TargetError: no stack has k blocks.
     """
     host, stacks = surgeon.resolver.host, dict[str, list[str]]()
     tower = host.main_tower() if surgeon.wishes.target is None else None
@@ -88,7 +89,7 @@ def _last_blocks(surgeon: Surgeon, k: int) -> tuple[str, ...]:
 
 
 def _is_table(site: Site, surgeon: Surgeon) -> bool:
-    """Whether the tensor is a table of tokens, too."""
+    """Return whether the tensor is also the table of a token embedding."""
     tables = {entry.module for entry in surgeon.resolver.host.entries if entry.role == "embed"}
     tensor = site.module.get_parameter(site.tensor)
     return any(path in tables for path, _ in surgeon.resolver.holders(tensor))

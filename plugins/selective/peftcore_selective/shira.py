@@ -4,21 +4,22 @@ Equation:
     W' = W + scatter(v at I),   |I| = rank * (in * kernel + out) entries of W,   v zero at the start
 
 sparsity=0.99 with mask="magnitude" is Super-Tuning (arXiv 2607.09287): I has floor((1 - sparsity) * in * kernel * out)
-entries. `low_rank` adds s B A of that rank, s = alpha / low_rank, A uniform in +-1/sqrt(in * kernel), which is its
-Supra.
+entries. `low_rank` adds s B A of that rank, s = alpha / low_rank, A uniform in +-1/sqrt(in * kernel); this is the Supra
+variant of Super-Tuning.
 
-As many numbers as LoRA of that rank has, but the update is sparse and of high rank, and two of them hardly meet. The
-entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM), or its smallest; experts choose one by one.
+The method trains as many numbers as LoRA of the same rank. But its update is sparse and of high rank, and two such
+updates hardly overlap. The entries are drawn at random (SHiRA-Rand), or are the largest of |W| (SHiRA-WM), or the
+smallest of |W|. Each expert has separate entries.
 
 Parameters: |I| a site, and low_rank * (in * kernel + out), times the number of experts.
 
-Start: v at zero, and B of `low_rank` at zero: the identity.
+Start: v at zero, and B of `low_rank` at zero. A fresh adapter is the identity.
 
-Differs from the authors' code: The masks of the paper that follow rows, diagonals or gradients are not here (fish_mask
-chooses by gradients). I is saved in the file, since the adapter consists of I and v; peft draws I again from a seed,
-which its file lacks if no seed was set. peft's forward builds the whole update and adds it to the weight; here only the
-entries of I are read and written, each rounded once to the weight's dtype. peft can also drop inputs of the low-rank
-part; here the weight itself is made, so nothing is dropped.
+Differs from the authors' code: The masks of the paper by rows, diagonals or gradients are not available (fish_mask
+chooses by gradients). The file contains I, since the adapter consists of I and v. peft draws I again from a seed, but
+its file lacks the seed if the user set none. The forward of peft builds the whole update and adds it to the weight;
+here only the entries of I are read and written, each rounded once to the weight's dtype. peft also has a dropout for
+the low-rank part; here there is none, since the part is added to the weight.
 
 Use it: `peftcore.apply(model, "shira")`, to switch fast between adapters on one base, or to add several: a switch
 touches one to two percent of a weight.
@@ -43,11 +44,12 @@ class SHiRAConfig(MethodConfig):
 
     method: Literal["shira"] = "shira"
     rank: PositiveInt = 32
-    """Sets the number of entries that train, as many as LoRA of this rank has. It does not bound the update's rank."""
+    """Sets the number of trained entries: as many as LoRA of this rank has parameters. It does not limit the rank of
+    the update."""
     mask: Literal["random", "magnitude", "smallest"] = "random"
-    """How the entries are chosen: drawn evenly, or the largest weights, or the smallest."""
+    """How the entries are chosen: drawn at random, or those with the largest or the smallest magnitudes."""
     sparsity: Share | None = None
-    """The share of entries that stay frozen; if set, `rank` has no effect."""
+    """The share of entries that stay frozen; if set, `rank` is ignored."""
     low_rank: NonNegativeInt = 0
     """Rank of a low-rank update in addition to the entries; 0 leaves it out."""
     alpha: PositiveFloat = 16.0
@@ -67,7 +69,8 @@ def entries(site: Site, config: SHiRAConfig) -> int:
 
 
 def largest(weight: Tensor, batch_dims: int, count: int, smallest: bool = False) -> Tensor:
-    """Return the places of the largest entries of each matrix in `weight`, or of the smallest, the first one first."""
+    """Return the positions of the largest (or smallest) magnitudes of each matrix in `weight`, the largest (or
+    smallest) first."""
     return weight.flatten(batch_dims).abs().topk(count, largest=not smallest).indices
 
 

@@ -3,12 +3,13 @@
 Equation:
     E'[i] = t_i for the given token indices i,   E'[i] = E[i] for all others,   t_i trained, starting from E[i]
 
-A head that is tied to the table sees the rows too, and has its bias still. The table looks its rows up without being
-copied; a tied head, and tables that scale what they look up, are run on a copy in which the rows are put.
+E is the token embedding. A head that is tied to it uses the trained rows too, and still adds its bias. The embedding is
+not copied to look up rows. A tied head, and embeddings that scale their outputs, run on a copy of E that contains the
+trained rows.
 
-Parameters: as many as the indices, times the width of the table.
+Parameters: the number of indices times the width of the embedding.
 
-Start: The rows of the table: the identity.
+Start: Trained rows start at the rows of the embedding. A fresh adapter is the identity.
 
 Differs from the authors' code: There is no paper; in peft a tied head is computed without its bias. A file stores the
 rows themselves, in ascending order of their indices, not differences from a base: so new tokens have the same
@@ -45,11 +46,11 @@ class TrainableTokensConfig(MethodConfig):
 
     method: Literal["trainable_tokens"] = "trainable_tokens"
     token_indices: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_different)]
-    """The tokens whose rows train, as the tokenizer numbers them."""
+    """The ids of the tokens whose rows train, as in the tokenizer."""
 
 
 class TokensOperator(Operator):
-    """Rows that replace some rows of a table, and their indices."""
+    """The trained rows that replace rows of an embedding, and their indices."""
 
     index: Tensor
 
@@ -82,7 +83,7 @@ class TokensOperator(Operator):
 
 
 class TrainableTokens(Method):
-    """Train some rows of the table of tokens.
+    """Train some rows of the token embedding.
 
     Example:
         injection = peftcore.apply(model, "trainable_tokens", token_indices=[5, 7])
@@ -109,7 +110,8 @@ class TrainableTokens(Method):
 
 
 def _by_rows(site: Site) -> Site:
-    """Return the site with its tensor as rows of tokens, whoever holds it: a table, or the head that is tied to one."""
+    """Return the site with a tensor that has one row for each token, both for an embedding and for a head that is tied
+    to it."""
     if site.layer.one_hot:
         return replace(site, layer=Layer())
     return replace(site, form="weight")

@@ -1,5 +1,6 @@
-"""Base operator of the two kinds of factor tuning. It treats the weights of a model as one stack of square slices: all
-slices share two outer factors, and each site has its own middle factor between them."""
+"""Base operator of FacT-TT and FacT-TK, two methods of factor tuning. The weights of a model are cut into square
+slices. The update of each slice is a product of three factors. All slices share the two outer factors; the middle
+factor belongs to the site."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class FactConfig(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the update; the authors search it between 0.01 and 100."""
     dropout: Share | None = None
-    """Probability with which the inputs of V are dropped in training. None is 0.1, as in the authors' code, but 0 for
-    weights that the model reads without calling their module, since dropout cannot act on their updates."""
+    """Dropout probability of the inputs of V. None: 0.1, as in the authors' code, but 0 for weights that the model
+    reads without calling their module, since dropout cannot act there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class FactSite(Site):
 
     @property
     def cut(self) -> tuple[int, int, int]:
-        """Return the numbers of slices along outputs and along inputs, and the number of positions of the kernel."""
+        """Return three counts: slices along the outputs, slices along the inputs, and positions of the convolution
+        kernel."""
         return self.out_features // self.side, self.in_features // self.side, math.prod(self.kernel)
 
     @property
@@ -56,8 +58,8 @@ def _common(sites: Iterable[Site]) -> int:
 
 
 def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
-    """Return the targets as sites that are cut into slices of side d, the greatest common divisor of all their widths;
-    in image transformers it is the width of the stream.
+    """Return the target sites, with the side d of their square slices. d is the greatest common divisor of the widths
+    of all targets. In image transformers it is the hidden size.
 
     Raises:
         UnsupportedSite: the widths' greatest common divisor is smaller than the rank.
@@ -76,7 +78,7 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
 
 
 def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shared]:
-    """Make U [r, d] with the start of a linear layer, and V [d, r] with zeros."""
+    """Return the shared factors U [r, d], initialized as `nn.Linear` does, and V [d, r], initialized to zero."""
 
     def zero() -> nn.Module:
         linear = nn.Linear(rank, side, bias=False)
@@ -87,8 +89,8 @@ def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shar
 
 
 class FactOperator(Operator):
-    """The update of one site as a product of two factors: one is the middle factor times U, the other is V, repeated
-    for each row of slices."""
+    """The update B A of one site. A is the middle factor times U, for all slices. B repeats V for each row of
+    slices."""
 
     stackable = True
 
@@ -103,8 +105,8 @@ class FactOperator(Operator):
         self.dropout = nn.Dropout(own_dropout(site, config.dropout))
 
     def middle(self) -> Tensor:
-        """Return Sigma ``[*batch, kernel, outputs * r, inputs * r]``, whose blocks [r, r] are in the order of the
-        slices."""
+        """Return the middle factor Sigma ``[*batch, kernel, outputs * r, inputs * r]`` of a weight that is cut into
+        `outputs` times `inputs` slices. Each slice has one block [r, r], at its position in the weight."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""Sites at image features: a projection that returns the features, or a classifier that reads them."""
+"""Finds the sites at image features: a projection that returns the features, or a classifier that reads them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from peftcore.author import MethodConfig, Site, Surgeon
 from peftcore.errors import TargetError, UnsupportedSite
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
-"""Words in the name of a head that projects images, in models that also have a head for texts."""
+"""Words that identify the image projection by its name, in models that also have a text projection."""
 
 
 class FeatureConfig(MethodConfig):
-    """The option of methods that act on features of images."""
+    """Options of methods that act on image features."""
 
     features: Literal["output", "input"] = "output"
     """Whether the features are the site's output (a projection) or its input (a classifier)."""
@@ -31,16 +31,17 @@ class FeatureSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width; plans and saved files record it as the shape of this target."""
+        """The shape [width], which plans and saved files record for this target."""
         return torch.Size([self.width])
 
 
 def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
-    """Return the user's targets; without targets, the projection of images, or the classifiers if features are inputs.
+    """Return the sites of the user's targets. Without targets, return the image projection if `features` is "output",
+    and the classifiers if it is "input".
 
     Raises:
         TargetError: the model lacks a projection of images.
-        UnsupportedSite: the number of features of a target cannot be found.
+        UnsupportedSite: the number of features of a target is unknown.
     """
     sites = surgeon.sites()
     if surgeon.wishes.target is None and config.features == "output":
@@ -54,7 +55,7 @@ def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
 
 
 def image_projection(surgeon: Surgeon) -> FeatureSite:
-    """Return the projection of images, whatever the user's targets are.
+    """Return the site of the model's image projection. The user's targets are ignored.
 
     Raises:
         UnsupportedSite: the model lacks a projection of images, or has several.
@@ -73,7 +74,8 @@ def _words(path: str) -> set[str]:
 
 
 def _feature_site(surgeon: Surgeon, site: Site, config: FeatureConfig) -> FeatureSite:
-    """Return the site with its width: that of its matrix, or of the last one below it (a pooling head)."""
+    """Return the site with its number of features. It is that of the site's matrix, or of the last matrix inside the
+    site's module (a pooling head)."""
     if site.layer.channel_dim != -1 or site.layer.one_hot:
         raise UnsupportedSite(
             f"{site.path} is not a map of features in the last dimension; name another module in target="

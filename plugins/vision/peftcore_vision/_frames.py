@@ -31,7 +31,8 @@ def clips(x: Tensor, frames: int, pictures: int | None) -> int:
 
 
 def dropped(added: Tensor, p: float, training: bool) -> Tensor:
-    """Drop tokens of ``[rows, tokens, d]`` at random: the same positions in all rows."""
+    """Return ``[rows, tokens, d]`` with random token positions set to zero in training, the same positions in all
+    rows."""
     if not training or not p:
         return added
     return added * added.new_empty(1, added.shape[1], 1).bernoulli_(1 - p).div_(1 - p)

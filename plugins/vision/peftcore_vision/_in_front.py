@@ -1,5 +1,5 @@
-"""Linear adapters in front of the first matrices of a branch. Matrices with the same input share one adapter, and an
-adapter can be merged into the matrix that reads its output."""
+"""Linear adapters in front of the first matrices of a branch (attention or feed-forward). Matrices with the same input
+share one adapter, and an adapter can be merged into the matrix that reads its output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class InFrontOperator(Operator):
         self.scale, self.dropout = scale, nn.Dropout(own_dropout(site, dropout))
 
     def down(self) -> tuple[Tensor, Tensor | None]:
-        """Return A ``[*batch, h, d]`` and its bias a ``[*batch, h]``, or None if it has no bias."""
+        """Return A ``[*batch, h, d]`` and its bias a ``[*batch, h]``. The bias is None if A lacks a bias."""
         raise NotImplementedError
 
     def up(self, low: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class InFrontOperator(Operator):
         raise NotImplementedError
 
     def shift(self) -> Tensor:
-        """Return b ``[*batch, d]``."""
+        """Return the output bias b ``[*batch, d]``."""
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], x: Tensor) -> Any:
@@ -54,7 +54,7 @@ class InFrontOperator(Operator):
         return call(x + self.scale * self.layer.channels_back(self.up(low) + b).to(x.dtype))
 
     def _through(self, weight: Tensor, columns: Tensor) -> Tensor:
-        """Compute ``s W columns``, of columns ``[*batch, n, d]``: [*batch, out, n, kernel]."""
+        """Return the product s W c ``[*batch, out, n, kernel]`` for `columns` c ``[*batch, n, d]``."""
         dtype = torch.promote_types(weight.dtype, columns.dtype)
         matrices = weight.to(dtype).reshape(*weight.shape[: self.layer.batch_dims + 2], -1)  # [*batch, out, d, kernel]
         return self.scale * torch.einsum("...odk,...nd->...onk", matrices, columns.to(dtype))
@@ -71,7 +71,7 @@ class InFrontOperator(Operator):
 
 
 def refuse(site: Site, dropout: float | None) -> None:
-    """Refuse a site at which the adapter cannot act, or cannot be merged exactly."""
+    """Raise UnsupportedSite for a site where the adapter cannot act or cannot be merged exactly."""
     layer = site.layer
     padding: Any = getattr(layer, "padding", None)
     spread = math.prod(site.kernel) > 1
@@ -96,7 +96,7 @@ def refuse(site: Site, dropout: float | None) -> None:
 
 
 def read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:
-    """Group the targets that read the same input."""
+    """Yield groups of targets that read the same input."""
     together: dict[Any, dict[Any, list[Site]]] = {}
     for site in surgeon.sites():
         owner = site.module_path.rpartition(".")[0] if site.tensor == "weight" else site.module_path
@@ -109,8 +109,8 @@ def read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:
 
 
 def _joined(surgeon: Surgeon, parts: list[Site]) -> list[Site]:
-    """Return parts that are all of a fused matrix as that matrix; else as weights, for other slices would read what
-    goes through."""
+    """Return the site of the whole fused matrix if the parts cover it. Otherwise return each part with the form
+    "weight", since an adapter on the input would also change the outputs of other parts."""
     first = parts[0]
     if first.slices is None:
         return parts

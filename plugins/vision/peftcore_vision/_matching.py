@@ -12,23 +12,24 @@ from peftcore.errors import SequenceError
 from peftcore_vision._features import FeatureSite
 
 MATCH = "match"
-"""The form of a model that returns logits of images and texts."""
+"""The form of a site at the whole model, which returns logits of images and texts."""
 PER_IMAGE, PER_TEXT = "logits_per_image", "logits_per_text"
 
 
 @dataclass(frozen=True, eq=False)
 class MatcherSite(FeatureSite):
-    """The module that returns features of images in a model that compares these with texts."""
+    """The module that returns image features, in a model that compares images with texts."""
 
     @property
     def separable(self) -> bool:
-        """False: rows are images in one part of the model and texts in another, so they cannot be routed to different
-        adapters."""
+        """Always False: rows cannot be routed to different adapters, since they are images in one part of the model and
+        texts in another."""
         return False
 
 
 def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 1) -> Any:
-    """Return a model's output with changed logits: ``[images, texts]``, and their transpose for the texts.
+    """Return a model's output with `change` applied to its logits ``[images, texts]``. The logits of the texts become
+    the transpose of the result.
 
     Raises:
         SequenceError: the output lacks logits, contains the loss of image-text pairs, or has fewer texts than classes.
@@ -44,8 +45,9 @@ def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 
 
 
 def of_own_texts(output: Any) -> Any:
-    """Return the output of a model that got separate texts for each image, ordered by image: the logits ``[images,
-    texts]`` of each image with its texts, and the texts' features ``[images, texts, d]``.
+    """Return the output of a model that got separate texts for each image, with the texts ordered by image. Its logits
+    ``[images, texts]`` compare each image with its own texts only. Its text features have the shape ``[images, texts,
+    d]``.
 
     Raises:
         SequenceError: the output lacks logits, or contains the loss of image-text pairs.

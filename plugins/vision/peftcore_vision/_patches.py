@@ -1,4 +1,4 @@
-"""Functions that find the convolutions which embed patches of pictures, and the layout of patches in a sequence of
+"""Finds the convolutions that embed patches of pictures, and determines how patches are arranged in a sequence of
 tokens."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peftcore.errors import UnsupportedSite
 
 
 def patch_sites(surgeon: Surgeon, site: Site) -> list[Site]:
-    """Return the convolutions that embed the patches of a site's tower, as sites of the form "patch"."""
+    """Return the patch convolutions of the encoder (tower) that contains a site, as sites of the form "patch"."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     patches = (e for e in host.entries if e.role == "patch" and e.tower == tower and e.called and len(e.shape) == 4)
@@ -23,7 +23,7 @@ def patch_sites(surgeon: Surgeon, site: Site) -> list[Site]:
 
 
 def picture_sites(surgeon: Surgeon) -> list[Site]:
-    """Return the convolutions that read pictures: the user's targets, or the first one of each tower.
+    """Return the convolutions that read pictures: the user's targets, or the first convolution of each encoder (tower).
 
     Raises:
         UnsupportedSite: the model lacks such a convolution, or a target is another kind of module.
@@ -43,8 +43,9 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
 
 
 def side_of(surgeon: Surgeon, site: Site) -> int | None:
-    """Return the side of the square pictures for which a convolution's tower has a table of positions; None if the
-    tower lacks such a table. Positions beyond the largest square belong to a class token and the like."""
+    """Return the side, in pixels, of the square pictures for which the position embeddings of a convolution's encoder
+    were made. Extra positions, such as that of a class token, are ignored. Return None if the encoder does not have
+    exactly one table of positions."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     tables = [e for e in host.entries if e.role == "embed.pos" and e.tower == tower and e.block is None]
@@ -69,7 +70,7 @@ def layout(
         prefix_tokens: how many tokens in front are not patches; None: all tokens that do not fit into the largest grid.
 
     Raises:
-        UnsupportedSite: the tokens behind those in front do not form a grid.
+        UnsupportedSite: the tokens after the first `prefix_tokens` do not form a grid.
     """
     images, high, wide = lie or (batch, 1, 1)
     if grid is not None:
@@ -96,19 +97,19 @@ def over_patches(
     grid: tuple[int, int] | None,
     prefix_tokens: int | None,
 ) -> Tensor:
-    """Apply a function of pictures ``[n, features, rows, columns]`` to tokens: to the patches, arranged as in the
-    picture, and to each token in front of the patches, as a picture of one pixel.
+    """Return tokens to which a function of pictures ``[n, features, rows, columns]`` was applied. The patches are
+    arranged as in the picture. Each token in front of the patches is passed as a picture of one pixel.
 
     Args:
-        u: pictures ``[batch, ..., rows, columns, features]``, sequences ``[batch, tokens, features]``, or one token of
-            each, ``[batch, features]``.
+        u: pictures ``[batch, ..., rows, columns, features]``, sequences ``[batch, tokens, features]``, or single tokens
+            ``[batch, features]``.
         act: the function; its output has the same rows and columns.
         lie: as in `layout`.
         grid: as in `layout`.
         prefix_tokens: as in `layout`.
 
     Raises:
-        UnsupportedSite: the tokens behind those in front do not form a grid.
+        UnsupportedSite: the tokens after the first `prefix_tokens` do not form a grid.
     """
     if u.dim() >= 4:  # and those of a video one by one
         return act(u.flatten(0, -4).movedim(-1, 1)).movedim(1, -1).reshape(*u.shape[:-1], -1)

@@ -1,5 +1,6 @@
-"""Visual prompts in diffusion transformers with a text input (SD3, Flux, PixArt): streams of rows without positions,
-parallel to the tokens of the image, which these transformers modulate, rotate and arrange on a grid."""
+"""Visual prompts in diffusion transformers with a text input (SD3, Flux, PixArt). These transformers modulate and
+rotate the image tokens and arrange them on a grid, so no rows can be inserted among them. Therefore the prompt is a
+separate sequence of rows (a stream) without positions, parallel to the image tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from peftcore_vision._prompts import PromptConfig, PromptSite, shared_projection
 
 
 def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptConfig, deep: bool) -> bool:
-    """Add a prompt as a stream parallel to the image (with `deep` one prompt for each block) and return True, if the
-    blocks belong to a diffusion transformer with a text input; return False for other blocks. Heads stay frozen, since
-    they do not score classes."""
+    """Return whether the blocks belong to a diffusion transformer with a text input. If so, add a prompt to it, as a
+    separate sequence (stream) parallel to the image. With `deep` each block has a separate prompt. Heads stay frozen,
+    since they do not score classes."""
     blocks = [site.module_path for site in sites]
     try:
         (stream,) = stream_sites(surgeon, blocks)

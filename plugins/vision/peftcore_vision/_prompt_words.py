@@ -1,7 +1,7 @@
-"""Base operator of trained words inside a text; it finds the positions of these words.
+"""Base operator of trained context vectors, which replace words of a text. It finds the positions of these words.
 
-Texts contain a placeholder word of one token for each trained word, directly after the first token or wherever the
-option `placeholder` finds its token.
+The user's texts contain one placeholder word of one token for each context vector. By default the placeholders are the
+tokens right after the first token. With the option `placeholder` they are all tokens with this id.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from peftcore.author import MethodConfig, Operator, Site, Surgeon, Tap
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 
 TOWER = "tower"
-"""The form of a text tower as a site; its attention mask is read."""
+"""The form of a site at a text encoder (tower), where the operator reads the attention mask."""
 
 
 class PlacesConfig(MethodConfig):
-    """Options of trained words."""
+    """Options of trained context vectors."""
 
     length: PositiveInt = 16
     """Number M of context vectors."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Ids of tokens from whose embeddings the context vectors start, one vector for each."""
+    """Token ids. The embedding of each id initializes one context vector."""
     placeholder: NonNegativeInt | None = None
-    """The id of the token that the vectors replace, in order of position; None replaces the tokens right after the
-    first one."""
+    """Id of the placeholder token, whose occurrences the vectors replace from left to right. None: the vectors replace
+    the tokens right after the first token."""
 
     @property
     def count(self) -> int:
@@ -83,18 +83,19 @@ class PlacesOperator(Operator):
 
 
 def put_at(held: Tensor, context: Tensor, states: Tensor) -> Tensor:
-    """Return states [batch, tokens, d] with vectors [batch or 1, M, d] at the positions where `held` is True."""
+    """Return states [batch, tokens, d] in which vectors [batch or 1, M, d] replace the positions where `held` is
+    True."""
     number = (held.cumsum(-1) - 1).clamp(0, context.shape[1] - 1)  # which of the vectors a place gets
     chosen = context.expand(len(states), -1, -1).gather(1, number[..., None].expand_as(states))
     return torch.where(held[..., None], chosen, states)
 
 
 def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
-    """Return the start of contexts [contexts, M, d] at a token table: draws from N(0, 0.02), or the embeddings of given
-    tokens.
+    """Return initial context vectors [contexts, M, d] for a token embedding: draws from N(0, 0.02), or the embeddings
+    of the tokens in `init_ids`.
 
     Raises:
-        ConfigError: a token is not in the table.
+        ConfigError: an id in `init_ids` is outside of the vocabulary.
     """
     start = torch.randn(contexts, config.count, site.out_features) * 0.02
     if not config.init_ids:
@@ -107,10 +108,10 @@ def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
 
 
 def text_sites(surgeon: Surgeon) -> Iterator[tuple[Site, Site]]:
-    """Yield the tables of the user's targets that embed texts, each with its tower.
+    """Yield each target that is the token embedding of a text encoder, together with the site of this encoder.
 
     Raises:
-        UnsupportedSite: the model lacks such a table, or a target is another module.
+        UnsupportedSite: the model lacks such an embedding, or a target is another module.
     """
     stacks = {f"{each.path}.{each.table}".lstrip("."): each for each in surgeon.resolver.token_stacks()}
     sites, refused = [], []

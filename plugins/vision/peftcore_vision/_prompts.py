@@ -1,9 +1,9 @@
 """Base operator of visual prompts: it finds the blocks that process image patches, and adds prompt rows to the patches.
 
 Attention without positions treats its tokens as a set, so the position of prompt rows among them changes only the order
-of the output rows. Rows that stay in the sequence between blocks are appended after the host's own tokens, so that
-class tokens keep their positions; rows of a single block are inserted in front. So each prompt finds its rows even if
-other prompts are active.
+of the output rows. Rows that pass through several blocks are appended after the host's tokens, so that class tokens
+keep their positions. Rows of a single block are inserted in front of all tokens. So each operator can separate its rows
+from the tokens even if other prompts are active.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
-"""Roles of matrices whose output is added to the stream of a block; their number of rows is the width of the stream."""
+"""Roles of matrices whose output is added to the residual stream. Their number of output features is the hidden
+size."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
-"""Class names of modules with rotary positions; blocks receive these positions for each token."""
+"""Pattern in the class names of modules that compute rotary positions for each token."""
 
 
 class RowsConfig(MethodConfig):
     """Options of prompt rows that are added to the tokens of an image."""
 
     length: PositiveInt = 5
-    """Number of rows of a prompt; the authors search from 1 to 200 by task."""
+    """Number of rows of a prompt. The authors of VPT search it between 1 and 200 for each task."""
     dropout: Share = 0.0
-    """Probability with which numbers of the prompts are dropped in training."""
+    """Dropout probability of the prompts."""
 
 
 class PromptConfig(RowsConfig):
     """Options of visual prompts to which tokens attend."""
 
     projection: PositiveInt | None = None
-    """Width of the prompts; one shared linear map projects them to the width of the stream. None trains prompts of the
-    stream's width, without a map."""
+    """Width of the trained prompts; one shared linear layer projects them to the hidden size. None: prompts have the
+    hidden size, without a linear layer."""
     train_head: bool = True
-    """Train the image head together with the prompts, as the paper does."""
+    """Train the image head together with the prompts, as in the VPT paper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,22 +54,22 @@ class PromptSite(Site):
     """A block that processes image patches."""
 
     width: int = 0
-    """Features of the stream."""
+    """The hidden size: features of a token."""
     patch: int = 0
-    """Values in one patch of the image."""
+    """Number of values in one patch of the image: pixels times channels."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width; plans and saved files record it as the shape of this target."""
+        """The shape [width], which plans and saved files record for this target."""
         return torch.Size([self.width])
 
 
 def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
-    """Return the blocks among the user's targets; without targets, all blocks of the tower that splits images into
-    patches.
+    """Return the blocks among the user's targets. Without targets, return all blocks of the image encoder, which is the
+    tower that splits images into patches.
 
     Raises:
-        UnsupportedSite: a target is not a block of that tower, or tokens cannot be added to it.
+        UnsupportedSite: a target is not a block of the image encoder, or no tokens can be added to a block.
     """
     host = surgeon.resolver.host
     patches = _patches(surgeon)
@@ -80,10 +81,11 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
 
 
 def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
-    """Return all blocks of the tower that splits images into patches, whatever the user's targets are.
+    """Return all blocks of the image encoder, which is the tower that splits images into patches. The user's targets
+    are ignored.
 
     Raises:
-        UnsupportedSite: the model lacks such a tower, or tokens cannot be added to a block.
+        UnsupportedSite: the model lacks an image encoder, or no tokens can be added to a block.
     """
     patches = _patches(surgeon)
     blocks = [entry for patch in patches[:1] for entry, _ in surgeon.resolver.host.select("block", patch.tower)]
@@ -100,7 +102,7 @@ def _patches(surgeon: Surgeon) -> list[HostEntry]:
 
 
 def _checked(surgeon: Surgeon, found: list[Site]) -> list[PromptSite]:
-    """Return blocks with what prompts need to know of them."""
+    """Return the blocks as prompt sites. Raise UnsupportedSite if no tokens can be added to one of them."""
     patches = _patches(surgeon)
     stacks = [stack.path for stack in surgeon.resolver.token_stacks()]
     for site in found:
@@ -117,7 +119,7 @@ def _checked(surgeon: Surgeon, found: list[Site]) -> list[PromptSite]:
 
 
 def _owner(site: Site) -> str:
-    """Return the path of the list that a block stands in."""
+    """Return the path of the module list that contains a block."""
     return site.module_path.rpartition(".")[0]
 
 
@@ -135,7 +137,7 @@ def _prompt_site(surgeon: Surgeon, site: Site, patches: list[HostEntry]) -> Prom
 
 
 def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str) -> Iterator[str]:
-    """Yield the reasons why a block's tokens are no mere set that may grow."""
+    """Yield the reasons why no tokens can be added to those of a block."""
     modules = surgeon.resolver.modules
     roles = {entry.role for entry in inside}
     if not any(entry.role == "block" and entry.path == site.module_path for entry in inside):
@@ -157,11 +159,11 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
-    """Return the first and the last site. The sites must be a block and all later blocks of its stack, so that the rows
-    of all active prompts are removed at the same block.
+    """Return the first and the last site. The sites must be a block and all later blocks of the same module list, so
+    that the rows of all active prompts are removed at the same block.
 
     Raises:
-        UnsupportedSite: a later block of the stack is not among the sites.
+        UnsupportedSite: a later block of the list is not among the sites.
     """
     owner = _owner(sites[0])
     blocks = [entry.path for entry in surgeon.resolver.host.entries if entry.role == "block"]
@@ -219,7 +221,7 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 class DeepOperator(PromptOperator):
-    """The prompt of a single block: the block's outputs for the prompt's rows are removed."""
+    """The prompt of a single block. Its rows are removed from the block's output."""
 
     def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self.rows(x, (*args, *kwargs.values()))
@@ -235,8 +237,9 @@ def attentions_of(surgeon: Surgeon, site: PromptSite) -> list[Site]:
 
 
 def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
-    """Train the heads in the same tower as the blocks. Heads that compare images and texts stay frozen, and so do all
-    heads where a condition modulates the blocks, since diffusion models do not score classes."""
+    """Make the heads trainable that are in the same encoder (tower) as the blocks. Heads that compare images and texts
+    stay frozen. If a condition modulates the blocks, all heads stay frozen, since diffusion models do not score
+    classes."""
     host, blocks = surgeon.resolver.host, {site.module_path for site in sites}
     if any(entry.role == "mod" and entry.block in blocks for entry in host.entries):
         return
@@ -248,14 +251,15 @@ def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
 
 
 def prompt_count(site: Site, config: PromptConfig) -> int:
-    """Count the values of a prompt, or of a part of the head; the count is 0 for attentions of a stream."""
+    """Return the number of parameters of a prompt, or of a trained tensor of the head. It is 0 for an attention of a
+    prompt stream."""
     if site.form == "attention":
         return 0
     return site.numel if site.form == "weight" else config.length * (config.projection or site.out_features)
 
 
 def shared_projection(surgeon: Surgeon, site: PromptSite, config: PromptConfig) -> Shared | None:
-    """Return the linear map that all prompts share, or None if the options do not ask for a projection."""
+    """Return the linear map that all prompts share, or None if the option `projection` is None."""
     if config.projection is None:
         return None
     return surgeon.own(f"projection_{config.projection}_{site.width}", lambda: _projection(config, site.width))

@@ -1,9 +1,9 @@
 """Adapters on the residual stream: in front of a block, between its attention and its feed-forward, and after the
 block.
 
-Between attention and feed-forward no module returns the stream. In pre-norm blocks the residual connection adds x past
-the norm that reads it, ``y = x + MLP(LN(x))``; so the operator passes x + a to the norm, and adds a to the block's
-output: ``(x + a) + MLP(LN(x + a))``. In post-norm blocks the norm after the sum returns the stream.
+Between attention and feed-forward no module returns the stream. In pre-norm blocks the norm reads x and the residual
+connection skips the norm: ``y = x + MLP(LN(x))``. To add a term a, the operator passes x + a to the norm, and adds a to
+the block's output: ``(x + a) + MLP(LN(x + a))``. In post-norm blocks the norm after the sum returns the stream.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 
 READER, NORM, PATCH = "reader", "norm", "patch"
-"""The forms of three sites: the module that reads the stream between attention and feed-forward, the norm that returns
-this stream, and the convolution that embeds patches."""
+"""The forms of three sites. `READER`: the module that reads the residual stream between attention and feed-forward.
+`NORM`: the norm that returns this stream. `PATCH`: the convolution that embeds patches."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The stream of a block."""
+    """Further sites and shared state of the operator that adds to one block's residual stream."""
 
     places: tuple[Site, ...]
     """Further sites of the block's operator."""
     carries: bool
     """True if the term that is added between attention and feed-forward is added again after the block."""
     lie: Tap
-    """Stores the grid of the patches, which the patch convolution returns."""
+    """Stores the numbers of images, rows and columns of the patches in the output of the patch convolution."""
 
 
 class StreamConfig(MethodConfig):
-    """Options of adapters that convolve the stream."""
+    """Options of adapters that convolve the residual stream."""
 
     grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the patches; only their proportion counts. The default is the proportion of the patches that
-    the model embeds, or a square if only a part of the model runs, without its embedding."""
+    """Rows and columns of the patches; only their ratio counts. The default is the ratio in the output of the patch
+    convolution, or a square if that convolution did not run."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
+    """Number of tokens in front of the patches, such as a class token. By default, all tokens that do not fit into the
+    largest grid."""
 
     @property
     def amid(self) -> bool:
@@ -52,10 +53,10 @@ class StreamConfig(MethodConfig):
 
 
 class StreamOperator(Operator):
-    """Adds to the stream of one block; features are last.
+    """Adds terms to the residual stream of one block. Features must be the last dimension of the stream.
 
     Raises:
-        UnsupportedSite: the block's feed-forward is not reached through the module that reads the stream.
+        UnsupportedSite: the block does not call the module in front of its feed-forward.
     """
 
     changes_inputs = True
@@ -114,11 +115,13 @@ class StreamOperator(Operator):
 
 
 def streams(surgeon: Surgeon, config: StreamConfig) -> list[tuple[BlockSite, Stream]]:
-    """Return the blocks among the targets, each with its stream.
+    """Return the blocks among the targets, each with the sites and state that its operator needs to add to the residual
+    stream.
 
     Raises:
-        UnsupportedSite: the grid of patches is unknown; or an adapter between attention and feed-forward is asked for,
-            and the block is not one attention followed by one feed-forward, or its code hides the stream.
+        UnsupportedSite: the grid of patches is unknown. Also if an adapter acts between attention and feed-forward, but
+            the block is not one attention followed by one feed-forward, or no module is known that reads the stream
+            between them.
     """
     lies: dict[str, Tap] = {}
     found: list[tuple[BlockSite, Stream]] = []

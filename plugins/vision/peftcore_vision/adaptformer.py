@@ -6,18 +6,18 @@ Equation:
 x is the residual stream in front of the feed-forward's norm. With layer_norm="in" a separate LN normalizes the
 adapter's input, with "out" its output.
 
-The feed-forward's norm is the norm whose output the feed-forward reads; without such a norm (Swin V2), x is the
-feed-forward's input. Post-norm blocks (BERT, torch's encoder) have such a norm too, the norm after attention, so by
-default x is the input of this norm; with reads="branch" x is the feed-forward's input. The model's dropout, layer scale
-and stochastic depth of the feed-forward's output do not act on the adapter's output, as in the authors' code; with
+The feed-forward's norm is the norm whose output the feed-forward reads. Without such a norm (Swin V2), x is the
+feed-forward's input. In post-norm blocks (BERT, torch's encoder) it is the norm after attention, so by default x is the
+input of this norm. With reads="branch" x is the feed-forward's input in every model. The model's dropout, layer scale
+and stochastic depth after the feed-forward do not act on the adapter's output, as in the authors' code. With
 joins="matrix" they do.
 
-Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
+Parameters: 2 d r + r + d per block, 2 d more with a norm, one more when s is learned.
 
-Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero. A fresh adapter is an exact identity.
 
-Differs from the authors' code: No difference is known; the code normalizes the adapter's input, as the paper's equation
-does, only with layer_norm="in".
+Differs from the authors' code: No difference is known. The paper's equation normalizes the adapter's input; the
+authors' code does so only with layer_norm="in".
 
 Use it: `peftcore.apply(model, "adaptformer")`, to adapt image and video transformers to pictures of another domain. It
 cannot be merged.
@@ -55,16 +55,17 @@ class AdaptFormerConfig(MethodConfig):
     bottleneck: PositiveInt = 64
     """Width r of the bottleneck."""
     scale: PositiveFloat | Literal["learned"] = 0.1
-    """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
+    """The factor s in front of the adapter; "learned" trains a separate s for each block, starting at 1."""
     layer_norm: Literal["none", "in", "out"] = "none"
     """Add a trained norm on the adapter's input ("in") or on its output ("out")."""
     reads: Literal["stream", "branch"] = "stream"
-    """The adapter's input: the stream in front of the feed-forward's norm, or the feed-forward's own input."""
+    """The adapter's input. "stream": the residual stream in front of the feed-forward's norm. "branch": the input of
+    the feed-forward itself."""
     joins: Joins = "stream"
-    """The place where the adapter adds: to the stream, after the host's operations on the branch's output (dropout,
-    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
+    """Where the adapter's output is added. "stream": to the residual stream, after the host's dropout, layer scale and
+    stochastic depth. "matrix": to the output of the branch's last matrix, before these operations."""
     dropout: Share = 0.1
-    """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
+    """Dropout probability of the bottleneck's activations, as in the authors' code."""
 
 
 class AdaptFormerOperator(Bypass):

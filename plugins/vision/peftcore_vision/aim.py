@@ -11,14 +11,14 @@ The model is an image model. The frames of clips are rows of its batch, and the 
 In front of all blocks, a trained e [T, d] is added to the tokens of each frame. With `temporal_adapters` 2, MHA_t reads
 u + A_i(u) instead of u.
 
-In training the terms that the first and the third line add are dropped at random positions, the same in all frames of a
-batch, with a probability that rises from 0 in the first block to `drop_path` in the last. The norm after the last block
-trains too. The user adds and trains a head over the frames' outputs. The host's dropout, layer scale and stochastic
-depth act only on MHA, A_s and MLP.
+In training, the terms that the first and the third line of the equation add are dropped at random token positions, the
+same positions in all frames of a batch. The drop probability rises from 0 in the first block to `drop_path` in the
+last. The norm after the last block trains too. The user adds and trains a head over the frames' outputs. The host's
+dropout, layer scale and stochastic depth act only on MHA, A_s and MLP.
 
-Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
+Parameters: 3 (2 d h + h + d) per block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
-Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
+Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2). A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known.
 
@@ -77,15 +77,15 @@ class AIMConfig(MethodConfig):
     """Number of adapters of the temporal attention: 2 adds one in front of it, as in the code for Something-Something
     v2."""
     drop_path: Share = 0.2
-    """Probability in the last block with which added terms are dropped in training; it rises to this value from 0 in
-    the first block."""
+    """Drop probability of the added terms in the last block, in training. It rises linearly from 0 in the first
+    block."""
     train_norm: bool = True
     """Train the norm after the last block, too."""
 
 
 NORM, END, PATCH = "norm", "end", "patch"
-"""The forms of three kinds of sites: the norms of a block, the module whose output adds attention to the stream, and
-the convolution that embeds patches."""
+"""The forms of three kinds of sites: the norms of a block, the module whose output adds attention to the residual
+stream, and the convolution that embeds patches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class PlaceSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width; plans and saved files record it as the shape of this target."""
+        """The shape [width], which plans and saved files record for this target."""
         return torch.Size([self.width])
 
 
@@ -131,14 +131,15 @@ def count(width: int, config: AIMConfig) -> int:
 
 
 class TurnsOperator(Operator):
-    """The temporal and the spatial adapter of one attention that reads the norm of the stream. It runs the attention
-    across the frames too, and adds that output to the stream in front of the norm.
+    """The temporal and the spatial adapter of one attention, whose input is the output of a norm. The operator first
+    runs the attention across the frames, and adds the result to the residual stream in front of this norm. Then it runs
+    the attention within frames.
 
     Args:
         site: the attention.
         config: the options.
-        ends: True if the attention's output joins the stream after another module, outside of the attention.
-        p: the probability with which the added term is dropped in training.
+        ends: True if a module outside of the attention processes its output before it is added to the residual stream.
+        p: the drop probability of the added term in training.
     """
 
     observes = frozenset({NORM})

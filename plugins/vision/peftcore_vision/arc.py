@@ -5,12 +5,12 @@ Equation:
     W' = W (I + D diag(r) D^T),   bias' = bias + W b        since nothing in it is non-linear
 
 in front of the first matrices of attention and feed-forward, after their norms: queries, keys and values share one
-adapter. All attentions share one D, and all feed-forwards another. Models with several widths (Swin) have one pair for
-each width, as in the authors' code, where the adapter of feed-forwards is in front of the norm in these models. As in
-`repadapter`, a convolution with padding is refused, and so is a weight without a bias that the model reads without
-calling its module. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
+adapter. All attentions share one D, and all feed-forwards another. Models with several widths (Swin) have one pair of D
+for each width, as in the authors' code. (In these models that code puts the feed-forward's adapter in front of the
+norm.) As in `repadapter`, convolutions with padding are refused. Weights without a bias are refused if the model reads
+them without calling their module. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
 
-Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
+Parameters: h + d per adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
 Start: D from a Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw
 too. So a fresh ARC is not an identity (``feed_forward_start="zero"`` makes it one).
@@ -49,12 +49,12 @@ class ARCConfig(MethodConfig):
     feed_forward_start: Literal["xavier", "zero"] = "xavier"
     """The start of r in front of feed-forwards: a Xavier-uniform draw, or zero."""
     dropout: Share | None = None
-    """Probability with which the bottleneck's activations are dropped in training; None: 0.1, but 0 for weights that
-    the model reads without calling their module."""
+    """Dropout probability of the bottleneck's activations. None: 0.1, but 0 for weights that the model reads without
+    calling their module."""
 
 
 class Projection(nn.Module):
-    """D, as ``[h, d]``."""
+    """The shared projection D, stored transposed as ``[h, d]``."""
 
     def __init__(self, inner: int, width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ARCOperator(InFrontOperator):
 
 
 class ARC(Method):
-    """Linear adapters in front of attention and feed-forward, which share their projections between layers and can be
+    """Linear adapters in front of attention and feed-forward. Layers share the projections, and the adapters can be
     merged."""
 
     name = "arc"

@@ -3,10 +3,10 @@
 Equation:
     f' = ratio * relu(W2 relu(W1 f)) + (1 - ratio) * f,   W1 [d / reduction, d],   W2 [d, d / reduction], no biases
 
-f are the features of an image before they are normalized and compared with those of texts: the output of CLIP's
-projection of images, the default, as in the authors' code. For other models name the module that returns the image
-features in `target`, as in ``target="vision_model.head"`` for SigLIP. The paper also tries an adapter on the text
-features, with another ratio:
+f are the features of an image before they are normalized and compared with text features. By default, f is the output
+of CLIP's image projection, as in the authors' code. For other models name the module that returns the image features in
+`target`, as in ``target="vision_model.head"`` for SigLIP. The paper also tries an adapter on the text features, with
+another ratio:
 
     peftcore.apply(model, "clip_adapter", target=["visual_projection", "text_projection"],
                    overrides={"text_projection": {"ratio": 0.1}})
@@ -44,7 +44,7 @@ class CLIPAdapterConfig(FeatureConfig):
 
     method: Literal["clip_adapter"] = "clip_adapter"
     reduction: PositiveInt = 4
-    """How many times narrower the bottleneck is than the features."""
+    """Divisor of the number of features; the quotient is the width of the bottleneck."""
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     """Share of the adapter's output in the mix; the rest is the original features."""
 

@@ -12,9 +12,10 @@ the vectors, and the texts of a batch are the classes:
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
 Each image has separate texts, so B images and K classes are B K texts. ``text_embeds`` then have the shape [B, K, p].
-Features of texts without images are refused, since they depend on the image.
+Text features cannot be computed without images, since they depend on the image.
 
-Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. Nothing merges, and text features cannot be cached.
+Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. The method cannot be merged, and text features
+cannot be cached.
 
 Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`; the network as torch's linear layers do. No start is
 an identity.
@@ -52,7 +53,7 @@ class CoCoOpConfig(PlacesConfig):
     length: PositiveInt = 4
     """Number M of context vectors."""
     reduction: PositiveInt = 16
-    """How many times narrower the network's hidden layer is than the features."""
+    """Divisor of the number of features; the quotient is the width of the network's hidden layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ class ConditionedOperator(PlacesOperator):
         return f
 
     def _repeat(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the tower on all texts once for each image."""
+        """Run the text encoder on all texts, repeated for each image."""
         given, f = {**dict(zip(self.names, args, strict=False)), **kwargs}, self.seen.take()
         if f is None:
             raise MissingContext("words depend on the image: call the whole model, with texts and images")

@@ -4,17 +4,17 @@ Equation:
     y = W x + bias + drop(G P x + c),   G [out, in] of g diagonal blocks [out/g, in/g],   c [out]
     W' = W + G P,   bias' = bias + c
 
-P is the identity; with `reorder` it distributes the inputs of each group over all groups: input j of group i becomes
-input number j g + i. Several numbers in `groups` make several branches whose outputs are added, each with a separate c
-and a separate draw of its drop. The drop is stochastic depth: whole rows of the matrix's input skip the branch. By
-default all matrices of blocks are adapted and all norms train, as in the authors' code.
+By default P is the identity. With `reorder`, P is a permutation that distributes the inputs of each group over all
+groups: input j of group i becomes input number j g + i. Several numbers in `groups` make several branches, whose
+outputs are added. Each branch has a separate c and a separate random drop. The drop is stochastic depth: whole rows of
+the batch skip the branch. By default all matrices of blocks are adapted and all norms train, as in the authors' code.
 
-For convolutions the blocks include the kernel: [out/g, in/g, kernel]. Each expert has separate blocks, and a c only if
-it has a bias.
+For convolutions the blocks include the kernel: [out/g, in/g, kernel]. Each expert of a mixture has separate blocks. It
+has a c only if it has a bias.
 
-Parameters: in out / g + out a branch, and the norms.
+Parameters: in out / g + out per branch, and the norms.
 
-Start: G and c uniform in +-1e-3: near the identity; ``init_range=0`` makes it exact.
+Start: G and c are uniform in +-1e-3, near the identity. ``init_range=0`` makes the start an exact identity.
 
 Differs from the authors' code: In the code the biases of the matrices train too, although each adds to c; name them in
 `train` to do the same.
@@ -50,14 +50,16 @@ class ConsolidatorConfig(MethodConfig):
     init_range: NonNegativeFloat = 1e-3
     """Bound of the uniform draw of G and c; 0 makes a fresh adapter an exact identity."""
     stochastic_depth: Share = 0.0
-    """Probability with which a row skips a branch in training; the branch's output for other rows is scaled up."""
+    """Probability that a row of the batch skips a branch in training. The branch's output for the other rows is scaled
+    up."""
     train_norms: bool = True
     """Train all norms, too."""
 
 
 def written_out(G: Tensor, groups: int, batch: int, reorder: bool) -> Tensor:
-    """Return the full matrices ``[*batch, out, in, *kernel]`` of diagonal blocks ``[*batch, out, in/g, *kernel]``,
-    where `batch` is the number of leading dimensions; with `reorder`, consecutive inputs belong to different groups."""
+    """Return the block-diagonal matrices ``[*batch, out, in, *kernel]`` that have the diagonal blocks ``[*batch, out,
+    in/g, *kernel]``. `batch` is the number of leading dimensions. With `reorder`, consecutive inputs belong to
+    different groups."""
     own = G.unflatten(batch, (groups, -1)).unsqueeze(batch + 2)  # [*batch, g, out/g, 1, in/g, *kernel]
     same = torch.eye(groups, dtype=G.dtype, device=G.device)
     whole = own * same.view(groups, 1, groups, *[1] * (own.dim() - batch - 3))
@@ -85,7 +87,8 @@ def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
 
 
 def _biased(site: Site) -> bool:
-    """Whether there is a place for c: weights that are read, such as those of experts, may lack a bias."""
+    """Return whether the site has a c. It has none if the model reads the weight without calling its module and there
+    is no bias to which c could be added."""
     return site.form != "weight" or not site.missing(bias_name(site.tensor))
 
 
@@ -112,7 +115,7 @@ class ConsolidatorOperator(Operator):
         self.c = nn.Parameter(c) if _biased(site) else None
 
     def dense(self, number: int) -> Tensor:
-        """Return G P of a branch ``[*batch, out, in, *kernel]``."""
+        """Return the matrix G P of branch `number`, ``[*batch, out, in, *kernel]``."""
         return written_out(self.G[number], self.groups[number], self.batch, self.reorder)
 
     def branch(self, x: Tensor, number: int) -> Tensor:

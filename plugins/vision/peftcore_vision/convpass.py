@@ -8,14 +8,16 @@ convolution has h channels and a bias, and acts on the patches arranged as in th
 each token in front of the patches (class, distillation, registers) as a picture of one pixel, so only the centre of the
 kernel acts on it.
 
-Activations of four dimensions (Swin, ConvNeXt) are grids already. In a sequence, the last tokens are the largest grid
-with the proportions of the patches that the model embeds, and the tokens in front of them are not patches. The bypass
-is added to the stream after the branch's layer scale and dropout, and a separate draw of stochastic depth drops it.
-With joins="matrix" the branch's layer scale, dropout and stochastic depth act on the bypass too.
+Activations of four dimensions (Swin, ConvNeXt) are grids already. In a sequence, the patches are the last tokens: as
+many as fit into the largest grid with the proportions of the model's patch embedding. The tokens in front of them are
+not patches. The bypass is added to the residual stream after the branch's layer scale and dropout, and a separate draw
+of stochastic depth drops it. With joins="matrix" the branch's layer scale, dropout and stochastic depth act on the
+bypass too.
 
-Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged.
+Parameters: 2 d h + h + d + 9 h^2 + h per bypass, two per block. It cannot be merged.
 
-Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero: the identity.
+Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero. A fresh adapter
+is the identity.
 
 Differs from the authors' code: As in the code, stochastic depth has a separate draw (the paper draws none). In models
 with windows each window is convolved as a separate picture; in the authors' variant for Swin the convolution crosses
@@ -63,15 +65,16 @@ class ConvpassConfig(MethodConfig):
     conv_init: Literal["identity", "xavier"] = "identity"
     """Start of the convolution: the identity (a one at the centre of each channel), or a Xavier-uniform draw."""
     grid: tuple[PositiveInt, PositiveInt] | None = None
-    """Rows and columns of the patches; only their proportion counts. The default is the proportion of the patches that
-    the host embeds, or a square if only a part of the host runs, without its embedding."""
+    """Rows and columns of the patches; only their ratio counts. The default is the ratio in the output of the patch
+    convolution, or a square if that convolution did not run."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens are in front of the patches. By default, all tokens that do not fit into the largest grid."""
+    """Number of tokens in front of the patches, such as a class token. By default, all tokens that do not fit into the
+    largest grid."""
     joins: Joins = "stream"
-    """The place where the bypass is added: to the stream, after the host's operations on the branch's output (dropout,
-    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
+    """Where the bypass is added. "stream": to the residual stream, after the host's dropout, layer scale and stochastic
+    depth. "matrix": to the output of the branch's last matrix, before these operations."""
     dropout: Share = 0.1
-    """Probability with which the inputs of W_up are dropped in training, as in the authors' code."""
+    """Dropout probability of the inputs of W_up, as in the authors' code."""
 
 
 def _quick_gelu(u: Tensor) -> Tensor:

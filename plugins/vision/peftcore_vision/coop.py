@@ -4,11 +4,11 @@ Equation:
     t_k = g([SOS; v_1 ... v_M; name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k)),   v [M, d]
 
 Context vectors replace the words "a photo of a" in front of the names of classes, before positions are added. As in the
-authors' code, texts contain placeholder words: tokenize ``"X X X X " + name + "."`` with M words of one token each.
-Whatever these words are, v replaces the M tokens right after the first one (after left padding, by the mask), so the
-model computes lengths, masks, positions and the position of EOS as usual. For the authors' other orders (the name
-first, or in the middle) set the token that v replaces: ``placeholder=343`` is "x" in CLIP. The texts of a batch are the
-classes:
+authors' code, texts contain placeholder words: tokenize ``"X X X X " + name + "."`` with M words of one token each. v
+replaces the M tokens right after the first one, whatever these words are. Left padding is skipped if the attention mask
+shows it. So the model computes lengths, masks, positions and the position of EOS as usual. For the authors' other
+orders (the name first, or in the middle) set the token that v replaces: ``placeholder=343`` is "x" in CLIP. The texts
+of a batch are the classes:
 
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
@@ -16,8 +16,8 @@ classes:
 With `classes` each class has a separate context (CSC): row k of the batch gets context k, unless ``peftcore.call(model,
 classes=[2, 0])`` passes the class of each row.
 
-Parameters: M d, or classes M d. Nothing merges, but after training the text features of all classes can be computed
-once and cached.
+Parameters: M d, or classes M d. The method cannot be merged, but after training the text features of all classes can be
+computed once and cached.
 
 Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`. No start is an identity.
 
@@ -63,7 +63,7 @@ class ContextOperator(PlacesOperator):
         return put_at(self.held(ids), context[self._rows(ids)], embedded)
 
     def _rows(self, ids: Tensor) -> Tensor:
-        """Return the number of the context that each row of the batch gets."""
+        """Return the index of the context for each row of the batch."""
         if self.classes is None:
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         told = forward_context().context.get("classes")

@@ -11,9 +11,9 @@ identity; with `kernel` (DTL+) it is one depthwise convolution of that size, wit
 acts on the patches arranged as in the picture; tokens in front of the patches skip it. M is `start` times the number of
 blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
 
-Parameters: 2 rank d a block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
+Parameters: 2 rank d per block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
 
-Start: A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity.
+Start: A starts as torch's linear layers do and C at zero, so a fresh adapter is an exact identity.
 
 Differs from the authors' code: The authors also train a new head (``train=["head"]`` trains the model's head).
 
@@ -62,7 +62,7 @@ class DTLConfig(MethodConfig):
     rank: PositiveInt = 2
     """Rank of a block's part of the side network."""
     start: Share = 0.5
-    """The share of blocks, counted from the first, after which nothing is fed back."""
+    """The share of blocks, counted from the first, that get no feedback from the side network."""
     beta: PositiveFloat = 100.0
     """Steepness beta of t; the larger it is, the closer t is to a ReLU."""
     kernel: PositiveInt | None = None

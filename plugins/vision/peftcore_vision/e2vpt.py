@@ -16,7 +16,7 @@ For details that the paper leaves open, this follows the code (ChengHan111/E2VPT
 `segments`; the score of a token is the sum of its segments' scores; the lowest signed scores are pruned
 (``absolute=True`` takes the derivatives' magnitudes); pruned tokens stay as rows of zeros.
 
-Parameters: (length + kv_length) * d a block, with separate keys and values (length + 2 kv_length) * d; with
+Parameters: (length + kv_length) * d per block, with separate keys and values (length + 2 kv_length) * d; with
 `projection` as in `vpt_deep`; and the head.
 
 Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.
@@ -76,7 +76,7 @@ class E2VPTConfig(PromptConfig):
     share_kv: bool = True
     """Use the same numbers as keys and as values."""
     kv_dropout: Share = 0.0
-    """Probability with which numbers of the trained keys and values are dropped in training, by separate draws."""
+    """Dropout probability of the trained keys and values, with separate draws for both."""
     segments: PositiveInt = 16
     """Number of segments of a prompt token; segments can be pruned separately."""
 
@@ -110,7 +110,7 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
     """Return the operators with prompts in segments.
 
     Raises:
-        ConfigError: there are none, or they differ in size.
+        ConfigError: there are no prompts, or they differ in size.
     """
     found = [each for each in injection.operators.values() if isinstance(each, PrunedOperator)]
     if len({each.kept.shape for each in found}) != 1:
@@ -123,7 +123,7 @@ def _prompts(injection: Injection) -> list[PrunedOperator]:
 
 def importance(injection: Injection, data: Iterable[Any], absolute: bool = False) -> Tensor:
     """Return the importance scores of a trained adapter's prompts, ``[length, segments]``: the derivative of the loss
-    by the mask that all blocks share, as a mean over batches. The model runs in eval mode.
+    with respect to the mask that all blocks share, averaged over batches. The model runs in eval mode.
 
     Args:
         injection: the adapter.
@@ -164,7 +164,7 @@ def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int =
 
     Args:
         injection: the adapter to prune, usually a fresh one; its prompts must have the sizes of the scored adapter's.
-        scores: those of `importance`, ``[length, segments]``.
+        scores: the result of `importance`, ``[length, segments]``.
         tokens: how many tokens to prune; at least one must stay.
         segments: how many segments of each token to prune; at least one must stay.
 

@@ -62,7 +62,7 @@ class EVPConfig(MethodConfig):
 
     method: Literal["evp"] = "evp"
     reduction: PositiveInt = 4
-    """How many times narrower c is than the stream's width d."""
+    """Divisor of the hidden size d; the quotient is c."""
     share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
     """The share of all frequencies that count as low."""
     frequencies: Literal["high", "low", "none"] = "high"
@@ -92,7 +92,7 @@ class StageSite(Site):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, with those of its blocks that are targets, possibly none."""
+    """A stage of the model, with its target blocks (possibly none)."""
 
     site: StageSite
     norm: tuple[Site, ...]
@@ -158,8 +158,8 @@ def starting(linear: nn.Linear, zero: bool = False) -> nn.Linear:
 
 
 def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
-    """Return the magnitude of pictures [..., high, wide] without their low frequencies, or of their low frequencies
-    alone."""
+    """Return pictures [..., high, wide] without their low frequencies, or with `low` only their low frequencies. The
+    values are magnitudes."""
     high, wide = x.shape[-2:]
     line = int((high * wide * share) ** 0.5 // 2)
     mask = torch.zeros(high, wide, dtype=torch.bool, device=x.device)
@@ -175,7 +175,8 @@ def channels(site: StageSite, config: EVPConfig) -> int:
 
 
 class StageOperator(Operator):
-    """The maps from one stage's patches and from the picture to features for the prompts of its blocks."""
+    """Computes the features for the prompts of one stage's blocks, from the stage's patches and the picture's
+    frequencies."""
 
     def __init__(self, site: StageSite, config: EVPConfig, taps: list[tuple[Tap, Tap]]) -> None:
         super().__init__(site)
@@ -217,7 +218,7 @@ class StageOperator(Operator):
         return y
 
     def _put(self, patches: Tensor) -> None:
-        """Leave the features of patches [batch, patches, d] for the blocks, [batch, patches, c]."""
+        """Store features [batch, patches, c] for the blocks, computed from patches [batch, patches, d]."""
         feature: Tensor | float = 0.0 if self.filter is None else self.left.get().flatten(2).transpose(1, 2)
         if self.embedding is not None:
             feature = feature + self.embedding(patches.to(self.embedding.weight.dtype))

@@ -9,14 +9,14 @@ matrices C P [r, r, n] to [r, n r], which distributes their columns over the sli
 column (c r + p) // n of matrix (c r + p) % n. If the slices divide the inputs, the inputs are distributed in the same
 way.
 
-Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
+Parameters: r per slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
 
-Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the identity.
+Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: No difference is known: where a matrix has several slices, the authors' code and this
 method differ from the equation in the same way.
 
-Use it: `peftcore.apply(model, "fact_tk")`, where FacT-TT would do, but must be smaller; it merges.
+Use it: `peftcore.apply(model, "fact_tk")`, where `fact_tt` is suitable but has too many parameters. It can be merged.
 """
 
 from __future__ import annotations

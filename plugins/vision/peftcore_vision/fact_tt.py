@@ -3,21 +3,21 @@
 Equation:
     dW_t = s V Sigma_t U,   U [r, d] and V [d, r] shared by all sites,   Sigma_t [r, r] for each slice t
 
-The weights of a model are treated as one stack of slices [d, d], where d is the width of its stream. The matrices of
-queries, keys, values and the attention's output are one slice each, and each matrix of a feed-forward is four, so a
-block of a ViT has 12 slices. Matrices are cut into slices in both directions, and d is the greatest common divisor of
-all widths, so feed-forwards of other sizes and stacks of several widths (Swin) are supported too. A convolution has
-separate slices for each position of its kernel, and stacked experts have separate slices for each expert.
+The weights of a model are treated as one stack of slices [d, d], where d is the hidden size. The matrices of queries,
+keys, values and the attention's output are one slice each, and each matrix of a feed-forward is four, so a block of a
+ViT has 12 slices. Matrices are cut into slices in both directions, and d is the greatest common divisor of all widths,
+so feed-forwards of other sizes and stacks of several widths (Swin) are supported too. A convolution has separate slices
+for each position of its kernel, and stacked experts have separate slices for each expert.
 
-Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
+Parameters: r^2 per slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
-Start: U and Sigma as linear layers, V at zero: the identity.
+Start: U and Sigma as linear layers, V at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: In the authors' code d = 768 and the four slices of a feed-forward's matrix are
 hard-coded.
 
-Use it: `peftcore.apply(model, "fact_tt")`, where the adapter itself must be tiny, as when there is one for each of many
-tasks; it merges.
+Use it: `peftcore.apply(model, "fact_tt")`, where the adapter itself must be tiny, for example with one adapter for each
+of many tasks. It can be merged.
 """
 
 from __future__ import annotations

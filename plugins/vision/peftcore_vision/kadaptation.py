@@ -9,14 +9,14 @@ site. H is an update of rank n r. The matrices of one attention share b; s = 160
 entries of H are dropped with a probability of 0.5, except for weights that the model reads without calling their
 module, where dropout cannot act.
 
-Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
+Parameters: r (in + out) per site, out per attention, and 2 n^2 per role: 50,176 in the tower of a CLIP ViT-B/32.
 
-Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero: the identity.
+Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The code starts both u and v at zero, where neither gets a gradient, so only b would
 learn. It also uses the u and v of queries for values, adds the update of queries after their division by the square
-root of a head's width, and returns the tokens of a batch in another order than it reads them. Here the update is the
-paper's: it acts on the weight, and merges.
+root of a head's width, and returns the tokens of a batch in another order than it reads them. Here the update is that
+of the paper: it acts on the weight, and can be merged.
 
 Use it: `peftcore.apply(model, "kadaptation")`, to get an update of a higher rank with the parameters of a LoRA of rank
 1; not where n does not divide the widths (`lokr` chooses sizes that fit). `compacter` has the same products in
@@ -55,12 +55,12 @@ class KAdaptationConfig(MethodConfig):
     rule_range: PositiveFloat = 0.01
     """Bound of the uniform draw of l and r."""
     dropout: Share | None = None
-    """Probability with which entries of H are dropped in training; None: 0.5, but 0 for weights that the model reads
-    without calling their module."""
+    """Dropout probability of the entries of H. None: 0.5, but 0 for weights that the model reads without calling their
+    module."""
 
 
 class Rule(nn.Module):
-    """The first factors that all sites of a role share, as l and r."""
+    """The parameters l and r of the first factors, which all sites of a role share."""
 
     def __init__(self, config: KAdaptationConfig) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class KAdaptationOperator(Operator):
         return B, A.unflatten(-1, self.inputs)
 
     def dense(self) -> Tensor:
-        """Return H^T ``[*batch, out, in, *kernel]``."""
+        """Return the full matrix H^T of the update, ``[*batch, out, in, *kernel]``."""
         B, A = self.pair()
         return (B @ A.flatten(B.dim() - 1)).unflatten(-1, self.inputs)
 

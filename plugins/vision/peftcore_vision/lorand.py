@@ -3,11 +3,11 @@
 Equation:
     y = h + W_up gelu(W_down h + b_down) + b_up,   W_down = sum_i P_i K_i Q_i,   W_up = sum_i P_i K_i Q_i
 
-h is the output of attention or feed-forward before it is added to the stream. W_down [d/2, d] and W_up [d, d/2] are
-wide, but each is a sum of β products of thin factors, P_i [out, α], K_i [α, α] and Q_i [α, in]; both matrices have
-separate factors.
+h is the output of attention or feed-forward before it is added to the residual stream. W_down [d/2, d] and W_up [d,
+d/2] are wide, but each is a sum of β products of thin factors, P_i [out, α], K_i [α, α] and Q_i [α, in]; both matrices
+have separate factors.
 
-Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
+Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 per adapter, two per block.
 
 Start: Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity (`zero_up` makes it one).
 
@@ -41,10 +41,10 @@ class LoRandConfig(MethodConfig):
     branches: PositiveInt = 4
     """Number β of products in the sum for a matrix."""
     reduction: PositiveInt = 2
-    """Divisor of the stream's width d, which gives the adapter's inner width."""
+    """Divisor of the hidden size d; the quotient is the adapter's inner width."""
     joins: Joins = "stream"
-    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
-    scale, stochastic depth), or before them, at the branch's last matrix."""
+    """Where the adapter reads and adds. "stream": after the host's dropout, layer scale and stochastic depth on a
+    branch's output. "matrix": before these operations, at the output of the branch's last matrix."""
     zero_up: bool = False
     """Start the outer factors of W_up and its bias at zero: an exact identity."""
 

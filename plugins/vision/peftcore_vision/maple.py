@@ -6,10 +6,10 @@ Equation:
 
 Text prompts train, and linear maps compute image prompts from them, so both towers learn together (code:
 muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has a separate prompt, which replaces the
-previous block's output for its prompt; the last prompt passes through all later blocks. P_0 replaces words, before
-positions are added, as in coop: tokenize ``"X X " + name + "."`` with `length` words of one token each, or with any
-words, of which the first `length` are replaced. The authors write "a photo of a"; with length=2 its first two words are
-replaced, and their ids are ``init_ids``. The texts of a batch are the classes:
+output rows of the previous block's prompt. The last prompt passes through all later blocks. P_0 replaces words before
+positions are added, as in coop. Tokenize ``"X X " + name + "."`` with `length` placeholder words of one token each. In
+any other text, the first `length` words are replaced. The authors write "a photo of a"; with length=2 its first two
+words are replaced, and their ids are ``init_ids``. The texts of a batch are the classes:
 
     peftcore.apply(clip, "maple", init_ids=[320, 1125])
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
@@ -74,7 +74,7 @@ class Towers:
     images: list[Site]
     """The blocks that process patches of an image."""
     image_width: int
-    """Width of the image tower's stream."""
+    """Hidden size of the image tower."""
     norms: list[Site]
     """The norm between the patch embedding and the first block, or an empty list."""
 
@@ -84,13 +84,13 @@ class CoupledSite(Site):
     """A module in the text tower, together with the width of the image tower."""
 
     width: int = 0
-    """Width of the text tower's stream."""
+    """Hidden size of the text tower."""
     image_width: int = 0
-    """Width of the image tower's stream; the maps compute prompts of this width."""
+    """Hidden size of the image tower; the maps compute prompts of this width."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The widths; plans and saved files record them as the shape of this target."""
+        """The shape [image_width, width], which plans and saved files record for this target."""
         return torch.Size([self.image_width, self.width])
 
 
@@ -105,11 +105,11 @@ class Rest:
     has_norm: bool
     """True if the image tower has a norm before its blocks."""
     places: Tap
-    """The tap through which the text table passes the prompt's positions to the text blocks."""
+    """Passes the prompt's positions from the operator at the token embedding to the operators at the text blocks."""
 
 
 def two_towers(surgeon: Surgeon) -> Towers:
-    """Return both towers.
+    """Return the sites of the text encoder and of the image encoder (the two towers).
 
     Raises:
         UnsupportedSite: the model lacks one of the towers, or a tower does not accept prompts.
@@ -132,8 +132,8 @@ def two_towers(surgeon: Surgeon) -> Towers:
 
 
 class MaPLeOperator(PlacesOperator):
-    """The prompts of one block in both towers; the text prompt is written into the output of the previous block, or of
-    the token table."""
+    """The prompts of one block in both towers. The text prompt replaces rows of the previous block's output, or of the
+    token embedding's output."""
 
     def __init__(self, site: CoupledSite, config: MaPLeConfig, table: Site, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)
@@ -162,7 +162,7 @@ class MaPLeOperator(PlacesOperator):
         return on_first(output, lambda y: put_at(held, self.cast(y, self.rows)[0][None], y))
 
     def _of_image(self, x: Tensor) -> Tensor:
-        """Return the prompt of the images [batch, length, d_image]."""
+        """Return the image prompt [batch, length, d_image]."""
         rows, weight, bias = self.cast(x, self.rows, self.map.weight, self.map.bias)
         return nn.functional.linear(rows, weight, bias).expand(len(x), -1, -1)
 

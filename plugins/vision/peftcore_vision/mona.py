@@ -4,16 +4,17 @@ Equation:
     x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3
     u = W_down (gamma LN(x) + delta x) + b_down
 
-on the stream x after attention and after the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
-of k by k, V [h, h] one of 1 by 1, all with biases and zero padding; LN is a norm that belongs to the adapter. Dropout
-acts in front of W_up.
+on the residual stream x after attention and after the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise
+convolution of k by k, V [h, h] one of 1 by 1, all with biases and zero padding; LN is a norm that belongs to the
+adapter. Dropout acts in front of W_up.
 
 The convolutions act on the patches in their arrangement in the picture. Activations of four dimensions (Swin in timm)
-are grids already; in a sequence, the last tokens are the largest grid with the proportions of the patches that the
-model embeds, and each token in front of them counts as a picture of one pixel. The next branch reads the stream with
-the adapter's output; the host's dropout, layer scale and stochastic depth do not act on this output.
+are grids already. In a sequence, the patches are the last tokens: as many as fit into the largest grid with the
+proportions of the model's patch embedding. Each token in front of them counts as a picture of one pixel. The next
+branch reads the stream with the adapter's output; the host's dropout, layer scale and stochastic depth do not act on
+this output.
 
-Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
+Parameters: 133 d + 9,728 per adapter with h = 64, two per block: 2 d h + h^2 + 5 d + 88 h.
 
 Start: γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as
 in torch. So a fresh adapter is not an identity (`zero_up` makes it one).
@@ -49,9 +50,9 @@ class MonaConfig(StreamConfig):
     bottleneck: PositiveInt = 64
     """Channels h of the convolutions."""
     dropout: Share = 0.1
-    """Probability with which the inputs of W_up are dropped in training."""
+    """Dropout probability of the inputs of W_up."""
     behind: Literal["both", "attention", "feed-forward"] = "both"
-    """The branches of a block that an adapter follows."""
+    """Where adapters act: after both branches of a block, or after only one of them."""
     zero_up: bool = False
     """Start W_up at zero, like its bias: an exact identity."""
 
@@ -61,7 +62,7 @@ class MonaConfig(StreamConfig):
 
 
 class Cognition(nn.Module):
-    """One adapter, which computes the term to add to a stream."""
+    """One adapter, which computes the term to add to the residual stream."""
 
     def __init__(self, width: int, config: MonaConfig) -> None:
         super().__init__()
@@ -86,12 +87,12 @@ class Cognition(nn.Module):
         return mixed
 
     def read(self, x: Tensor) -> Tensor:
-        """Return u of the stream ``[..., d]``."""
+        """Return u, the input of the convolutions, for the residual stream ``[..., d]``."""
         u: Tensor = self.down(self.norm(x) * self.gamma + x * self.delta)
         return u
 
     def add(self, c: Tensor) -> Tensor:
-        """Return the term to add to the stream, from the convolutions' output ``[..., h]``."""
+        """Return the term to add to the residual stream, from the convolutions' output ``[..., h]``."""
         added: Tensor = self.up(self.dropout(F.gelu(c)))
         return added
 

@@ -15,7 +15,7 @@ texts as classes, or any outputs of a frozen head.
 
 Parameters: 2 c size (height + width - 2 size), 69,840 for 30 of 224 pixels; a square c size^2.
 
-Start: N(0, 1), as in the code: not an identity (``std=0`` makes it one).
+Start: N(0, 1), as in the code. A fresh adapter is not an identity (``std=0`` makes it one).
 
 Differs from the authors' code: The authors draw the position of a random square in evaluation too, and never at the
 last row and column.
@@ -48,8 +48,8 @@ class PixelVPConfig(MethodConfig):
     shape: Literal["frame", "square", "random"] = "frame"
     """The trained pixels: a frame around the picture, a square in its corner, or a square at random positions."""
     size: Pixels | None = None
-    """Width of the frame or the square in pixels; None: 30 for pictures of 224 pixels, and in proportion for other
-    sizes."""
+    """Width of the frame or the square in pixels; None: 30 for pictures of 224 pixels, and proportionally more or less
+    for other sizes."""
     picture: tuple[Pixels, Pixels] | None = None
     """Height and width of pictures; None: the size of the model's table of positions, or 224 by 224 without such a
     table."""
@@ -65,7 +65,7 @@ class PixelSite(Site):
     wide: int = 0
 
     def size(self, config: PixelVPConfig) -> int:
-        """Width of the frame or the square."""
+        """Return the width of the frame or the square in pixels."""
         return config.size or max(1, round(min(self.high, self.wide) * 30 / 224))
 
 

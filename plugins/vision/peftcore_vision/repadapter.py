@@ -6,12 +6,12 @@ Equation:
 
 in front of the first matrices of a branch. Matrices with the same input share one adapter: queries, keys and values, or
 the gate of a feed-forward and the matrix parallel to it. For a convolution the adapter acts on channels, as the
-authors' RepAdapter2D. A convolution with padding is refused, since the shift b would not act on the padding, and so is
-a weight without a bias that the model reads without calling its module.
+authors' RepAdapter2D. Convolutions with padding are refused, since the shift b would not act on the padding. Weights
+without a bias are refused if the model reads them without calling their module.
 
-Parameters: d h + h + d h / g + d an adapter.
+Parameters: d h + h + d h / g + d per adapter.
 
-Start: A from a Xavier-uniform draw, all else at zero: the identity.
+Start: A from a Xavier-uniform draw, all else at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors' own merging fails with g = 1; no other difference is known.
 
@@ -43,8 +43,8 @@ class RepAdapterConfig(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter; the authors search it between 0.1 and 10."""
     dropout: Share | None = None
-    """Probability with which the bottleneck's activations are dropped in training; None: 0.1, but 0 for weights that
-    the model reads without calling their module."""
+    """Dropout probability of the bottleneck's activations. None: 0.1, but 0 for weights that the model reads without
+    calling their module."""
 
 
 class RepAdapterOperator(InFrontOperator):
@@ -78,7 +78,8 @@ class RepAdapterOperator(InFrontOperator):
 
 
 class RepAdapter(Method):
-    """Linear adapters in front of attention and feed-forward, which can be merged into the first matrices of both."""
+    """Linear adapters in front of attention and feed-forward, which can be merged into the first matrices of attention
+    and feed-forward."""
 
     name = "repadapter"
     Config = RepAdapterConfig

@@ -18,7 +18,7 @@ trains as a whole; ``share=1`` results in the same choice.
 
 Parameters: about share * (the number of weights of all sites).
 
-Start: A uniform in +-1/sqrt(in), B and v at zero: the identity.
+Start: A uniform in +-1/sqrt(in), B and v at zero. A fresh adapter is the identity.
 
 Differs from the authors' code: The authors' steps of tau are chosen for their budget of 400,000. Their A and B start in
 the same way, but then the initialization of their whole model draws both again, from N(0, 0.02^2): `init_std` does
@@ -26,7 +26,7 @@ that. In training their code drops inputs of updates, and whole updates of sampl
 chosen entries of norms frozen, although they count in the budget. Here queries, keys and values of one fused matrix
 count as separate sites. The authors also train the head and the class token (``train=["head"]``), count the 768 numbers
 of the token in the budget, which is not done here, and do not adapt embeddings. SPT-Adapter, with bottlenecks instead
-of low-rank updates, is not here.
+of low-rank updates, is not available.
 
 Use it: `peftcore.apply(model, "spt_lora", data=[batch], share=0.05)`, where the budget is small and the task differs
 much from pretraining; not where one adapter is to be used with several base models, since the chosen entries depend on
@@ -71,25 +71,25 @@ class SPTLoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the low-rank updates."""
     ease: PositiveFloat = 10.0
-    """A matrix gets a low-rank update if this has at most `ease` times as many parameters as entries were chosen in the
-    matrix."""
+    """A matrix gets a low-rank update if the update has at most `ease` times as many parameters as there are chosen
+    entries in the matrix."""
     vector_ease: PositiveFloat = 5.0
-    """A vector trains as a whole if it has at most `vector_ease` times as many entries as were chosen in it."""
+    """All entries of a vector train if it has at most `vector_ease` times as many entries as there are chosen ones."""
     batches: PositiveInt = 16
     """The largest number of batches of the data that are used."""
     dropout: Share = 0.0
-    """Probability with which inputs of the low-rank updates are dropped in training."""
+    """Dropout probability of the inputs of low-rank updates."""
     init_std: NonNegativeFloat | None = None
     """Standard deviation of both factors of updates at the start, 0.02 in the authors' code; None: an exact
     identity."""
     entries: NonNegativeInt | None = None
-    """Number of entries that train, in `overrides` of a site; None: a low-rank update, or all entries of a vector. With
-    data the method sets it."""
+    """Number of trained entries of a site, set in `overrides`. None: a low-rank update of a matrix, or all entries of a
+    vector. With data, the method itself sets this option."""
 
 
 class EntriesOperator(WeightOperator):
-    """Adds trained values to some or all entries of a tensor, and stores the indices of these entries; until indices
-    are set, they are the first entries.
+    """Adds trained values to some or all entries of a tensor, and stores the indices of these entries. Before the
+    method chooses entries, they are the first ones of the tensor.
 
     Raises:
         UnsupportedSite: the number of entries is zero, or larger than the tensor.
@@ -119,7 +119,8 @@ class EntriesOperator(WeightOperator):
 
 
 def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return for each site, by its path, the sum over the batches of (dL/dw)^2, flat, in its logical layout.
+    """Return the sum over the batches of (dL/dw)^2 for each weight, as a mapping from the path of a site to a flat
+    tensor in the site's logical layout.
 
     Raises:
         CalibrationError: data is missing, or all gradients are zero.
@@ -167,10 +168,11 @@ def counts(scores: Mapping[str, Tensor], taus: Sequence[int]) -> Iterator[dict[s
 def allotted(
     counted: Mapping[str, int], sites: Mapping[str, Site], rank: int, ease: float, vector_ease: float
 ) -> dict[str, int | None]:
-    """Return for each site the number of entries that train, from the number of entries that were chosen.
+    """Return how many entries train at each site, given the number of chosen entries at each site.
 
-    It is None for a vector that trains as a whole, and for a matrix with a low-rank update: where these have at most
-    `vector_ease` or `ease` times as many parameters as entries were chosen.
+    None means that the whole vector trains, or that the matrix gets a low-rank update. A vector gets None if it has at
+    most `vector_ease` times as many entries as were chosen, a matrix if its low-rank update has at most `ease` times as
+    many parameters.
     """
     found: dict[str, int | None] = {}
     for path, count in counted.items():
@@ -181,7 +183,7 @@ def allotted(
 
 
 def total(allotment: Mapping[str, int | None], sites: Mapping[str, Site], rank: int) -> int:
-    """Return the number of parameters that an allotment trains."""
+    """Return the total number of trained parameters, given the numbers of trained entries that `allotted` returns."""
     whole = {path: site.numel if is_vector(site) else update_size(site, rank) for path, site in sites.items()}
     return sum(whole[path] if count is None else count for path, count in allotment.items())
 
@@ -189,10 +191,11 @@ def total(allotment: Mapping[str, int | None], sites: Mapping[str, Site], rank: 
 def nearest(
     scores: Mapping[str, Tensor], sites: Mapping[str, Site], budget: float, rank: int, ease: float, vector_ease: float
 ) -> dict[str, int | None]:
-    """Return the allotment that trains the number of parameters nearest to `budget`.
+    """Return how many entries train at each site (as `allotted` does), so that the number of trained parameters is
+    nearest to `budget`.
 
-    τ runs from a twentieth of the budget to nearly four times as much; among equally near allotments the last one is
-    returned.
+    The number τ of chosen weights is tried from a twentieth of the budget to nearly four times the budget. Among
+    equally near results, the one with the largest τ is returned.
     """
     taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
     plans = [allotted(each, sites, rank, ease, vector_ease) for each in counts(scores, taus)]

@@ -3,11 +3,11 @@
 Equation:
     x' = x + W_up (k * (W_down x + b_down) + c) + b_up
 
-on the patches of the stream, in front of attention and in front of the feed-forward. The model is an image model. The
-frames of clips are rows of its batch, and the frames of one clip are consecutive: [clips * T, 3, rows, columns]. k [h,
-t, y, z] is a depthwise convolution over T frames and the patches of each frame, with zero padding; W_down [h, d], W_up
-[d, h]. Other tokens, such as a class token, are unchanged. The adapter is linear: only the model's layers after it are
-non-linear.
+on the patches of the residual stream, in front of attention and in front of the feed-forward. The model is an image
+model. The frames of clips are rows of its batch, and the frames of one clip are consecutive: [clips * T, 3, rows,
+columns]. k [h, t, y, z] is a depthwise convolution over T frames and the patches of each frame, with zero padding;
+W_down [h, d], W_up [d, h]. Other tokens, such as a class token, are unchanged. The adapter is linear: only the model's
+layers after it are non-linear.
 
 The user adds a mean over the T outputs of a clip, or another head over them.
 
@@ -15,10 +15,10 @@ The number of frames of a clip is `frames`, or the number in ``peftcore.call(mod
 depend on it. A batch that does not consist of whole clips is refused. Rows depend on each other, so they cannot be
 routed to several adapters.
 
-Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the defaults, two a block.
+Parameters: 2 d h + 2 h + d + h t y z per adapter: 592,512 in a ViT-B with the defaults, two per block.
 
-Start: k, c and all biases at zero: the identity; W_down and W_up as torch's layers; they get no gradient in the first
-step.
+Start: k, c and all biases at zero, W_down and W_up as torch's layers. A fresh adapter is the identity. W_down and W_up
+get no gradient in the first step.
 
 Differs from the authors' code: The code turns cuDNN off for the convolution k; here it stays on.
 
@@ -53,8 +53,8 @@ class STAdapterConfig(StreamConfig):
     kernel: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 1, 1)
     """Size of the kernel in frames, rows and columns; odd numbers."""
     before: Literal["both", "attention", "feed-forward"] = "both"
-    """The branches of a block with an adapter in front; for data in which motion matters less, the code has one only in
-    front of the feed-forward."""
+    """Where adapters act: in front of both branches of a block, or of only one of them. For data in which motion
+    matters less, the authors' code has an adapter only in front of the feed-forward."""
 
     @field_validator("kernel")
     @classmethod
@@ -102,7 +102,8 @@ class STAdapterOperator(StreamOperator):
         return self._added(self.feed_forward, x)
 
     def _added(self, adapter: Convolution, x: Tensor) -> Tensor:
-        """Return what joins ``[rows, tokens, d]`` or ``[rows, height, width, d]``: zero at what is no patch."""
+        """Return the term to add to the residual stream ``[rows, tokens, d]`` or ``[rows, height, width, d]``. It is
+        zero at tokens that are not patches."""
         lie, frames = self.lie.get(), self._told()
         count = clips(x, frames, None if lie is None else lie[0])
         if x.dim() == 3:

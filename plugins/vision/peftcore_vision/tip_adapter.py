@@ -22,7 +22,8 @@ the module that returns the features.
 
 Parameters: images * d, or none with ``train_keys=False``. A plan without `images` counts one image.
 
-Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` leaves the outputs unchanged.
+Start: K are the features of the images in ``data=``. A fresh adapter is not an identity; ``alpha=0`` leaves the outputs
+unchanged.
 
 Differs from the authors' code: The authors search alpha and beta on validation images; here both are attributes of the
 operator, which you can set.
@@ -56,7 +57,7 @@ class TipAdapterConfig(FeatureConfig):
     alpha: NonNegativeFloat = 1.17
     """Weight of the cache's logits."""
     beta: NonNegativeFloat = 1.0
-    """Sharpness beta: the larger it is, the more only the most similar images count."""
+    """Sharpness beta: with a larger value, the most similar images have a larger part of the weight."""
     train_keys: bool = True
     """True trains K (Tip-Adapter-F)."""
     passes: PositiveInt = 10
@@ -90,18 +91,18 @@ class Shots:
 
 
 def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site, str]) -> Shots:
-    """Return the images of the data, with the mean of their features over passes. If two passes give bitwise equal
-    features, the data has no augmentations, and no further pass runs.
+    """Return the labels of all images of the data, and their features as a mean over several passes through the data.
+    If two consecutive passes give bitwise equal features, the data lacks augmentations, and no further pass runs.
 
     Args:
         model: the model, which runs in eval mode.
         data: batches for the model, with labels.
         passes: the largest number of passes through the data.
-        sites: for each module "output" or "input": which of both are the features.
+        sites: for each site "output" or "input", depending on which of them the features are.
 
     Raises:
         CalibrationError: labels are missing, are not one integer for each image, or their order differs between passes.
-        UnsupportedSite: features of a module are not vectors, one for each label.
+        UnsupportedSite: the features at a module are not one vector for each image.
     """
     model.eval()
     sums: dict[Site, Tensor] = {}
@@ -201,7 +202,7 @@ class CacheOperator(Operator):
 
 
 class TipAdapter(Method):
-    """A cache of few images with labels, whose logits are added to the model's.
+    """A cache of few images with labels, whose logits are added to those of the model.
 
     Example:
         injection = peftcore.apply(model, "tip_adapter", features="input", data=[batch])

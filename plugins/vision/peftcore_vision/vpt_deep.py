@@ -12,11 +12,11 @@ With `projection` prompts have that width, and one linear map projects all of th
 paper, starting from the model's weights; heads that compare images with texts and diffusion models' outputs stay
 frozen.
 
-Parameters: length * d a block; with projection length * projection a block, and (projection + 1) * d for the map; and
-the head.
+Parameters: length * d per block; with projection length * projection per block, and (projection + 1) * d for the map;
+and the head.
 
-In diffusion transformers with a text input (SD3, Flux, PixArt) the prompts are a stream parallel to the image, without
-positions: a separate one at each block, modulated as the image is.
+In diffusion transformers with a text input (SD3, Flux, PixArt) the prompts are a separate sequence parallel to the
+image tokens, without positions. Each block has a separate prompt, which is modulated like the image.
 
 Start: P uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch. No start is an identity.
 

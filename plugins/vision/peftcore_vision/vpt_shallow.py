@@ -13,8 +13,8 @@ from the model's weights; heads that compare images with texts and diffusion mod
 
 Parameters: length * d; with projection length * projection and (projection + 1) * d for the map; and the head.
 
-In diffusion transformers with a text input (SD3, Flux, PixArt) the prompt is a stream parallel to the image, without
-positions: its rows pass through the same blocks, with the same modulation as the image.
+In diffusion transformers with a text input (SD3, Flux, PixArt) the prompt is a separate sequence parallel to the image
+tokens, without positions. Its rows pass through the same blocks, with the same modulation as the image.
 
 Start: P uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch. No start is an identity: any added row
 changes the outputs.

@@ -10,15 +10,15 @@ removed after the block, and only the head reads them: s concatenates the rows o
 a trained weighted sum (U_l then reads d numbers). x_head is the head's input; W and b are the head's weights, which
 train too.
 
-Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
-9,216 without heads for ViT-B with length 1. "weighted" has `length` more for each block.
+Parameters: length * d per block, for each head with c classes c * length * d per block ("concat") or c * d, and the
+head; 9,216 without heads for ViT-B with length 1. "weighted" has `length` more for each block.
 
 Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), where p is the side of a patch, and U_l at zero. Not an identity, since
 the head's inputs are normalized; ``normalize=False`` makes it one.
 
 Differs from the authors' code: The authors (andytu28/VQT) begin with a new head. Their selection of features by a group
-lasso (KEEP_FRAC) trains once, keeps the best columns and then trains again; it is not here. They keep dropout of the
-frozen blocks off while prompts train: put the model in eval mode for that.
+lasso (KEEP_FRAC) trains once, keeps the best columns and then trains again; it is not available. They keep dropout of
+the frozen blocks off while prompts train: put the model in eval mode for that.
 
 Use it: `peftcore.apply(model, "vqt")`, where a head needs features of all layers and the backbone must not change, as
 when several tasks share one forward; not where features have to change with the task: use the related `vpt_deep`.
@@ -62,7 +62,7 @@ class VQTConfig(RowsConfig):
     length: PositiveInt = 1
     """Number of queries in each block."""
     dropout: Share = 0.1
-    """Probability with which numbers of the queries are dropped in training."""
+    """Dropout probability of the queries."""
     summary: Literal["concat", "mean", "weighted"] = "concat"
     """The values that the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
     normalize: bool = True
@@ -73,10 +73,10 @@ class VQTConfig(RowsConfig):
 
 @dataclass(frozen=True, eq=False)
 class QuerySite(PromptSite):
-    """A block whose queries heads read."""
+    """A block with trained queries, whose outputs the heads read."""
 
     classes: tuple[int, ...] = ()
-    """The outputs of each head."""
+    """Number of outputs of each head."""
 
 
 class QueryOperator(PromptOperator):
@@ -121,8 +121,8 @@ def unit(v: Tensor, wanted: bool) -> Tensor:
 
 
 class UnaskedOperator(AttentionOperator):
-    """Hides the keys of its block's queries from all rows of the attention. Other operators' keys may be in front of
-    these keys."""
+    """Hides the keys of the trained queries of a block from all rows of the attention. Keys of other operators may be
+    in front of the queries' keys."""
 
     def __init__(self, site: AttentionSite, asking: Tap) -> None:
         super().__init__(site)

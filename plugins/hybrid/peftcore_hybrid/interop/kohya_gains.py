@@ -20,7 +20,7 @@ ALONE = {"A": "vector", "B": "none", "C": "none", "D": "none", "E": "none"}
 
 
 class KohyaGains(KohyaMethod):
-    """Translates gains of a weight's outputs."""
+    """Translates gains on the outputs of a weight."""
 
     methods = ("glora",)
     below = (GAIN, ON_INPUT)

@@ -1,8 +1,8 @@
 """GLoRA in files of LyCORIS (checked against LyCORIS 4.1).
 
-``a1`` [in, rank] and ``a2`` [rank, in] are the factors of our A, which multiplies the weight (``A="product"``), ``b1``
-and ``b2`` those of B. For convolutions they are stored as kernels, of size one except for ``b2``. The scale alpha /
-rank is part of our first factors. LyCORIS lacks C, D and E.
+``a1`` [in, rank] and ``a2`` [rank, in] are the factors of A of `glora`, which multiplies the weight (``A="product"``).
+``b1`` and ``b2`` are the factors of B. For convolutions they are stored as kernels, of size one except for ``b2``. In
+`glora` the scale alpha / rank is included in the first factors. LyCORIS lacks C, D and E.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftcore.errors import ExportError
 
 THEIRS = {"A": "a1.weight", "A_up": "a2.weight", "B": "b1.weight", "B_up": "b2.weight"}
 KINDS = {"A": ("product", "none"), "B": ("lora", "none"), "C": ("none",), "D": ("none",), "E": ("none",)}
-"""The kinds of each term that a file can hold; the first one is read."""
+"""The kinds of each term that a file can contain; files are read as the first kind."""
 
 
 class KohyaGLoRA(KohyaMethod):
@@ -63,7 +63,7 @@ class KohyaGLoRA(KohyaMethod):
 
 
 def _shapes(place: Place) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of our tensors, the last one with the kernel."""
+    """Return the shapes of the tensors of `glora`; that of `B_up` includes the kernel."""
     site, rank = place.site, place.config.rank
     inputs = site.in_features
     return {"A": (inputs, rank), "A_up": (rank, inputs), "B": (site.out_features, rank),

@@ -1,6 +1,6 @@
 """GLoRA in peft's files (checked against peft 0.21).
 
-``glora_A`` to ``glora_E`` are our terms of the same letters, stored as factors ``Xd`` and ``Xu``, or as ``X``; a term
+``glora_A`` to ``glora_E`` are the terms A to E of `glora`, stored as factors ``Xd`` and ``Xu``, or as ``X``; a term
 that is left out is stored as ``zeros``. Peft has one option for A and B and one for D and E, and trains no bias terms
 in layers without a bias.
 """
@@ -16,7 +16,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import ExportError
 
 OPTION = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
-"""Peft's option for each term."""
+"""The option of peft that sets the kind of each term."""
 
 
 class PeftGLoRA(PeftMethod):

@@ -1,8 +1,8 @@
 """The commands ``peftcore train``, ``compare``, ``search`` and ``chat``: each reads options, calls its job and prints
 the result.
 
-They import what does their work inside their functions, so that the command line starts quickly. In the order of
-reading: `training`, `comparing`, `searching`, `chatting`; `_options` are those that they have in common.
+They import the modules that they need inside their functions, so that the command line starts quickly. In the order of
+reading: `training`, `comparing`, `searching`, `chatting`. `_options` contains the options that several commands share.
 """
 
 from __future__ import annotations

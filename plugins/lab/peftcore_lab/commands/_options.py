@@ -1,4 +1,4 @@
-"""Options that commands of training have in common."""
+"""Options that the commands for training, comparing and searching share."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
-    """Check that either the demonstration, a file or flags name the examples and the model.
+    """Check that the examples and the model are named, either by the demonstration, or by a file or flags.
 
     Raises:
-        BadInput: none of the three does, or the demonstration is combined with another.
+        BadInput: they are not named, or the demonstration is combined with a file or flags.
     """
     if demo and (config or model or data or task):
         raise BadInput(
@@ -44,10 +44,10 @@ def check_source(demo: bool, config: object, model: str | None, task: str | None
 
 
 def place_of(on: str | None, address: str | None) -> Any:
-    """Return the object that carries out runs: a Ray cluster, or None for this process.
+    """Return the object that executes runs: a Ray cluster, or None for this process.
 
     Raises:
-        BadInput: no such place is known.
+        BadInput: `on` is not "ray", or an address is set without it.
     """
     if on is None:
         if address is not None:

@@ -68,7 +68,7 @@ def _say(piece: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield what the user says; on a terminal with the keys of a line editor, where Python has one."""
+    """Yield the lines that the user enters. On a terminal, lines can be edited if Python has the module readline."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

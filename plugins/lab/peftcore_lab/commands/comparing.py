@@ -125,7 +125,7 @@ def compare(
 
 
 def _with_options(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
-    """Give each of the methods those of the flags that are options of it."""
+    """Return the values, in which each method has those command-line flags that are options of the method."""
     listed = values.get("methods")
     listed = listed.split(",") if isinstance(listed, str) else listed
     if not isinstance(listed, list):

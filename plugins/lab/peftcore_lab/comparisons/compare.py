@@ -24,14 +24,14 @@ from peftcore_lab.training.task_rows import options_for
 def compare(
     comparison: Comparison, board: Board, resume: bool = False, place: JobRunner | None = None
 ) -> ComparisonReport:
-    """Run a comparison; ``results.json``, ``results.png``, ``report.html`` and the runs are in ``comparison.out``
-    afterwards.
+    """Run a comparison and return its report. ``results.json``, ``results.png``, ``report.html`` and the runs are
+    written to ``comparison.out``.
 
     Args:
         comparison: the methods, model and data.
         board: the display of the progress.
-        resume: take the finished runs in ``comparison.out`` that have the same settings as they are, and resume
-            unfinished runs from their last checkpoint, if they have one.
+        resume: keep the finished runs in ``comparison.out`` that have the same settings. Unfinished runs are resumed
+            from their last checkpoint, if they have one.
         place: where runs are executed; by default in this process, one after the other.
 
     Raises:
@@ -91,7 +91,7 @@ def _compared(
 
 
 def _check(comparison: Comparison) -> None:
-    """Plan every method first: one that cannot act on this model says so now, not after an hour of training."""
+    """Plan every method before training, so that a method that cannot act on this model raises its error now."""
     labels = [candidate.called for candidate in comparison.methods]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
@@ -114,10 +114,11 @@ def _check(comparison: Comparison) -> None:
 
 
 def _check_folders(comparison: Comparison) -> None:
-    """Check that each run has a folder of its own: names of folders have no spaces and signs that labels may have.
+    """Check that each run has a separate folder. Two labels may have the same folder, since special characters are
+    replaced in names of folders.
 
     Raises:
-        BadInput: two have the same one.
+        BadInput: two runs have the same folder.
     """
     taken: dict[Path, str] = {}
     for candidate in comparison.methods:

@@ -39,18 +39,19 @@ class Comparison(Options):
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     """Seeds; each method is trained with each of them."""
     tune_lr: list[PositiveFloat] = Field(default_factory=list)
-    """Learning rates that each method is tried with, scored on a tuning set; then it is trained with the best."""
+    """Learning rates to try for each method, scored on a tuning set. Then each method is trained with its best rate."""
     tuning: str | None = None
-    """Other examples to choose rates by; without them, a part of the training examples is used."""
+    """Other examples for choosing learning rates; without them, a part of the training examples is used."""
     tuning_size: PositiveInt | None = None
-    """Number of training examples that are held out to choose rates by (a fifth, at most 1,000, unless set)."""
+    """Number of training examples that are held out for choosing learning rates (a fifth, at most 1,000, unless
+    set)."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     together: PositiveInt = 1
-    """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
-    seconds and memory are those of all of them divided by their number."""
+    """How many runs train at once on one model, if they differ only in method, options and learning rate. The reported
+    seconds and memory are then those of all these runs, divided by their number."""
     checkpoints: bool = False
-    """Write checkpoints during a run, from which ``--resume`` continues an interrupted one; not for runs that train
-    together."""
+    """Write checkpoints during a run, so that ``--resume`` can continue an interrupted run. Runs that train together
+    write none."""
     dtype: str = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None
@@ -60,7 +61,7 @@ class Comparison(Options):
 
     @property
     def runs(self) -> int:
-        """How many runs there are, those that choose learning rates included."""
+        """The number of runs, including those that choose learning rates."""
         return len(self.methods) * (len(self.seeds) + len(self.tune_lr))
 
     @field_validator("tune_lr", mode="before")
@@ -77,7 +78,8 @@ class Comparison(Options):
         return [{"name": each.strip()} if isinstance(each, str) else each for each in listed if each]
 
     def run(self, candidate: Candidate, seed: int) -> Run:
-        """Return the run of one trial. Its score is that after the last step: to choose the best would be to peek."""
+        """Return the run of one trial. Its score is that after the last step, since choosing the best checkpoint by the
+        validation set would bias the score."""
         written = "last" if self.checkpoints and self.together == 1 else False
         training = self.training.model_dump() | {"seed": seed, "checkpoints": written}
         if candidate.learning_rate is not None:

@@ -1,9 +1,9 @@
 """The runs of a comparison as tasks of a Ray cluster: of this machine, or one that an address names.
 
-Each job is one task, and runs that train together are one job. Ray starts it where resources are free, and again if a
-worker is lost; then it resumes from its last checkpoint, if one exists. The inputs and outputs of a task are files, so
-all machines of a cluster need the same folders: of the runs, of the data, and of a model unless it is a name on the
-Hub. Settings alone are sent to workers, and the results of runs are sent back.
+Each job is one task, and runs that train together are one job. Ray starts a task where resources are free. If its
+worker is lost, Ray starts the task again, and the run resumes from its last checkpoint, if one exists. The inputs and
+outputs of a task are files, so all machines of a cluster need the same folders: of the runs, of the data, and of a
+model unless it is a name on the Hub. Only settings are sent to workers, and only the results of runs are sent back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore_lab.training.fleet_runs import Saved
 
 
 class OnRay(Cluster):
-    """A Ray cluster that carries out the runs of a comparison."""
+    """A Ray cluster that executes the runs of a comparison."""
 
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
@@ -44,10 +44,11 @@ class OnRay(Cluster):
 
 
 def _job(settings: dict[str, Any], job: Job, here: str) -> tuple[list[Result], list[Saved]]:
-    """Carry out one job in a process of the cluster, in the folder of the one that asked for it.
+    """Execute one job in a process of the cluster, in the working directory of the process that started the comparison.
 
     Raises:
-        BadInput: there is no such folder on this machine, or what the comparison names cannot be used there.
+        BadInput: this directory does not exist on the machine, or a model, data or option of the comparison cannot be
+            used there.
     """
     go_to(here)
     saved: list[Saved] = []
@@ -64,10 +65,10 @@ def _taken(done: Any, job: Job) -> tuple[list[Result], list[Saved]]:
 
 
 def _check_shared(comparison: Comparison, results: list[Result]) -> None:
-    """Check that what a worker wrote is where it is looked for.
+    """Check that the folders that workers wrote exist on this machine.
 
     Raises:
-        BadInput: it is not.
+        BadInput: a folder does not exist here.
     """
     for each in results:
         if not isinstance(each, TrainingError) and not (comparison.out / each.trial.folder).exists():

@@ -1,7 +1,7 @@
 """The demonstration: real tweets, a real encoder, and the settings that each method is trained with.
 
-Both are Python packages, so that nothing is downloaded while it runs. The learning rates were chosen on a
-tuning split (``peftcore compare --demo --tuning``), never on the validation tweets that the table reports.
+Tweets and encoder are Python packages, so that nothing is downloaded during the demonstration. The learning rates were
+chosen on a tuning split (``peftcore compare --demo --tuning``), never on the validation tweets that the table reports.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def listed(names: str) -> list[str]:
 
 
 def candidates(names: Iterable[str], learning_rate: float | None, tuned: bool = False) -> list[dict[str, Any]]:
-    """Return methods with the settings that suit them on the tweets; one learning rate for all where it is given, none
-    where rates are tuned."""
+    """Return methods with settings that are good for the tweets. `learning_rate` sets one rate for all methods. With
+    `tuned`, methods are returned without a rate."""
     recipes = {name: RECIPES.get(name, Recipe()) for name in names}
     rates = {} if tuned else {name: learning_rate or recipe.learning_rate for name, recipe in recipes.items()}
     return [
@@ -84,7 +84,7 @@ def candidates(names: Iterable[str], learning_rate: float | None, tuned: bool = 
 
 
 def comparison(out: Path, tuning: bool) -> dict[str, Any]:
-    """Return the comparison of the demonstration; its data is written to a folder next to the report."""
+    """Return the comparison of the demonstration, and write its data to a folder next to the report."""
     task = tweets(tuning)
     data = {"max_length": MAX_LENGTH, **_written(out, {"train": task.train, "held_out": task.held_out})}
     training = {"steps": 100, "batch_size": 32, "evaluate_every": 0.25, "group_by_length": True}
@@ -97,8 +97,8 @@ def comparison(out: Path, tuning: bool) -> dict[str, Any]:
 
 
 def searching(out: Path, methods: str | None) -> dict[str, Any]:
-    """Return the search of the demonstration: its data has the validation tweets and those to choose by, and its first
-    trials are the settings of the demonstration."""
+    """Return the search of the demonstration. It chooses on the tuning split and is scored on the validation tweets.
+    Its first trials are the settings of the demonstration."""
     wanted = [name for name in RECIPES if name != FULL]
     names = wanted if methods is None else [name for name in wanted if name in methods.split(",")]
     return {
@@ -110,7 +110,7 @@ def searching(out: Path, methods: str | None) -> dict[str, Any]:
 
 
 def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str]:
-    """Write the examples, and return where they are."""
+    """Write the examples to files, and return the paths of the files."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     found = {}
     for name, examples in files.items():
@@ -121,14 +121,13 @@ def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str
 
 
 def model_folder() -> Path:
-    """Return the folder of the MiniLM encoder inside its package, which is found but not imported: it would want other
-    libraries."""
+    """Return the folder of the MiniLM encoder inside its package. The package is not imported, since it would need
+    other libraries."""
     return _installed(MODEL_PACKAGE) / MODEL_FOLDER
 
 
 def tweets(tuning: bool = False) -> LabelledTexts:
-    """Return the tweets as a task of three classes; ``tuning`` puts the tuning split in the place of the validation
-    set."""
+    """Return the tweets as a task of three classes. With ``tuning``, the tuning split replaces the validation set."""
     [table] = _installed(TWEETS_PACKAGE).glob("corpora/*.csv")
     rows = csv.DictReader(io.StringIO(table.read_text(encoding="latin-1")))
     held_out, tune, train = split(clean(Example(row["text"], row["sentiment"]) for row in rows), [HELD_OUT, TUNING])
@@ -143,7 +142,8 @@ def _installed(package: str) -> Path:
 
 
 def clean(examples: Iterable[Example]) -> list[Example]:
-    """Drop parts that are not language (links, broken emoji) and every tweet that repeats another, retweeted or not.
+    """Return the tweets without parts that are not language (links, broken emoji), and without tweets that repeat
+    another one, retweeted or not.
 
     Tweets with the same text and different labels are all dropped.
     """

@@ -1,4 +1,4 @@
-"""Comparisons on any module, whose training and scoring are functions of the user's."""
+"""Comparisons on any module, with functions of the user for training and scoring."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Compared:
 
     @property
     def lines(self) -> list[paper_tables.ConfigurationLine]:
-        """The configurations, with the mean of the score over seeds, its standard deviation, and the seeds."""
+        """The rows of the table: for each configuration the mean of the score over seeds, its standard deviation, and
+        the seeds."""
         return paper_tables.lines(self.report)
 
     def as_csv(self) -> str:
@@ -71,19 +72,20 @@ def compare(
     """Fine-tune a model with several methods, each with each seed, and compare what each costs and gains.
 
     Args:
-        model: the model, of which each run gets a copy; or a function that makes one, if memory is too small for two.
+        model: the model, which is copied for each run; or a function that returns a new model, if memory is too small
+            for two.
         methods: names, or names with options: ``{"name": "lora", "rank": 4, "target": "all-linear", "label": "few"}``;
-            "full" is full fine-tuning. Of two configurations of one method, one has a label.
+            "full" is full fine-tuning. Two configurations of one method need different labels.
         train: trains ``injection.parameters()``, or ``model.parameters()`` in full fine-tuning; called as
             ``train(model, injection)`` with torch's generator at the run's seed.
         score: returns a number for a model, called before and after.
-        seeds: of the adapters' first values and of torch's generator.
+        seeds: the seeds of the adapters' initial values and of torch's generator.
         metric: the name of the score.
         greater: whether a higher score is better.
 
     Returns:
-        The results: `lines` as data, and tables of it for a paper. A method whose training ended in a
-        `TrainingError` is in ``report.failed``.
+        The results, as data (`lines`) and as tables for a paper. A method whose training ended in a `TrainingError` is
+        in ``report.failed``.
 
     Raises:
         BadInput: methods or seeds are missing, or two configurations have one name.
@@ -138,7 +140,7 @@ def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 
 
 def _check(model: nn.Module | Callable[[], nn.Module], candidates: Sequence[Candidate]) -> None:
-    """Plan every method first: one that cannot act on this model says so now, not after an hour of training."""
+    """Plan every method before training, so that a method that cannot act on this model raises its error now."""
     host = model if isinstance(model, nn.Module) else model()
     for candidate in candidates:
         if candidate.name != FULL and not peftcore.method(candidate.name).asks_for_data(candidate.arguments):
@@ -188,7 +190,7 @@ def _trial(
 
 
 def _size(host: nn.Module, injection: peftcore.Injection | None) -> int:
-    """Return the bytes of what is saved: the adapter, or all of a model."""
+    """Return the size in bytes of the saved adapter, or of the whole model in full fine-tuning."""
     if injection is None:
         return sum(each.numel() * each.element_size() for each in host.parameters())
     with tempfile.TemporaryDirectory() as folder:

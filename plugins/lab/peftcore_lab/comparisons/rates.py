@@ -1,4 +1,5 @@
-"""Learning rates that are chosen for each method: all get the same rates, on examples that the report does not use."""
+"""Learning rates that are chosen for each method: the same rates are tried for all methods, on examples that the report
+does not use."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from peftcore_lab.reports.trials import ComparisonReport
 
 
 def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
-    """Return the comparison of each method with each rate, scored on a tuning set, and the one that is reported, whose
-    methods still lack rates. Both train on the same examples.
+    """Return two comparisons, which train on the same examples. The first one tries each method with each rate, scored
+    on a tuning set. The second one is to be reported; its methods still lack rates.
 
     Raises:
-        BadInput: a method has a rate already; or the examples cannot be read, or are too few.
+        BadInput: a method already has a rate, the examples cannot be read, or there are too few examples.
     """
     if own := [each.called for each in comparison.methods if each.learning_rate is not None]:
         raise BadInput(f"{own[0]} sets its own learning_rate, and tune_lr chooses the rates: remove one of the two")
@@ -32,7 +33,7 @@ def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
 
 
 def chosen(comparison: Comparison, report: ComparisonReport) -> tuple[list[Candidate], str]:
-    """Return the methods with the rates that were best, and a sentence about them.
+    """Return the methods with their best rates, and a sentence about how the rates were chosen.
 
     Raises:
         TrainingError: the training of a method failed with every rate.

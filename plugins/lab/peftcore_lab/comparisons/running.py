@@ -1,5 +1,5 @@
-"""Carries out the runs of a comparison, and stores the result of each next to its adapter, by which a finished run is
-recognized.
+"""Executes the runs of a comparison, and stores the result of each run next to its adapter. A run with a stored result
+is recognized as finished.
 
 A *job* is the work of one process at a time: a configuration with a seed, or several that train together on one model.
 """
@@ -31,15 +31,15 @@ class Board(RunDisplay, Protocol):
     """A display that is also notified when a run begins and ends."""
 
     def begin(self, label: str) -> None:
-        """Note that the run of this configuration begins."""
+        """Display that the run of this configuration begins."""
 
     def finish(self, line: str) -> None:
-        """Note that the run is done."""
+        """Display that the run is finished, with a line about its result."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """The result of one run, and the values that all runs of a comparison have in common."""
+    """The result of one run, and values that are the same for all runs of a comparison."""
 
     trial: Trial
     train_size: int
@@ -63,7 +63,7 @@ Finding = tuple[Candidate, int, Result]
 
 
 class JobRunner(Protocol):
-    """Where jobs are carried out."""
+    """Executes jobs, in this process or elsewhere."""
 
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
@@ -71,13 +71,13 @@ class JobRunner(Protocol):
         """Yield the results in the order in which they arrive.
 
         Args:
-            saved: receives the savings of runs that trained together.
-            resume: take finished runs as they are, and go on with those that were begun.
+            saved: a list to which the costs saved by training runs together are appended.
+            resume: keep finished runs, and resume unfinished ones.
         """
 
 
 class Here:
-    """This process, which carries out one job after the other."""
+    """Executes one job after the other in this process."""
 
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
@@ -88,7 +88,8 @@ class Here:
 
 
 def jobs_of(comparison: Comparison) -> list[Job]:
-    """Return all jobs of a comparison: configuration by configuration, or seed by seed where several train together."""
+    """Return all jobs of a comparison, ordered by configuration, or by seed if several configurations train
+    together."""
     if comparison.together == 1:
         return [Job((each,), seed) for each in comparison.methods for seed in comparison.seeds]
     return [
@@ -104,7 +105,7 @@ def forget(comparison: Comparison, jobs: Iterable[Job]) -> None:
 
 
 def carry_out(comparison: Comparison, job: Job, board: Board, saved: list[Saved], resume: bool = False) -> list[Result]:
-    """Run one job; returns the result of each of its configurations."""
+    """Run one job, and return the result of each of its configurations."""
     if resume:
         known = [recorded(comparison.run(each, job.seed)) for each in job.candidates]
         if all(each is not None for each in known):
@@ -124,8 +125,8 @@ def _tried(comparison: Comparison, candidate: Candidate, seed: int, board: RunDi
 
 
 def together(comparison: Comparison, candidates: Iterable[Candidate], seed: int) -> list[list[Candidate]]:
-    """Return the candidates in groups that train together, at most so many as the comparison says; a run that trains
-    alone is a separate group. Groups are in the order of their first ones."""
+    """Return the candidates in groups that train together. A group has at most `comparison.together` candidates, and a
+    candidate that trains alone is a separate group. Groups are ordered by their first candidates."""
     groups: list[list[Candidate]] = []
     growing: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -142,10 +143,11 @@ def together(comparison: Comparison, candidates: Iterable[Candidate], seed: int)
 def run_together(
     comparison: Comparison, candidates: list[Candidate], seed: int, board: Board, saved: list[Saved]
 ) -> list[Result]:
-    """Train configurations at once on one model; those that turn out not to fit in train alone afterwards.
+    """Train configurations together on one model, and return their results. Configurations that turn out not to be able
+    to train together are trained alone afterwards.
 
     Args:
-        saved: gets what was saved.
+        saved: a list to which the costs saved by training together are appended.
     """
     runs = [comparison.run(candidate, seed) for candidate in candidates]
     for run in runs:
@@ -173,7 +175,8 @@ def run_together(
 
 
 def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: RunDisplay, resume: bool = False) -> Ran:
-    """Train one configuration with one seed, or go on with that run where it was begun and that is asked for."""
+    """Train one configuration with one seed, and return the result. With `resume`, an unfinished run with the same
+    settings is continued."""
     run = comparison.run(candidate, seed)
     goes_on = resume and holds(run)
     if not goes_on:
@@ -184,7 +187,7 @@ def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: Ru
 
 
 def recorded(run: Run) -> Ran | None:
-    """Return what a run came to, if it is there and finished, with these settings."""
+    """Return the stored result of a run; None if the run is not finished or had other settings."""
     try:
         held = json.loads((run.out / RECORD).read_text(encoding="utf-8"))
         ran = Ran(**{**held, "trial": Trial(**held["trial"])})

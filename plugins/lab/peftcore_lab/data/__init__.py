@@ -8,5 +8,5 @@ here. In the order of reading:
 - `texts`: labelled texts as a task of classes.
 - `example_sources`: anything that holds examples, as a ``datasets.Dataset``.
 - `task_mixtures`: examples of several tasks in one table.
-- `splits`: a third part of the examples, to choose settings by.
+- `splits`: a third split of the examples, used to choose settings.
 """

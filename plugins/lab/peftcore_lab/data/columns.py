@@ -11,7 +11,8 @@ LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category")
 
 
 def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[str], kind: str, path: object) -> str:
-    """Return the column the user named, or the first whose name is one of ``names`` (in any case)."""
+    """Return the column that the user named, or else the first of ``names`` that is a column (in upper or lower
+    case)."""
     if wanted is not None:
         if wanted in columns:
             return wanted
@@ -24,11 +25,11 @@ def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[st
 
 
 def numbered(labels: Iterable[str], known: Sequence[str], source: object) -> tuple[str, ...]:
-    """Return classes in the order of their numbers: the order of a learned head if `known` has it; otherwise integers
-    by value, and words by alphabet.
+    """Return classes in the order of their numbers. If `known` contains the classes of a trained head, it is their
+    order. Otherwise integers are ordered by value, and words alphabetically.
 
     Raises:
-        BadInput: the head has learned other classes.
+        BadInput: the head was trained for other classes.
     """
     found = tuple(sorted(set(labels), key=label_order))
     if not known:

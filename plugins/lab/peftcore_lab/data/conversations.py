@@ -1,6 +1,7 @@
 """Conversations in common file layouts: messages, ShareGPT, Alpaca, prompt and completion.
 
-All become lists of ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``, which chat templates read.
+All are converted to lists of ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``, the input of
+chat templates.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ PAIRS = (
 )
 """Names of columns for prompts and answers."""
 INPUT, SYSTEM, HISTORY = "input", "system", "history"
-"""Columns that Alpaca's files have besides: the input of the instruction, and the earlier turns."""
+"""Further columns of files in the layout of Alpaca: the input of the instruction, the system message, and the earlier
+turns."""
 ROLES: Mapping[str, str] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -36,7 +38,7 @@ ROLES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that hold conversations: one with lists, or one that asks and one that answers."""
+    """The columns with conversations: one column with lists of messages, or one with prompts and one with answers."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -44,10 +46,11 @@ class Columns:
 
 
 def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
-    """Return the columns of a file: those that are wanted, or the first whose names are known (in any case).
+    """Return the columns of a file: those that the user named, or the first columns with known names (in upper or lower
+    case).
 
     Raises:
-        BadInput: the columns are missing, or one column of a pair is.
+        BadInput: the columns, or one column of a pair, are missing.
     """
     given = [each for each in (wanted.messages, wanted.prompt, wanted.completion) if each is not None]
     if missing := [each for each in given if each not in there]:
@@ -75,7 +78,7 @@ def conversations(part: Dataset, chosen: Columns, where: ExampleSource) -> list[
     """Return the conversations of a table.
 
     Raises:
-        BadInput: naming the row that holds none.
+        BadInput: a row lacks a conversation. The error names the row.
     """
     found = []
     for index, row in enumerate(part):
@@ -92,15 +95,17 @@ def _of_list(row: Mapping[str, Any], column: str) -> list[Message]:
 
 
 def _of_pair(row: Mapping[str, Any], chosen: Columns) -> list[Message]:
-    """Return the conversation of a row of Alpaca's, or of a prompt and its completion, which may be messages too."""
+    """Return the conversation of a row with a prompt and its completion. Both may be lists of messages, and the row may
+    be in the layout of Alpaca."""
     return [*begun(row), *asked_in(row, str(chosen.prompt)), *answer_of(row[str(chosen.completion)])]
 
 
 def asked_in(row: Mapping[str, Any], column: str) -> list[Message]:
-    """Return the messages of a prompt; a text is the user's, together with its input.
+    """Return the messages of a prompt. A text becomes one message of the user, together with the instruction's input,
+    if there is one.
 
     Raises:
-        ValueError: it is neither a text nor messages.
+        ValueError: the value is neither a text nor a list of messages.
     """
     prompt, about = row[column], row.get(INPUT) if column != INPUT else None
     if isinstance(prompt, str):
@@ -109,10 +114,10 @@ def asked_in(row: Mapping[str, Any], column: str) -> list[Message]:
 
 
 def answer_of(value: Any) -> list[Message]:
-    """Return the messages of an answer; a text is the assistant's.
+    """Return the messages of an answer. A text becomes one message of the assistant.
 
     Raises:
-        ValueError: it is neither a text nor messages.
+        ValueError: the value is neither a text nor a list of messages.
     """
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else told(value)
 
@@ -127,7 +132,7 @@ def told(value: Any) -> list[Message]:
 
 
 def begun(row: Mapping[str, Any]) -> list[Message]:
-    """Return the system's message and earlier turns that are in separate columns."""
+    """Return the system message and the earlier turns, if they are in separate columns."""
     found = [{"role": SYSTEM, "content": row[SYSTEM]}] if row.get(SYSTEM) else []
     for asked, answered in row.get(HISTORY) or ():
         found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -135,7 +140,7 @@ def begun(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return a list, which a table of text holds as JSON.
+    """Return a list of messages, which may be a JSON text in a table of texts.
 
     Raises:
         ValueError: the value is not a list of messages, or is empty.
@@ -151,7 +156,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _messages(entries: Sequence[Any]) -> list[Message]:
-    """Return messages with the roles of chat templates; what else an entry holds, such as calls of tools, stays."""
+    """Return messages with the roles of chat templates. Other keys of an entry, such as tool calls, are kept."""
     found = []
     for entry in entries:
         held = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}

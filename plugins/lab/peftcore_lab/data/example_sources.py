@@ -1,4 +1,4 @@
-"""Sources of examples: tables, folders of pictures, saved datasets, all of them as a ``datasets.Dataset``."""
+"""Reads examples from tables, folders of pictures and saved datasets, as a ``datasets.Dataset``."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class ExampleSource:
-    """The origin of a part of the examples, as errors name it."""
+    """The origin of a part of the examples, for error messages."""
 
     name: str
     file: str | None = None
-    """The data that the part was cut from; None if the part is all of it."""
+    """The data from which the part was taken; None if the part is the whole data."""
     rows: Sequence[int] = ()
-    """Positions of its examples in that data, counted from 0."""
+    """Positions of the part's examples in that data, counted from 0."""
 
     def __str__(self) -> str:
         return self.name
 
     def row(self, index: int) -> str:
-        """Return in words which row an example is, counted from 1 in the user's data."""
+        """Return a text that names an example's row in the user's data, counted from 1."""
         return f"{self.name}, row {index + 1}" if self.file is None else f"{self.file}, row {self.rows[index] + 1}"
 
     def selected(self, rows: Sequence[int]) -> ExampleSource:
-        """Return the source of some of the examples, by their positions among all."""
+        """Return the source of some of the examples, given by their positions in this part."""
         return ExampleSource(self.name, self.file or self.name, [self.rows[row] if self.rows else row for row in rows])
 
 
@@ -57,8 +57,8 @@ class Splits:
 
 
 def splits(train: str, held_out: str | None, size: int | None) -> Splits:
-    """Read examples for training and for scores; without `held_out`, a split of the dataset or `size` examples (a
-    fifth, at most 1,000) are held out.
+    """Read examples for training and for validation. Without `held_out`, the validation set is a split of the dataset,
+    or `size` of the training examples (by default a fifth, at most 1,000).
 
     Raises:
         BadInput: the data cannot be read, or no training example is left.
@@ -77,10 +77,11 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
 
 
 def scored(source: str) -> Dataset:
-    """Read examples to score: all of them or, of several splits, the first whose name is in `HELD_OUT`.
+    """Read examples for validation: all examples of a source with one split, otherwise the first split whose name is in
+    `HELD_OUT`.
 
     Raises:
-        BadInput: the data cannot be read, or has no such split.
+        BadInput: the data cannot be read, or lacks such a split.
     """
     found = read(source)
     if isinstance(found, Dataset):
@@ -96,10 +97,10 @@ def scored(source: str) -> Dataset:
 
 
 def divide(examples: Dataset, size: int | None, source: str) -> Splits:
-    """Hold some examples out for validation, by chance but always the same.
+    """Return splits with random examples held out for validation. The choice is the same each time for the same data.
 
     Raises:
-        BadInput: nothing would be left to train on.
+        BadInput: no training example would be left.
     """
     wanted = min(1000, max(1, len(examples) // 5)) if size is None else size
     if wanted >= len(examples):
@@ -114,7 +115,7 @@ def read(source: str) -> Dataset | DatasetDict:
     """Read a table, a folder, or a dataset of the Hub. Class numbers are replaced by class names.
 
     Raises:
-        BadInput: naming what can be read.
+        BadInput: the source cannot be read.
     """
     path = Path(source)
     if path.is_dir():
@@ -130,8 +131,9 @@ def read(source: str) -> Dataset | DatasetDict:
 
 
 def digest(source: str) -> str | None:
-    """Return a digest of the file or folder of a dataset; of a dataset on the Hub the commit that `read` would load now
-    (without a network, the newest commit in the cache of `datasets`). Returns None if there is neither."""
+    """Return a digest of the file or folder of a dataset. For a dataset on the Hub, return the commit that `read` would
+    load now (without a network, the newest commit in the cache of `datasets`). Return None if there is neither a file
+    nor such a dataset."""
     path = Path(source)
     if path.exists() or path.suffix.lower() in READERS:
         return of_content(source)
@@ -176,8 +178,8 @@ READERS: Mapping[str, Callable[[Path], Dataset]] = {
 
 
 def _folder(path: Path) -> Dataset | DatasetDict:
-    """Read what `Dataset.save_to_disk` wrote, or pictures: in folders called as their classes, or beside a
-    ``metadata.csv`` or ``metadata.jsonl`` that names them in the column ``file_name``."""
+    """Read a folder written by `Dataset.save_to_disk`, or a folder of pictures. Pictures are in subfolders named after
+    their classes, or next to a ``metadata.csv`` or ``metadata.jsonl`` with their names in the column ``file_name``."""
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _loaded(path, lambda: datasets.load_from_disk(str(path)))
     if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):

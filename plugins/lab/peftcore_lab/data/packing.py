@@ -1,6 +1,6 @@
-"""Several examples in one row, which do not see each other: the positions of each begin anew, by which models of
-transformers separate them, unless they fill a cache. Whether a model with its adapter does is tried before it is
-trained."""
+"""Packs several examples into one row of a batch. Tokens do not attend to other examples of their row: the position ids
+of each example start at 0, and models of transformers separate examples by them, if no cache is used. Before training,
+`check_apart` tests this on the model with its adapter."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from peftcore.errors import BadInput, PeftcoreError
 from peftcore.forward.state.own_losses import IGNORED
 
 Row = dict[str, list[int]]
-"""``input_ids``, ``labels`` and, of several examples, ``position_ids``."""
+"""``input_ids``, ``labels`` and, for packed examples, ``position_ids``."""
 
 
 def packed(examples: Sequence[Row], length: int) -> list[Row]:
-    """Return rows of at most `length` tokens: the longest example first, each into the fullest row that has room.
+    """Return rows of at most `length` tokens. Examples are packed from the longest to the shortest, each into the
+    fullest row that has room.
 
-    The first token of each example is without a label, because the token before it belongs to another example.
+    The first token of each example is not a label, because the token before it belongs to another example.
     """
     rows: list[list[Row]] = []
     room: list[int] = []
@@ -49,7 +50,7 @@ def _laid(examples: Sequence[Row]) -> Row:
 
 
 class PackedCollator:
-    """Makes a batch of rows; the padding of shorter rows is a separate example, which does not count."""
+    """Collates rows to a batch. The padding of shorter rows is a separate example without labels."""
 
     def __init__(self, padding: int) -> None:
         self.fill = {"input_ids": padding, "labels": IGNORED, "position_ids": 0}
@@ -63,8 +64,9 @@ class PackedCollator:
 
 
 def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabulary: int) -> None:
-    """Check that the examples of a row do not see each other: the outputs for an example are the same alone, after a
-    second, and after a third one. The adapter's parameters are moved meanwhile, since many act only once trained.
+    """Check that the examples of a row do not influence each other: the outputs for an example must be the same alone,
+    after a second example, and after a third one. During the check the adapter's parameters are changed at random,
+    since many fresh adapters do not change outputs.
 
     Raises:
         BadInput: examples of one row change each other's outputs.
@@ -101,7 +103,7 @@ def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabula
 
 @contextmanager
 def _moved(injection: peftcore.Injection | None) -> Iterator[None]:
-    """Context manager in which an adapter's parameters are moved by N(0, 0.02)."""
+    """Context manager in which N(0, 0.02) is added to an adapter's parameters."""
     parameters = [] if injection is None else [*injection.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     draw = torch.Generator().manual_seed(0)

@@ -1,5 +1,5 @@
-"""Pairs of answers, one of them preferred, in the shapes in which people keep them: a prompt with two answers, or two
-whole conversations that begin alike."""
+"""Pairs of answers, one of them preferred, in common file layouts: a prompt with two answers, or two whole
+conversations with the same beginning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = ("prompt", "question", "instruction")
 
 @dataclass(frozen=True)
 class PairColumns:
-    """The columns that hold pairs; without `prompt`, both answers are whole conversations."""
+    """The columns with pairs. Without `prompt`, both answers are whole conversations."""
 
     prompt: str | None = None
     chosen: str | None = None
@@ -28,7 +28,7 @@ class PairColumns:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt and two answers to it: lists of messages, those of the answers all of the assistant."""
+    """A prompt and two answers to it, each as a list of messages. All messages of answers are from the assistant."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -36,7 +36,8 @@ class PreferencePair:
 
 
 def pair_columns(there: Sequence[str], wanted: PairColumns, where: object) -> PairColumns:
-    """Return the columns of a file: those that are wanted, or the first whose names are known (in any case).
+    """Return the columns of a file: those that the user named, or the first columns with known names (in upper or lower
+    case).
 
     Raises:
         BadInput: a column is missing.
@@ -59,7 +60,7 @@ def pairs(part: Dataset, chosen: PairColumns, where: ExampleSource) -> list[Pref
     """Return the pairs of a table.
 
     Raises:
-        BadInput: naming the row that holds none.
+        BadInput: a row lacks a pair. The error names the row.
     """
     found = []
     for index, row in enumerate(part):
@@ -98,5 +99,5 @@ def in_common(*rows: Sequence[Any]) -> int:
 
 
 def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
-    """Return an answer without the prompt, with which it may begin: then it is a whole conversation."""
+    """Return an answer without the prompt. An answer that begins with the prompt is a whole conversation."""
     return answer[len(asked) :] if answer[: len(asked)] == asked else answer

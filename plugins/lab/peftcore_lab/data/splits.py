@@ -1,4 +1,4 @@
-"""Three parts of the examples: to train on, to choose settings by, and to report."""
+"""Three splits of the examples: for training, for choosing settings (tuning), and for the reported scores."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from peftcore_lab.digests import of_content
 
 TUNING, HELD_OUT = "tuning", "held_out"
 CUT_FROM = "cut_from.json"
-"""The file that says from which examples the parts were cut."""
+"""The file that records from which examples the splits were made."""
 
 
 def parted(
     data: Mapping[str, Any], tuning: str | None, size: int | None, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the data to choose by, and the data to report: the same examples to train on, different ones to score.
+    """Return two data options of a task, for choosing settings and for the report. Both have the same training examples
+    and different examples to score.
 
-    If training examples have to be held out, all parts are written to the folder, once, so that every
-    run and every worker has the same.
+    If training examples have to be held out, all splits are written to the folder once, so that they are the same for
+    every run and every worker.
 
     Arguments:
       data: the data options of a task.
-      tuning: separate examples to choose by.
+      tuning: separate examples for choosing settings.
       size: without `tuning`, the number of training examples to hold out (a fifth, at most 1,000).
-      folder: the folder to which the parts are written.
+      folder: the folder to which the splits are written.
 
     Raises:
-        BadInput: one of them cannot be read, nothing is left to train on, or the folder holds parts of others.
+        BadInput: examples cannot be read, none is left to train on, or the folder contains splits of other examples.
     """
     rest = {name: value for name, value in data.items() if name != "held_out_size"}
     if tuning is not None and data.get(HELD_OUT) is not None:
@@ -60,17 +61,17 @@ def _parts(data: Mapping[str, Any], tuning: str | None, size: int | None) -> dic
 
 
 def _cut_from(data: Mapping[str, Any], tuning: str | None, size: int | None) -> dict[str, Any]:
-    """Return what decides the parts, with digests of the files."""
+    """Return the settings that determine the splits, with digests of the files."""
     named = {"data.train": data["train"], "data.held_out": data.get(HELD_OUT), "tuning": tuning}
     files = {name: each and (of_content(str(each)) or str(each)) for name, each in named.items()}
     return {**files, "data.held_out_size": data.get("held_out_size"), "tuning_size": size}
 
 
 def _check_same(folder: Path, cut_from: Mapping[str, Any]) -> None:
-    """Check that the parts in a folder are those of these examples.
+    """Check that the splits in a folder were made from these examples.
 
     Raises:
-        BadInput: they are of others, or of others by now.
+        BadInput: they were made from other examples, or the examples have changed.
     """
     file = folder / CUT_FROM
     if not file.exists():  # an older version wrote them
@@ -84,7 +85,8 @@ def _check_same(folder: Path, cut_from: Mapping[str, Any]) -> None:
 
 
 def _write(parts: Mapping[str, Dataset], folder: Path, cut_from: Mapping[str, Any]) -> None:
-    """Write all of the parts or nothing; what another worker has put there meanwhile is the same, and stays."""
+    """Write all splits, or none if an error occurs. If another worker has written the folder meanwhile, its splits are
+    the same and are kept."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         for name, part in parts.items():

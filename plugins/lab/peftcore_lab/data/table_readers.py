@@ -12,8 +12,8 @@ from peftcore.errors import BadInput
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a CSV file (comma, a header line), a JSONL file (one object a line), or a JSON file (a list of
-    objects, or an object with one such list), chosen by the suffix."""
+    """Return the rows of a file, whose suffix determines the format. A CSV file has commas and a header line, a JSONL
+    file one object per line. A JSON file is a list of objects, or an object that contains one such list."""
     readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".ndjson": read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:

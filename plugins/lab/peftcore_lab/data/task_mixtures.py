@@ -1,4 +1,4 @@
-"""Examples of several tasks in one table, whose column says which task a row belongs to."""
+"""Examples of several tasks in one table, with a column for the task of each row."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from peftcore.errors import BadInput
 from peftcore_lab.data.example_sources import ExampleSource, Splits
 
 TASK = "task"
-"""The key of an encoded row that has the name of its task, and of a batch that has those of its rows."""
+"""The key for the name of the task in an encoded row, and for the names of all rows' tasks in a batch."""
 
 
 def of_tasks(found: Splits, column: str | None, wanted: Sequence[str]) -> Splits:
-    """Return the rows of the tasks that are wanted, or of all; without a column, the given splits.
+    """Return splits with only the rows of the tasks in `wanted`, or of all tasks if it is empty. Without a column,
+    return the given splits.
 
     Raises:
-        BadInput: the column is missing, or a row is without a task; rows to train on are missing for a task that is
-            wanted or scored; tasks are wanted, but no column says them.
+        BadInput: the column is missing, a row lacks a task, a wanted or scored task lacks training rows, or tasks are
+            wanted without a column.
     """
     if column is None:
         if wanted:
@@ -42,12 +43,12 @@ def of_tasks(found: Splits, column: str | None, wanted: Sequence[str]) -> Splits
 
 
 def names_in(part: Dataset, column: str) -> tuple[str, ...]:
-    """Return the names of the tasks, by alphabet."""
+    """Return the names of the tasks in alphabetical order."""
     return tuple(sorted({str(name) for name in part[column]}))
 
 
 def told(rows: Sequence[dict[str, Any]], part: Dataset, column: str | None) -> list[dict[str, Any]]:
-    """Return encoded rows, each with the name of its task, if a column says it."""
+    """Return encoded rows. If there is a column of tasks, each row also has the name of its task."""
     if column is None:
         return [*rows]
     return [{**row, TASK: str(name)} for row, name in zip(rows, part[column], strict=True)]
@@ -67,7 +68,7 @@ def _one_of(name: str, known: Sequence[str], what: str) -> None:
 
 
 def _selected(found: Splits, column: str, wanted: Sequence[str]) -> Splits:
-    """Return the rows of some tasks."""
+    """Return splits with only the rows of the tasks in `wanted`."""
     rows = [
         [row for row, name in enumerate(part[column]) if str(name) in wanted] for part in (found.train, found.held_out)
     ]

@@ -1,4 +1,5 @@
-"""Chat templates: that of the tokenizer, one of a file, or ChatML for base models without one."""
+"""Chat templates: the template of the tokenizer, a template from a file, or ChatML for base models without a
+template."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ KNOWN = {"chatml": CHATML}
 
 
 def with_template(tokenizer: Any, template: str | None, where: str) -> Any:
-    """Set the chat template of a tokenizer by a known name or a Jinja file; None keeps the tokenizer's own.
+    """Return the tokenizer with a chat template, given by a known name or a Jinja file. None keeps the template of the
+    tokenizer.
 
     Raises:
         BadInput: the template or its file is missing.
@@ -40,10 +42,10 @@ def _read(path: Path) -> str:
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, Any]], answering: bool) -> str:
-    """Return a conversation as the model reads it; `answering` begins an answer at its end.
+    """Return a conversation as the text that the model reads. With `answering`, the beginning of an answer is added.
 
     Raises:
-        BadInput: the template refuses it.
+        BadInput: the template raises an error for the conversation.
     """
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)

@@ -1,4 +1,4 @@
-"""Labelled texts as a task of classes: numbered, split, tokenized."""
+"""Labelled texts as a classification task: their classes are numbered, and the texts are split and tokenized."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore.errors import BadInput
 from peftcore_lab.data.columns import numbered
 
 SPLIT_SEED = 0
-"""The split does not depend on the seed of a run: held-out examples stay held out."""
+"""The seed of splits. It does not depend on the seed of a run, so that all runs have the same held-out examples."""
 
 
 class Example(NamedTuple):
@@ -20,13 +20,12 @@ class Example(NamedTuple):
 
 
 Encoded = dict[str, Any]
-"""One tokenized text, as the model takes it: ``input_ids``, ``attention_mask``, ``labels``."""
+"""One tokenized text, with the inputs of the model: ``input_ids``, ``attention_mask``, ``labels``."""
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """A classification task: texts to train on, texts held out for validation, the classes in the order of their
-    numbers."""
+    """A classification task: training texts, validation texts, and the classes in the order of their numbers."""
 
     source: str
     train: list[Example]
@@ -35,16 +34,16 @@ class LabelledTexts:
 
     @property
     def majority(self) -> float:
-        """The majority baseline: accuracy on the validation texts of always answering the commonest class of the
-        training texts."""
+        """The majority baseline: the accuracy on the validation texts if the answer is always the most frequent class
+        of the training texts."""
         counts = {label: sum(example.label == label for example in self.train) for label in self.labels}
         commonest = max(self.labels, key=counts.__getitem__)
         return sum(example.label == commonest for example in self.held_out) / len(self.held_out)
 
 
 def make_task(source: str, train: list[Example], held_out: list[Example], known: Sequence[str] = ()) -> LabelledTexts:
-    """Number the classes, in the order of a trained head if there is one; refuse data that cannot be trained or
-    scored."""
+    """Return a task with numbered classes, in the order of a trained head if there is one. Raise BadInput for data that
+    cannot be trained or scored."""
     labels = {example.label for example in (*train, *held_out)}
     if len(labels) < 2:
         raise BadInput(f"{source}: every row has the label {labels.pop()!r}; a comparison needs at least two classes")
@@ -57,7 +56,8 @@ def make_task(source: str, train: list[Example], held_out: list[Example], known:
 
 
 def split(examples: Iterable[Example], sizes: Sequence[int]) -> list[list[Example]]:
-    """Shuffle with a fixed seed and cut pieces of the given sizes; one piece more holds the rest and is never empty."""
+    """Return the examples, shuffled with a fixed seed, in parts of the given sizes. An additional last part contains
+    all other examples and is never empty."""
     pool = list(examples)
     if sum(sizes) >= len(pool):
         raise BadInput(f"cannot hold out {sum(sizes)} of {len(pool)} rows: some must remain to train on")
@@ -70,7 +70,8 @@ def split(examples: Iterable[Example], sizes: Sequence[int]) -> list[list[Exampl
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str], max_length: int) -> list[Encoded]:
-    """Tokenize and cut at ``max_length`` tokens; the collator pads each batch to its own longest text."""
+    """Return the tokenized examples, cut at ``max_length`` tokens. The collator pads each batch to the longest text in
+    the batch."""
     number = {label: index for index, label in enumerate(labels)}
     columns = dict(tokenizer([example.text for example in examples], truncation=True, max_length=max_length))
     if len(examples) > 1 and all(ids == columns["input_ids"][0] for ids in columns["input_ids"]):

@@ -1,4 +1,4 @@
-"""The tables that the commands print in the end.
+"""The tables that the commands print at the end.
 
 It may import `peftcore_lab` and rich. In the order of reading:
 

@@ -1,4 +1,4 @@
-"""A comparison as a table in the terminal: one row a configuration."""
+"""A comparison as a table in the terminal, with one row for each configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials
 
 
 def table(report: ComparisonReport) -> Table:
-    """Return a table of one row a configuration; the best score is set in bold."""
+    """Return a table with one row for each configuration. The best score is bold."""
     entries = report.entries()
     best = max(entries, key=lambda each: each.score if report.greater else -each.score)
     found = Table(box=box.SIMPLE_HEAD, title=title(report), caption=caption(report, entries), title_justify="left")
@@ -69,7 +69,7 @@ def caption(report: ComparisonReport, entries: list[ConfigurationTrials]) -> str
 
 
 def settings(entries: list[ConfigurationTrials]) -> list[str]:
-    """Return a line for each target and learning rate: configurations that share them can be compared."""
+    """Return a line for each combination of target and learning rate, with the configurations that have it."""
     groups: dict[str, list[str]] = {}
     for entry in entries:
         first = entry.trials[0]
@@ -79,5 +79,5 @@ def settings(entries: list[ConfigurationTrials]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Format a number in three decimals, or four digits."""
+    """Format a number with three decimals if its magnitude is below 10, otherwise with four digits."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

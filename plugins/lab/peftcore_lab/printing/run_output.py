@@ -11,7 +11,7 @@ from peftcore_lab.training.train import Outcome
 
 
 def show(outcome: Outcome, console: Console) -> None:
-    """Print the outcome for people."""
+    """Print the outcome in readable form."""
     table = Table("", "before", "after", box=box.SIMPLE_HEAD)
     for name, after in outcome.after.items():
         table.add_row(name, f"{outcome.before[name]:.4g}", f"{after:.4g}")

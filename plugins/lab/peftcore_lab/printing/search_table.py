@@ -1,4 +1,4 @@
-"""A search as a table in the terminal: the Pareto front of its study, the pick in bold."""
+"""A search as a table in the terminal: the Pareto front of its study, with the chosen configuration in bold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore_lab.searching.search_outcome import SearchOutcome, told
 
 
 def table(search: SearchOutcome) -> Table:
-    """Return a table of the Pareto front of the study, the pick in bold."""
+    """Return a table of the Pareto front of the study, with the chosen configuration (the pick) in bold."""
     means = {entry.label: entry for entry in search.confirmed.entries()}
     found = Table(box=box.SIMPLE_HEAD, title=title(search), caption=caption(search), title_justify="left")
     found.caption_justify, found.padding, found.pad_edge = "left", (0, 0, 0, 1), False
@@ -51,7 +51,8 @@ def caption(search: SearchOutcome) -> str:
 
 
 def spelled(value: Any) -> str:
-    """Format a value; many layers that are left out are a number."""
+    """Format a value of an option. Long lists, as of excluded layers, are shortened to the first entry and the number
+    of the others."""
     if isinstance(value, list):
         return "+".join(map(str, value)) if len(value) < 3 else f"{value[0]}+{len(value) - 1} more"
     return str(value)

@@ -1,4 +1,5 @@
-"""Charts of scores and losses over steps. Few configurations share a chart, many have one each."""
+"""Charts of scores and losses over steps. A few configurations share one chart; many configurations have separate
+charts."""
 
 from __future__ import annotations
 
@@ -19,18 +20,19 @@ from peftcore_lab.reports.plots import LIGHT, Shape, group, is_reference, new_fi
 from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, Trial
 
 COLOURS = (LIGHT.blue, LIGHT.amber, LIGHT.green, LIGHT.purple, LIGHT.sky, LIGHT.ink)
-"""Colours of the lines in one chart, few enough to follow; full fine-tuning is red as in all charts."""
+"""Colours of the lines in one chart. Their number is the largest number of lines in a chart. Full fine-tuning is red,
+as in all charts."""
 LINE = 15
-"""Distance from one name to the next."""
+"""The smallest vertical distance between two names."""
 PANEL = 118
-"""How high one of many charts is."""
+"""The height of a chart of a single configuration."""
 
 Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One entry over the steps that all its seeds have."""
+    """The curve of one configuration, over the steps that all its seeds have."""
 
     number: int
     entry: ConfigurationTrials
@@ -47,7 +49,7 @@ class Curve:
 
 
 def scores(report: ComparisonReport) -> list[Curve]:
-    """Return the metric over steps, from before the first."""
+    """Return the metric over steps, beginning with the score before training."""
 
     def points(trial: Trial) -> Points:
         return [(0, trial.before[report.metric]), *(point for point in trial.curve if point[0] > 0)]
@@ -61,8 +63,8 @@ def losses(report: ComparisonReport) -> list[Curve]:
 
 
 def _curves(report: ComparisonReport, points: Callable[[Trial], Points]) -> list[Curve]:
-    """Return the curves of all entries. Where a seed stopped before the others, the mean stops too: it would be one of
-    other seeds from there on."""
+    """Return the curves of all entries. A curve ends where the first of its seeds stopped, since from there on the mean
+    would be over fewer seeds."""
     found = []
     for number, entry in enumerate(report.entries(), 1):
         seeds = [dict(points(trial)) for trial in entry.trials]
@@ -77,12 +79,13 @@ def _curves(report: ComparisonReport, points: Callable[[Trial], Points]) -> list
 
 
 def draw(curves: list[Curve], name: str, ratios: bool, shape: Shape) -> Figure:
-    """Draw all curves in one chart, or each in its own; ``ratios`` where a value is compared by these."""
+    """Draw all curves in one chart, or each in a separate chart. With ``ratios``, values that are far apart have a
+    logarithmic scale."""
     return together(curves, name, ratios, shape) if fit(curves) else apart(curves, ratios, shape)
 
 
 def caption(curves: list[Curve]) -> str:
-    """Return how to read the chart, in words."""
+    """Return a caption that explains the chart."""
     seeds = any(len(curve.entry.trials) > 1 for curve in curves)
     told = ["Mean over seeds; the band goes from the lowest to the highest."] if seeds else []
     if not fit(curves):
@@ -91,12 +94,12 @@ def caption(curves: list[Curve]) -> str:
 
 
 def fit(curves: list[Curve]) -> bool:
-    """Whether the curves fit in one chart."""
+    """Return whether there are few enough curves for one chart."""
     return sum(not is_reference(curve.entry) for curve in curves) <= len(COLOURS)
 
 
 def together(curves: list[Curve], name: str, ratios: bool, shape: Shape) -> Figure:
-    """Draw all curves in one chart; each line has its name at its end."""
+    """Draw all curves in one chart, with names at the ends of the lines."""
     figure = new_figure(shape)
     axes = figure.add_subplot()
     title(axes, name, colour=LIGHT.quiet)
@@ -127,7 +130,8 @@ def draw_line(axes: Axes, curve: Curve, colour: str) -> None:
 
 
 def name_ends(axes: Axes, curves: list[Curve], names: list[str], colours: list[str]) -> None:
-    """Write the names right of the axes, in the order of the ends, with a line from each end to its name."""
+    """Write the names to the right of the axes, in the order of the curves' ends, with a line from each end to its
+    name."""
     box = axes.get_window_extent()
     ends = [axes.transData.transform((curve.steps[-1], curve.mean[-1])) for curve in curves]
     heights = spread([end[1] for end in ends], LINE, box.y0 + LINE / 2, box.y1)
@@ -141,7 +145,7 @@ def name_ends(axes: Axes, curves: list[Curve], names: list[str], colours: list[s
 
 
 def apart(curves: list[Curve], ratios: bool, shape: Shape) -> Figure:
-    """Draw a chart for each curve, on the same scales, before the range of all."""
+    """Draw a separate chart for each curve, on the same scales, in front of the range of all curves."""
     across = columns(len(curves), shape)
     rows = math.ceil(len(curves) / across)
     figure = new_figure(Shape(shape.width, rows * PANEL + 24, shape.name))
@@ -165,8 +169,8 @@ def apart(curves: list[Curve], ratios: bool, shape: Shape) -> Figure:
 
 
 def columns(count: int, shape: Shape) -> int:
-    """Return how many charts are in a row: as many as leave the fewest gaps in the last row, in panels that are
-    neither thin nor wide."""
+    """Return the number of charts in a row. It leaves the fewest gaps in the last row, among those numbers for which
+    charts are neither too narrow nor too wide."""
     return min(range(shape.width // 165, shape.width // 230, -1), key=lambda across: -count % across)
 
 

@@ -1,4 +1,4 @@
-"""Places names next to the points of a chart, such that none covers a point, a line or another name."""
+"""Places names next to the points of a chart, so that a name does not cover a point, a line or another name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from matplotlib.text import Text
 NEAR = ((9, 0), (-9, 0), (7, 8), (-7, 8), (7, -8), (-7, -8), (0, 10), (0, -10))
 """Positions of a name, best first: offset from its point in points of type."""
 RINGS = (22, 36, 52, 70, 90, 115)
-"""Further distances of a name, with a thin line to the point, when all near positions are taken."""
+"""Further distances of a name from its point, used if all near positions are occupied. A thin line connects the name
+with its point."""
 DIRECTIONS = 16
 START = 7
-"""How far from a point the line to its name begins."""
+"""The distance from a point at which the line to its name begins."""
 GAP = 1.5
 
 Box = tuple[float, float, float, float]
@@ -27,20 +28,20 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Wish:
-    """A point that wants a name."""
+    """A point that needs a name in the chart."""
 
     x: float
     y: float
     names: tuple[str, ...]
-    """The name to write, and shorter ones if room is missing."""
+    """The name to write, followed by shorter names for the case that there is not enough room."""
     group: str
-    """The group of drawings that the name belongs to."""
+    """The group of drawn elements to which the name belongs."""
     colour: str
 
 
 @dataclass(frozen=True)
 class LabelOffset:
-    """An offset, and the alignment of a text there."""
+    """The offset of a text from its point, which also determines the text's alignment."""
 
     x: float
     y: float
@@ -63,7 +64,7 @@ class LabelOffset:
 
 
 class Taken:
-    """The boxes that are taken already."""
+    """The boxes that are already occupied."""
 
     def __init__(self, boxes: Iterable[Box]) -> None:
         self._boxes = np.array(list(boxes), dtype=float).reshape(-1, 4)
@@ -78,9 +79,9 @@ class Taken:
 
 
 def place(axes: Axes, wishes: Iterable[Wish], marks: Sequence[Box], lines: Sequence[Box]) -> None:
-    """Write the names, the first wishes first; a name may cross ``lines`` if other room is missing.
+    """Write the names of points, in the order of `wishes`. A name may cover ``lines`` if all other room is occupied.
 
-    Neither the axes nor the figure may change their size afterwards: a name for which nothing is free is left out.
+    A name without free room is left out. The axes and the figure must not change their size afterwards.
     """
     firm = Taken(marks)
     all_of_it = Taken([*marks, *lines])
@@ -117,7 +118,7 @@ def _places() -> Iterator[LabelOffset]:
 
 
 def _leader(x: float, y: float, spot: LabelOffset) -> list[Box]:
-    """Return the line from the point to its name, without what lies under the point itself."""
+    """Return boxes over the line from a point to its name, except the part next to the point."""
     length = math.hypot(spot.x, spot.y)
     return [
         around(x + spot.x * along / length, y + spot.y * along / length, 1)
@@ -126,8 +127,8 @@ def _leader(x: float, y: float, spot: LabelOffset) -> list[Box]:
 
 
 def _inside(axes: Axes, box: Box) -> bool:
-    """Whether a name may stand in a box: also in the margins of the figure right of the axes, not over what is written
-    along them."""
+    """Return whether a box is in the area where names are allowed: inside the axes, or to the right of them, up to the
+    edge of the figure."""
     within = axes.get_window_extent()
     right = axes.figure.bbox.width - 2
     return box[0] >= within.x0 and box[1] >= within.y0 and box[2] <= right and box[3] <= within.y1 + 2
@@ -167,7 +168,7 @@ def around(x: float, y: float, radius: float) -> Box:
 
 
 def along(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Box]:
-    """Return small boxes over a line through points of the data."""
+    """Return small boxes that cover a line through the given points of the data."""
     if len(points) < 2:
         return []
     ends = axes.transData.transform(points)
@@ -184,7 +185,7 @@ def plain(name: str) -> str:
 
 
 def shorten(name: str, length: int) -> str:
-    """Leave out the middle of a name that is too long: names of variants differ at their ends."""
+    """Return a name without its middle if it is too long, since names of variants often differ at their ends."""
     name = plain(name)
     if len(name) <= length:
         return name
@@ -193,14 +194,15 @@ def shorten(name: str, length: int) -> str:
 
 
 def fitted(axes: Axes, name: str, room: float) -> str:
-    """Return as much of a name as there is room for, in pixels."""
+    """Return a name, shortened so that its width is at most `room` pixels."""
     lengths = range(2, len(name) + 1)
     fitting = bisect_right(lengths, room, key=lambda length: extent(axes, shorten(name, length))[0])
     return shorten(name, fitting + 1)
 
 
 def spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move heights apart as little as it takes to be ``gap`` from each other, between two bounds."""
+    """Return the heights, moved as little as necessary so that they differ by at least ``gap`` and are between two
+    bounds."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     moved = list(heights)
     floor = low

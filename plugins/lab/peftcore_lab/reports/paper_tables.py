@@ -1,5 +1,6 @@
-"""The report of a comparison as tables for a paper: CSV, Markdown and LaTeX. One row a configuration, with the mean of
-the metric over seeds, its standard deviation, and the seeds; where rows belong to several tasks, those of each too."""
+"""The report of a comparison as tables for a paper: CSV, Markdown and LaTeX. There is one row for each configuration,
+with the mean of the metric over seeds, its standard deviation, and the seeds. If the examples belong to several tasks,
+mean and standard deviation of each task are included."""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ class ConfigurationLine:
     share: float
     mean: float
     deviation: float | None
-    """The standard deviation over seeds, of a sample; None of one seed."""
+    """The sample standard deviation over seeds; None with one seed."""
     seeds: tuple[int, ...]
     best: bool
 
 
 def lines(report: ComparisonReport) -> list[ConfigurationLine]:
-    """Return the configurations in the order in which they were given."""
+    """Return the rows of all configurations, in the order of the report."""
     entries = report.entries()
     finite = [each.score for each in entries if math.isfinite(each.score)]
     best = (max if report.greater else min)(finite, default=math.nan)
@@ -60,7 +61,7 @@ def _line(report: ComparisonReport, entry: ConfigurationTrials, best: bool) -> C
 
 
 def target_of(trial: Trial) -> str:
-    """Return the target modules: the user's, or else the method's defaults."""
+    """Return the target modules as a text: those that the user set, or else the method's defaults."""
     if trial.method == FULL:
         return "all parameters"
     target = trial.options.get("target") or peftcore.method(trial.method).target
@@ -69,7 +70,7 @@ def target_of(trial: Trial) -> str:
 
 
 def as_csv(report: ComparisonReport) -> str:
-    """Return the table as CSV, with numbers as they are."""
+    """Return the table as CSV, with unrounded numbers."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     metric = report.metric
@@ -85,7 +86,7 @@ def as_csv(report: ComparisonReport) -> str:
 
 
 def _all_lines(report: ComparisonReport) -> list[list[ConfigurationLine]]:
-    """Return the lines of all rows, and then those of each task."""
+    """Return the lines for the whole metric, followed by the lines for each task."""
     return [lines(report), *(lines(report.of_task(task)) for task in report.tasks)]
 
 
@@ -128,7 +129,8 @@ def _numbers(line: ConfigurationLine) -> list[str]:
 
 
 def _columns(report: ComparisonReport, between: str) -> list[list[tuple[str, bool]]]:
-    """Return the scores of all rows and of each task, and whether one is the best of its column."""
+    """Return the columns of scores: for the whole metric and for each task. Each score has a flag that is True for the
+    best one of its column."""
     reports = [report, *map(report.of_task, report.tasks)]
     return [[(_score(each, line, between), line.best) for line in lines(each)] for each in reports]
 

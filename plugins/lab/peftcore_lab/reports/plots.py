@@ -1,4 +1,4 @@
-"""Charts of the metric over a cost, one named point a configuration."""
+"""Charts of the metric over a cost, with one named point for each configuration."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, f
 from peftcore_lab.runs.run import FULL
 
 PIXELS = 72
-"""Dots an inch while a chart is laid out: a point of type is then a pixel of CSS."""
+"""Dots per inch during the layout of a chart, so that one typographic point is one pixel of CSS."""
 RANGE = 30
-"""Ratio of the largest to the smallest value from which the scale is logarithmic."""
+"""If the ratio of the largest to the smallest value is above this number, the scale is logarithmic."""
 
 Line = list[tuple[float, float]]
-"""Points of the data that are joined."""
+"""Points of the data that a line connects."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours that readers who see fewer of them can distinguish: those of Okabe and Ito, toned for their ground."""
+    """Colours that colour-blind readers can distinguish: those of Okabe and Ito, adjusted to the background."""
 
     ground: str = "#ffffff"
     surface: str = "#fdfdfe"
@@ -67,7 +67,7 @@ DARK = Palette(
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a chart, in pixels of CSS, and the length of names in it."""
+    """The size of a chart in pixels of CSS, and the maximum length of names in it."""
 
     width: int
     height: int
@@ -79,7 +79,7 @@ PICTURE = Shape(850, 520, 32)
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost of a configuration, of which less is better."""
+    """A kind of cost of configurations; a lower cost is better."""
 
     name: str
     less: str
@@ -96,7 +96,8 @@ SECONDS = Cost("seconds per step", "less time", attrgetter("seconds_per_step"), 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw charts in our style, whatever the user's own settings are."""
+    """Context manager in which charts have the style of the report, independent of the user's settings of
+    matplotlib."""
     settings: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.size": 12.0,
@@ -125,14 +126,14 @@ def style() -> Iterator[None]:
 
 
 def new_figure(shape: Shape) -> Figure:
-    """Make a figure without pyplot: neither a display nor a list of open figures is touched."""
+    """Return a figure that is created without pyplot, so that no display is used and no figure remains open."""
     figure = Figure(figsize=(shape.width / PIXELS, shape.height / PIXELS), dpi=PIXELS)
     FigureCanvasAgg(figure)  # measures text
     return figure
 
 
 def settle(figure: Figure, right: float = 0, between: float = 0.02) -> None:
-    """Lay everything out, once and for all: only then a text has an extent, and a value a place."""
+    """Compute the final layout of a figure. Sizes of texts and positions of values are known only afterwards."""
     figure.set_layout_engine("constrained", rect=(0, 0, 1 - right / figure.bbox.width, 1), wspace=between)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -148,10 +149,10 @@ def draw_picture(report: ComparisonReport, path: Path) -> None:
 
 @dataclass(frozen=True)
 class ChartPoint:
-    """An entry in a chart."""
+    """The point of one entry in a chart."""
 
     number: int
-    """Index among all entries of the report."""
+    """The number of the entry in the report, from 1 on."""
     entry: ConfigurationTrials
     x: float
     y: float
@@ -159,7 +160,7 @@ class ChartPoint:
     best: bool
     """Whether the entry is on the Pareto front: no cheaper entry is better."""
     away: bool = False
-    """Whether its score is beyond the edge at which it is drawn."""
+    """Whether the score is outside of the chart, so that the point is drawn at the edge."""
 
     @property
     def reference(self) -> bool:
@@ -171,7 +172,7 @@ class ChartPoint:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Return the range from the lowest to the highest value that is drawn at this point."""
+        """Return the lowest and the highest value that are drawn at this point."""
         error = self.entry.error or 0.0
         heights = (self.y - error, self.y + error, *self.seeds)
         return (self.y, self.y) if self.away else (min(heights), max(heights))
@@ -182,12 +183,12 @@ def is_reference(entry: ConfigurationTrials) -> bool:
 
 
 def group(number: int) -> str:
-    """Return the begin of the ids of all marks of an entry."""
+    """Return the prefix of the ids of all marks of an entry."""
     return f"entry-{number}"
 
 
 def points(report: ComparisonReport, cost: Cost) -> list[ChartPoint]:
-    """Return the points that can be drawn: a score that is not a number cannot be placed."""
+    """Return the points of all entries whose score is finite."""
     entries = report.entries()
     best = front(entries, report.better, cost.of)
     found = []
@@ -204,8 +205,8 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, heading: str =
     Args:
         report: the results to draw.
         cost: the quantity on the horizontal axis.
-        shape: how large.
-        heading: for a separate picture, which then also explains the marks.
+        shape: the size of the chart.
+        heading: the title of a separate picture. With a heading, the picture also explains the marks.
     """
     figure = new_figure(shape)
     axes = figure.add_subplot()
@@ -235,7 +236,8 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, heading: str =
 
 
 def split(report: ComparisonReport, drawn: list[ChartPoint]) -> tuple[list[ChartPoint], list[ChartPoint]]:
-    """Split off a few points at the end that are so much worse that they would squeeze all others into a line."""
+    """Return the points in two lists: those to draw at their scores, and a few that are so much worse that all others
+    would be squeezed into a line."""
     ranked = sorted(drawn, key=lambda point: point.y, reverse=report.greater)
     for kept in range(len(ranked) - 1, max(2, math.ceil(0.7 * len(ranked)) - 1), -1):
         most, rest = ranked[:kept], ranked[kept:]
@@ -245,7 +247,7 @@ def split(report: ComparisonReport, drawn: list[ChartPoint]) -> tuple[list[Chart
 
 
 def name_all(axes: Axes, report: ComparisonReport, shape: Shape, drawn: list[ChartPoint], lines: list[Line]) -> None:
-    """Name the points, those on the front first: readers look for them first."""
+    """Write the names of the points. Points on the Pareto front are named first, since they are the most important."""
     marks = [box for point in drawn for box in covered(axes, point)]
     marks += name_floor(axes, report, [point for point in drawn if not point.away], marks)
     ordered = sorted(drawn, key=lambda point: (not point.best, not point.reference))
@@ -292,8 +294,7 @@ def formatter(shown: Callable[[float], str]) -> FuncFormatter:
 
 
 def references(report: ComparisonReport, drawn: list[ChartPoint]) -> list[tuple[float, dict[str, Any]]]:
-    """Return the scores that all others are seen against, full fine-tuning and the majority baseline, with the looks of
-    their lines."""
+    """Return the reference scores (full fine-tuning and the majority baseline), with the styles of their lines."""
     found = []
     full = [point.y for point in drawn if point.reference]
     if full:
@@ -305,7 +306,7 @@ def references(report: ComparisonReport, drawn: list[ChartPoint]) -> list[tuple[
 
 
 def has_room(floor: float, drawn: list[ChartPoint]) -> bool:
-    """Whether the majority baseline can be drawn without squeezing the scores into a corner."""
+    """Return whether the majority baseline is near enough to the scores to be drawn without squeezing them together."""
     scores = [point.y for point in drawn] or [floor]
     reach = 0.5 * (max(scores) - min(scores))
     return not reach or min(scores) - reach <= floor <= max(scores) + reach
@@ -323,7 +324,7 @@ def draw_point(axes: Axes, point: ChartPoint) -> None:
 
 
 def draw_mark(axes: Axes, point: ChartPoint, marker: str) -> None:
-    """Draw a point, and around it an invisible area that a pointer can hit."""
+    """Draw a point, with an invisible area around it that reacts to the mouse pointer."""
     name = group(point.number)
     fill = point.colour if point.best else LIGHT.surface
     look: dict[str, Any] = {"markerfacecolor": fill, "markeredgecolor": point.colour, "markeredgewidth": 1.6}
@@ -332,14 +333,14 @@ def draw_mark(axes: Axes, point: ChartPoint, marker: str) -> None:
 
 
 def covered(axes: Axes, point: ChartPoint) -> list[Box]:
-    """Return the boxes that a point, and its error bar with the seeds cover, in pixels."""
+    """Return the boxes in pixels that are covered by a point, and by its error bar and the marks of its seeds."""
     (x, low), (_, high), (_, y) = axes.transData.transform([(point.x, each) for each in (*point.ends, point.y)])
     return [around(x, y, 6), (x - 4, low, x + 4, high)]
 
 
 def name_floor(axes: Axes, report: ComparisonReport, drawn: list[ChartPoint], marks: list[Box]) -> list[Box]:
-    """Write the majority baseline's value at its line, or at the edge beyond which the line is; return the position of
-    the text."""
+    """Write the value of the majority baseline at its line, or at the edge of the chart if the line is outside. Return
+    the box of the text."""
     if report.floor is None:
         return []
     text = f"majority baseline {fixed(report.floor, decimals([report.floor]))}"

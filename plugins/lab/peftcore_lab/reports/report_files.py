@@ -1,5 +1,5 @@
-"""Writes the files that a comparison leaves in its folder: JSON for programs, tables for papers, a picture, and a page
-for people."""
+"""Writes the result files of a comparison to its folder: JSON for programs, tables for papers, a picture, and an HTML
+page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a comparison in words and in the cells of tables."""
+"""The report of a comparison as sentences and as cells of tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, T
 
 
 def facts(report: ComparisonReport) -> list[tuple[str, str]]:
-    """Return the settings of the comparison (model, data, training, versions), in words."""
+    """Return the settings of the comparison (model, data, training, versions) as pairs of a name and a text."""
     seeds = sorted({trial.seed for trial in report.trials})
     found = [
         ("Model", report.model),
@@ -35,7 +35,7 @@ def facts(report: ComparisonReport) -> list[tuple[str, str]]:
 
 
 def length(training: dict[str, Any]) -> str:
-    """Return how long training was: 300 steps of 2 × 16 examples."""
+    """Return the length of training as a text, such as "300 steps of 2 × 16 examples"."""
     steps, epochs, accumulate = training.get("steps"), training.get("epochs"), training.get("accumulate", 1)
     batch = f"{accumulate} × {training['batch_size']}" if accumulate > 1 else f"{training['batch_size']}"
     if steps is not None:
@@ -45,7 +45,7 @@ def length(training: dict[str, Any]) -> str:
 
 
 def error(report: ComparisonReport) -> str:
-    """Return the number after ±, if there is one."""
+    """Return what the number after ± means, or an empty text if numbers are without ±."""
     entries = report.entries()
     if any(len(entry.trials) > 1 for entry in entries):
         return "one standard error of the mean over seeds"
@@ -55,7 +55,7 @@ def error(report: ComparisonReport) -> str:
 
 
 def settings(report: ComparisonReport) -> list[tuple[str, str]]:
-    """Return the rest of the training options that are set."""
+    """Return all training options that are set, except those that `facts` contains."""
     told = ("steps", "epochs", "batch_size", "accumulate", "seed")
     return [(name, str(value)) for name, value in report.training.items() if name not in told and value is not None]
 
@@ -71,7 +71,8 @@ class Finding:
 
 
 def findings(report: ComparisonReport) -> list[Finding]:
-    """Return the best, the smallest that is about as good, full fine-tuning, and the majority baseline."""
+    """Return the main results: the best configuration, the smallest one that is about as good, full fine-tuning, and
+    the majority baseline."""
     entries = [entry for entry in report.entries() if math.isfinite(entry.score)]
     if not entries:
         return []
@@ -101,7 +102,7 @@ def finding(report: ComparisonReport, name: str, entry: ConfigurationTrials) -> 
 
 
 def score_text(report: ComparisonReport, entry: ConfigurationTrials) -> str:
-    """Return the score and its error, with the digits of its column."""
+    """Return the score and its error as a text, with the number of decimals of all scores in the report."""
     places = decimals(each.score for each in report.entries())
     text = fixed(entry.score, places)
     return text if entry.error is None else f"{text}{SPACE}±{SPACE}{fixed(entry.error, places)}"
@@ -109,7 +110,7 @@ def score_text(report: ComparisonReport, entry: ConfigurationTrials) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A value that every configuration has, and of which the best is set in bold."""
+    """A column of the table: a value that every configuration has. The best value is bold."""
 
     name: str
     of: Callable[[ConfigurationTrials], float]
@@ -118,7 +119,7 @@ class Column:
 
     @property
     def first(self) -> str:
-        """Return the order by which a click sorts: the best above."""
+        """Return the sort order of the first click on the column, which puts the best value at the top."""
         return "descending" if self.best is max else "ascending"
 
 
@@ -133,18 +134,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One configuration."""
+    """One configuration as a row of the table."""
 
     number: int
     label: str
     options: str
     best: bool
-    """Whether it is on the Pareto front."""
+    """Whether the configuration is on the Pareto front."""
     cells: list[Cell]
 
 
 def columns(report: ComparisonReport) -> list[Column]:
-    """Return the columns in the order in which people ask."""
+    """Return the columns of the table."""
     entries = report.entries()
     first = decimals(before(report, entry) for entry in entries)
     greatest = max if report.greater else min
@@ -185,7 +186,7 @@ def file_size(entry: ConfigurationTrials) -> float:
 
 
 def rows(report: ComparisonReport) -> list[ReportRow]:
-    """Return the rows in the order given; the page sorts."""
+    """Return the rows in the order of the report. A script of the page can sort them."""
     entries = report.entries()
     best = report.front()
     if not entries:
@@ -198,7 +199,7 @@ def rows(report: ComparisonReport) -> list[ReportRow]:
 
 
 def column_cells(column: Column, entries: list[ConfigurationTrials]) -> list[Cell]:
-    """Return the cells of a column; a cell that reads like the best is as good."""
+    """Return the cells of a column. All cells with the same text as the best one are marked as best."""
     values = [column.of(entry) for entry in entries]
     texts = [column.shown(entry) for entry in entries]
     finite = [value for value in values if math.isfinite(value)]
@@ -221,7 +222,7 @@ def options(entry: ConfigurationTrials) -> str:
 
 @dataclass(frozen=True)
 class Runs:
-    """All trials, with all scores that they have."""
+    """All trials, with all their scores as texts."""
 
     scores: list[str]
     rows: list[tuple[Trial, list[str]]]

@@ -1,4 +1,5 @@
-"""A figure as part of a page: its colours are those of the page's theme, its text is text, its points show numbers."""
+"""A figure as part of a page. Its colours follow the theme of the page, its text remains text, and its points show
+numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from peftcore_lab.reports.plots import LIGHT
 
 THEMED = {colour: f"var(--{name})" for name, colour in asdict(LIGHT).items()}
-"""Figures are drawn in the light colours, each of which is used once."""
+"""The variable of the page's theme for each colour of the light palette, in which figures are drawn."""
 ENTRY = re.compile(r"entry-(\d+)-")
 REFERENCE = re.compile(r"#([^)\s]+)\)?$")
 
@@ -23,10 +24,10 @@ def inline(figure: Figure, name: str, title: str, description: str, tips: Mappin
     """Return an ``<svg>`` element that fits its container.
 
     Args:
-        name: unlike that of any other figure of the page; ids are made from it.
-        title: the subject of the chart, for readers who do not see it.
-        description: the content of the chart.
-        tips: the texts of an entry's marks when a pointer rests on them.
+        name: a name that is unique on the page; ids are made from it.
+        title: the subject of the chart, for screen readers.
+        description: the content of the chart, for screen readers.
+        tips: the tooltips of the marks of entries, by number of the entry.
     """
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -44,7 +45,7 @@ def inline(figure: Figure, name: str, title: str, description: str, tips: Mappin
 
 
 def _plain_names(element: ElementTree.Element) -> None:
-    """Drop namespaces, of which HTML needs none."""
+    """Remove the namespaces, which HTML does not need."""
     element.tag = element.tag.rpartition("}")[2]
     element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
     if element.tag not in ("text", "tspan"):
@@ -61,7 +62,8 @@ def _drop(element: ElementTree.Element, tags: set[str]) -> None:
 
 
 def _mark(element: ElementTree.Element, wanted: set[str], tips: Mapping[int, str]) -> None:
-    """Drop ids unless something refers to them; those of an entry's marks become data."""
+    """Remove an element's id unless another element refers to it. The id of an entry's mark becomes a data attribute
+    and a tooltip."""
     identity = element.get("id")
     if identity is None or identity in wanted:
         return
@@ -74,7 +76,8 @@ def _mark(element: ElementTree.Element, wanted: set[str], tips: Mapping[int, str
 
 
 def _shorter(value: str) -> str:
-    """Shorten a value: hundredths of a pixel, the page's fonts, the theme's colours."""
+    """Return a shorter value: numbers are rounded to hundredths, fonts are left to the page, and colours become
+    variables of its theme."""
     value = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), value)
     value = re.sub(r"font: (\S+px) [^;]*", r"font-size: \1", value)
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: THEMED.get(colour[0], colour[0]), value)

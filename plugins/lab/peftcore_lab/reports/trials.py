@@ -1,4 +1,4 @@
-"""Trials of a comparison as data: one for each method, configuration and seed, and their common settings."""
+"""Trials of a comparison as data, one for each configuration and seed, and the settings that all trials share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Trial:
     options: dict[str, Any]
     seed: int
     learning_rate: float | None
-    """None where the training was the user's."""
+    """None if a function of the user trained the model."""
     trainable: int
     total: int
     before: dict[str, float]
     after: dict[str, float]
-    """Scores by name, among them the report's metric."""
+    """Scores by name, including the metric of the report."""
     curve: list[tuple[int, float]]
     """Pairs of a step and the metric at that step."""
     losses: list[tuple[int, float]]
@@ -43,26 +43,28 @@ class Trial:
     file_size: int
     folder: str
     together: int = 1
-    """How many runs trained at once on one model, this one with them; seconds and memory are its share of theirs."""
+    """How many runs trained together on one model, including this one. Seconds and memory are this run's share of their
+    sum."""
     picture: str = ""
-    """A file in the comparison's folder that shows what the model drew, where the task has pictures."""
+    """A file in the comparison's folder with pictures that the model generated, if the task has pictures."""
 
     @property
     def share(self) -> float:
-        """Return trainable over all parameters."""
+        """Return the share of trainable parameters among all parameters."""
         return self.trainable / self.total
 
 
 @dataclass(frozen=True)
 class ConfigurationTrials:
-    """One configuration over its seeds."""
+    """The trials of one configuration, one for each seed."""
 
     label: str
     trials: tuple[Trial, ...]
     score: float
     """The mean of the metric after training."""
     error: float | None
-    """The standard error of that mean; with one seed that of an accuracy on so many examples, of other metrics none."""
+    """The standard error of the mean score. With one seed, it is the standard error of an accuracy on the held-out
+    examples, and None for other metrics."""
 
     @property
     def trainable(self) -> int:
@@ -79,7 +81,7 @@ class ConfigurationTrials:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """All trials of a comparison, and the circumstances that they share."""
+    """All trials of a comparison, and the settings that they share."""
 
     model: str
     task: str
@@ -90,21 +92,22 @@ class ComparisonReport:
     train_size: int
     held_out_size: int
     training: dict[str, Any]
-    """How long, how fast (`peftcore_lab.runs.run.Training`)."""
+    """The training options (`peftcore_lab.runs.run.Training`)."""
     trials: tuple[Trial, ...]
     seconds: float
     floor: float | None = None
-    """The majority baseline, where it is known: the metric of an answer that looks at nothing, the commonest class."""
+    """The majority baseline, if it is known: the metric if the answer is always the most frequent class."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Labels of configurations that could not be run, and why."""
+    """The reasons why configurations failed, by label."""
     tuned: str = ""
-    """How the learning rates were chosen, where they were."""
+    """A sentence about how the learning rates were chosen; empty if they were not."""
     together: tuple[str, ...] = ()
-    """For each group of runs that trained at once on one model, the savings in words."""
+    """For each group of runs that trained together on one model, a sentence about the costs that this saved."""
 
     @property
     def model_name(self) -> str:
-        """Return the model's name without the way to it: that of its package, of its folder or file, or on the Hub."""
+        """Return the short name of the model: the name of its package, folder or file, or its name on the Hub without
+        the owner."""
         return short_name(self.model)
 
     @property
@@ -120,7 +123,8 @@ class ComparisonReport:
         return tuple(name.removeprefix(start) for name in names if name.startswith(start))
 
     def of_task(self, task: str) -> ComparisonReport:
-        """Return the report of one task: its scores replace those of all rows, whose numbers are not known for it."""
+        """Return the report of one task. Its scores replace those of all rows. The baseline and the number of examples
+        are left out, since they are unknown for single tasks."""
         name = f"{self.metric}/{task}"
         trials = tuple(
             replace(
@@ -133,7 +137,7 @@ class ComparisonReport:
         return replace(self, trials=trials, floor=None, held_out_size=0)
 
     def entries(self) -> list[ConfigurationTrials]:
-        """Return the configurations in the order in which they were given."""
+        """Return the configurations in the order of their first trials."""
         labels = dict.fromkeys(trial.label for trial in self.trials)
         return [self._entry(label, [t for t in self.trials if t.label == label]) for label in labels]
 
@@ -154,8 +158,8 @@ class ComparisonReport:
         return one > other if self.greater else one < other
 
     def front(self) -> list[ConfigurationTrials]:
-        """Return the Pareto front: the configurations for which a better one of at most the same size does not exist,
-        by trainable parameters."""
+        """Return the Pareto front, ordered by trainable parameters: the configurations for which no better one of at
+        most the same size exists."""
         return front(self.entries(), self.better)
 
     def as_json(self) -> str:
@@ -167,14 +171,15 @@ class ComparisonReport:
 
 
 def short_name(source: str) -> str:
-    """Return what is left for a heading of a path, of a name on the Hub, or of ``package:NAME/FOLDER``."""
+    """Return a short name for headings: the last part of a path or of a name on the Hub, or NAME of
+    ``package:NAME/FOLDER``."""
     if source.startswith(PACKAGE):
         return source.removeprefix(PACKAGE).partition("/")[0]
     return Path(source).name or source
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that the numbers depend on."""
+    """Return the versions of the libraries on which the results depend."""
     return {"peftcore": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
@@ -183,8 +188,8 @@ def front(
     better: Callable[[float, float], bool],
     cost: Callable[[ConfigurationTrials], float] = attrgetter("trainable"),
 ) -> list[ConfigurationTrials]:
-    """Return, from the cheapest up, each entry that is better than all cheaper ones. Scores that are not numbers are
-    left out."""
+    """Return each entry that is better than all cheaper ones, ordered from the cheapest to the most expensive. Entries
+    whose score is not finite are left out."""
     found: list[ConfigurationTrials] = []
     sign = -1 if better(1, 0) else 1
     scored = (entry for entry in entries if math.isfinite(entry.score))

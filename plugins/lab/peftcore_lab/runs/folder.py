@@ -1,7 +1,7 @@
-"""The folders of runs: creates them, and finds which run a folder holds, the model's scores before training, and the
+"""The folders of runs. Creates a folder, and reads from it the run's settings, the scores before training, and the
 checkpoint to resume from.
 
-Several processes of one run share it; the first writes.
+Several processes of one run share a folder; the first process writes to it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from peftcore_lab.digests import of_content, of_sample
 from peftcore_lab.runs.run import FULL, Run
 
 COMPLETE = "complete"
-"""The last file of a checkpoint: one without it was being written when the run ended."""
+"""The file that is written last into a checkpoint. A checkpoint without it is incomplete."""
 
 
 RUN = "run.json"
-"""The file with the settings of a run, by which it is recognized."""
+"""The file with the settings of a run, which identify the run."""
 
 
 def made(folder: Path) -> Path:
-    """Make a folder, with those above it; it may be there already.
+    """Create a folder and its parents, if they do not exist, and return it.
 
     Raises:
-        BadInput: the folder cannot be made.
+        BadInput: the folder cannot be created.
     """
     try:
         make_folder(folder)
@@ -46,23 +46,26 @@ def made(folder: Path) -> Path:
 
 
 def first_process() -> bool:
-    """Whether this is the only process, or the first process that torchrun or accelerate started."""
+    """Return whether this is the only process, or the first process that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def forget(folder: Path) -> None:
-    """Remove the folder of a run, its settings first: a kill on the way leaves files, and no run to resume."""
+    """Remove the folder of a run. Its settings are removed first, so that an interruption leaves no run that could be
+    resumed."""
     (folder / RUN).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes() -> int:
-    """Return how many processes share the run, as torchrun, accelerate and Ray Train say it."""
+    """Return how many processes share the run, from the environment variable that torchrun, accelerate and Ray Train
+    set."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def holds(run: Run) -> bool:
-    """Whether the folder of a run holds it, begun or finished, with these settings."""
+    """Return whether the folder of a run contains this run, unfinished or finished, with the same settings and
+    inputs."""
     try:
         held = json.loads((run.out / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,7 +78,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def inputs_of(run: Run) -> dict[str, str | None]:
-    """Return digests of the files that a run reads: of its examples, its model and the adapter that it continues."""
+    """Return digests of the files that a run reads: its examples, its model and the adapter that it continues."""
     found = digests_of(run.data)
     places = find(run.model).local()
     found["model"] = of_sample(str(places[0])) if places else None
@@ -84,28 +87,30 @@ def inputs_of(run: Run) -> dict[str, str | None]:
 
 
 def digests_of(data: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return digests of the examples that options of a task's data name: of their files, or the commit on the Hub."""
+    """Return digests of the examples that the data options of a task name: digests of files, or commits of datasets on
+    the Hub."""
     named = {name: data.get(name) for name in ("train", "held_out")}
     return {f"data.{name}": None if source is None else digest(str(source)) for name, source in named.items()}
 
 
 def changed_inputs(held: Mapping[str, Any], here: Mapping[str, str | None]) -> list[str]:
-    """Return a line for each of the inputs whose content is another one than a record of a run says."""
+    """Return a line for each input whose digest differs from the one in the stored settings of a run."""
     then = held.get("inputs", here)
     return [f"the content of {name} changed" for name in here if then.get(name) != here[name]]
 
 
 CUT = ("batch_size", "accumulate")
-"""How the examples of a step are cut, which processes share as well: a run may go on with them cut in another way."""
+"""Options that determine how the examples of a step are split into batches. A resumed run may change them if the number
+of examples of a step remains the same."""
 
 
 def _examples(training: dict[str, Any], shared_by: int) -> int:
-    """Return how many examples a step has."""
+    """Return the number of examples of a step, over all processes."""
     return int(training["batch_size"] * training["accumulate"] * shared_by)
 
 
 class RunFolder:
-    """Holds exactly one run.
+    """The folder of one run.
 
     Attributes:
         before: the scores before training, once they are known.
@@ -126,10 +131,11 @@ class RunFolder:
         return self.path / "adapter"
 
     def checkpoint(self, resume: bool) -> Path | None:
-        """Return the checkpoint to go on from; where a run begins, make its folder.
+        """Return the checkpoint to resume from, or None. For a new run, create the folder.
 
         Raises:
-            BadInput: a new run finds a run here, or a resumed run does not find its own.
+            BadInput: a run is new but the folder already contains a run, or a run is to be resumed but the folder does
+                not contain it.
         """
         if resume:
             return self._newest()
@@ -141,7 +147,7 @@ class RunFolder:
         return None
 
     def _newest(self) -> Path | None:
-        """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
+        """Return the newest complete checkpoint in the folder, or None. Incomplete checkpoints are removed."""
         if not (self.path / RUN).exists():
             if _is_bare(self.path):
                 return None
@@ -158,11 +164,12 @@ class RunFolder:
         return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
     def _check_goes_on(self, held: dict[str, Any], shared_by: int, changed: list[str]) -> None:
-        """Check that the run that is held, by so many processes, can go on as this one: it is the same, or longer, and
-        its steps have as many examples. `changed` says which of its inputs are others.
+        """Check that the stored run `held` can be resumed as this run. It must have the same settings, except that this
+        run may be longer, and the same number of examples in a step. `shared_by` is the number of processes of the
+        stored run, and `changed` lists its changed inputs.
 
         Raises:
-            BadInput: it is another one, or its method follows a schedule of the whole length.
+            BadInput: it is another run, or this run is longer and its method has a schedule over all steps.
         """
         without = {"training": None}
         other = differences({**held, **without}, {**self._run, **without}) + changed
@@ -191,7 +198,7 @@ class RunFolder:
             )
 
     def note(self) -> None:
-        """Write the run's settings and first results, so that it can be resumed."""
+        """Write the run's settings and its scores before training, so that the run can be resumed."""
         if first_process():
             known = {"run": self._run, "inputs": self._inputs, "processes": processes()}
             known |= {"before": self.before, "said": self.said}
@@ -204,7 +211,7 @@ def _is_bare(folder: Path) -> bool:
 
 
 def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -> bool:
-    """Return whether what changed of a training is that it has more steps, or more epochs, alone."""
+    """Return whether the only change of the training options is a larger number of steps or epochs."""
     if len(changed) != 1 or changed[0] not in ("steps", "epochs"):
         return False
     before, now = held[changed[0]], mine[changed[0]]
@@ -212,7 +219,7 @@ def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -
 
 
 class Keeper(transformers.TrainerCallback):
-    """Notes the first scores, and marks checkpoints that are written to their end."""
+    """A callback that stores the scores before training, and marks checkpoints as complete."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -234,7 +241,7 @@ class Keeper(transformers.TrainerCallback):
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the Trainer's scores without its timings."""
+    """Return the scores from the Trainer's metrics, without its timings."""
     clock = ("runtime", "per_second", "model_preparation_time")
     scores = {name: value for name, value in metrics.items() if name.startswith("eval_") and not name.endswith(clock)}
     return {name.removeprefix("eval_"): value for name, value in scores.items()}

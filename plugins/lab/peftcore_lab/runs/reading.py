@@ -1,5 +1,5 @@
-"""Reads options as users write them: a YAML file, values over it by dotted names, one sentence for each that is
-wrong."""
+"""Reads the user's options: a YAML file, and values that override it by dotted names. Each wrong option has its own
+error message."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the names and values of a YAML file.
+    """Return the keys and values of a YAML file.
 
     Raises:
-        BadInput: it cannot be read.
+        BadInput: the file cannot be read, or does not contain keys and values.
     """
     try:
         values = parse(path.read_text(encoding="utf-8"), path)
@@ -33,7 +33,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any]], where: str = "the options") -> B:
-    """Read a file's values, and override some of them by dotted names.
+    """Return validated options from a file's values, some of which are overridden by dotted names.
 
     Raises:
         BadInput: values are wrong; the error names all of them.
@@ -42,10 +42,10 @@ def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any
 
 
 def changed(values: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Set values by their dotted names.
+    """Set values by dotted names, such as ``training.steps``, and return all values.
 
     Raises:
-        BadInput: a dotted name leads through a value without parts.
+        BadInput: a part of a dotted name is not a group of options.
     """
     for name, value in changes:
         _put(values, name, value)
@@ -68,10 +68,10 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def validated(kind: type[B], values: Any, where: str) -> B:
-    """Return the values as options of a kind.
+    """Return the values, validated as options of the class `kind`.
 
     Raises:
-        BadInput: naming every value that is wrong, and names that are close to unknown ones.
+        BadInput: values are wrong. The error names all of them, and suggests similar names for unknown ones.
     """
     try:
         return kind.model_validate(values)

@@ -1,4 +1,4 @@
-"""The schema of a training run, which a file of ``peftcore train`` and its flags share."""
+"""The schema of a training run, for the files and the flags of ``peftcore train``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from peftcore.files.save_load import describe
 from peftcore.models.model_names import MODEL
 
 FULL = "full"
-"""The reference among the methods: every parameter of the model is trained, nothing is injected."""
+"""The name of full fine-tuning, the reference method: every parameter of the model trains, and nothing is injected."""
 
 
 class Options(BaseModel):
-    """Base of typed, immutable options without unknown names; docstrings under fields are the schema's descriptions."""
+    """Base class of typed, immutable options; unknown names are refused. Docstrings under fields are the descriptions
+    in the schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class MethodChoice(BaseModel):
-    """A method by name. All else belongs to it, or to `peftcore.apply`: ``target``, ``exclude``, ``overrides``."""
+    """The name of a method, and further keys: options of the method, or arguments of `peftcore.apply` (``target``,
+    ``exclude``, ``overrides``)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
@@ -50,11 +52,11 @@ class Training(Options):
     steps: PositiveInt | None = None
     """Optimizer steps; instead of `epochs`."""
     epochs: PositiveFloat | None = None
-    """Passes over the data (3)."""
+    """Passes over the data; 3 by default."""
     batch_size: PositiveInt = 8
-    """Examples that a device takes at once."""
+    """Examples in a batch on each device."""
     accumulate: PositiveInt = 1
-    """Batches that make one step."""
+    """Batches whose gradients are accumulated in one step."""
     learning_rate: PositiveFloat = 1e-3
     """The highest learning rate, after the warm-up."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
@@ -64,28 +66,29 @@ class Training(Options):
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of moving averages of the trained parameters (0.999): the averages are scored, chosen among and saved."""
+    """Decay of moving averages of the trained parameters, such as 0.999. Scores, the best checkpoint and the saved
+    adapter are those of the averages."""
     clip: PositiveFloat = 1.0
-    """The largest norm of all gradients together."""
+    """Maximum norm for gradient clipping, over all gradients together."""
     seed: NonNegativeInt = Field(0, lt=2**32)
     """Seed of newly initialised parameters, the order of the data, and dropout."""
     autocast: bool = False
     """Compute in bfloat16 where torch's autocast does."""
     checkpoint_gradients: bool = False
-    """Keep no activations inside blocks, and run these again in backward."""
+    """Do not store activations inside blocks, and run the blocks again in backward (gradient checkpointing)."""
     group_by_length: bool = False
-    """Let examples of similar length share a batch: less padding, and less chance in the order."""
+    """Put examples of similar length into the same batch. There is less padding, and the order is less random."""
     evaluate_every: PositiveFloat = 0.1
-    """Steps between scores, and between checkpoints; below 1, a share of all steps."""
+    """Steps between two evaluations, and between two checkpoints. A number below 1 is a share of all steps."""
     checkpoints: bool | Literal["last"] = True
-    """Write checkpoints, and keep the best; with ``last``, write them to resume from, and keep the last step; otherwise
-    nothing is written before the end, which is the last step."""
+    """``true`` writes checkpoints, and the result is the best one. ``last`` writes checkpoints to resume from, and the
+    result is the last step. ``false`` writes no checkpoints, and the result is the last step."""
     patience: PositiveInt | None = None
     """Stop after this many scores without a better one."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where losses and scores are logged; TensorBoard's files are in the run's folder."""
     shard: bool = False
-    """Cut the weights over the processes that share the run (FSDP2), so that none holds all of them."""
+    """Shard the weights over the processes of the run (FSDP2), so that no process stores all weights."""
     workers: NonNegativeInt = 0
     """Processes that prepare batches."""
 
@@ -112,10 +115,10 @@ class Run(Options):
     data: dict[str, Any]
     """Where the examples are, and the options of the task about them."""
     method: MethodChoice
-    """``lora``, or ``{name: lora, rank: 8}``; where there is an `adapter`, that of the file."""
+    """``lora``, or ``{name: lora, rank: 8}``. If `adapter` is set, the method is that of the adapter."""
     adapter: str | None = None
-    """An adapter to continue, instead of a new one: a folder, a file, or a name on the Hub, with the method, the
-    options and the target modules of the file."""
+    """An existing adapter to continue, instead of a new one: a folder, a file, or a name on the Hub. Its method,
+    options and target modules are used."""
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the base's weights in memory."""
@@ -127,10 +130,10 @@ class Run(Options):
     @model_validator(mode="before")
     @classmethod
     def _of_the_file(cls, values: Any) -> Any:
-        """Take the method from the adapter.
+        """Return the values with the method of the adapter.
 
         Raises:
-            ValueError: it cannot be read, or the method is given too.
+            ValueError: the adapter cannot be read, or another method is set.
         """
         if not isinstance(values, dict) or values.get("adapter") is None:
             return values

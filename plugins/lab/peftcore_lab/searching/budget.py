@@ -1,4 +1,5 @@
-"""Budgets of an adapter: trainable parameters, a share of the model's, or memory in training; known before training."""
+"""Budgets of an adapter: a number of trainable parameters, a share of the model's parameters, or memory in training.
+The costs of an adapter are computed before training."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ LOOKED_AT = 16
 
 
 def values(text: str | int, total: int) -> int:
-    """Parse a number of trainable parameters: ``50k``, ``1.5M``, ``20000``, or a share of all that the model has:
+    """Parse a number of trainable parameters: ``50k``, ``1.5M``, ``20000``, or a share of the model's parameters:
     ``0.5%``.
 
     Raises:
@@ -60,12 +61,12 @@ def memory(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class CandidateCosts:
-    """The parameters and memory that training a candidate takes."""
+    """The numbers of trainable parameters and of bytes that training a candidate needs."""
 
     trainable: int
-    """Values that train, those of a new head included: as ``peftcore compare`` counts them."""
+    """Number of trainable parameters, including those of a new head, as in ``peftcore compare``."""
     memory: int | None = None
-    """Bytes of a step, as ``peftcore plan`` counts them; where there is a limit."""
+    """Memory of a step in bytes, as estimated by ``peftcore plan``; None if the search does not limit it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Budget:
         return None
 
     def excess(self, needs: CandidateCosts) -> float:
-        """Return how far a candidate is over: above 0 it does not fit; of two that do not, the smaller is nearer."""
+        """Return the largest relative excess over a limit. Above 0 the candidate does not fit; a smaller excess is
+        nearer to the budget."""
         limits = ((needs.trainable, self.trainable), (needs.memory, self.memory))
         return max((need / limit - 1 for need, limit in limits if need is not None and limit is not None), default=-1.0)
 
@@ -95,7 +97,7 @@ class Planner:
     Args:
         prepared: the model and its examples; the model loses its weights.
         batch_size: examples in a step.
-        with_memory: whether memory is counted too, which takes a run without values for each candidate.
+        with_memory: whether memory is computed too. This needs a run without values for each candidate.
     """
 
     def __init__(self, prepared: Prepared, batch_size: int, with_memory: bool) -> None:
@@ -114,11 +116,11 @@ class Planner:
 
     @property
     def total(self) -> int:
-        """Count the parameters of the model."""
+        """Return the number of parameters of the model."""
         return sum(each.numel() for each in self._whole.parameters())
 
     def layered(self, method: str) -> bool:
-        """Whether a method acts in more than one layer by default, so that its depth can be chosen."""
+        """Return whether a method acts in more than one layer by default, so that its depth can be chosen."""
         try:
             with quiet():
                 surgeon = record(self._request(Candidate(name=method)), dry=True)
@@ -129,10 +131,10 @@ class Planner:
         return sum(any(path.startswith(f"{block}.") for path in paths) for block in blocks) > 1
 
     def needs(self, candidate: Candidate) -> CandidateCosts:
-        """Return the needs of one candidate.
+        """Return the costs of one candidate.
 
         Raises:
-            PeftcoreError: the method cannot be used like that on this model.
+            PeftcoreError: the method cannot be used with these options on this model.
         """
         key = f"{candidate.name} {sorted(candidate.arguments.items())}"
         if key not in self._known:

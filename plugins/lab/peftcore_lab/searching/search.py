@@ -1,8 +1,8 @@
-"""The search for the method, its options and its sites that suit a task best within a budget.
+"""The search for the method, its options and its sites that are best for a task within a budget.
 
 A trial of the study is one run of a comparison, scored on a tuning split. Configurations over the budget are only
-planned, never trained. The best are trained with more seeds; the best result is the pick, and only then the validation
-set is scored, by a comparison.
+planned, never trained. The best configurations are trained with more seeds, and the best of them is chosen (the pick).
+Only then a comparison scores the pick on the validation set.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from peftcore_lab.tasks import task_catalogue
 from peftcore_lab.training.fleet_runs import Saved
 
 POLL = 1.0
-"""Seconds between two looks at the trials of other workers."""
+"""Seconds between two checks of the trials of other workers."""
 PATIENCE = 200
-"""Number of consecutive untrained points after which the search ends, since the space has nothing new."""
+"""Number of consecutive points without training after which the search ends, since the space seems to lack new
+points."""
 TOLD = {"model", "task", "data", "tuning", "tuning_size", "methods", "learning_rate", "budget", "memory", "start"}
 TRAINED = {"training", "dtype", "quantize", "seed"}
 
 
 class Search(Options):
-    """The schema of a search: its task, and the space that it chooses from."""
+    """The schema of a search: its task and its search space."""
 
     model: str = Field(description=MODEL)
     task: str = "text-classification"
@@ -58,35 +59,38 @@ class Search(Options):
     data: dict[str, Any]
     """Where the examples are, and the options of the task about them."""
     tuning: str | None = None
-    """Other examples to choose by; without them, a part of the training examples is used."""
+    """Other examples for choosing; without them, a part of the training examples is used."""
     tuning_size: PositiveInt | None = None
-    """Number of training examples that are held out to choose by (a fifth, at most 1,000, unless set)."""
+    """Number of training examples that are held out for choosing (a fifth, at most 1,000, unless set)."""
     methods: dict[str, dict[str, Any] | None] = Field(default_factory=lambda: dict.fromkeys(METHODS))
-    """For each method what may be chosen, ``lora: {rank: [2, 4, 8], target: [attn.q, all-linear]}``; or names alone:
-    then sizes, sites and depth are tried."""
+    """For each method the values to choose from: ``lora: {rank: [2, 4, 8], target: [attn.q, all-linear]}``. For names
+    without values, sizes, sites and depth are tried."""
     learning_rate: Any = Field(default_factory=lambda: {"low": 3e-4, "high": 1e-1, "log": True})
-    """A value, a list, or a range; for methods without their own."""
+    """A value, a list or a range, for methods without a learning rate in `methods`."""
     budget: str | int | None = None
-    """Trainable values at most, a new head included: ``50k``; or a share of the model's: ``0.5%``."""
+    """The largest number of trainable parameters, including a new head: ``50k``; or a share of the model's parameters:
+    ``0.5%``."""
     memory: str | int | None = None
-    """Memory of a training step at most, as ``peftcore plan`` counts it: ``2GB``."""
+    """The largest memory of a training step, as estimated by ``peftcore plan``: ``2GB``."""
     trials: PositiveInt = 20
-    """Runs on the tuning split; configurations over the budget take no time and do not count."""
+    """Number of runs on the tuning split. Configurations over the budget are not trained and do not count."""
     together: PositiveInt = 4
-    """How many trials are drawn and trained at once, as by as many workers, on one model where their methods can be;
-    one where `memory` limits a step."""
+    """How many trials are drawn and trained at once, on one model if their methods allow it. It is 1 if `memory` is
+    set."""
     start: list[Candidate] = Field(default_factory=list)
     """Points of the space that are tried first."""
     confirm: PositiveInt = 3
-    """How many of the best are trained with all seeds before one is picked."""
+    """How many of the best configurations are trained with all seeds before one is chosen."""
     finals: PositiveInt = 1
-    """How many configurations are scored on the held-out examples: the pick, and smaller ones of the Pareto front."""
+    """How many configurations are scored on the held-out examples: the chosen one, and smaller ones of the Pareto
+    front."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
-    """Seeds of the runs among which the pick is chosen, and of the final runs."""
+    """Seeds of the runs by which the best configuration is chosen, and of the final runs."""
     seed: NonNegativeInt = 0
     """Seed of the sampler, and of the runs in the study."""
     storage: str | None = None
-    """A journal file or the URL of a database, which several workers may share; otherwise ``study.log`` in `out`."""
+    """A journal file or the URL of a database, which several workers may share. The default is the file ``study.log``
+    in `out`."""
     study: str = "search"
     """Name of the study in the storage."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
@@ -110,13 +114,13 @@ class Search(Options):
 
     @property
     def runs(self) -> int:
-        """Return how many runs there are to be, if nothing fails."""
+        """Return the number of runs of the whole search, if no run fails."""
         others = len({*self.seeds} - {self.seed})
         return self.trials + others * min(self.confirm, self.trials) + self.finals * len(self.seeds)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings that must be the same for all that share a study."""
+        """Return the settings that must be the same for all workers of a study."""
         found: dict[str, Any] = json.loads(self.model_dump_json(include=TOLD | TRAINED))
         return found
 
@@ -136,7 +140,8 @@ class SearchRun:
     """A running search.
 
     Raises:
-        BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
+        BadInput: a model, data or option cannot be used, or no configuration fits into the budget. Nothing was trained
+            then.
     """
 
     def __init__(self, search: Search, board: Board) -> None:
@@ -161,7 +166,7 @@ class SearchRun:
             self.study.start_with(point)
 
     def _check(self) -> None:
-        """Refuse what can be refused without the model, before anything is read or written."""
+        """Check everything that can be checked without the model, before anything is read or written."""
         self.task.check_model(self.search.model)
         Space({name: given or {} for name, given in self.search.methods.items()}, self.search.learning_rate)
         if self.search.budget is not None:
@@ -174,7 +179,7 @@ class SearchRun:
             raise BadInput("memory cannot be estimated for quantized models: remove memory or quantize")
 
     def _planner(self) -> Planner:
-        """Load the model once, for its shapes and those of the examples."""
+        """Return a planner with the shapes of the model and of the examples, for which both are loaded once."""
         nobody = Candidate(name=next(iter(self.search.methods)))
         run = self._on_tuning([nobody]).run(nobody, self.search.seed)
         prepared = self.task.prepare(run, validated(self.task.Data, run.data, "data"))
@@ -189,7 +194,7 @@ class SearchRun:
         return start.model_copy(update={"learning_rate": rate})
 
     def _fit(self) -> dict[str, str]:
-        """Leave out methods of which not even the smallest is within the budget, and say why."""
+        """Remove the methods whose smallest configuration is over the budget. Return the reasons by method."""
         found = {name: self.space.smallest(name, self._cost) for name in self.space.methods}
         reasons = {name: reason for name, choice in found.items() if (reason := self._refused(choice))}
         if len(reasons) == len(found):
@@ -201,7 +206,7 @@ class SearchRun:
         return reasons
 
     def _refused(self, choice: SearchPoint) -> str | None:
-        """Return why a choice cannot be trained."""
+        """Return the reason why a point cannot be trained, or None."""
         try:
             return self.budget.over(self._needs(choice))
         except PeftcoreError as error:
@@ -218,7 +223,7 @@ class SearchRun:
         return self.planner.needs(choice.candidate(self.planner.host))
 
     def work(self) -> None:
-        """Run trials until the study has as many as wanted, including those that other workers run."""
+        """Run trials until the study has the wanted number of trials, including those of other workers."""
         idle = 0
         while len(self.study.counted()) < self.search.trials and idle < PATIENCE:
             self.study.bury()
@@ -238,7 +243,7 @@ class SearchRun:
         return len(self.study.counted()) < self.search.trials
 
     def _chosen(self, trial: optuna.trial.Trial) -> Candidate | None:
-        """Return the candidate of a trial, if there is reason to train it."""
+        """Return the candidate of a trial, or None if it need not be trained."""
         choice = self.space.suggest(trial)
         candidate = choice.candidate(self.planner.host, f"{choice.method}-{trial.number}")
         key = json.dumps([candidate.name, candidate.arguments, candidate.learning_rate], sort_keys=True)
@@ -271,8 +276,8 @@ class SearchRun:
                 self.study.done(trial, result.after[self.task.metric], result.trainable, asdict(result))
 
     def _scored(self, candidates: list[Candidate], seeds: list[int], seed: int) -> dict[str, Trial | TrainingError]:
-        """Run candidates, together where they can be, and score each on the tuning split; returns by label what it came
-        to, or why to nothing."""
+        """Train candidates, together if possible, and score each of them on the tuning split. Return the result or the
+        error of each candidate, by label."""
         results: dict[str, Trial | TrainingError] = {}
         comparison = self._on_tuning(candidates, seeds) if candidates else None
         for group in together(comparison, candidates, seed) if comparison is not None else []:
@@ -306,7 +311,8 @@ class SearchRun:
         return self.search.comparison(self.tuning, candidates, seeds or [self.search.seed], out)
 
     def finish(self, place: JobRunner | None = None) -> SearchOutcome:
-        """Wait for other workers, pick, and score the pick on the validation set, by runs that a place carries out."""
+        """Return the outcome of the search. Wait for the trials of other workers, choose the best configuration, and
+        score it on the validation set. `place` executes these last runs."""
         began = time.perf_counter()
         self.work()
         while self.study.running():
@@ -330,16 +336,17 @@ class SearchRun:
         return found
 
     def _final(self, tried: ComparisonReport, pick: ConfigurationTrials) -> Comparison:
-        """Return the comparison of the pick and of what is smaller on the front."""
+        """Return the comparison of the chosen configuration (the pick) with smaller ones of the Pareto front."""
         smaller = [entry for entry in reversed(tried.front()) if entry.trainable < pick.trainable]
         chosen = [candidate_of(entry) for entry in (pick, *smaller[: self.search.finals - 1])]
         return self.search.comparison(self.held_out, chosen, self.search.seeds, self.search.out)
 
     def _confirmed(self, tried: ComparisonReport) -> ComparisonReport:
-        """Run the best, each with all seeds: one run alone may have been lucky.
+        """Return a report of the best configurations, each trained with all seeds, since a single run may be good by
+        chance.
 
         Raises:
-            TrainingError: with other seeds none of them can be trained.
+            TrainingError: none of them can be trained with the other seeds.
         """
         began = time.perf_counter()
         others = [seed for seed in self.search.seeds if seed != self.search.seed]
@@ -383,28 +390,30 @@ class SearchRun:
 
 
 def search(what: Search, board: Board) -> SearchOutcome:
-    """Run a search; ``search.json``, ``best.yaml``, the report of the pick and the runs are in ``what.out`` afterwards.
+    """Run a search and return its outcome. ``search.json``, ``best.yaml``, the report of the chosen configuration and
+    the runs are written to ``what.out``.
 
     Raises:
-        BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
+        BadInput: a model, data or option cannot be used, or no configuration fits into the budget. Nothing was trained
+            then.
     """
     return SearchRun(what, board).finish()
 
 
 def work(what: Search, board: Board) -> int:
-    """Run trials of a study that another process finishes; return the number of trials so far."""
+    """Run trials of a study that another process finishes. Return the number of trials so far."""
     running = SearchRun(what, board)
     running.work()
     return len(running.study.counted())
 
 
 def ranked(report: ComparisonReport) -> list[ConfigurationTrials]:
-    """Return the entries with the best first; of two that are as good, the smaller."""
+    """Return the entries, ordered from the best to the worst. Of equally good entries, the smaller one is first."""
     sign = -1 if report.greater else 1
     return sorted(report.entries(), key=lambda each: (sign * each.score, each.trainable))
 
 
 def candidate_of(entry: ConfigurationTrials) -> Candidate:
-    """Return the candidate that an entry was trained as."""
+    """Return the candidate from which an entry was trained."""
     first = entry.trials[0]
     return Candidate(name=first.method, label=entry.label, learning_rate=first.learning_rate, **first.options)

@@ -1,5 +1,5 @@
-"""A search whose trials run on a Ray cluster: as many workers as there is room for share its study, which is a file, or
-a database, that all machines of the cluster reach."""
+"""A search whose trials run on a Ray cluster. As many workers run as the cluster has room for. They share the study,
+which is a file or a database that all machines of the cluster can access."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from peftcore_lab.training.cluster import Silent, go_to, taken
 
 
 def search_on_ray(what: Search, board: Board, cluster: OnRay) -> SearchOutcome:
-    """Run a search as `search` does, with its trials on a cluster. Another worker repeats the trial of a lost worker.
+    """Run a search as `search` does, with its trials on a cluster, and return its outcome. If a worker is lost, another
+    worker repeats its trial.
 
     Raises:
-        BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
-        TrainingError: a worker was lost again and again.
+        BadInput: a model, data or option cannot be used, or no configuration fits into the budget. Nothing was trained
+            then.
+        TrainingError: a worker was lost, and so were all its retries.
     """
     running = SearchRun(what, board)
     settings, here = what.model_dump(mode="json", exclude_unset=True), str(Path.cwd())
@@ -32,6 +34,6 @@ def search_on_ray(what: Search, board: Board, cluster: OnRay) -> SearchOutcome:
 
 
 def _work(settings: dict[str, Any], here: str) -> int:
-    """Run trials of the study in a process of the cluster."""
+    """Run trials of the study in a process of the cluster. Return the number of trials so far."""
     go_to(here)
     return work(Search.model_validate(settings), Silent())

@@ -1,4 +1,4 @@
-"""The outcome of a search: JSON, and the configuration that ``peftcore train`` takes."""
+"""The outcome of a search, as JSON and as a configuration file for ``peftcore train``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class SearchOutcome:
     tried: ComparisonReport
     """The runs of the study, on the tuning split."""
     confirmed: ComparisonReport
-    """The best of them with all seeds, on the tuning split."""
+    """The best configurations of the study, trained with all seeds and scored on the tuning split."""
     pick: ConfigurationTrials
-    """The best of the confirmed runs."""
+    """The best configuration of `confirmed`."""
     report: ComparisonReport
-    """The pick on the held-out examples."""
+    """The report of the chosen configuration (`pick`) on the held-out examples."""
     budget: Budget
     left_out: dict[str, str]
-    """Methods of which nothing fits, and why."""
+    """Methods without a configuration that fits into the budget, with the reasons."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -62,7 +62,7 @@ def _scored(entry: ConfigurationTrials) -> dict[str, Any]:
 
 
 def told(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the options, the score and the state of a trial, for reports."""
+    """Return the number, options, score and state of a trial, for reports."""
     values = dict(zip(("score", "trainable"), trial.values or (), strict=False))
     lost = trial.state is TrialState.FAIL and LOST in trial.user_attrs
     return {
@@ -82,11 +82,12 @@ NAMES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-"""States of optuna, in our words."""
+"""Names for the trial states of optuna in reports."""
 
 
 def _value(value: Any) -> Any:
-    """Return a value of the study. Texts are the JSON that optuna was given, except the method's name."""
+    """Return a value of an option from the study. Values that are texts are decoded from JSON, except the method's
+    name."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -94,7 +95,8 @@ def _value(value: Any) -> Any:
 
 
 def write_best(run: Run, out: Path) -> None:
-    """Write ``best.yaml``: the pick, as a separate run."""
+    """Write ``best.yaml``, with which ``peftcore train`` trains the chosen configuration (the pick) in a separate
+    run."""
     whole = run.model_dump(mode="json", exclude_none=True)
     whole["model"], *places = absolute([whole["model"], whole["data"]["train"], whole["data"]["held_out"]])
     whole["data"].update(zip(("train", "held_out"), places, strict=True))
@@ -104,5 +106,5 @@ def write_best(run: Run, out: Path) -> None:
 
 
 def absolute(names: Iterable[str]) -> list[str]:
-    """Return paths that hold from everywhere; names of the Hub as they are."""
+    """Return the names with paths made absolute. Names on the Hub are unchanged."""
     return [str(Path(name).resolve()) if Path(name).exists() else name for name in names]

@@ -1,9 +1,9 @@
-"""The space that ``peftcore search`` chooses from: methods, the values of their options, the sites by role and depth,
+"""The search space of ``peftcore search``: methods, the values of their options, the sites by role and depth, and
 learning rates.
 
-An option of a method is given as a value, a list of values to choose from, or ``{low: ..., high: ..., log: true}``.
-Beside the method's own options there are ``target`` and ``exclude`` (as of `peftcore.apply`), ``depth``, the share of
-the layers that is adapted, counted from the last, and ``learning_rate``. ``null`` among the values leaves an option
+An option of a method is given as a value, a list of values to choose from, or ``{low: ..., high: ..., log: true}``. In
+addition to the method's options there are ``target`` and ``exclude`` (as in `peftcore.apply`), ``depth`` (the share of
+the layers that are adapted, counted from the last layer) and ``learning_rate``. The value ``null`` leaves an option
 out.
 """
 
@@ -38,12 +38,12 @@ SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "length": (1, 5, 10, 20),
     }
 )
-"""Options that decide how large an adapter is, by the names that they have in all methods, and values to try."""
+"""Options that determine the size of an adapter, by their names (the same in all methods), and the values to try."""
 PLACES: tuple[Any, ...] = (None, "attn.*", "mlp.*", "all-linear")
-"""Targets that are tried of methods that change matrices; None is the method's own."""
+"""Targets to try for methods that change matrices; None is the default target of the method."""
 DEPTHS = (1.0, 0.5, 0.25)
 METHODS = ("bitfit", "ln_tuning", "ia3", "lora", "dora", "houlsby_adapter")
-"""Methods that are tried if none is named: small ones that fit most models."""
+"""Methods to try if the user names none: small ones that work on most models."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class SearchPoint:
 
     method: str
     values: Mapping[str, Any]
-    """Options, target, depth; without those that are left out."""
+    """The options, the target and the depth; options that are left out are not included."""
     learning_rate: float
 
     def __str__(self) -> str:
         return " ".join([self.method, *(f"{name}={spelled(value)}" for name, value in self.values.items())])
 
     def candidate(self, host: HostMap, label: str | None = None) -> Candidate:
-        """Return the candidate to train: the depth has become layers that are left out."""
+        """Return the candidate to train. The depth is converted to a list of excluded layers."""
         values = dict(self.values)
         above = first_layers(host, values.pop(DEPTH, 1.0))
         if above:
@@ -69,7 +69,7 @@ class SearchPoint:
 
 
 def spelled(value: Any) -> str:
-    """Return a value as on the command line or in a table."""
+    """Return a value as a text for the command line or a table."""
     return "+".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if _number(value) else str(value)
 
 
@@ -78,7 +78,8 @@ def _number(value: Any) -> bool:
 
 
 def first_layers(host: HostMap, depth: float) -> list[str]:
-    """Return globs for the layers that are not among the last of each stack; of so many that a share of it is left."""
+    """Return globs for the first layers of each stack, which are to be excluded so that the share `depth` of the layers
+    remains."""
     stacks: dict[str, dict[int, str]] = {}
     for entry in host.entries:
         if entry.block is not None and entry.layer is not None:
@@ -99,7 +100,7 @@ class Domain(ABC):
 
     @abstractmethod
     def encoded(self, value: Any) -> Any:
-        """Return the value as the study knows it; None where it is not among those that it may take."""
+        """Return the value as the study stores it; None if the value is not in the domain."""
 
     @abstractmethod
     def ends(self) -> list[Any]:
@@ -108,7 +109,7 @@ class Domain(ABC):
 
 @dataclass(frozen=True)
 class OneOf(Domain):
-    """Listed values; lists and texts too, which optuna gets as JSON."""
+    """A list of values. They may be lists or texts too, since optuna gets each value as JSON."""
 
     values: tuple[Any, ...]
 
@@ -123,7 +124,7 @@ class OneOf(Domain):
 
 
 class Range(Options):
-    """Numbers between two; whole ones, if both are."""
+    """The numbers between two bounds. If both bounds are integers, so are the numbers."""
 
     low: int | float
     high: int | float
@@ -138,7 +139,7 @@ class Range(Options):
 
 @dataclass(frozen=True)
 class Between(Domain):
-    """A range of numbers, as a file writes it."""
+    """The domain of a range of numbers."""
 
     range: Range
 
@@ -162,7 +163,7 @@ def domain(value: Any, where: str) -> Domain:
     """Return the domain that a file describes: a range, a list to choose from, or one value.
 
     Raises:
-        BadInput: nothing can be chosen.
+        BadInput: the list is empty, or the range is invalid.
     """
     if isinstance(value, dict) and value.keys() & {"low", "high"}:
         return Between(validated(Range, value, where))
@@ -173,14 +174,14 @@ def domain(value: Any, where: str) -> Domain:
 
 
 class Space:
-    """All that may be chosen.
+    """The search space: the methods, and the domains of their options.
 
     Args:
-        methods: for each method its options, as a file says them.
-        learning_rate: for methods without their own.
+        methods: for each method its options, as in a configuration file.
+        learning_rate: the learning rates for methods whose options do not set them.
 
     Raises:
-        BadInput, UnknownMethod: naming the method and the option that is wrong.
+        BadInput, UnknownMethod: a method or an option is wrong. The error names it.
     """
 
     def __init__(self, methods: Mapping[str, Mapping[str, Any]], learning_rate: Any) -> None:
@@ -189,21 +190,21 @@ class Space:
         self.methods = {name: checked(name, {RATE: learning_rate, **given}) for name, given in methods.items()}
 
     def without(self, names: set[str]) -> None:
-        """Leave some methods out."""
+        """Remove some methods from the space."""
         self.methods = {name: options for name, options in self.methods.items() if name not in names}
 
     def suggest(self, trial: optuna.trial.Trial) -> SearchPoint:
-        """Return a point, by the study's sampler."""
+        """Return the point that the study's sampler suggests for a trial."""
         method = trial.suggest_categorical("method", list(self.methods))
         options = self.methods[method]
         values = {name: each.suggest(trial, f"{method}.{name}") for name, each in options.items()}
         return _choice(method, values)
 
     def parameters(self, start: Candidate) -> dict[str, Any]:
-        """Return a configuration as the study stores it; options that are missing have their defaults.
+        """Return a configuration as the study stores it. Missing options have their default values.
 
         Raises:
-            BadInput: it is not in the space.
+            BadInput: the configuration is not in the space.
         """
         options = self.methods.get(start.name)
         if options is None:
@@ -217,7 +218,7 @@ class Space:
         return {"method": start.name, **{f"{start.name}.{name}": value for name, value in found.items()}}
 
     def smallest(self, method: str, cost: Callable[[SearchPoint], float]) -> SearchPoint:
-        """Return the point of a method that costs least, one option after the other."""
+        """Return the cheapest point of a method. It is found by minimizing the cost over one option after the other."""
         options = self.methods[method]
         values = {name: each.ends()[0] for name, each in options.items()}
         for name, each in options.items():
@@ -233,17 +234,17 @@ def _choice(method: str, values: Mapping[str, Any]) -> SearchPoint:
 
 
 def defaults(cls: type[Method]) -> dict[str, Any]:
-    """Return the default values of options; required options are left out."""
+    """Return the default values of a method's options. Required options are left out."""
     fields = cls.Config.model_fields
     own = {name: each.get_default(call_default_factory=True) for name, each in fields.items() if not each.is_required()}
     return {DEPTH: 1.0, **own}
 
 
 def checked(method: str, given: Mapping[str, Any]) -> dict[str, Domain]:
-    """Return the options of a method; each value is one that it takes.
+    """Return the domains of a method's options, after checking that the method accepts the values.
 
     Raises:
-        BadInput, UnknownMethod: naming what is wrong.
+        BadInput, UnknownMethod: the method, an option or a value is wrong. The error names it.
     """
     cls = peftcore.method(method)
     fields = [name for name in cls.Config.model_fields if name != "method"]
@@ -263,7 +264,7 @@ def checked(method: str, given: Mapping[str, Any]) -> dict[str, Domain]:
 
 
 def refused(cls: type[Method], name: str, value: Any) -> str | None:
-    """Return why an option cannot have a value while the other options keep theirs."""
+    """Return the reason why an option cannot have a value (with all other options at their defaults), or None."""
     if name == DEPTH and not (_number(value) and 0 < value <= 1):
         return "a share of the layers: above 0, at most 1"
     if name == RATE and not (_number(value) and value > 0):
@@ -278,8 +279,8 @@ def refused(cls: type[Method], name: str, value: Any) -> str | None:
 
 
 def by_default(name: str, layered: bool) -> dict[str, Any]:
-    """Return the search space of a method without given options: its size, its sites if it can act at any matrix, its
-    depth if it acts in layers.
+    """Return the search space of a method for which the user sets no options. It contains the options for the adapter's
+    size, the target if the method can act at any matrix, and the depth if it acts in layers.
 
     Raises:
         UnknownMethod: the name is unknown.

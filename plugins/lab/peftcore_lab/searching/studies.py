@@ -1,11 +1,12 @@
-"""An optuna study that several workers may share, and go on with after one of them was killed.
+"""An optuna study that several workers may share, and continue after one of them was killed.
 
-A worker says every few seconds that it is alive. The trial of one that no longer does is given up, by whoever sees it
-first, and its point of the space is tried again. Workers of a journal file also hold a shared lock of it: a worker that
-begins while no other holds one knows that all trials on their way are lost, and does not wait.
+Every worker writes a sign of life every few seconds. If the signs of a worker stop, the first other worker that notices
+it marks its trial as lost, and the point of that trial is tried again. Workers of a journal file also have a shared
+lock on the file. If a worker starts and all other workers are gone, it gets an exclusive lock. Then all running trials
+are lost, and it need not wait.
 
-Points are drawn by a trial's number without the lost trials before it, so a search that was killed draws the points of
-one that was not.
+The random draw of a point depends on the trial's number, without counting earlier lost trials. So a search that was
+killed draws the same points as one that was not.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BEAT, GRACE = 10.0, 90.0
-"""Seconds between two signs of life, and after which a worker without any is lost."""
+"""Seconds between two signs of life of a worker, and seconds without a sign after which the worker counts as lost."""
 STARTUP = 8
-"""Points that are drawn at random before the sampler has something to go by."""
+"""Number of points that are drawn at random before the sampler uses earlier results."""
 ALIVE, LOST, REASON, RECORD, KEY, INSTEAD = "alive", "lost", "reason", "record", "key", "instead"
-"""Names of the attributes of a trial. By its key a trial is recognized: all settings that decide its score. One that
-takes the place of a lost trial has its number as `INSTEAD`."""
+"""Names of the attributes of a trial. `KEY` identifies a trial by all settings that determine its score. `INSTEAD` is
+the number of the lost trial that a trial repeats."""
 BUDGET = "budget"
-"""The constraint from which the sampler learns what is too large."""
+"""The name of the constraint with which the sampler learns which points are over the budget."""
 
 
 UNUSABLE = (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, OptunaError)
@@ -52,7 +53,7 @@ UNUSABLE = (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, OptunaE
 
 
 def storage_of(where: str) -> BaseStorage:
-    """Open a database by its URL, or a journal in a file."""
+    """Return the storage of studies: a database, given by its URL, or a journal file."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     return RDBStorage(where) if "://" in where else JournalStorage(JournalFileBackend(where))
@@ -60,7 +61,7 @@ def storage_of(where: str) -> BaseStorage:
 
 @contextlib.contextmanager
 def _opening(where: str) -> Iterator[None]:
-    """Turn whatever is wrong with a storage into one message."""
+    """Context manager that converts all errors of a storage to BadInput."""
     try:
         yield
     except UNUSABLE as error:
@@ -75,21 +76,21 @@ class Study:
     """The study of one search.
 
     Args:
-        where: storage, by file or URL.
-        name: the study in it.
-        greater: whether more of the metric is better.
-        seed: of the sampler.
+        where: the file or URL of the storage.
+        name: the name of the study in the storage.
+        greater: whether a higher metric is better.
+        seed: the seed of the sampler.
         settings: the settings of the search; only the same search can continue a study.
 
     Raises:
-        BadInput: the storage cannot be written, or holds another search by that name.
+        BadInput: the storage cannot be written, or contains another search with this name.
     """
 
     def __init__(self, where: str, name: str, greater: bool, seed: int, settings: Mapping[str, Any]) -> None:
         self._seed = seed
         directions = [StudyDirection.MAXIMIZE if greater else StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
         self._lock = _Lock()
-        """Held as long as this study is used."""
+        """The lock, which is held as long as this study is used."""
         with contextlib.ExitStack() as begun:
             with _opening(where), _hushed():
                 alone = begun.enter_context(self._lock.begun(where))
@@ -113,7 +114,8 @@ class Study:
             )
 
     def _recover(self) -> None:
-        """Give up all trials on their way, and try all lost points again: no worker is left that would."""
+        """Mark all running trials as lost, and try the points of all lost trials again. It is called if no other worker
+        is active."""
         for each in self.running():
             self._give_up(each.number)
         tried = {each.user_attrs.get(INSTEAD) for each in self.trials()}
@@ -122,26 +124,26 @@ class Study:
                 self._try_again(each.number)
 
     def trials(self) -> list[FrozenTrial]:
-        """Return all trials, those of other workers too."""
+        """Return all trials, including those of other workers."""
         trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return trials
 
     def counted(self) -> list[FrozenTrial]:
-        """Return the trials that took time or take it now: trained, failed in training, running."""
+        """Return the trials that count as runs: those that were trained, failed in training, or are running."""
         return [each for each in self.trials() if _counts(each)]
 
     def running(self) -> list[FrozenTrial]:
-        """Return the trials on which a worker is now."""
+        """Return the trials that are running."""
         return [each for each in self.trials() if each.state is TrialState.RUNNING]
 
     def start_with(self, parameters: Mapping[str, Any]) -> None:
-        """Try this point first, unless a worker said so already."""
+        """Add this point to those that are tried first, unless another worker has added it."""
         self._study.enqueue_trial(dict(parameters), skip_if_exists=True)
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[optuna.trial.Trial]:
-        """Begin the next trial. Each trial ends: with `done`, `skip` or `fail`, or it is given up and tried
-        again."""
+        """Context manager of the next trial. Call `done`, `skip` or `fail` at its end. If an error is raised instead,
+        the trial counts as lost, and its point is tried again."""
         with _hushed():
             trial = self._study.ask()
             # By the number of the trial: one worker, and one that goes on, get the same points.
@@ -158,13 +160,14 @@ class Study:
                 raise
 
     def done(self, trial: optuna.trial.Trial, score: float, trainable: int, record: Mapping[str, Any]) -> None:
-        """Record a trained trial, unless another worker gave it up because this one was silent too long."""
+        """Record the result of a trained trial. Nothing is recorded if another worker has marked the trial as lost,
+        since this worker gave no sign of life."""
         with contextlib.suppress(UpdateFinishedTrialError):
             trial.set_user_attr(RECORD, dict(record))
             self._tell(trial.number, TrialState.COMPLETE, [score, trainable])
 
     def skip(self, trial: optuna.trial.Trial, reason: str, excess: float = -1.0) -> None:
-        """Record a trial that is not trained; it does not count."""
+        """Record a trial that is not trained. It does not count as a run."""
         trial.set_user_attr(REASON, reason)
         trial.set_constraint(BUDGET, excess)
         self._tell(trial.number, TrialState.PRUNED)
@@ -178,7 +181,7 @@ class Study:
         self._study.tell(number, values, state, skip_if_finished=True)
 
     def bury(self) -> None:
-        """Give up the trials of workers that are lost."""
+        """Mark the trials of lost workers as lost."""
         for each in self.running():
             if time.time() - last_sign(each) > GRACE:
                 self._give_up(each.number)
@@ -192,8 +195,8 @@ class Study:
                 self._try_again(number)
 
     def _try_again(self, number: int) -> None:
-        """Let the next trial have the point of a lost one. One that was lost while its point was drawn has what was
-        fixed beforehand, and the rest is drawn as it was."""
+        """Add the point of a lost trial to those that are tried next. If the trial was lost while its point was drawn,
+        only its fixed parameters are added, and the others are drawn again in the same way."""
         lost = self._storage.get_trial(self._id(number))
         point = lost.params if KEY in lost.user_attrs else lost.system_attrs.get("fixed_params", {})
         self._study.enqueue_trial(point, user_attrs={INSTEAD: number})
@@ -204,15 +207,15 @@ class Study:
 
 
 class _Lock:
-    """The lock of a journal file, which all its workers share."""
+    """The lock of a journal file, which all workers of the journal share."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
 
     @contextlib.contextmanager
     def begun(self, where: str) -> Iterator[bool]:
-        """Context manager that gives whether no other worker uses the journal; others that begin wait for its end. Of a
-        database, and where there are no locks, nobody is known to be alone."""
+        """Context manager whose value is True if no other worker uses the journal. Other workers that start meanwhile
+        wait for its end. For a database, and on systems without file locks, the value is always False."""
         if fcntl is None or "://" in where:
             yield False
             return
@@ -232,7 +235,7 @@ class _Lock:
 
 
 def _mend(journal: IO[bytes], lock: Path) -> None:
-    """Remove what a worker left that was killed as it wrote: the lock of optuna, and half of a line."""
+    """Remove the traces of a worker that was killed while it wrote: the lock of optuna, and an incomplete line."""
     if lock.is_symlink():
         lock.unlink()
     journal.seek(0)
@@ -255,7 +258,7 @@ def _counts(trial: FrozenTrial) -> bool:
 
 @contextlib.contextmanager
 def _alive(trial: optuna.trial.Trial) -> Iterator[None]:
-    """Say every few seconds that the worker is alive, until the block ends."""
+    """Context manager that writes a sign of life of the worker every few seconds."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -274,7 +277,7 @@ def _alive(trial: optuna.trial.Trial) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Switch off optuna's notes on what is new in it."""
+    """Context manager that suppresses optuna's warnings about experimental features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield

@@ -1,12 +1,12 @@
-"""Tasks: each turns a model's name and a file into a model with examples, ready for the Trainer.
+"""Tasks: each task loads a model by its name and examples from a file, ready for the Trainer.
 
 It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains. In the order of reading:
 
 - `task`: the interface of a task.
 - `task_catalogue`: the tasks by name.
-- `_classes`: metrics of tasks of classes; `text_classification`, `token_classification`, `image_classification`.
-- `_language`: metrics of tasks of language; `seq2seq`.
-- `_causal`: the base of tasks of decoders; `causal_lm`, `chat`.
+- `_classes`: metrics of classification tasks; `text_classification`, `token_classification`, `image_classification`.
+- `_language`: metrics of language tasks; `seq2seq`.
+- `_causal`: the base of tasks for decoders; `causal_lm`, `chat`.
 - `_dpo`: TRL's Trainer for pairs of answers; `preference`.
 - `segmentation`: pictures and the classes of their pixels.
 - `_noising`: noise over latents; `_painters`: pipelines of diffusers; `text_to_image`: pictures by their names.

@@ -1,4 +1,4 @@
-"""Base of tasks of decoders: the model, batches, and the answers of the model."""
+"""Base of tasks for decoders: loads the model, collates batches, and generates answers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from peftcore_lab.tasks.task import IGNORED, Data, Prepared, RowsOfTasks
 
 
 class DecoderData(Data):
-    """Options of the data of decoders."""
+    """Options of the data of tasks for decoders."""
 
     max_length: PositiveInt = 512
-    """Tokens of an example."""
+    """Maximum number of tokens of an example."""
     prompts: tuple[str, ...] = ()
-    """Prompts that the model answers before and after training, to be looked at."""
+    """Prompts that the model answers before and after training. The answers are shown."""
     answer_length: PositiveInt = 48
     """Maximum number of tokens of an answer."""
 
 
 class CausalData(DecoderData, RowsOfTasks):
-    """Options of examples of which each token is predicted."""
+    """Options of data in which the model predicts each token of an example."""
 
     pack: bool = False
-    """Put several examples into one row of `max_length` tokens, none of which sees another: hardly any padding."""
+    """Pack several examples into one row of `max_length` tokens, with hardly any padding. Tokens do not attend to other
+    examples of their row."""
 
 
 def prepared(
@@ -45,10 +46,11 @@ def prepared(
     prompts: Sequence[str],
     tasks: tuple[str, ...],
 ) -> Prepared:
-    """Load a decoder with tokenized examples; `prompts` are as the model reads them.
+    """Load a decoder, and return it with its tokenized examples. `prompts` are texts as the model reads them, with the
+    chat template applied.
 
     Raises:
-        BadInput: examples belong to tasks, but are packed into one row, or prompts belong to none.
+        BadInput: data with a column of tasks is to be packed, or has prompts.
     """
     data.refuse(pack=data.pack, prompts=data.prompts)
     model = from_pretrained(transformers.AutoModelForCausalLM, run.model, run.dtype)
@@ -72,7 +74,8 @@ def prepared(
 
 
 def surprise(logits: Any, labels: Tensor) -> Tensor:
-    """Return the cost of each row's tokens, each predicted from those before it."""
+    """Return the summed cross-entropy and the number of each row's tokens. Each token is predicted from the tokens
+    before it."""
     scores = logits[0] if isinstance(logits, tuple) else logits
     return costs(scores[:, :-1], labels[:, 1:])
 

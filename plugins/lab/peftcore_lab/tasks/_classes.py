@@ -1,4 +1,4 @@
-"""Helpers for classification tasks: the classes that a head has learned, predictions, and accuracy."""
+"""Helpers for classification tasks: the classes of a trained head, predictions, and accuracy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ logger = logging.getLogger("peftcore")
 
 
 def learned(run: Run) -> Sequence[str]:
-    """Return the classes of the head of the adapter that a run continues, in the order of their numbers; none if the
-    run begins with a fresh adapter."""
+    """Return the classes of the head in the adapter that a run continues, in the order of their numbers. Return an
+    empty sequence if the run begins with a fresh adapter."""
     if run.adapter is None:
         return ()
     found = describe(run.adapter).classes
@@ -27,10 +27,10 @@ def learned(run: Run) -> Sequence[str]:
 
 
 def predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return the predicted class alone: some models return hidden states in addition to their logits."""
+    """Return the predicted classes. Hidden states, which some models return in addition to logits, are ignored."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    """Return the share of right answers."""
+    """Return the share of correct predictions."""
     return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}

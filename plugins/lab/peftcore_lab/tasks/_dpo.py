@@ -2,7 +2,7 @@
 
     loss = -log sigmoid(beta * ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected))))
 
-p is the model, q the reference, which answers once for each pair before the first step.
+p is the model. q is the reference; it computes the log-probabilities of all pairs once, before the first step.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from peftcore_lab.tasks.task import IGNORED, OwnTrainer
 
 @dataclass
 class Scores:
-    """The values of each token's prediction that `DPOTrainer` reads, ``[rows, tokens - 1]``, zero where no label is."""
+    """The values of each token's prediction that `DPOTrainer` reads, ``[rows, tokens - 1]``. They are zero at positions
+    without a label."""
 
     log_probs: Tensor
     entropy: Tensor
     mean_logits: Tensor
     is_top1: Tensor
     aux_loss: Tensor | None
-    """The loss of a mixture of experts by how unevenly the router chooses; None of other models."""
+    """The load-balancing loss of a mixture-of-experts model; None for other models."""
 
 
 class ByLogits:
     """Wraps a model so that TRL gets log-probabilities from its logits.
 
-    TRL would multiply hidden states by the weight of the head, past all adapters at the head and at the model, and
-    would make the model compute a loss of labels, to which methods would add their own losses. Here the model runs as
-    it is, without labels, and knows where the prompts end.
+    TRL would multiply hidden states by the weight of the head, which skips all adapters at the head and at the model.
+    It would also make the model compute a loss from labels, to which methods would add their own losses. Here the model
+    runs without labels, and gets the lengths of the prompts.
     """
 
     def __init__(self, model: Callable[..., Any], host: nn.Module) -> None:
@@ -68,8 +69,8 @@ class ByLogits:
 
 
 class SelfReferencing(DPOTrainer):
-    """`DPOTrainer` whose reference is the model before training: without the adapter, or with the one that training
-    continues. Examples are tokenized already."""
+    """`DPOTrainer` whose reference is the model before training: without the adapter, or with the adapter that training
+    continues. Examples must be tokenized."""
 
     injection: peftcore.Injection | None
     model: Any
@@ -79,8 +80,8 @@ class SelfReferencing(DPOTrainer):
         super().__init__(model, **options)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the log-probabilities of both answers, ``[pairs]`` each, by the reference. It is asked when the
-        Trainer is made, before a checkpoint is read."""
+        """Returns the log-probabilities of both answers, ``[pairs]`` each, by the reference. It is called when the
+        Trainer is created, before a checkpoint is read."""
         bare = self.injection is not None and not self._continued
         training = self.model.training
         self.model.eval()
@@ -104,8 +105,9 @@ class SelfReferencing(DPOTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss, and for each pair by how much the reward of the preferred answer is higher, ``[pairs]``, as
-        predictions and as labels, without which the Trainer computes no metrics."""
+        """Returns the loss, and the reward margins ``[pairs]``: how much higher the reward of the preferred answer is.
+        The margins are returned twice, as predictions and as labels, since the Trainer computes no metrics without
+        labels."""
         inputs = self._prepare_inputs(inputs)
         chosen, rejected = self._log_probs(model, inputs)
         margins = self.beta * ((chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"]))
@@ -115,8 +117,8 @@ class SelfReferencing(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Returns the examples with what the reference says of them: without a file, in which each of several processes
-        would look for what the first one wrote, and without a digest of all weights to name it."""
+        """Returns the examples with the log-probabilities of the reference. TRL would store them in a file named by a
+        digest of all weights, and all processes would read the file of the first one. Here there is no file."""
         loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator)
         found = [
             torch.stack(self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch)), 1)
@@ -126,15 +128,15 @@ class SelfReferencing(DPOTrainer):
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes no card, since a run's folder is not a repository of the Hub."""
+        """Writes no model card, since a run's folder is not a repository of the Hub."""
 
     def _send_telemetry(self) -> None:
-        """Sends nothing: nobody asked TRL for it."""
+        """Sends no telemetry to TRL."""
 
 
 def preferred(found: Any) -> dict[str, float]:
-    """Return the loss and the share of pairs whose preferred answer has the higher reward; each pair counts alike,
-    where the Trainer would weigh batches of several processes."""
+    """Return the loss, the share of pairs whose preferred answer has the higher reward, and the mean reward margin. All
+    pairs have equal weights, unlike in the Trainer's own mean over the batches of several processes."""
     margins = torch.as_tensor(found.predictions).double()
     return {
         "loss": nn.functional.softplus(-margins).mean().item(),
@@ -144,7 +146,7 @@ def preferred(found: Any) -> dict[str, float]:
 
 
 def trainer(tokenizer: Any, beta: float, continued: bool) -> OwnTrainer:
-    """Return the Trainer of a task; `continued` says whether training continues an adapter."""
+    """Return the Trainer of the task preference. `continued` is True if training continues an adapter."""
     return OwnTrainer(
         SelfReferencing,
         # TRL would switch off the dropout that was asked for in the adapter too.

@@ -1,4 +1,4 @@
-"""Metrics of tasks of language: the cost of tokens, and perplexity."""
+"""Metrics of language tasks: cross-entropy of tokens, and perplexity."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftcore_lab.tasks.task import IGNORED
 
 
 def costs(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed cross-entropy of each row's tokens, and how many tokens count [rows, 2]: means of batches would
-    weight tokens unequally."""
+    """Return for each row the summed cross-entropy of its tokens and the number of tokens that count, [rows, 2]. Sums
+    are returned because means of batches would weight tokens unequally."""
     each = nn.functional.cross_entropy(scores.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([each.double().sum(1), (labels != IGNORED).double().sum(1)], dim=1)
 

@@ -1,4 +1,5 @@
-"""Noise over latents, and the target of a denoiser: for schedulers of diffusion, and for those of a flow."""
+"""Adds noise to latents and computes the target of a denoiser, for diffusion schedulers and for flow-matching
+schedulers."""
 
 from __future__ import annotations
 
@@ -15,20 +16,20 @@ from peftcore.errors import BadInput
 
 @dataclass(frozen=True)
 class Noised:
-    """Latents with noise over them."""
+    """Latents with added noise."""
 
     latents: Tensor
     """[rows, channels, height, width]"""
     times: Tensor
-    """The timesteps, from which the denoiser knows the amount of noise, [rows]."""
+    """The timesteps, from which the denoiser infers the amount of noise, [rows]."""
     target: Tensor
-    """The output that the denoiser should give, of the shape of the latents."""
+    """The output that the denoiser should return, in the shape of the latents."""
     weight: Tensor
     """The weight of each row's squared error in the loss, [rows]."""
 
 
 class Noising(ABC):
-    """The noise of training, and the target of the denoiser under it."""
+    """Adds the noise of training, and computes the target of the denoiser."""
 
     def __init__(self, scheduler: Any) -> None:
         # A copy: drawing pictures sets the times of the pipeline's own.
@@ -37,15 +38,16 @@ class Noising(ABC):
 
     @abstractmethod
     def over(self, latents: Tensor, drawn: torch.Generator | None) -> Noised:
-        """Put noise over latents [rows, channels, height, width], drawn from a generator or from torch's own."""
+        """Return latents [rows, channels, height, width] with added noise, drawn from a generator or from torch's
+        global one."""
 
 
 class Diffusion(Noising):
     """The noise of a Markov chain: x_t = sqrt(a_t) x + sqrt(1 - a_t) e, with t drawn uniformly.
 
-    With `min_snr` g, squared errors of the prediction of x count min(SNR_t, g), SNR_t = a_t / (1 - a_t), and
-    no more than that (Hang et al. 2023, arXiv 2303.09556): errors of e min(SNR_t, g) / SNR_t, errors of v
-    min(SNR_t, g) / (SNR_t + 1).
+    With `min_snr` g, squared errors of the prediction of x have the weight min(SNR_t, g), SNR_t = a_t / (1 - a_t) (Hang
+    et al. 2023, arXiv 2303.09556). Errors of e have the weight min(SNR_t, g) / SNR_t, and errors of v min(SNR_t, g) /
+    (SNR_t + 1).
     """
 
     def __init__(self, scheduler: Any, min_snr: float | None = None) -> None:
@@ -79,10 +81,10 @@ class Diffusion(Noising):
 
 
 class Flow(Noising):
-    """The noise of a straight flow: x_s = (1 - s) x + s e, and the denoiser says e - x.
+    """The noise of a straight flow: x_s = (1 - s) x + s e, and the denoiser predicts e - x.
 
-    The share s is that of the scheduler at a place drawn from a logistic normal distribution, so most often in the
-    middle (Esser et al. 2024, arXiv 2403.03206).
+    The position in the scheduler's list of shares s is drawn from a logistic normal distribution, so it is most often
+    in the middle (Esser et al. 2024, arXiv 2403.03206).
     """
 
     def __init__(self, scheduler: Any, min_snr: float | None = None) -> None:

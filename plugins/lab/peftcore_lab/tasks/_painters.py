@@ -14,7 +14,7 @@ from torch.nn import functional
 from peftcore_lab.tasks._noising import Diffusion, Flow, Noising
 
 Words = dict[str, Any]
-"""Arguments of a denoiser's forward that carry the encoded words of some rows."""
+"""Arguments of a denoiser's forward that contain the encoded texts of some rows."""
 
 
 class TextEncoder(NamedTuple):
@@ -27,7 +27,7 @@ class TextEncoder(NamedTuple):
 
 
 class Painter(ABC):
-    """One kind of pipeline.
+    """Wraps one kind of diffusers pipeline for training.
 
     Attributes:
         denoiser: the part that predicts the noise.
@@ -55,19 +55,19 @@ class Painter(ABC):
 
     @property
     def encoders(self) -> list[Any]:
-        """Return the encoders of the words."""
+        """Return the text encoders."""
         return [each.encoder for each in self.readers.values()]
 
     @property
     def side(self) -> int:
-        """Return the sides of the pictures that the pipeline draws, in pixels."""
+        """Return the height and width, in pixels, of the square pictures that the pipeline generates."""
         return int(self.denoiser.config.sample_size * self.pipeline.vae_scale_factor)
 
     def noise(self, min_snr: float | None) -> Noising:
-        """Return the noise that its training puts over latents.
+        """Return the object that adds noise to latents in the pipeline's training.
 
         Raises:
-            BadInput: a signal-to-noise ratio for the weights is not defined for it.
+            BadInput: `min_snr` is set, but the pipeline is a flow model.
         """
         return self.noising(self.pipeline.scheduler, min_snr)
 
@@ -80,8 +80,8 @@ class Painter(ABC):
 
     @abstractmethod
     def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
-        """Encode the words of pictures, whose sizes are [rows, 6]: height, width, where the part that is taken begins
-        (top, left), and its height and width."""
+        """Return the encoded captions of pictures as arguments of the denoiser. `sizes` are [rows, 6]: height and width
+        of the picture, top and left of the crop, height and width of the crop."""
 
     def denoise(self, noisy: Tensor, times: Tensor, words: Words) -> Tensor:
         """Return the denoiser's output for noisy latents."""
@@ -90,7 +90,7 @@ class Painter(ABC):
 
 
 class StableDiffusion(Painter):
-    """Versions 1 and 2: a UNet, and one encoder."""
+    """Stable Diffusion 1 and 2: a UNet and one text encoder."""
 
     noising = Diffusion
     part = "unet"
@@ -101,7 +101,7 @@ class StableDiffusion(Painter):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Two encoders, and a UNet that gets a picture's size and its crop as inputs."""
+    """Stable Diffusion XL: two text encoders, and a UNet that gets a picture's size and its crop as inputs."""
 
     files = ("clip_l", "clip_g")
 
@@ -114,7 +114,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class StableDiffusion3(Painter):
-    """Three encoders, and a transformer that says where the latents flow."""
+    """Stable Diffusion 3: three text encoders, and a transformer that predicts the flow of the latents."""
 
     noising = Flow
     part = "transformer"
@@ -128,7 +128,7 @@ class StableDiffusion3(Painter):
 
 
 class Flux(StableDiffusion3):
-    """Two text encoders, and a transformer over patches of 2 x 2 latents with their positions."""
+    """Flux: two text encoders, and a transformer over patches of 2 x 2 latents with their positions."""
 
     files = ("clip_l", "t5")
 
@@ -152,7 +152,8 @@ class Flux(StableDiffusion3):
 
 
 def kinds() -> dict[type, type[Painter]]:
-    """Return the pipelines that can be trained: their classes in diffusers, and ours."""
+    """Return the pipelines that can be trained, as a mapping from their classes in diffusers to subclasses of
+    `Painter`."""
     import diffusers
 
     library: Any = diffusers

@@ -1,4 +1,4 @@
-"""The task of plain text: the model learns the next token."""
+"""The task of plain text: the model learns to predict the next token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CausalTextData(CausalData):
     """Options of the data: a column of texts."""
 
     text: str | None = None
-    """Column of the texts; guessed when left out."""
+    """Column of the texts. By default it is detected by its name."""
 
 
 class CausalLM(Task[CausalTextData]):
@@ -41,7 +41,8 @@ class CausalLM(Task[CausalTextData]):
 
 
 def _encoded(part: Any, column: str, tokenizer: Any, data: CausalTextData) -> list[dict[str, Any]]:
-    """Tokenize each text with an end, cut at the length; where examples are packed, the rest of it is one more."""
+    """Return the tokens of each text with an end token, cut at the maximum length. With packing, the rest of a longer
+    text becomes further examples."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     part = part.select([row for row, text in enumerate(part[column]) if text])
     ids = [[*tokenizer(text)["input_ids"], *end] for text in part[column]]

@@ -1,4 +1,4 @@
-"""The task of conversations: the assistant's answers, given what came before."""
+"""The task of conversations: the model learns the assistant's answers, given the earlier messages."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class ChatData(CausalData):
     (Alpaca, prompt and completion)."""
 
     messages: str | None = None
-    """Column of whole conversations: lists of ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``;
-    guessed when left out."""
+    """Column of whole conversations: lists of ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``. By
+    default it is detected by its name."""
     prompt: str | None = None
-    """Column of prompts: texts or messages; guessed when left out."""
+    """Column of prompts: texts or messages. By default it is detected by its name."""
     completion: str | None = None
-    """Column of answers: texts or messages; guessed when left out."""
+    """Column of answers: texts or messages. By default it is detected by its name."""
     chat_template: str | None = None
     """A file with a Jinja template, or ``chatml``, instead of the tokenizer's template."""
 
 
 class Chat(Task[ChatData]):
-    """The task, in which only the assistant's answers are learned and scored."""
+    """The chat task, in which only the assistant's answers are learned and scored."""
 
     Data = ChatData
     metric = "perplexity"
@@ -55,7 +55,8 @@ class Chat(Task[ChatData]):
 
 
 def _encoded(messages: list[Message], tokenizer: Any, data: ChatData) -> dict[str, Any]:
-    """Return the tokens of the whole conversation; those of answers, with the mark that ends each, are the labels."""
+    """Return the tokens of the whole conversation. Only tokens of answers, including the end marks of answers, have
+    labels."""
     text = rendered(tokenizer, messages, False)
     answers = []
     for index, message in enumerate(messages):

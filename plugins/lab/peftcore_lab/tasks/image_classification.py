@@ -1,4 +1,4 @@
-"""The task of pictures and their classes: a head on any image model of transformers or timm."""
+"""The image classification task: a head on any image model of transformers or timm."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ImageData(RowsOfTasks):
     """Options of the data: a column of pictures, and one of classes."""
 
     image: str | None = None
-    """Column of the pictures; guessed when left out."""
+    """Column of the pictures. By default it is detected by its name."""
     label: str | None = None
-    """Column of the classes; guessed when left out."""
+    """Column of the classes. By default it is detected by its name."""
 
 
 class ImageClassification(Task[ImageData]):
@@ -72,7 +72,7 @@ class ImageClassification(Task[ImageData]):
 
 
 def _batch(rows: list[dict[str, Any]], processor: Any, labels: tuple[str, ...]) -> dict[str, Any]:
-    """Read and scale pictures as batches are made: all of them would not fit in memory."""
+    """Return a batch of pictures. They are read and scaled only now, since all pictures would not fit in memory."""
     pictures = [row["image"].convert("RGB") for row in rows]
     numbers = torch.tensor([labels.index(str(row["label"])) for row in rows])
     return {**processor(pictures, return_tensors="pt"), "labels": numbers}

@@ -1,5 +1,4 @@
-"""The task of preferences: of two answers, the preferred one becomes more likely than the other, by direct preference
-optimization."""
+"""The preference task: the model learns to prefer one of two answers, by direct preference optimization (DPO)."""
 
 from __future__ import annotations
 
@@ -23,11 +22,11 @@ from peftcore_lab.tasks.task import Prepared, Task
 
 
 class PreferenceData(DecoderData):
-    """Options of the data: columns of prompts, of preferred and of other answers. Each is a text or a list of messages;
-    without prompts, both answers are whole conversations that begin alike."""
+    """Options of the data: columns of prompts, of preferred answers and of rejected answers. Each value is a text or a
+    list of messages. Without prompts, both answers are whole conversations with the same beginning."""
 
     prompt: str | None = None
-    """Column of prompts: texts or messages; guessed when left out, and optional."""
+    """Column of prompts: texts or messages. By default it is detected by its name. The column is optional."""
     chosen: str | None = None
     """Column of the preferred answers: texts, messages or whole conversations; ``chosen`` when left out."""
     rejected: str | None = None
@@ -35,7 +34,7 @@ class PreferenceData(DecoderData):
     chat_template: str | None = None
     """A file with a Jinja template, or ``chatml``, instead of the tokenizer's template."""
     beta: PositiveFloat = 0.1
-    """Strength of the pull to the reference, which is the model before training: higher is stronger."""
+    """Strength beta of the regularization towards the reference, which is the model before training."""
 
 
 class Preference(Task[PreferenceData]):
@@ -80,8 +79,8 @@ class Preference(Task[PreferenceData]):
 
 
 def _encoded(pair: PreferencePair, tokenizer: Any) -> dict[str, list[int]]:
-    """Return the tokens that both conversations begin with, up to the answers at most, and those that each goes on
-    with."""
+    """Return the tokens of the common beginning of both conversations (at most up to the answers), and the further
+    tokens of each conversation."""
     asked = rendered(tokenizer, pair.prompt, True)
     texts = [rendered(tokenizer, [*pair.prompt, *answer], False) for answer in (pair.chosen, pair.rejected)]
     if not all(text.startswith(asked) for text in texts):
@@ -95,6 +94,6 @@ def _encoded(pair: PreferencePair, tokenizer: Any) -> dict[str, list[int]]:
 
 
 def _differ(row: dict[str, list[int]], length: int) -> bool:
-    """Whether the answers are different within so many tokens."""
+    """Return whether the answers differ within the first `length` tokens of the conversations."""
     left = max(0, length - len(row["prompt_ids"]))
     return row["chosen_ids"][:left] != row["rejected_ids"][:left]

@@ -1,4 +1,4 @@
-"""The task of pictures and the classes of their pixels: a head on any segmentation model of transformers."""
+"""The semantic segmentation task: a head on any segmentation model of transformers."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ NOTHING = 255
 
 
 class SegmentedData(Data):
-    """Options of the data: a column of pictures, and one of pictures of classes (gray, 0 to 254; 255 means no
-    class)."""
+    """Options of the data: a column of pictures and a column of masks. A mask is a grayscale picture of class numbers
+    (0 to 254; 255 means no class)."""
 
     image: str | None = None
-    """Column of the pictures; guessed when left out."""
+    """Column of the pictures. By default it is detected by its name."""
     mask: str | None = None
-    """Column of the classes of their pixels; guessed when left out."""
+    """Column of the masks. By default it is detected by its name."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, from 0 on; left out, the pictures of classes are all read to count them."""
+    """Names of the classes, from 0 on. By default all masks of the training examples are read to count the classes."""
 
 
 class Segmentation(Task[SegmentedData]):
-    """The task, scored by the mean over classes of the intersection of prediction and truth over their union."""
+    """The segmentation task, scored by mean IoU: the mean over classes of the intersection of prediction and truth,
+    divided by their union."""
 
     Data = SegmentedData
     packages: ClassVar[Mapping[str, str]] = {"PIL": "pillow", "torchvision": "torchvision"}
@@ -90,10 +91,11 @@ def _largest(mask: Any) -> int:
 
 
 def _batch(rows: list[dict[str, Any]], processor: Any, count: int) -> dict[str, Any]:
-    """Read and scale pictures as batches are made: all of them would not fit in memory.
+    """Return a batch of pictures and masks. They are read and scaled only now, since all pictures would not fit in
+    memory.
 
     Raises:
-        BadInput: a pixel has a class that is none.
+        BadInput: a pixel has an unknown class.
     """
     masks = [np.asarray(row["mask"].convert("L")) for row in rows]
     for mask in masks:
@@ -107,8 +109,8 @@ def _batch(rows: list[dict[str, Any]], processor: Any, count: int) -> dict[str, 
 
 
 def _overlaps(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return how many pixels of each class prediction and truth have in common, and how many either has, [rows, 2,
-    classes]: the logits of all pictures would not fit in memory."""
+    """Return for each class the numbers of pixels in the intersection and in the union of prediction and truth, [rows,
+    2, classes]. The logits of all pictures would not fit in memory."""
     scores = logits[0] if isinstance(logits, tuple) else logits  # [rows, classes, height, width]
     whole = nn.functional.interpolate(scores.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
     count, counts = whole.shape[1], labels != NOTHING
@@ -120,7 +122,7 @@ def _overlaps(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
 
 
 def _mean_iou(prediction: transformers.EvalPrediction) -> dict[str, float]:
-    """Return the mean over the classes that there are."""
+    """Return the mean IoU over the classes that occur in a prediction or a mask."""
     shared, either = np.asarray(prediction.predictions).sum(0)
     there = either > 0
     return {"mean_iou": float((shared[there] / either[there]).mean())}

@@ -1,4 +1,5 @@
-"""The task of source texts and target texts: translation, summaries, answers."""
+"""The sequence-to-sequence task: the model learns target texts for source texts, such as translations, summaries or
+answers."""
 
 from __future__ import annotations
 
@@ -24,15 +25,15 @@ class PairData(RowsOfTasks):
     """Options of the data: a column of texts, and one of target texts."""
 
     source: str | None = None
-    """Column of source texts; guessed when left out."""
+    """Column of source texts. By default it is detected by its name."""
     target: str | None = None
-    """Column of target texts; guessed when left out."""
+    """Column of target texts. By default it is detected by its name."""
     prefix: str = ""
-    """Put before each text: "summarize: "."""
+    """A text in front of each source text, such as "summarize: "."""
     max_length: PositiveInt = 256
-    """Tokens read, and written, at most."""
+    """Maximum number of tokens of a source text and of a target text."""
     prompts: tuple[str, ...] = ()
-    """Texts to be read before and after training, to look at the generated texts."""
+    """Source texts for which the model generates texts before and after training. The generated texts are shown."""
 
 
 class Seq2Seq(Task[PairData]):

@@ -1,4 +1,4 @@
-"""The tasks by name, those of plugins among them: the module of each is imported when it is asked for."""
+"""Finds tasks by name, including those of plugins. The module of a task is imported when the task is needed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def places() -> Mapping[str, str]:
-    """Return the names of all tasks, and where their classes are.
+    """Return the import paths of all task classes, by name of the task.
 
     Raises:
-        PluginError: two plugins have a task of one name.
+        PluginError: two plugins have a task with the same name.
     """
     return named_places("peftcore_tasks", "task")
 
 
 def find(name: str) -> Task[Any]:
-    """Return the task of a name.
+    """Return the task with the given name.
 
     Raises:
         BadInput: the task does not exist, or a package that it needs is missing.
@@ -37,7 +37,7 @@ def find(name: str) -> Task[Any]:
 
 
 def kind(name: str) -> type[Task[Any]]:
-    """Return the class of a task, whose packages may be missing.
+    """Return the class of a task. The packages that the task needs are not checked.
 
     Raises:
         BadInput: the name is unknown.

@@ -1,4 +1,4 @@
-"""The task of texts and their classes: a head on top of any encoder or decoder."""
+"""The text classification task: a head on any encoder or decoder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TextData(RowsOfTasks):
     """Options of the data: a column of texts, and one of classes."""
 
     text: str | None = None
-    """Column of the texts; guessed when left out."""
+    """Column of the texts. By default it is detected by its name."""
     label: str | None = None
-    """Column of the classes; guessed when left out."""
+    """Column of the classes. By default it is detected by its name."""
     max_length: PositiveInt = 128
-    """Tokens kept of a text."""
+    """Maximum number of tokens of a text; longer texts are cut."""
 
 
 class TextClassification(Task[TextData]):
@@ -68,7 +68,7 @@ class TextClassification(Task[TextData]):
 
 
 def _complete(rows: Any, text: str, label: str) -> Any:
-    """Return the rows that have both."""
+    """Return the rows that have both a text and a label."""
     pairs = enumerate(zip(rows[text], rows[label], strict=True))
     return rows.select([row for row, pair in pairs if all(each not in (None, "") for each in pair)])
 

@@ -1,4 +1,4 @@
-"""The task of words and their tags: a head on every token."""
+"""The token classification task: a head predicts a tag for every word."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from peftcore_lab.tasks.task import IGNORED, Prepared, RowsOfTasks, Task
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 OUTSIDE = "O"
-"""The tag of words without a tag, by convention."""
+"""The conventional tag of words outside of all classes."""
 
 
 class TaggedData(RowsOfTasks):
     """Options of the data: a column of lists of words, and one of lists of tags."""
 
     words: str | None = None
-    """Column of the words; guessed when left out."""
+    """Column of the words. By default it is detected by its name."""
     tags: str | None = None
-    """Column of the tags; guessed when left out."""
+    """Column of the tags. By default it is detected by its name."""
     max_length: PositiveInt = 128
-    """Tokens kept of a text."""
+    """Maximum number of tokens of a text; longer texts are cut."""
 
 
 class TokenClassification(Task[TaggedData]):
-    """The task, scored by F1 of tagged words; the prediction at a word's first token counts."""
+    """The token classification task, scored by F1 of tagged words. The prediction at the first token of a word
+    counts."""
 
     Data = TaggedData
     metric, greater = "f1", True
@@ -92,7 +93,7 @@ def _encoded(tokenizer: Any, words: list[str], tags: list[Any], labels: tuple[st
 
 
 def scores(predicted: Any, truth: Any, labels: tuple[str, ...]) -> dict[str, float]:
-    """Return accuracy of all words, and F1 of the words with a tag other than "O"."""
+    """Return the accuracy over all words, and F1 over the words with a tag other than "O"."""
     counted = truth != IGNORED
     predicted, truth = predicted[counted], truth[counted]
     outside = labels.index(OUTSIDE) if OUTSIDE in labels else -1

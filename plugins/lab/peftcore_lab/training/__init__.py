@@ -2,13 +2,13 @@
 
 It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of reading:
 
-- `train`: the whole of a run, and its result.
-- `fleet_runs`: several runs in one, on one model.
+- `train`: a whole run, and its result.
+- `fleet_runs`: several runs that train together on one model.
 - `task_rows`: rows of several tasks.
 - `averages`: moving averages of the trained parameters.
-- `run_trainer`: the ``Trainer`` as it is used here.
+- `run_trainer`: the subclass of ``Trainer`` for runs.
 - `processes`: one run in several processes.
-- `cluster`: one run, or many tasks, on a Ray cluster.
-- `advice`: settings to change when memory was too small.
-- `memory`: how much memory a run takes at its peak.
+- `cluster`: runs on a Ray cluster.
+- `advice`: settings to change if a run needs too much memory.
+- `memory`: the peak memory of a run.
 """

@@ -1,4 +1,4 @@
-"""Advice where a run had too little memory: settings to change, and the memory of a step with each."""
+"""Advice for runs that are out of memory: settings to change, and the memory of a step with each change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST = 3
 
 @dataclass(frozen=True)
 class Knob:
-    """A change of a run that takes less memory."""
+    """A change of a run's settings that reduces its memory."""
 
     settings: Mapping[str, object]
     step: Step | None
@@ -31,7 +31,7 @@ class Knob:
 
 
 def knobs(run: Run) -> list[Knob]:
-    """Return what a run could change, the most useful first."""
+    """Return possible changes of a run, the most useful one first."""
     chosen, now = run.training, step_of(run)
     found = []
     if chosen.batch_size > 1:
@@ -48,11 +48,12 @@ def knobs(run: Run) -> list[Knob]:
 
 
 def advice(run: Run, prepared: Prepared | None = None) -> str:
-    """Return settings that take less memory, with the memory of a step before and after, where it can be counted.
+    """Return a text with settings that need less memory, and the memory of a step before and after each change, if it
+    can be estimated.
 
     Args:
-        run: the run that took too much.
-        prepared: its model and examples, where it got that far.
+        run: the run that is out of memory.
+        prepared: the model and examples of the run, if they are already loaded.
     """
     listed = knobs(run)
     if not listed:
@@ -75,8 +76,8 @@ def step_of(run: Run) -> Step:
 
 
 def estimates(run: Run, prepared: Prepared | None) -> Estimates | None:
-    """Return an object that counts the memory of a run's steps; None for steps that cannot be counted: on packed or
-    sharded weights, in autocast, of a saved adapter, or of a pipeline, of which more is in memory than the planned
+    """Return an object that estimates the memory of a run's steps; None if it cannot be estimated. This is so for
+    quantized or sharded weights, autocast, a continued adapter, and pipelines, which need more memory than the planned
     part."""
     counted = task_catalogue.find(run.task).use in (Use.TEXT, Use.PICTURES)
     if not counted or run.quantize or run.adapter or run.training.shard or run.training.autocast:
@@ -88,6 +89,6 @@ def estimates(run: Run, prepared: Prepared | None) -> Estimates | None:
 
 
 def longest(examples: Any) -> int | None:
-    """Return the most tokens of an example, where they are texts."""
+    """Return the number of tokens of the longest example; None if the examples are not texts."""
     tokens = [len(each["input_ids"]) for each in examples if "input_ids" in each] if isinstance(examples, list) else []
     return max(tokens, default=None)

@@ -20,7 +20,8 @@ FILE = "averages.safetensors"
 class Averages:
     """Averages a_n = d_n a_(n-1) + (1 - d_n) p_n of parameters p, from a_0 = p_0 on.
 
-    d_n = min(decay, (1 + n) / (10 + n)): of a short training they are not mostly its beginning.
+    d_n = min(decay, (1 + n) / (10 + n)). So after a short training, the averages do not consist mostly of its first
+    values.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -59,11 +60,11 @@ class Averages:
         write_tensors(folder / FILE, {**tensors, "steps": torch.tensor(self._steps)}, {})
 
     def load(self, folder: Path) -> None:
-        """Read the averages of a checkpoint.
+        """Read the averages from the folder of a checkpoint.
 
         Raises:
             CheckpointError: the checkpoint lacks averages.
-            TrainingError: it has those of another model.
+            TrainingError: the averages are those of another model.
         """
         held = TensorFile(folder / FILE).read()
         self._steps = int(held.pop("steps"))

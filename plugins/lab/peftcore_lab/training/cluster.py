@@ -1,7 +1,7 @@
-"""Ray clusters: tasks that begin again where their worker is lost, and one training in several processes of a cluster.
+"""Ray clusters: tasks that are restarted if their worker is lost, and training in several processes of a cluster.
 
-Training in several processes is Ray Train's: it starts them, makes their process group, and starts all of them again
-where one is lost. The rest is done by accelerate and the Trainer, as under torchrun.
+Ray Train starts the processes of a training and their process group, and restarts all of them if one is lost.
+Everything else is done by accelerate and the Trainer, as under torchrun.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from peftcore_lab.runs.run import Run
 from peftcore_lab.training.train import Outcome, train
 
 RETRIES = 3
-"""How often a job is begun again whose worker was lost."""
+"""How often a job is restarted after its worker was lost."""
 
 
 class Cluster:
     """A Ray cluster.
 
     Args:
-        address: where it is, ``10.0.0.1:6379`` or ``auto``; None starts one of this machine, for as long as this lasts.
-        cpus: processors of a run.
-        gpus: GPUs of a run, or a share of one; all run on processors if the cluster lacks GPUs.
+        address: the address of the cluster, ``10.0.0.1:6379`` or ``auto``. None starts a temporary cluster on this
+            machine.
+        cpus: the number of CPUs of a run.
+        gpus: the number of GPUs of a run, or a share of one GPU. Runs use CPUs if the cluster lacks GPUs.
 
     Raises:
         MissingPackage: Ray is not installed.
-        BadInput: the address is not that of a cluster.
+        BadInput: a cluster cannot be reached at the address.
     """
 
     def __init__(self, address: str | None = None, cpus: float = 1.0, gpus: float = 1.0) -> None:
@@ -44,7 +45,7 @@ class Cluster:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Context manager within which tasks can be given to the cluster."""
+        """Context manager in which tasks can be started on the cluster."""
         import ray
 
         began = not ray.is_initialized()
@@ -57,7 +58,8 @@ class Cluster:
                 ray.shutdown()
 
     def task(self, function: Callable[..., Any]) -> Any:
-        """Return a function as a task of one run's size, which begins again where its worker is lost."""
+        """Return a function as a Ray task with the resources of one run. The task is restarted if its worker is
+        lost."""
         import ray
 
         gpus = self.gpus if _has().get("GPU") else 0
@@ -65,17 +67,17 @@ class Cluster:
 
     @property
     def room(self) -> int:
-        """Return how many runs there is room for at once."""
+        """Return how many runs can run at once."""
         has = _has()
         return max(1, int(has["GPU"] / self.gpus if has.get("GPU") else has.get("CPU", 1) / self.cpus))
 
     def train(self, run: Run, processes: int, resume: bool = False) -> Outcome:
-        """Train a run in several processes, as ``torchrun`` would; where one is lost, all go on from the last
-        checkpoint.
+        """Train a run in several processes, as ``torchrun`` would, and return its outcome. If a process is lost, all
+        continue from the last checkpoint.
 
         Raises:
             BadInput: a model, data or option of the run cannot be used there, or its folder is not shared.
-            TrainingError: training failed, or processes were lost again and again.
+            TrainingError: training failed, or processes were lost more often than they are restarted.
         """
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -105,14 +107,14 @@ class Cluster:
 
 
 def _process(told: dict[str, Any]) -> None:
-    """Train in one of several processes; one that is started again goes on."""
+    """Train in one of several processes. A restarted process resumes the run."""
     go_to(told["here"])
     run = Run.model_validate(told["run"])
     train(run, Silent(), told["resume"] or holds(run))
 
 
 def _reason(error: BaseException) -> Exception:
-    """Return what was wrong in a process, out of what Ray Train makes of it."""
+    """Return the original error of a process, extracted from the error that Ray Train raises."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, PeftcoreError):
@@ -123,7 +125,7 @@ def _reason(error: BaseException) -> Exception:
 
 
 def go_to(folder: str) -> None:
-    """Change to the working directory of the calling process, to which file names are relative.
+    """Change to the working directory of the calling process, so that relative file names are valid.
 
     Raises:
         BadInput: the folder does not exist on this machine.
@@ -141,7 +143,7 @@ def taken(done: Any) -> Any:
 
     Raises:
         BadInput: the task cannot run on its worker.
-        TrainingError: its worker was lost, and so were those that began it again.
+        TrainingError: its worker was lost, and so were all retries.
     """
     import ray
 
@@ -178,7 +180,7 @@ def _connect(address: str | None) -> None:
 
 
 def _check_listens(address: str | None) -> None:
-    """Check that somebody listens at an address: Ray would try for minutes."""
+    """Check that a server listens at an address, since Ray would try to connect for minutes."""
     host, _, port = (address or "").rpartition("://")[2].rpartition(":")
     if not host:
         return
@@ -189,7 +191,7 @@ def _check_listens(address: str | None) -> None:
 
 
 class Silent:
-    """A display of nothing: the cluster's own pages have the steps of each task."""
+    """A display that shows nothing, since the dashboard of the cluster shows the steps of each task."""
 
     def begin(self, label: str) -> None: ...
 

@@ -1,5 +1,5 @@
-"""Estimates what a step of a run takes, for advice where memory was too small: by shapes alone, within seconds, and
-never with an error."""
+"""Estimates the memory of a step of a run, for advice after a run was out of memory. Estimates use only shapes, take a
+few seconds, and never raise errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.utils.quiet import quiet
 
 SECONDS = 10.0
-"""Time in seconds after which nothing more is counted."""
+"""Time limit in seconds, after which nothing more is estimated."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Step:
 
 @dataclass
 class Estimates:
-    """Counts what steps of a method on a model take, as ``peftcore plan`` does.
+    """Estimates the memory of steps of a method on a model, as ``peftcore plan`` does.
 
     Args:
-        model: a MODEL.
+        model: the name of the model, as for ``peftcore plan``.
         wanted: the method; None trains every parameter.
-        length: tokens of an example.
+        length: the number of tokens of an example.
         seconds: the time limit, after which no estimate is returned.
     """
 
@@ -48,12 +48,12 @@ class Estimates:
     _adapted: dict[str, tuple[Skeleton, int]] = field(default_factory=dict)
     _batches: dict[tuple[str, int], ExampleBatch] = field(default_factory=dict)
     _building: float = 0.0
-    """Seconds of the last model that was built."""
+    """Seconds that building the last model took."""
     _counting: float = 0.0
-    """Seconds of the last step that was counted."""
+    """Seconds that the last estimate took."""
 
     def of(self, step: Step) -> int | None:
-        """Return the bytes of a step; None where they cannot be had, or not in time."""
+        """Return the memory of a step in bytes; None if it cannot be estimated, or not within the time limit."""
         expected = self._counting + (0.0 if step.dtype in self._adapted else self._building)
         if time.monotonic() - self._began + expected > self.seconds:
             return None
@@ -83,7 +83,7 @@ class Estimates:
         return Memory.of(weights, everything - weights, trained, Passes(kept)).total
 
     def _built(self, dtype: str) -> tuple[Skeleton, int]:
-        """Return the adapted model, and the bytes of its weights before."""
+        """Return the adapted model, and the bytes of its weights without the adapter."""
         built = skeleton(self.model, dtype)
         weights = held((*built.model.parameters(), *built.model.buffers()))
         if self.wanted is not None:

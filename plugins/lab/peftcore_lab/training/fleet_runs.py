@@ -1,5 +1,5 @@
-"""Several runs in one: runs that differ only in the method, its options and the learning rate train as a fleet on one
-model. Each run has the same result as by itself, and its folder is the same, but for logs and checkpoints."""
+"""Runs that differ only in the method, its options and the learning rate train together on one model, as a fleet. Each
+run has the same result as alone, and the same files in its folder, except logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from peftcore_lab.training.run_trainer import AdapterTrainer, trainer_for
 from peftcore_lab.training.train import Outcome, RunDisplay, adapted, as_json, beforehand, in_words, told
 
 CHOSEN = {"method": True, "out": True, "training": {"learning_rate"}}
-"""Fields of `Run` in which runs that train together may differ, as pydantic's ``exclude``."""
+"""Fields of `Run` in which runs that train together may differ, in the form of the argument ``exclude`` of pydantic."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The costs of runs that trained together, and those of the same runs one by one."""
+    """The costs of runs that trained together, and the costs of the same runs one after the other."""
 
     runs: int
     base_bytes: int
-    """Bytes of the base, which was loaded and held once instead of `runs` times."""
+    """Bytes of the base model, which was loaded and stored once instead of `runs` times."""
     forwards: int
-    """Forwards of the base in training; each has the rows of all runs."""
+    """Number of forwards of the base in training; each forward has the rows of all runs."""
     alone: int
-    """Forwards that the runs would have taken one by one, each with its own rows."""
+    """Number of forwards that the runs would have needed one after the other."""
 
     def __str__(self) -> str:
         return (
@@ -56,10 +56,10 @@ class Saved:
 
 
 def key(run: Run) -> str | None:
-    """Returns what runs have in common that train together; None of one that trains alone: all of the model trains, its
-    method acts on the whole batch or looks at data, rows belong to several tasks, or what is asked for is done by the
-    Trainer alone (checkpoints, averages, several batches a step, gradient checkpointing, quantized bases, several
-    processes)."""
+    """Returns a key that is equal for runs that can train together, or None if the run has to train alone. A run trains
+    alone if the whole model trains, its method acts on the whole batch or needs data, rows belong to several tasks, or
+    an option needs the Trainer (checkpoints, averages, several batches a step, gradient checkpointing, quantized bases,
+    several processes)."""
     asked = run.training
     if run.data.get("task_column") is not None:  # whose rows a call would have to tell is not known in a fleet
         return None
@@ -74,7 +74,7 @@ def key(run: Run) -> str | None:
 
 
 class _Shared:
-    """The batches of the Trainer, gone through once for all runs."""
+    """The batches of the Trainer, which are read once for all runs."""
 
     def __init__(self, loader: Any, count: int) -> None:
         self._loader, self._count = loader, count
@@ -91,7 +91,7 @@ class _Shared:
 
 
 class _Group:
-    """Runs on their way: one model, and an adapter of each run on it."""
+    """Runs that train together: one model, and an adapter of each run on it."""
 
     def __init__(self, runs: Sequence[Run], display: RunDisplay) -> None:
         first = runs[0]
@@ -112,13 +112,14 @@ class _Group:
         self.seconds = 0.0
 
     def fits(self) -> bool:
-        """Whether rows of the model's output have separate losses."""
+        """Return whether a separate loss can be computed for each row of the model's output."""
         prepared = self.prepared
         plain = prepared.trainer is None and prepared.adapted is None and not prepared.beside
         return plain and kind_of(self.model) is not None
 
     def adapt(self) -> None:
-        """Apply the methods, each to the bare base; methods that cannot be routed are left to train alone."""
+        """Apply the method of each run to the base model without the other adapters. Adapters that cannot be routed are
+        removed; their runs train alone."""
         for number, run in enumerate(self.runs):
             with peftcore.activate(self.model):
                 injection = adapted(run, self.prepared, name=f"run{number}")
@@ -130,7 +131,7 @@ class _Group:
             self.injections[number] = injection
 
     def train(self) -> Saved | None:
-        """Train all of them; where they cannot, None."""
+        """Train all runs together, and return the saved costs; None if fewer than two can train together."""
         self.adapt()
         if len(self.injections) < 2:
             return None
@@ -224,11 +225,11 @@ class _Group:
 def train_together(
     runs: Sequence[Run], display: RunDisplay
 ) -> tuple[list[Outcome | TrainingError | None], Saved | None]:
-    """Train runs that have a `key` in common. Times are those of all divided by their number.
+    """Train runs with the same `key` together. The times of a run are those of all runs divided by their number.
 
     Returns:
-        For each run its result, the error of one that failed, or None where it has to be trained alone (all of
-        them, where their memory is too small for all at once); and the savings, where they trained together.
+        Two values. The first has for each run its result, its error, or None if it has to be trained alone (all runs,
+        if memory is too small for all at once). The second one is the saved costs; None if no runs trained together.
 
     Raises:
         BadInput: a model, data or option of the runs cannot be used.

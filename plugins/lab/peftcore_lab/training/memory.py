@@ -1,9 +1,8 @@
-"""Memory of a run: how much it takes at its peak, for this process alone, and whether an error says that there is too
-little.
+"""Measures the peak memory of a run in this process, and detects errors that mean that memory is full.
 
-On a CPU: the resident set of the process, sampled every few milliseconds, above what it held when the run began.
-Garbage is collected and free pages go back to the system first, so that every run is measured from the same ground.
-On a CUDA device: the allocator's own peak.
+On a CPU, it is the increase of the process's resident set since the start of the run, sampled every few milliseconds.
+Before the run, garbage is collected and free pages are returned to the system, so that earlier runs do not change the
+result. On a CUDA device, it is the peak of torch's allocator.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ INTERVAL = 0.005
 
 
 class PeakMemory:
-    """Context manager; ``peak`` holds the bytes afterwards."""
+    """Context manager that measures peak memory; afterwards ``peak`` is the number of bytes."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -47,7 +46,7 @@ class PeakMemory:
 
 
 def is_full(error: BaseException) -> bool:
-    """Return whether an error says that there is not enough memory."""
+    """Return whether an error means that there is not enough memory."""
     # Torch has no class for it on a CPU.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -55,7 +54,8 @@ def is_full(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Collect garbage; where the C library can (glibc), hand free pages back: they would hide the next run's growth."""
+    """Collect garbage, and return free pages to the system if the C library (glibc) can. Otherwise the next run could
+    reuse them, and its memory would be underestimated."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

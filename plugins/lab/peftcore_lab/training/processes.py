@@ -1,4 +1,4 @@
-"""Runs in several processes: the arguments by which accelerate and the Trainer cut the weights over them (FSDP2)."""
+"""Runs in several processes: the arguments with which accelerate and the Trainer shard the weights (FSDP2)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from peftcore.author.formats import host_map, layer_of
 from peftcore.errors import BadInput
 
 ASKED = "ACCELERATE_USE_FSDP"
-"""The variable that ``accelerate launch --use_fsdp`` sets."""
+"""The environment variable that ``accelerate launch --use_fsdp`` sets."""
 
 
 def sharding_arguments(wanted: bool) -> dict[str, Any]:
-    """Return arguments of the Trainer; one process has nothing to cut."""
+    """Return the arguments for sharding in the Trainer; empty if there is only one process or sharding is not
+    wanted."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return {"fsdp": True, "fsdp_config": {"version": 2}} if wanted and several else {}
 
 
 def is_sharded_run(wanted: bool) -> bool:
-    """Whether the weights will be cut over processes, by the run's own wish or by accelerate's launcher."""
+    """Return whether the weights are sharded over processes, because of the run's option or of accelerate's
+    launcher."""
     return bool(sharding_arguments(wanted)) or _launched()
 
 
@@ -32,7 +34,7 @@ def _launched() -> bool:
 
 
 def ask_for_sharding(args: transformers.TrainingArguments) -> None:
-    """Make accelerate do what the arguments or its own launcher say, also on processes without a device.
+    """Make accelerate shard the weights, if the arguments or its launcher request it, also for processes without a GPU.
 
     Raises:
         BadInput: the sharding is FSDP1, whose flat parameters are not supported.
@@ -47,11 +49,11 @@ def ask_for_sharding(args: transformers.TrainingArguments) -> None:
 
 
 def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Have accelerate cut the weights block by block, unless its own options say how.
+    """Configure accelerate to shard the weights block by block, unless its own options set another way.
 
     Raises:
-        BadInput: the model has embeddings in common that accelerate would cut twice.
-        UnsupportedHost: it is quantized in a format that cannot be cut.
+        BadInput: several modules share an embedding, which accelerate would shard twice.
+        UnsupportedHost: the model is quantized in a format that cannot be sharded.
     """
     if accelerator.distributed_type is not DistributedType.FSDP:
         return
@@ -70,10 +72,10 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def check_cut(model: nn.Module) -> None:
-    """Check that the weights can be cut over processes, whatever a quantizer made of them.
+    """Check that the weights can be sharded over processes, including quantized ones.
 
     Raises:
-        UnsupportedHost: they cannot.
+        UnsupportedHost: a weight cannot be sharded.
     """
     for module in model.modules():
         layer_of(module, "weight").check_cut(module)

@@ -1,4 +1,4 @@
-"""transformers' ``Trainer`` as ``peftcore train`` uses it."""
+"""The subclass of the ``Trainer`` of transformers that ``peftcore train`` uses."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from peftcore_lab.training.task_rows import collate, metrics, told
 
 TENSORBOARD = "tensorboard"
 KEPT = 3
-"""Checkpoints: the best, the last, and the one before while the next is being written."""
+"""Number of checkpoints that are kept: the best, the last, and the one before it while the next one is written."""
 
 
 class AdapterTrainer(PeftcoreTrainer):
-    """The Trainer for adapters, with the method's optimizer, which ends runs whose loss is not a number."""
+    """The Trainer for adapters. It uses the method's optimizer, and raises TrainingError if the loss is not finite."""
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         self.injection = injection  # a task's own Trainer may compute with it as it begins
@@ -95,7 +95,8 @@ class AdapterTrainer(PeftcoreTrainer):
             self.averages.load(Path(str(self.state.best_model_checkpoint)))
 
     def take(self, checkpoint: Path) -> None:
-        """Take the values of a finished run: the best where they are asked for, otherwise those of this checkpoint."""
+        """Load the result of a finished run: the best checkpoint if the run's options ask for it, otherwise the given
+        checkpoint."""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
             return
@@ -117,7 +118,7 @@ class AdapterTrainer(PeftcoreTrainer):
         return self.model
 
     def whole(self) -> AbstractContextManager[None]:
-        """Gather what may have been trained from all processes, until the end of the block."""
+        """Return a context manager in which all trained parameters are gathered from all processes."""
         return gathered(self._host, self._trained)
 
     def _trained(self) -> Iterator[nn.Parameter]:
@@ -140,7 +141,7 @@ class AdapterTrainer(PeftcoreTrainer):
 
 
 class Steps(transformers.TrainerCallback):
-    """Updates the moving averages after each step."""
+    """A callback that updates the moving averages after each step."""
 
     def __init__(self, averages: Averages) -> None:
         self._averages = averages
@@ -150,7 +151,7 @@ class Steps(transformers.TrainerCallback):
 
 
 class LastStep(transformers.TrainerCallback):
-    """Scores the model as it is after the last step, also if that step is not one of the regular evaluation steps."""
+    """A callback that evaluates the model after the last step, even if it is not a regular evaluation step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -158,7 +159,7 @@ class LastStep(transformers.TrainerCallback):
 
 
 class Patience(transformers.EarlyStoppingCallback):
-    """Stops a training early, and counts on from its checkpoint where the training is resumed."""
+    """Early stopping whose counter continues from the checkpoint if the training is resumed."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
@@ -167,7 +168,7 @@ class Patience(transformers.EarlyStoppingCallback):
 
 
 class Clock(transformers.TrainerCallback):
-    """Times the optimizer's steps, without the time between them."""
+    """A callback that measures the time of optimizer steps, without the time between them."""
 
     def __init__(self) -> None:
         self._seconds, self._steps, self._began = 0.0, 0, 0.0
@@ -188,10 +189,10 @@ class Clock(transformers.TrainerCallback):
 def trainer_for(
     run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection | None, callbacks: list[Any]
 ) -> AdapterTrainer:
-    """Make a Trainer of the model, or of the adapter in it.
+    """Return a Trainer for the adapter, or for the whole model in full fine-tuning.
 
     Raises:
-        BadInput: the task's own Trainer cannot do what is asked for.
+        BadInput: the Trainer does not support sharding together with the task or with averages.
     """
     own = prepared.trainer
     if own is not None and is_sharded_run(run.training.shard):
@@ -226,7 +227,7 @@ def trainer_for(
 
 
 def _before(kind: type[transformers.Trainer]) -> type[AdapterTrainer]:
-    """Return the class of another Trainer with the adapters' side before it."""
+    """Return a subclass of `AdapterTrainer` and of another Trainer class, in this order."""
     return type(f"Adapter{kind.__name__}", (AdapterTrainer, kind), {})
 
 
@@ -278,17 +279,17 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Return the arguments by which blocks run again in backward; transformers 5.23 gave them other names."""
+    """Return the arguments for gradient checkpointing, which have other names since transformers 5.23."""
     if any(each.name == "activation_checkpointing" for each in fields(transformers.TrainingArguments)):
         return {"activation_checkpointing": wanted}
     return {"gradient_checkpointing": wanted, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _divides_by_items(prepared: Prepared) -> bool:
-    """Whether the loss is a sum over what counts, divided by a number that the Trainer tells.
+    """Return whether the model's loss is a sum over items, divided by the number of items that the Trainer passes.
 
-    The Trainer takes it from the signature, and multiplies by the number of processes, also where a model takes all
-    keywords and looks at none.
+    The Trainer decides this from the signature of the model's forward. This is wrong for models that accept all keyword
+    arguments and ignore this one, so here two losses are compared.
     """
     batch = collate(prepared)([prepared.train[0], prepared.train[1 % len(prepared.train)]])
     device = next(prepared.model.parameters()).device  # that of the processes only once it is sharded

@@ -1,4 +1,4 @@
-"""Rows of several tasks: methods get the task of each row, and scores are reported for each task."""
+"""Data with several tasks: methods get the task of each row, and scores are reported for each task."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ Batch = dict[str, Any]
 
 
 def options_for(choice: MethodChoice, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a method that has to know the tasks of the data, if it names some.
+    """Return the arguments of a method. If the data has tasks and the method depends on them, the arguments include the
+    names of the tasks.
 
     Raises:
-        ConfigError: the method knows other tasks.
+        ConfigError: the method's options name other tasks, or only the number of tasks.
     """
     return peftcore.method(choice.name).Config.for_tasks(choice.arguments, tasks) if tasks else choice.arguments
 
 
 def check_known(config: MethodConfig, prepared: Prepared) -> None:
-    """Refuse an adapter that does not know the tasks of the data.
+    """Check that an adapter was made for the tasks of the data.
 
     Raises:
-        ConfigError: it knows other tasks.
+        ConfigError: the adapter was made for other tasks.
     """
     if prepared.tasks:
         type(config).for_tasks(config.model_dump(), prepared.tasks)
 
 
 def collate(prepared: Prepared) -> Callable[[list[Any]], Batch]:
-    """Return a collate function that adds the names of the rows' tasks, if they have some."""
+    """Return the collate function. If rows belong to tasks, it adds the names of the tasks to the batch."""
 
     def together(rows: list[Any]) -> Batch:
         rest = [{name: value for name, value in row.items() if name != TASK} for row in rows]
@@ -57,7 +58,7 @@ def without_names(prepared: Prepared) -> Callable[[list[Any]], Batch]:
 
 @contextmanager
 def told(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Batch]:
-    """Context manager in which methods know the task of each row; it gives the batch without their names."""
+    """Context manager in which methods get the task of each row. Its value is the batch without the names of tasks."""
     rest = {name: value for name, value in batch.items() if name != TASK}
     if TASK not in batch:
         yield rest
@@ -67,7 +68,8 @@ def told(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[Batch]:
 
 
 def metrics(prepared: Prepared) -> Callable[[transformers.EvalPrediction], dict[str, float]] | None:
-    """Return the metrics of all rows, and behind them those of the rows of each task: ``accuracy/jokes``."""
+    """Return a function that computes the metrics over all rows, followed by the metrics over the rows of each task,
+    such as ``accuracy/jokes``."""
     whole = prepared.metrics
     if whole is None or not prepared.tasks:
         return whole

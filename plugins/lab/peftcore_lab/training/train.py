@@ -1,7 +1,7 @@
-"""Carries a run out: one method on one task with transformers' ``Trainer``, from a model and a file to an adapter.
+"""Executes a run: trains one method on one task with the ``Trainer`` of transformers, and saves the adapter.
 
-Everything lands in one folder: ``adapter/`` (``model/``, where the whole model is trained), ``checkpoints/``, ``logs/``
-for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` recognizes the same run.
+All files are in one folder: ``adapter/`` (or ``model/`` in full fine-tuning), ``checkpoints/``, ``logs/`` for
+TensorBoard, ``metrics.json``, and ``run.json``, with which ``--resume`` checks that the run is the same.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from peftcore_lab.training.run_trainer import AdapterTrainer, Clock, trainer_for
 from peftcore_lab.training.task_rows import check_known, options_for, without_names
 
 LOOKED_AT = 16
-"""Batches for methods that look at data before training."""
+"""Number of batches for methods that need data before training."""
 
 
 class RunDisplay(Protocol):
     """A display of a run's progress."""
 
     def phase(self, name: str, total: int | None) -> None:
-        """Begin a stretch of so many steps."""
+        """Begin a phase with the given number of steps; None if the number is unknown."""
 
     def advance(self) -> None:
-        """Note that one step is done."""
+        """Display that one step is done."""
 
     def say(self, line: str) -> None:
-        """Print a line that stays on the screen."""
+        """Print a line that remains on the screen."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Outcome:
     total: int
     before: dict[str, float]
     after: dict[str, float]
-    """Scores of the best checkpoint, or after the last step where none is kept."""
+    """Scores of the best checkpoint, or after the last step if no best checkpoint is kept."""
     curve: list[tuple[int, float]]
-    """Steps, and the task's metric there."""
+    """Pairs of a step and the task's metric at that step."""
     losses: list[tuple[int, float]]
-    """Steps, and the mean training loss since the ones before."""
+    """Pairs of a step and the mean training loss since the previous pair."""
     steps: int
     seconds: float
     seconds_per_step: float
@@ -74,11 +74,11 @@ class Outcome:
     train_size: int
     held_out_size: int
     floor: float | None
-    """The majority baseline, where it is known: the metric of an answer that looks at nothing."""
+    """The majority baseline, if it is known: the metric of a constant answer."""
     samples: list[tuple[str, str]]
     """Answers of the model before training and after it."""
     picture: str = ""
-    """A file that shows them, where they are pictures."""
+    """A file that shows all samples, if they are pictures."""
 
 
 class DisplayCallback(transformers.TrainerCallback):
@@ -100,7 +100,7 @@ class DisplayCallback(transformers.TrainerCallback):
 
 
 class Sampling(transformers.TrainerCallback):
-    """Asks for samples at each score on the way."""
+    """A callback that generates samples at each evaluation during training."""
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
@@ -111,11 +111,11 @@ class Sampling(transformers.TrainerCallback):
 
 
 def train(run: Run, display: RunDisplay, resume: bool = False) -> Outcome:
-    """Train a run. The adapter is in ``run.out / "adapter"`` afterwards.
+    """Train a run, and return its outcome. The adapter is saved in ``run.out / "adapter"``.
 
     Raises:
         BadInput: a model, data or option of the run cannot be used.
-        TrainingError: the loss is not a number, or a disk or memory is full; the last checkpoint is whole.
+        TrainingError: the loss is not finite, or a disk or memory is full. The last checkpoint is complete then.
     """
     with _advice(run) as seen:
         return _train(run, display, resume, seen)
@@ -177,7 +177,7 @@ def _train(run: Run, display: RunDisplay, resume: bool, seen: _Seen) -> Outcome:
 
 
 def beforehand(prepared: Prepared, display: RunDisplay) -> None:
-    """Do what the task does with the unadapted model before training."""
+    """Do the task's work with the model before an adapter is installed."""
     if prepared.first is not None:
         if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
             prepared.model.to(device)  # as the Trainer does, which comes later
@@ -186,12 +186,12 @@ def beforehand(prepared: Prepared, display: RunDisplay) -> None:
 
 
 def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
-    """Apply the method of a run to the model of its task, or load the adapter that it continues; and apply the adapters
-    that train together with it.
+    """Return the adapter of a run: apply its method to the model of its task, or load the adapter that the run
+    continues. The adapters that train together with it are applied too.
 
     Raises:
-        BadInput: that adapter lacks the head that the task trains, or the method looks at data where the task lacks
-            batches for the model alone.
+        BadInput: the loaded adapter lacks the head that the task trains, or the method needs the loss of the model but
+            the task's Trainer computes the loss.
     """
     base = prepared.adapted or prepared.model
     if run.quantize is not None:
@@ -235,7 +235,8 @@ def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> p
 
 
 def _of_the_whole(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Callable[[nn.Module], Any]]:
-    """Return batches for a part of a model, which is run as the part that it is."""
+    """Return the batches as functions for a method on a part of a model. Each function runs the whole model on its
+    batch."""
 
     def run(batch: dict[str, Any], part: nn.Module) -> Any:
         return model(**batch)
@@ -244,8 +245,8 @@ def _of_the_whole(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[C
 
 
 def _taken_back(trainer: AdapterTrainer, checkpoint: Path) -> bool:
-    """Take the model as the run left it, if the checkpoint is that of its last step, or of the step after which it
-    stopped early: the Trainer would do another."""
+    """Load the result of a finished run and return True, if the checkpoint is from its last step, or from the step at
+    which it stopped early. (The Trainer would train another step.) Otherwise return False."""
     state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     control = transformers.TrainerControl(**state.stateful_callbacks.get("TrainerControl", {}).get("args", {}))
     if state.global_step < state.max_steps and not control.should_training_stop:
@@ -269,14 +270,15 @@ def _trained(trainer: AdapterTrainer, checkpoint: Path | None, reported: Sequenc
 
 @dataclass
 class _Seen:
-    """The model and examples of a run, once it has them, for the advice when memory is full."""
+    """The model and examples of a run, after they were loaded, for advice if memory is full."""
 
     prepared: Prepared | None = None
 
 
 @contextmanager
 def _advice(run: Run) -> Iterator[_Seen]:
-    """Context manager that says what takes less memory where there is not enough."""
+    """Context manager that converts out-of-memory errors to TrainingError, with advice on settings that need less
+    memory."""
     seen = _Seen()
     try:
         yield seen
@@ -292,7 +294,7 @@ def _out_of_memory(run: Run, seen: _Seen, error: Exception) -> str:
 
 
 def told(prepared: Prepared) -> list[str]:
-    """Return the model's answers to the task's questions, where it has some."""
+    """Return the model's sample answers; empty if the task does not define samples."""
     if prepared.samples is None:
         return []
     hold_whole(prepared.model)  # a pipeline calls parts of it, not all of it
@@ -300,7 +302,7 @@ def told(prepared: Prepared) -> list[str]:
 
 
 def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
-    """Save the adapter and those beside it; of full fine-tuning there is none, but a model."""
+    """Save the adapter and the adapters that trained together with it. In full fine-tuning, save the model instead."""
     model: Any = prepared.adapted or prepared.model
     with trainer.whole():
         if trainer.injection is None and first_process():
@@ -320,5 +322,5 @@ def as_json(outcome: Outcome) -> str:
 
 
 def in_words(metrics: dict[str, float]) -> str:
-    """Return numbers on one line."""
+    """Return metrics as one line of text."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

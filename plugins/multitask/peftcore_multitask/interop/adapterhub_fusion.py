@@ -1,8 +1,8 @@
 """AdapterFusion in AdapterHub's folders (checked against adapters 1.3.0): ``adapter_fusion_config.json`` and
 ``model_adapter_fusion.safetensors``.
 
-The folder has the fusion alone. The adapters that it fuses are loaded before, each from its own folder and under its
-name there; then ``peftcore.activate(model, Fuse("a", "b", by="fusion"))``.
+The folder contains only the fusion. First load the adapters that it fuses, each from its own folder and under the name
+that the fusion uses for it. Then load the fusion, and call ``peftcore.activate(model, Fuse("a", "b", by="fusion"))``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ from peftcore_additive.pfeiffer_adapter import PfeifferOperator
 CONFIG, TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 HOLDER = "adapter_fusion_layer"
 NEVER = 1e-300
-"""A dropout probability so small that it drops nothing; for 0 that library uses the dropout of the host's attention."""
+"""A dropout probability that is too small to drop anything. For 0, the adapters library would use the dropout of the
+host's attention."""
 Place = tuple[str, bool]
-"""A block, and whether the adapters act at its attention."""
+"""The path of a block, and whether the adapters act at its attention (else at its feed-forward)."""
 
 
 class AdapterHubFusion(Format):
@@ -123,10 +124,11 @@ def _read(path: Path) -> tuple[Keys, Keys]:
 
 
 def _options(keys: Keys, adapters: list[str], model: nn.Module) -> dict[str, Any]:
-    """Returns our options; the penalty of V, and whether V acts before or behind the sum, is the same in both.
+    """Returns the options for peftcore's fusion. The penalty of V, and whether V acts before or after the sum, are
+    skipped, since they make no difference.
 
     Raises:
-        CheckpointError: ours computes something else.
+        CheckpointError: peftcore's fusion cannot compute the same.
     """
     keys.pass_over("regularization", "value_initialized", "value_before_softmax")
     for key in ("key", "query"):
@@ -147,7 +149,7 @@ def _exported(injection: Injection) -> list[str]:
     """Returns the names of the adapters that a fusion fuses.
 
     Raises:
-        ExportError: that library has no such fusion.
+        ExportError: the adapters library cannot represent the fusion.
     """
     if injection.method.name != "adapter_fusion" or not injection.config.adapters:
         raise ExportError(
@@ -171,8 +173,8 @@ def _fused(
     """Returns the modules at which adapters of the model are fused, by place.
 
     Raises:
-        PeftcoreError: of the kind `error`, an adapter is not a bottleneck that is added to what it reads, or behind a
-            norm reads that norm; or adapters differ in that.
+        PeftcoreError: an adapter is not a Pfeiffer or Houlsby adapter of a block's attention or feed-forward, or
+            adapters have different positions there. The class of the error is `error`.
     """
     entries = {entry.module: entry for entry in host.entries}
     sites: dict[Place, Site] = {}
@@ -201,10 +203,10 @@ def _fused(
 
 
 def _check_mixes(operator: Any, site: Site, model: nn.Module, adapters: Sequence[str]) -> None:
-    """Check that a fusion mixes what that library does.
+    """Check that a fusion mixes the same values as in the adapters library.
 
     Raises:
-        ExportError: it mixes outputs of a norm.
+        ExportError: the fusion mixes outputs of a norm, where that library mixes inputs.
     """
     grafts = [graft for graft in injections(model)[adapters[0]].grafts if graft.site.path == site.path]
     if not operator.mixes_inputs and all(graft.operator.only_inputs for graft in grafts):
@@ -214,11 +216,11 @@ def _check_mixes(operator: Any, site: Site, model: nn.Module, adapters: Sequence
 
 
 def _holder(host: HostMap, site: Site) -> str:
-    """Returns the path of the module that holds a fusion in that library, where that is the one which has the matrix
-    and the norm behind it, and no other matrix.
+    """Returns the path of the module that contains a site's fusion in the adapters library. This module must contain
+    the site's matrix and the norm after it, and nothing else.
 
     Raises:
-        ExportError: the block is built in another way, and that library has a module of its own for fusions there.
+        ExportError: the block is built in another way; then that library stores fusions in another module.
     """
     around = site.module_path.rpartition(".")[0]
     inside = [entry for entry in host.entries if entry.path.rpartition(".")[0] == around and entry.kind != "container"]
@@ -231,7 +233,7 @@ def _holder(host: HostMap, site: Site) -> str:
 
 
 class FusionContent(Content):
-    """A fusion of AdapterHub for one host, on which its adapters are."""
+    """The content of a fusion folder of AdapterHub, for a host that already has the fused adapters."""
 
     def __init__(self, file: TensorFile, name: str, options: dict[str, Any], model: nn.Module) -> None:
         self.file, self.wrong, places = file, list[str](), dict[Place, dict[str, str]]()
@@ -293,7 +295,7 @@ class FusionContent(Content):
 
 
 def _block(place: str) -> str:
-    """Returns the path up to its first number: the block that a place is in."""
+    """Returns a path up to its first number, which is the path of the block."""
     steps = place.split(".")
     last = next((index for index, step in enumerate(steps) if step.isdecimal()), len(steps) - 1)
     return ".".join(steps[: last + 1])

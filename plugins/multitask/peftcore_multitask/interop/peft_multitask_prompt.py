@@ -1,8 +1,8 @@
 """Multitask prompt tuning in peft's files (checked against peft 0.21).
 
-``prompt_embeddings`` [rows, width] is the shared prompt, ``prefix_task_cols`` [tasks, rows, rank] our u,
-``prefix_task_rows`` [tasks, rank, width] our v. In an encoder-decoder the first half of the rows may be in the encoder
-and the second in the decoder; v is the same for both.
+``prompt_embeddings`` [rows, width] is the shared prompt. ``prefix_task_cols`` [tasks, rows, rank] and
+``prefix_task_rows`` [tasks, rank, width] are the factors u and v of `multitask_prompt_tuning`. In an encoder-decoder,
+the first half of the rows may belong to the encoder and the second half to the decoder; v is the same for both.
 """
 
 from __future__ import annotations

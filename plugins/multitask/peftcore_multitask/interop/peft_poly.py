@@ -1,7 +1,7 @@
-"""Polytropon in peft's files, there POLY (checked against peft 0.21).
+"""Polytropon in files of peft, which calls it POLY (checked against peft 0.21).
 
-``poly_lora_A`` [splits, skills, in / splits, rank] and ``poly_lora_B`` [splits, skills, rank, out / splits] are our A
-and B transposed; the logits of a task are one row.
+``poly_lora_A`` [splits, skills, in / splits, rank] and ``poly_lora_B`` [splits, skills, rank, out / splits] are the
+transposed A and B of `polytropon`. The logits of a task are one row.
 """
 
 from __future__ import annotations

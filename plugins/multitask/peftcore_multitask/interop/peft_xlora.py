@@ -1,7 +1,7 @@
-"""X-LoRA in peft's files, there XLORA (checked against peft 0.21).
+"""X-LoRA in files of peft, which calls it XLORA (checked against peft 0.21).
 
-The file has the classifier's layers, and `adapters` names the folders of the LoRAs, which peft looks up in the working
-directory. peft calls them by number and gives them shares by name, so the names are those numbers.
+The file contains the classifier's layers. Its key `adapters` maps names to the folders of the LoRAs, which peft looks
+up in the working directory. peft numbers the LoRAs, but assigns shares by name, so the names must be these numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from peftcore.errors import CheckpointError, ExportError
 
 STEM = "internal_xlora_classifier."
 MOST = 10
-"""The largest number of LoRAs: peft mixes up more of them when it opens a file, as it sorts the names as texts."""
+"""The largest number of LoRAs. With more, peft mixes them up when it loads a file, since it sorts the numbers as
+texts."""
 PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 PLACES = ("target_modules", "task_type")
 LOST = (
@@ -29,7 +30,7 @@ DROPOUT = "the LoRAs' dropout acts in training in peft, but not in peftcore, whe
 
 
 class PeftXLoRA(PeftMethod):
-    """Translates the classifier of LoRAs; the LoRAs are in separate folders."""
+    """Translates the classifier of X-LoRA; the LoRAs are in separate folders."""
 
     methods = ("xlora",)
     root = (STEM,)
@@ -163,8 +164,8 @@ class PeftXLoRA(PeftMethod):
 
 
 def _layers(classifier: nn.Module) -> list[tuple[str, str, Tensor]]:
-    """Returns our name and peft's name of each tensor of a classifier, and the tensor. In peft a dropout of zero is no
-    layer, and has no number."""
+    """Returns our name and peft's name of each tensor of a classifier, and the tensor. peft has no layer for a dropout
+    of zero, so that dropout is not counted in the numbers of layers."""
     names: list[tuple[str, str, Tensor]] = []
     number = 0
     for ours, layer in classifier.named_children():

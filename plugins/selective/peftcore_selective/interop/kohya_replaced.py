@@ -1,7 +1,7 @@
-"""Tensors that train whole in files of LyCORIS, there full and norm (checked against LyCORIS 4.1).
+"""Tensors that train as a whole, in files of LyCORIS, which calls them full and norm (checked against LyCORIS 4.1).
 
 ``diff`` and ``diff_b`` are added to weight and bias of a linear map or a convolution, ``w_norm`` and ``b_norm`` to
-those of a norm; our values replace the whole tensors. Tensors missing in the file keep the host's values.
+those of a norm. The values of peftcore replace the whole tensors. Tensors missing in the file keep the host's values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Replaced(KohyaMethod):
 
     tensors = ("weight", "bias")
     names: ClassVar[Mapping[str, str]]
-    """Names in the file, by the host's."""
+    """The names of tensors in the file, by their names in the host."""
     of_norms: ClassVar[bool]
     """Whether the modules are norms, whose weight has one dimension."""
 
@@ -46,7 +46,7 @@ class _Replaced(KohyaMethod):
 
 
 class KohyaFull(_Replaced):
-    """Translates linear maps and convolutions that train whole."""
+    """Translates linear maps and convolutions that train as a whole."""
 
     methods = ("attention_only", "linear_probe", "ln_tuning", "partial_k")
     below = ("diff", "diff_b")

@@ -1,7 +1,7 @@
 """BEFT in peft's files (checked against peft 0.21): `bitfit` at linear layers.
 
-``beft_bias`` [1, out] is added to the outputs; our value is the whole bias: the host's bias plus ``beft_bias``. Where
-the host lacks a bias, the value is the new bias.
+``beft_bias`` [1, out] is added to the outputs. The value of `bitfit` is the whole bias: the host's bias plus
+``beft_bias``. If the host lacks a bias, the value is ``beft_bias``.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ class PeftBEFT(PeftMethod):
 
 
 def _own(place: Place) -> Tensor:
-    """Return the bias of the host, zeros where it has none."""
+    """Return the bias of the host, or zeros if it has none."""
     return replace(place.site, meta=False).base_weight().detach()

@@ -1,7 +1,7 @@
-"""Norm tuning in peft's files, there LN_TUNING (checked against peft 0.21).
+"""Norm tuning in files of peft, which calls it LN_TUNING (checked against peft 0.21).
 
-Peft saves a copy of each norm, under ``ln_tuning_layers``; its gain and bias are the values that replace the norm's.
-The copy includes running statistics. Here the host's statistics are used, so the file's have to be the same.
+Peft saves a copy of each norm, under ``ln_tuning_layers``. The copy's gain and bias replace those of the host's norm.
+The copy includes running statistics. peftcore uses the statistics of the host, so those of the file must be the same.
 """
 
 from __future__ import annotations

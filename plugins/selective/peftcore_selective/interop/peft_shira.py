@@ -1,7 +1,7 @@
 """SHiRA in peft's files (checked against peft 0.21).
 
-``shira_weight`` [entries] is added to the weight at ``shira_indices`` [2, entries], rows and columns; ours are one
-number each, in ascending order.
+``shira_weight`` [entries] is added to the weight at ``shira_indices`` [2, entries], which are rows and columns. `shira`
+stores each position as one number, in ascending order.
 """
 
 from __future__ import annotations

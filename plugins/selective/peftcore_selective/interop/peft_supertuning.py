@@ -1,8 +1,8 @@
 """Super-Tuning in peft's files (checked against peft 0.21): `shira` with a sparsity.
 
 ``supertuning_values`` [entries] is added to the flat weight at ``supertuning_indices`` [entries], in the order of
-magnitude; ours are in ascending order. A file may leave the indices out: they are the largest entries of the host, or
-the smallest.
+magnitude. `shira` stores the indices in ascending order. A file may lack the indices; then they are those of the
+largest (or the smallest) entries of the host's weight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trainable tokens in peft's files, alone or together with LoRA (checked against peft 0.21).
 
-``trainable_tokens_delta`` holds the rows that replace rows of the table, in the order in which the options list the
-tokens; ours are in ascending order.
+``trainable_tokens_delta`` contains the rows that replace rows of the token embedding, in the order of the option
+`token_indices`. peftcore stores the rows in ascending order of the token ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftcore.errors import CheckpointError
 
 
 class PeftTokens(PeftMethod):
-    """Translates some rows of one table."""
+    """Translates the trained rows of one token embedding."""
 
     methods = ("trainable_tokens",)
     below = ("trainable_tokens_delta",)
@@ -31,8 +31,8 @@ class PeftTokens(PeftMethod):
         return {"method": "trainable_tokens", "token_indices": tokens}
 
     def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
-        """Return the groups of a file with tied tables as one where they hold the same rows: peft writes each of
-        them."""
+        """Return the groups of a file. Groups of tied embeddings become one group if they have the same rows, since
+        peft writes each of them."""
         modules, kept = dict(model.named_modules()), dict[int, tuple[Tensor, Group]]()
         apart = []
         for group in sorted(groups, key=lambda group: not isinstance(modules[group.path], nn.Embedding)):

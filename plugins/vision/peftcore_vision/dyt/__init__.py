@@ -6,11 +6,11 @@ Equation:
     m_i = 1 if sigmoid(w . x_i + b) > 1/2 else 0,   w [d];   in training sigmoid((w . x_i + b + g - g') / temperature)
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
 
-g and g' are draws from Gumbel's distribution, and the gradient of m is that of the sigmoid. x is the stream in front of
-the feed-forward's norm. The feed-forward always computes the class token and all other tokens in front of a picture's
-patches (`prefix_tokens`). The mean of m covers all blocks, pictures and tokens except these tokens and padding. p is
-the model's prediction, and q its prediction in a second pass with m = 1 everywhere and new dropout; KL passes no
-gradient to q.
+g and g' are draws from Gumbel's distribution, and the gradient of m is that of the sigmoid. x is the residual stream in
+front of the feed-forward's norm. The feed-forward always computes the class token and all other tokens in front of a
+picture's patches (`prefix_tokens`). The mean of m covers all blocks, pictures and tokens except these tokens and
+padding. p is the model's prediction, and q its prediction in a second pass with m = 1 everywhere and new dropout; KL
+passes no gradient to q.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
 with classes in dimension 1), and labels, passed to the model or by ``peftcore.call(model, labels=...)``; without labels
@@ -20,10 +20,10 @@ from `injection.losses()`.
 In training the feed-forward computes all tokens, and its output for tokens that are not chosen is multiplied by zero.
 In evaluation with `skip`, it computes only the chosen tokens, which makes the model faster.
 
-Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
+Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, per block.
 
 Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: the feed-forward gets about half
-of the tokens. ``init_std=0, init_bias=10`` chooses all tokens: the identity.
+of the tokens. With ``init_std=0, init_bias=10`` all tokens are chosen, and a fresh adapter is the identity.
 
 Differs from the authors' code: The paper's mixture of adapters is neither in the authors' code nor here.
 
@@ -82,7 +82,7 @@ class DyTConfig(MethodConfig):
     scale: PositiveFloat = 0.1
     """The factor s in front of the adapter."""
     dropout: Share = 0.1
-    """Probability with which the bottleneck's numbers are dropped in training."""
+    """Dropout probability of the bottleneck's activations."""
     rate: Portion = 0.5
     """The share of tokens that the feed-forwards should compute."""
     rate_weight: NonNegativeFloat = 2.0
@@ -98,17 +98,18 @@ class DyTConfig(MethodConfig):
     chosen tokens of a row. This needs feed-forwards that process each token by itself, and only one adapter at each of
     them. In routes and under torch.compile all tokens are computed."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens in front are always computed; None: all tokens in front of a picture's patches."""
+    """Number of tokens at the start of a sequence that the feed-forward always computes. None: all tokens in front of a
+    picture's patches."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of w at the start."""
     init_bias: FiniteFloat = 0.0
-    """The dispatcher's bias b at the start; if w starts at zero and b is positive, all tokens are chosen: an exact
-    identity."""
+    """The dispatcher's bias b at the start; if w starts at zero and b is positive, all tokens are chosen, and a fresh
+    adapter is an exact identity."""
 
 
 def loss_of_share(taps: Taps, share: float) -> Tensor | None:
-    """Return ``(mean gate - share)^2`` from the gates that the blocks recorded, and clear the record; None if it is
-    empty."""
+    """Return ``(mean gate - share)^2`` from the gates that the blocks recorded, and clear the record. Return None if no
+    gates were recorded."""
     counts = taps.counts.take()
     if not counts:
         return None
@@ -117,10 +118,11 @@ def loss_of_share(taps: Taps, share: float) -> Tensor | None:
 
 
 def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
-    """Return ``L(q) + KL(q | p)``, where q is a second pass in which no token skips.
+    """Return the loss ``L(q) + KL(q | p)``. p is the prediction in `output`; q is the prediction of a second forward
+    pass in which no token skips the feed-forwards.
 
     Raises:
-        TrainingError: the model returns no logits, or labels of their shape are missing.
+        TrainingError: the model does not return logits, or labels whose shape fits the logits are missing.
     """
     given = call.inputs.get("labels")
     labels: Any = call.context.get("labels") if given is None else given
@@ -131,8 +133,8 @@ def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
 
 
 def _logits_of(output: Any, labels: Any) -> Tensor:
-    """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
-    float32 at least."""
+    """Return the class logits in a model's output, ``[rows, classes]`` or ``[rows, classes, high, wide]``, in float32
+    at least."""
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if (
         isinstance(logits, Tensor)
@@ -148,7 +150,7 @@ def _logits_of(output: Any, labels: Any) -> Tensor:
 
 
 class DyT(Method):
-    """Feed-forwards of chosen tokens only, in parallel with adapters of all tokens."""
+    """Feed-forwards for chosen tokens only, in parallel with adapters for all tokens."""
 
     name = "dyt"
     Config = DyTConfig

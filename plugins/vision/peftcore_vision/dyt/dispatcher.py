@@ -30,27 +30,26 @@ if TYPE_CHECKING:
     from peftcore_vision.dyt import DyTConfig
 
 WHOLE, JOINED = "whole", "joined"
-"""The two forms of a site at a whole feed-forward: a later module follows before its output joins the stream, or its
-own output joins the stream."""
+"""The two forms of a site at a whole feed-forward. `WHOLE`: a later module processes its output before it is added to
+the residual stream. `JOINED`: its output is added directly."""
 GATHERED = Tap()
-"""True while a feed-forward runs that gets only the chosen tokens."""
+"""True while a feed-forward runs on the chosen tokens only."""
 
 
 @dataclass(frozen=True)
 class Taps:
-    """The taps that the gates of an adapter share."""
+    """Values of the current forward that all operators of one adapter share."""
 
     everyone: Tap = field(default_factory=Tap)
     """True during the second pass, in which no token skips."""
     counts: Tap = field(default_factory=Tap)
-    """The sum and the number of the gates of each block that ran in training, as tensors without dimensions, so that
+    """For each block that ran in training: the sum of its gates and their number. They are scalar tensors, so that
     routes do not split them by rows."""
     lies: dict[str, Tap] = field(default_factory=dict)
-    """One channel of a tower's patches, ``[images, rows, columns]``, by the path of the convolution that embeds
-    them."""
+    """One channel of the embedded patches, ``[images, rows, columns]``, by the path of the patch convolution."""
 
     def graft(self, surgeon: Surgeon, site: BranchSite, config: DyTConfig) -> None:
-        """Install the operator at a site, with these taps."""
+        """Install a `DyTOperator` at a site; it shares the values of this object."""
         patches = patch_sites(surgeon, site)
         tower = patches[0].path if patches else ""
         seen = () if tower in self.lies else tuple(patches)
@@ -59,7 +58,8 @@ class Taps:
 
 
 class DyTOperator(Bypass):
-    """The dispatcher of one feed-forward, which gates its output token by token, and the parallel bottleneck.
+    """The dispatcher of one feed-forward and the parallel bottleneck. The dispatcher multiplies the feed-forward's
+    output by a gate for each token.
 
     With `skip` it passes only the chosen tokens to the feed-forward, and fills the output of the other tokens with
     zeros.
@@ -107,8 +107,8 @@ class DyTOperator(Bypass):
         return h * self.laid_out(self.gates(self.layer.channels_last(read)).to(h.dtype))
 
     def gates(self, x: Tensor) -> Tensor:
-        """Return 1 for chosen tokens and 0 for others, ``[batch, ..., 1]``, from the stream ``[batch, ..., features]``;
-        in training, record their sum."""
+        """Return gates ``[batch, ..., 1]``, 1 for chosen tokens and 0 for others, for the residual stream ``[batch,
+        ..., features]``. In training, record the sum of the gates."""
         precise = torch.promote_types(self.gate.dtype, torch.float32)
         with full_precision(x):
             logits = (x.to(precise) @ self.gate.to(precise) + self.gate_bias.to(precise)).unsqueeze(-1)
@@ -124,8 +124,8 @@ class DyTOperator(Bypass):
         return gates
 
     def prefix(self, x: Tensor) -> int:
-        """Return how many tokens in front are always computed: the tokens in front of the patches, if the sequence has
-        all patches of an embedded picture."""
+        """Return how many tokens at the start of each sequence the feed-forward always computes. By default these are
+        all tokens in front of the patches, or 0 if the batch is not one sequence for each embedded picture."""
         if x.dim() != 3:
             return 0
         tokens, lie = x.shape[1], self.lie.get()
@@ -162,8 +162,9 @@ class DyTOperator(Bypass):
         return self.join(*self._skipped(call, *args), None)
 
     def _skips(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether only chosen tokens are computed: a gradient wants to know of the others, torch.compile how many there
-        are, and in a route a feed-forward runs once for the rows of all."""
+        """Return whether the feed-forward computes only the chosen tokens. It computes all tokens if gradients are
+        needed, under torch.compile (which needs a fixed number of tokens), and in a route (where it runs once for the
+        rows of all adapters)."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return False
         choice = forward_context().choice
@@ -171,7 +172,8 @@ class DyTOperator(Bypass):
         return not routed and len(args) == 1 and not kwargs and args[0].dim() > 2
 
     def _skipped(self, call: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the feed-forward makes of the chosen tokens, with zeros for the others, and the stream."""
+        """Return the feed-forward's output, which is zero for tokens that are not chosen, and the residual stream that
+        the gates read."""
         if GATHERED.get():
             raise SequenceError(
                 "two adapters would let tokens skip the same feed-forward: set skip=False for one of them"
@@ -193,7 +195,7 @@ class DyTOperator(Bypass):
         return whole.view(*x.shape[:-1], -1), read
 
     def _stream(self, x: Tensor) -> Tensor:
-        """Return what the norm in front read; x itself where none made it."""
+        """Return the input of the norm that computed x, or x itself if no norm computed it."""
         before, after = self.norm.get() or (x, x)
         return before if after is x else x
 
@@ -205,11 +207,11 @@ def drawn(like: Tensor) -> Tensor:
 
 
 def skipping_site(surgeon: Surgeon, site: BranchSite) -> BranchSite:
-    """Return the site together with the whole feed-forward that it belongs to, which chosen tokens can skip.
+    """Return the site, extended by the whole feed-forward that contains it, so that tokens can skip this feed-forward.
 
     Raises:
-        UnsupportedSite: the site lacks a feed-forward, or the feed-forward is not a module, may mix tokens, or is
-            scaled by code.
+        UnsupportedSite: the site is not part of a feed-forward module, or this module may mix tokens, or code outside
+            of modules scales its output.
     """
     whole, end = feed_forward_around(surgeon, site), surgeon.resolver.end_of(site.module_path)
     if whole is None:
