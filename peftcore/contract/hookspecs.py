@@ -87,8 +87,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     Runs when sites are chosen, once for all modules with the same structure: modules of one class, with equal
     attributes, and with plain tensors of equal shapes and dtypes. The `Layer` is plain data; later it reads and writes
     tensors without hooks. Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`,
-    or None; the core returns the layers of dense tensors, a quantizing plugin those of quantized tensors. Stops at the
-    first result that is not None.
+    or None; the core returns the layers of dense tensors, a quantizing plugin those of quantized tensors.
+    Stops at the first result that is not None.
     """
 
 

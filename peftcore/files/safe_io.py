@@ -282,15 +282,14 @@ def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
     if fcntl is None or not folder.is_dir():
         yield
         return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        with suppress(OSError):  # a process that was forked meanwhile has the number too, and would keep the lock
-            fcntl.flock(number, fcntl.LOCK_UN)
-        os.close(number)
+    with _OpenFolder(folder) as number:
+        try:
+            with suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+        finally:
+            with suppress(OSError):  # a process that was forked meanwhile has the number too, and would keep the lock
+                fcntl.flock(number, fcntl.LOCK_UN)
 
 
 def sync_file(path: Path) -> None:
@@ -303,14 +302,26 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk, on systems that can open folders."""
     if os.name == "nt":
         return
-    number = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        with _OpenFolder(folder) as number:
+            os.fsync(number)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
             raise
-    finally:
-        os.close(number)
+
+
+class _OpenFolder:
+    """Context manager that opens a folder and yields its file descriptor; an interrupt does not leave it open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._number = folder, -1
+
+    def __enter__(self) -> int:
+        self._number = os.open(self._folder, os.O_RDONLY)
+        return self._number
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._number)
 
 
 def make_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from peftcore.errors import MemoryLimit
-from peftcore.utils.numbers import size
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -42,6 +41,6 @@ def check_room(needed: Mapping[torch.device, int], what: str, advice: str) -> No
         free = free_bytes(device)
         if free is not None and count > free:
             raise MemoryLimit(
-                f"{what} needs at least {count:,} bytes ({size(count)}) of {device}, and {free:,} ({size(free)}) are "
-                f"free; nothing was changed. {advice}"
+                f"{what} needs at least {count:,} bytes of {device}, and {free:,} are free; "
+                f"nothing was changed. {advice}"
             )

@@ -268,6 +268,9 @@ class PeftHistory(RuleBasedStateMachine):
         world = self.world
         if name not in world.names():
             return
+        configs = world.theirs.peft_config
+        if other in configs and configs[other].to_dict() != configs[name].to_dict():
+            return  # peft writes into the tensors of the other one, which have other sizes; ours replaces it
         places = {}
         for model in (world.ours, world.theirs):
             place = world.place()

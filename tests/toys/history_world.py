@@ -174,12 +174,12 @@ class World:
             raise Wrong(f"{what}: off by {float((actual - expected).abs().max()) / scale:.2e}; {self}")
 
     def check(self) -> None:
-        """Compare the outputs under the choice in force. A route may be refused only when the model runs; it is left
-        then, as the error advises."""
+        """Compare the outputs under the choice in force. A route or a composition may be refused only when the model
+        runs; it is left then, as the error advises."""
         try:
             found = self.output(self.model)
         except RouteError:
-            if not isinstance(self.choice, list):
+            if isinstance(self.choice, tuple):
                 raise
             self.refused += 1
             peftcore.activate(self.model)

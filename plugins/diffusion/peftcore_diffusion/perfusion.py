@@ -21,20 +21,17 @@ encodings of the same texts with the class's word in place of the concept; they 
         loss = mse(unet(noisy, t, encoder(ids)[0]).sample, noise)
 
 To train the embedding of the concept's word too, apply `textual_inversion` to the text encoder, or, if the model
-contains the text encoder, set `tokens`. Only one concept trains at a time. If several concepts are active in
-evaluation, they edit the same text, and their edits add up. Your training loop may mask the loss, so that it covers
-only the subject.
+contains the text encoder, set `tokens`. Only one concept trains at a time. In evaluation, edits of several active
+concepts add up. Your training loop may mask the loss, so that it covers only the subject.
 
 Parameters: out for each matrix of values, and n * dim for n ids in `tokens`. The file also contains inv(C), [dim, dim].
 
-Start: i and s start at the encoding of the class in the data, v at zero, the word at the embedding of the class. No
-start is an identity.
+Start: i, s and the word start at the class's encodings in the data and embedding, v at zero. No start is an identity.
 
-Differs from the authors' code: This follows lucidrains/perfusion-pytorch, which the authors reviewed. In that code the
-first training step sets i and o; here they are computed from the data. In that code o itself trains, so weight decay
-pulls it to 0; here weight decay pulls it to the class. That code does not damp C, and its optimizer does not get the
-parameters of values, probably by mistake. Here the edits of several concepts are added up; the exact combination by
-Cholesky roots is not implemented.
+Differs from the authors' code: This follows lucidrains/perfusion-pytorch, which the authors reviewed. There the first
+training step sets i and o, here the data do. There o itself trains, so weight decay pulls it to 0, here to the class.
+That code does not damp C, and its optimizer lacks the parameters of values, probably by mistake. The exact combination
+of several concepts by Cholesky roots is not implemented.
 
 Use it: `peftcore.apply(model, "perfusion", data=data)`, to teach a subject that prompts can still change; not where
 likeness matters most (`custom_diffusion`).
@@ -85,8 +82,7 @@ class PerfusionConfig(MethodConfig):
     tau: PositiveFloat = 0.1
     """Temperature tau of the gate in training: the larger it is, the more gradually the gate opens."""
     beta_eval: float = 0.7
-    """The value of `beta` in evaluation. With lower values images show more of the concept's looks; with higher values
-    they follow the rest of the prompt more closely."""
+    """The value of `beta` in evaluation: lower values show more of the concept, higher ones more of the prompt."""
     tau_eval: PositiveFloat = 0.15
     """The value of `tau` in evaluation."""
     ema: Share = 0.99
@@ -150,8 +146,7 @@ class Concept(Checked):
     Args:
         width: the width of the encodings.
         decay: the share of the old averages that a training step keeps.
-        follows: True if s is updated with the class encodings that calls pass. If False, s keeps the encoding from the
-            data.
+        follows: True if calls that pass class encodings update s; False if s keeps the encoding of the data.
     """
 
     i: Tensor
@@ -222,8 +217,7 @@ def picked(states: Tensor, where: Tensor) -> Tensor:
     """Return the mean encoding of the tokens at `where` [batch] in states [batch, tokens, dim].
 
     Raises:
-        SequenceError: the states have another shape, or fewer tokens. If `where` is on an accelerator, torch raises its
-            own error for missing tokens, to avoid a synchronization.
+        SequenceError: the states have another shape, or fewer tokens (on an accelerator, torch's error for the latter).
     """
     known = where.device.type == "cpu"
     if states.dim() != 3 or (known and not 0 <= int(where.min()) <= int(where.max()) < states.shape[1]):
@@ -240,8 +234,7 @@ def seen_texts(
 ) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
     """Return two statistics of the modules' inputs. The first is the sum of e e' over all texts, by the width of the
     encodings; it is C up to a factor, which cancels in r. The second is the mean encoding of the class, by module, at
-    the positions that the labels of the batches contain. Tokens that the model's `attention_mask` marks as padding are
-    left out.
+    the positions in the labels of the batches. Tokens that the model's `attention_mask` excludes are left out.
 
     Raises:
         CalibrationError: all batches lack labels, or a label is not a position in its text.
