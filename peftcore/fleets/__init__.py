@@ -1,6 +1,6 @@
 """Many adapters trained in shared steps on one base.
 
-This package may import `authoring` and the layers below it. The modules, in the order of reading:
+It may import `authoring` and the layers below it. The modules, in the order of reading:
 
 - `rows`: joins batches, and selects rows of the joined batch.
 - `outputs`: selects the rows of one member from an output.

@@ -1,6 +1,6 @@
 """Injections: `apply` returns one, and its user activates, trains, merges, saves and removes it.
 
-This package may import `training` and the layers below it. Saving is in `files`, a layer above. The modules, in the
+It may import `training` and the layers below it. Saving is in `files`, a layer above. The modules, in the
 order of reading:
 
 - `freezing`: freezes the base while adapters are on it.

@@ -1,6 +1,6 @@
 """Layers: how modules store their tensors, and the linear maps that they compute.
 
-This package may import `utils` and `peftcore.errors`. The modules, in the order of reading:
+It may import `utils` and `peftcore.errors`. The modules, in the order of reading:
 
 - `pieces`: parameters that are partitioned over processes (FSDP2, tensor parallelism, ZeRO-3).
 - `fsdp`: models whose parameters are sharded over processes.

@@ -1,7 +1,7 @@
 """Roles of the parts of a model: `derive` finds them, `HostMap` maps them to modules, `probe` refines the map by a
 forward.
 
-This package may import `layers` and lower packages. `docs/roles.md` describes the rules that derive a map, R1 to R17.
+It may import `layers` and lower packages. `docs/roles.md` describes the rules that derive a map, R1 to R17.
 The modules, in the order of reading:
 
 - `vocabulary`: the roles, and the names by which the rules recognize them.

@@ -1,6 +1,6 @@
 """Targets: resolve the names that a user gives to modules, tensors, attentions and token sequences of a model.
 
-This package may import `roles` and the packages below it. The modules, in the order of reading:
+It may import `roles` and the packages below it. The modules, in the order of reading:
 
 - `sites`: a target module or tensor at which a method acts.
 - `resolver`: resolves names, globs, roles, types and predicates to sites.

@@ -97,7 +97,7 @@ def as_one(
         def unchanged(inputs: Tensor) -> Tensor:
             return y if y is not None and inputs is x else bare(inputs)
 
-        call: Callable[..., Any] = inner(plan) if first.effects else unchanged
+        call: Callable[..., Any] = inner(plan) if first.effects else bare if y is None else unchanged
         if of_first is not None:
             stand_in = stand_ins[id(of_first.operator)]
             mount = replace(of_first.mount, operator=stand_in)
