@@ -307,7 +307,8 @@ def test_an_average_in_a_copy_is_the_copys_own(name: str, tmp_path: Path) -> Non
     resumed = Script(name, tmp_path, save_steps=1, eval_strategy="no")
     resumed.trainer.train(resume_from_checkpoint=script.checkpoint)
     assert_equal(resumed.values(), noted.at[4])
-    sizes = {Path(script.checkpoint.replace("-2", f"-{n}"), "model.safetensors").stat().st_size for n in (1, 2, 3, 4)}
+    written = [Path(script.checkpoint).with_name(f"checkpoint-{n}") for n in (1, 2, 3, 4)]
+    sizes = {(each / "model.safetensors").stat().st_size for each in written}
     assert len(sizes) == 1, sizes
 
 
@@ -317,7 +318,7 @@ def test_a_checkpoint_that_another_callback_asks_for_resumes_too(name: str, tmp_
     script = Script(name, tmp_path, noted, Wanted(), save_steps=4, eval_strategy="no")
     script.trainer.train()
     resumed = Script(name, tmp_path, save_steps=4, eval_strategy="no")
-    resumed.trainer.train(resume_from_checkpoint=script.checkpoint.replace("-2", "-3"))
+    resumed.trainer.train(resume_from_checkpoint=str(Path(script.checkpoint).with_name("checkpoint-3")))
     assert_equal(resumed.values(), noted.at[4])
 
 
