@@ -20,6 +20,8 @@ from peftcore.injection.injection import injections
 from peftcore.testing import HOSTS
 
 FORMATS = ["peftcore", "peft", "mlx", "kohya", "diffusers", "gguf"]
+WRITTEN_ONLY = ("mlx", "gguf")
+"""Formats that peftcore writes and describes, and does not load."""
 
 
 def adapter(number: int) -> peftcore.Injection:
@@ -82,13 +84,15 @@ def test_two_that_save_and_one_that_loads(format: str, tmp_path: Path) -> None:
 
     def loads() -> None:
         for _ in range(2 * ROUNDS):
-            injection = peftcore.load(model, tmp_path / "a")
-            check(injection)
-            injection.remove()
+            if format not in WRITTEN_ONLY:
+                injection = peftcore.load(model, tmp_path / "a")
+                check(injection)
+                injection.remove()
             describe(tmp_path / "a")
 
     assert in_children([lambda: saves(1), lambda: saves(2), loads]) == [0, 0, 0]
-    check(peftcore.load(model, tmp_path / "a"))
+    if format not in WRITTEN_ONLY:
+        check(peftcore.load(model, tmp_path / "a"))
     assert not [*(tmp_path / "a").glob(".*.partial")]
 
 
