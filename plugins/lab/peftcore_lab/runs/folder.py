@@ -205,9 +205,14 @@ class RunFolder:
             write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
 
 
+def _is_empty(path: Path) -> bool:
+    """Return whether a path is a folder without content, as the Trainer makes one before the first checkpoint."""
+    return path.is_dir() and not any(path.iterdir())
+
+
 def _is_bare(folder: Path) -> bool:
     """Return whether a run may have been killed in this folder before its settings were written."""
-    return folder.is_dir() and all(each.suffix == ".partial" for each in folder.iterdir())
+    return folder.is_dir() and all(each.suffix == ".partial" or _is_empty(each) for each in folder.iterdir())
 
 
 def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -> bool:

@@ -95,6 +95,7 @@ def test_a_run_that_was_killed_before_its_settings_were_written_begins(whole: di
     with pytest.raises(BadInput, match="holds no run to resume"):
         RunFolder(run).checkpoint(True)
     (run.out / f".{RUN}.1.partial").mkdir(parents=True)
+    (run.out / "checkpoints").mkdir()  # which the Trainer makes
     assert RunFolder(run).checkpoint(True) is None
     (run.out / "something").touch()
     with pytest.raises(BadInput, match="holds no run to resume"):
