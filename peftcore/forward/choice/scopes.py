@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from peftcore.errors import AmbiguousChoice, BlockOrderError, CompositionError, RouteError
 from peftcore.forward.choice.active_adapters import Active, Choice
@@ -28,6 +28,7 @@ _ADVICE = "choose the adapters for one call instead: peftcore.using(model, name)
 _LOCK = threading.RLock()
 """Held while the shared choices change, because garbage collection in another thread may end a block at any time."""
 
+Made = TypeVar("Made")
 Place = tuple[object, Any]
 """A pair of a thread and the asyncio task that it runs: a weak reference, or None outside of tasks."""
 
@@ -278,13 +279,7 @@ class Choices:
         """Set a choice of active adapters until the end of the enclosing block or call. In the thread that adapted the
         model, it becomes the shared choice, unless this thread or task already made a choice. In any other thread it
         applies to that thread."""
-        self.host.check_merged(choice)
-        residency = self.host.residency
-        with self._whole():
-            if residency is None:
-                return self._set(choice)
-            with residency.kept(choice.named, self._replaced()):  # until it is in force
-                return self._set(choice)
+        return self._begun(self._set, choice, self._replaced())
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -303,16 +298,20 @@ class Choices:
             return scopes[-1].block
         return self.everybody[-1].block if HERE.token is self.owner else None
 
-    def _set(self, choice: Choice) -> Statement:
-        with _LOCK:  # no merge in another thread comes in between
-            self.host.check_merged(choice)
-            statement = self._make(choice)
-            published = self._make_current()
-        if published:
-            self.host.replan()
-        return statement
+    def _begun(self, begin: Callable[[Choice], Made], choice: Choice, replaced: ChoiceBlock | None = None) -> Made:
+        """Returns the result of `begin`, which sets a choice. No thread can merge between the check and the choice."""
+        self.host.check_merged(choice)  # before other adapters leave for those that the choice names
+        residency = self.host.residency
+        with self._whole(), nullcontext() if residency is None else residency.kept(choice.named, replaced):
+            with _LOCK:
+                self.host.check_merged(choice)
+                made = begin(choice)
+                published = self._make_current()
+            if published:
+                self.host.replan()
+            return made
 
-    def _make(self, choice: Choice) -> Statement:
+    def _set(self, choice: Choice) -> Statement:
         _disturb()
         scopes = self._open_scopes()
         over = self.own_scopes()[len(scopes) :]
@@ -355,24 +354,9 @@ class Choices:
         """Set a choice of active adapters until `leave` is called with the returned block. In the thread that adapted
         the model, it becomes the shared choice, unless this thread already made a choice or runs a task. Otherwise it
         applies only to this thread or task."""
-        self.host.check_merged(choice)
-        residency = self.host.residency
-        with self._whole():
-            if residency is None:
-                return self._open(choice)
-            with residency.kept(choice.named):  # until it is in force
-                return self._open(choice)
+        return self._begun(self._open, choice)
 
     def _open(self, choice: Choice) -> ChoiceBlock:
-        with _LOCK:  # as in `_set`
-            self.host.check_merged(choice)
-            block = self._begin_block(choice)
-            published = self._make_current()
-        if published:
-            self.host.replan()
-        return block
-
-    def _begin_block(self, choice: Choice) -> ChoiceBlock:
         _disturb()
         scopes, place = self._live_scopes(), _place()
         owned = HERE.token is self.owner
@@ -412,7 +396,7 @@ class Choices:
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
         """Context manager that sets a choice of active adapters only for the code that this thread calls in the
         block."""
-        with _LOCK:  # as in `_set`
+        with _LOCK:  # as in `_begun`
             self.host.check_merged(choice)
             block = self._enlisted(ChoiceBlock(choice, _place(), before))
         block.calls = True
