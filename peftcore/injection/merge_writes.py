@@ -83,10 +83,11 @@ class MergeWrite(ABC):
 
     @abstractmethod
     def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
-        """Restore the original tensors, and return those that are in the host again.
+        """Restore the original values. Returns the tensors that were put back into the host; it is empty if values were
+        written into the host's own tensors.
 
         Raises:
-            MergeError: a record does not reproduce its original.
+            MergeError: an original tensor cannot be computed exactly from its record.
         """
 
 

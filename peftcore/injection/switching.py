@@ -104,8 +104,8 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
             model(**batch)
 
     A value can have one entry for each row of the batch, or a single entry for all rows. If the batch contains several
-    rows for each entry, pass `guidance` or `copies`. This is not needed if the model's ``generate`` repeats the rows.
-    Both numbers apply to all values of this call:
+    rows for each entry, pass `guidance` or `copies`, which apply to all values of this call. They are not needed if
+    the model's ``generate`` repeats the rows:
 
         with call(unet, condition=pictures, guidance=True):  # [without text, with text], as pipelines of diffusers do
             pipeline(prompts)
@@ -156,8 +156,10 @@ def using(
 
     Raises:
         ConfigError: neither adapters nor `context` were passed, or a list was passed together with another adapter.
-        UnknownInjection, CompositionError, MergeError, RouteError: as `activate` and `route`, here and in the call.
-        BlockOrderError: (in the call) the function returns before it has run, as a coroutine or generator does.
+        UnknownInjection, CompositionError, MergeError, RouteError: as by `activate` and `route`; raised by `using` or
+            by the later call.
+        BlockOrderError: (raised by the later call) the function is a coroutine function or a generator function, whose
+            body runs only after the call has returned.
     """
     names = [each for each in adapters if isinstance(each, str | Composition)]
     rows = [tuple(each) for each in adapters if isinstance(each, Sequence) and not isinstance(each, str)]

@@ -193,7 +193,8 @@ def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 def first_product(products: list[tuple[Tensor, Tensor, Tensor]], scores: Tensor) -> tuple[Tensor, Tensor] | None:
     """Returns the query and the key of a softmax with the input `scores`. They are the factors of the last product that
-    has the shape of `scores`, otherwise of the product from which `scores` was computed (gpt_oss adds a column)."""
+    has the shape of `scores`. If no product has this shape (gpt_oss adds a column to the scores), they are the factors
+    of the product from which `scores` was computed."""
     latest = products[::-1]
     alike = ((query, key) for query, key, output in latest if output.shape[-2:] == scores.shape[-2:])
     source = ((query, key) for query, key, output in latest if comes_from(scores, output))

@@ -4,9 +4,9 @@ pipeline.
 A name such as ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`` has three parts: the model, the
 module's path with underscores instead of dots, and the tensor. To find which underscores replace dots, names are
 compared with the host's modules, or with their names in the original code (`original_names`). Files have no options:
-the rank and the variant follow from shapes, and each module has an ``alpha``, so that its scale is alpha / rank. Only
-the dropouts used in training may be in the header. A `KohyaMethod` translates the tensors of a method; the plugin of
-the method registers it under ``"kohya/NAME"``.
+the rank and the variant follow from shapes, and each module has an ``alpha``, so that its scale is alpha / rank. The
+one exception is dropout: the header can contain the dropouts that were used in training. A `KohyaMethod` translates the
+tensors of a method; the plugin of the method registers it under ``"kohya/NAME"``.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from peftcore.files.formats.hub import IDENTIFIER, is_fetched
 
 
 def named_folder(name: str, beside: Path, where: Path) -> Path:
-    """Returns the folder with the path `name`, relative to the file's folder or to the working directory. If there is
-    none, since the file and the folders were moved, returns the folder next to the file with the last part of `name`.
+    """Returns the folder with the path `name`, relative to the file's folder or to the working directory. If that
+    folder does not exist (the files may have been moved), returns the folder next to the file that is called as the
+    last part of `name`.
 
     Args:
         beside: the folder that contains the file.
@@ -27,7 +28,7 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
 
     Raises:
         CheckpointError: the folder does not exist, or two match; or the file was downloaded from a hub and names a
-            folder outside of its own.
+            folder outside of the downloaded folder.
     """
     path, own, from_elsewhere = Path(name), beside.resolve(), is_fetched(beside)
 

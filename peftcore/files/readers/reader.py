@@ -28,7 +28,7 @@ BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
 
 
 class Verdict(StrEnum):
-    """The verdict on a part of a file, from the best to the worst."""
+    """What a program does with a part of a file. The values are ordered from the best to the worst."""
 
     READ = "read"
     CHANGED = "changed"

@@ -353,7 +353,8 @@ class ForwardContext:
 
     @property
     def repeating(self) -> bool:
-        """Whether this thread is inside a backward pass, which runs parts of the forward again."""
+        """Whether this thread is inside a backward pass. A forward that runs there repeats an earlier one (activation
+        checkpointing)."""
         return repeating()
 
     @property

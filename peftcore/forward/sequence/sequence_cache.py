@@ -221,8 +221,8 @@ class SequenceCacheView:
             _grow(self_attention_cache(self.given), -count)
 
     def outward(self, found: Any, mark: tuple[str, Order]) -> Any:
-        """Returns the cache that the user gets for a cache `found` in the stack's output: the user's own cache, or a
-        new marked one if the user passed none."""
+        """Returns the cache to return to the user in place of `found`, a cache in the output of the transformer blocks.
+        It is the cache that the user passed. If the user passed none, it is a new one that contains `mark`."""
         if found is self.inner:
             return self.given
         own = self_attention_cache(found)

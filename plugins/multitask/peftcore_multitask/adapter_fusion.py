@@ -220,8 +220,8 @@ def fused(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Return a module's output under a fusion with its own parts. The fusion mixes the module's outputs with each part,
-    or the inputs that each part passes to the module."""
+    """Return the output of a module whose adapters are mixed by a fusion. `parts` are the adapters of this fusion. It
+    mixes the module's outputs with each part, or the inputs that each part passes to the module."""
     calls = Calls(OneForward(call, module))
     base, outputs = outputs_of(parts, calls, *args, **kwargs)
     if not outputs:

@@ -151,7 +151,7 @@ class Decisions:
         self.stamp = uuid.uuid4().hex
 
     def of(self, cache: Any) -> Tensor | None:
-        """Return the shares that were stored with a cache, or None."""
+        """Return the weights of the tasks' LoRAs that were stored with a key-value cache; None if none were."""
         kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
         return kept
 

@@ -4,7 +4,7 @@ Equation:
     W' = W + s B h_2n,   h_0 = f(A W),   A [rank, out],   B [out, rank]
     h_i = f(E_i h_(i-1)),   h_(n+i) = f(D_i h_(n+i-1)) + h_(n-i),   i = 1 … n = depth,   E_i, D_i [rank, rank]
 
-The update is the output of a small network for the frozen weight, computed column by column. Because of f
+The update is the output of a small network that is applied to the columns of the frozen weight. Because of f
 (`activation`), it is not just a low-rank matrix times W. As in peft, h has neither a scale nor dropout.
 
 Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], and each expert has a separate
@@ -14,8 +14,8 @@ Parameters: 2 * rank * out + 2 * depth * rank^2 a site, times the number of expe
 
 Start: A uniform in +-1/sqrt(out), E_i and D_i in +-1/sqrt(rank), B at zero: the identity.
 
-Differs from the authors' code: No difference is known. The authors' code was not compared; peft was. peft supports
-linear layers only.
+Differs from the authors' code: It was compared with peft, without a difference, and not with the authors' code. peft
+supports linear layers only.
 
 Use it: `peftcore.apply(model, "peanut")`, where the rank of LoRA limits the quality. Until the adapter is merged, each
 forward reads the weight.

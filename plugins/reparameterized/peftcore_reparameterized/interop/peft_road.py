@@ -1,5 +1,5 @@
-"""RoAd in peft's files (checked against peft 0.21): ``road_theta`` is peftcore's angle, and ``road_alpha`` is its
-length."""
+"""RoAd in peft's files (checked against peft 0.21): ``road_theta`` is `angle` in peftcore, and ``road_alpha`` is
+`length`."""
 
 from __future__ import annotations
 
