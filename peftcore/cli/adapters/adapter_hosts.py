@@ -106,7 +106,9 @@ def check_complete(
                 raise BadInput(f"two of the adapters have values of {path}; merge only one of them")
             brought[path] = weight
     if lacking := sorted(set(opened.fresh) - brought.keys()):
-        raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {', '.join(lacking[:4])}")
+        raise BadInput(
+            f"{folder}: its weights do not fit its config; missing or of another shape: {', '.join(lacking[:4])}"
+        )
     partly = [path for path in opened.fresh if brought[path] != 1.0]
     if partly:
         raise BadInput(
